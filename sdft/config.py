@@ -1,0 +1,195 @@
+"""Strict config: composes it, checks it against the constructors it names, and turns a function into a verb.
+
+With its two halves, `config_compose` (words to config) and `config_check` (config to signatures), the only file that
+knows Hydra. Must not know any class of the house: it meets them by the dotted names in `conf/`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import detect_calling_file_or_module_from_task_function, detect_task_name, get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from sdft.config_check import ConfigError, check, resolve
+from sdft.config_compose import Composer, composer
+from sdft.types import UserError
+
+__all__ = ["CONF_DIR", "ConfigError", "check", "compose", "verb"]
+
+CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
+MOST_JOBS = 1000
+
+
+def compose(root: str, overrides: Sequence[str] = (), conf_dir: Path = CONF_DIR) -> DictConfig:
+    """The config of one job of the verb `root`, every value present and every interpolation sound.
+
+    Raises ConfigError, one sentence, for anything misspelt, misplaced, missing or meaningless in this combination.
+    """
+    with composer(root, conf_dir) as opened:
+        return _job(opened, overrides)
+
+
+def verb(
+    root: str, *, conf_dir: Path = CONF_DIR, finish_sweep: Callable[[Path], None] | None = None
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Makes a function of a config into a command.
+
+    Every job of the command is composed and checked before the first one runs. A UserError, then or later, is one
+    message on stderr and exit status 2. `finish_sweep` is called with the sweep directory after the last job of `-m`.
+    """
+
+    def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @functools.wraps(function)
+        def main() -> None:
+            os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+            try:
+                args = _arguments()
+                words, sweep_dir = _prepare(root, conf_dir, args, function)
+                _run(root, conf_dir, _runner(function), words)
+                if sweep_dir is not None and finish_sweep is not None:
+                    finish_sweep(sweep_dir)
+            except UserError as error:
+                _fail(error)
+
+        return main
+
+    return decorate
+
+
+def _job(opened: Composer, words: Sequence[str]) -> DictConfig:
+    cfg = opened.load(words)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    resolve(cfg)
+    return cfg
+
+
+def _fail(error: UserError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def _arguments() -> Any:
+    parser = get_args_parser()
+    args, unknown = parser.parse_known_args()
+    if unknown:
+        name = unknown[0].lstrip("-").replace("-", "_")
+        raise ConfigError(f"'{unknown[0]}' is not a flag; settings are written {name.partition('=')[0]}=value")
+    return args
+
+
+def _runner(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """The function as Hydra calls it, in this process or, under a launcher, in another."""
+
+    @functools.wraps(function)
+    def run(cfg: DictConfig) -> Any:
+        try:
+            check(cfg)
+            return function(cfg)
+        except UserError as error:
+            # In a sweep the other jobs still run, and Hydra raises the first error after them.
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            _fail(error)
+
+    return run
+
+
+def _run(root: str, conf_dir: Path, runner: Callable[[DictConfig], Any], words: Sequence[str]) -> None:
+    kept = sys.argv
+    sys.argv = [*kept, *words]
+    try:
+        hydra.main(version_base="1.3", config_path=str(Path(conf_dir).absolute()), config_name=root)(runner)()
+    finally:
+        sys.argv = kept
+
+
+def _prepare(root: str, conf_dir: Path, args: Any, function: Callable[..., Any]) -> tuple[list[str], Path | None]:
+    """Checks every job of the command. Returns the words to add to it, and the directory of a sweep."""
+    if args.help or args.hydra_help or args.info or args.shell_completion or args.experimental_rerun:
+        return [], None
+    if args.config_path is not None:
+        conf_dir = Path(inspect.getfile(function)).parent / args.config_path
+    name = detect_task_name(*detect_calling_file_or_module_from_task_function(function))
+    with composer(args.config_name or root, conf_dir, name, args.config_dir) as opened:
+        if args.cfg:
+            opened.load(args.overrides)
+            return [], None
+        if not args.multirun and "hydra.mode=MULTIRUN" not in args.overrides:
+            cfg = opened.load(args.overrides)
+            if cfg.hydra.mode != RunMode.MULTIRUN:
+                with open_dict(cfg):
+                    del cfg["hydra"]
+                check(cfg)
+                return [], None
+        sweep_dir = _check_sweep(opened, args.overrides)
+    quoted = str(sweep_dir).replace("\\", "\\\\").replace("'", "\\'")
+    # Hydra composes anew, and `${now:}` moves on: without this its directory could be another one.
+    return [f"hydra.sweep.dir='{quoted}'"], sweep_dir.absolute()
+
+
+def _check_sweep(opened: Composer, words: Sequence[str]) -> Path:
+    """Composes and checks all jobs of a sweep; returns the sweep directory."""
+    parsed = [opened.parse(word) for word in words]
+    fixed = [o.input_line or "" for o in parsed if o.is_hydra_override()]
+    swept = [o for o in parsed if not o.is_hydra_override()]
+    # Spelling first: a master config cannot be composed from misspelt words.
+    jobs = _jobs(swept, basic=False)
+    for job in jobs:
+        opened.load([*fixed, *job])
+    master = opened.load_raw(words, RunMode.MULTIRUN).hydra
+    params = master.sweeper.get("params") or {}
+    swept = [opened.parse(f"{key}={value}") for key, value in params.items()] + swept
+    jobs = _jobs(swept, basic=master.sweeper._target_.endswith(".BasicSweeper"))
+    for index, job in enumerate(jobs):
+        try:
+            check(_job(opened, [*fixed, *job]))
+        except ConfigError as error:
+            raise ConfigError(f"job {index + 1} of {len(jobs)} ({' '.join(job)}): {error}") from None
+    try:
+        return Path(str(master.sweep.dir))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"hydra.sweep.dir: {str(error).splitlines()[0]}") from None
+
+
+def _jobs(overrides: list[Override], basic: bool) -> list[list[str]]:
+    """The words of each job. Where a sweeper searches instead of trying all, each value once with the first others."""
+    axes: dict[str, list[str]] = {}
+    for override in overrides:
+        axes[override.get_key_element()] = _alternatives(override)
+    if basic and any(isinstance(o.value(), IntervalSweep) for o in overrides):
+        raise ConfigError("interval(...) needs a sweeper that searches, such as hydra/sweeper=optuna")
+    count = 1
+    for axis in axes.values():
+        count *= len(axis)
+    if basic and count <= MOST_JOBS:
+        return [list(job) for job in itertools.product(*axes.values())]
+    first = [axis[0] for axis in axes.values()]
+    return [first] + [
+        [*first[:i], word, *first[i + 1 :]] for i, axis in enumerate(axes.values()) for word in axis[1:]
+    ]
+
+
+def _alternatives(override: Override) -> list[str]:
+    if not override.is_sweep_override():
+        return [override.input_line or ""]
+    if isinstance(sweep := override.value(), IntervalSweep):
+        return [f"{override.get_key_element()}={end}" for end in (sweep.start, sweep.end)]
+    words = [job[0] for job in BasicSweeper.split_arguments([override], None)[0]]
+    if not words:
+        raise ConfigError(f"{override.input_line} matches nothing to sweep over")
+    return words

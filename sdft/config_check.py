@@ -1,0 +1,277 @@
+"""Does every `_target_` of a composed config fit the callable it names?
+
+Knows signatures, annotations and pydantic. Must not know how the config was composed (`config_compose`), and never calls
+a target: it only imports what the config names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
+from omegaconf.errors import GrammarParseError, InterpolationKeyError, OmegaConfBaseException
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from sdft.types import UserError
+
+MARKS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
+STRICT = ConfigDict(arbitrary_types_allowed=True, strict=True, allow_inf_nan=False)
+LATER = object()
+"""Stands for a value that only a running job knows, such as `${hydra:runtime.output_dir}`."""
+
+
+class ConfigError(UserError):
+    """The config is wrong; the message names the key or group and what to write instead."""
+
+
+def check(cfg: DictConfig) -> None:
+    """Resolves every value and binds every `_target_` node to its callable.
+
+    A float written as text (`"1e-4"`) is replaced in `cfg` by the number; nothing else changes.
+    Raises ConfigError for a missing value, a broken interpolation, an unknown target or argument, a missing argument, or
+    a value of the wrong type or out of range.
+    """
+    for path, node in _targets(resolve(cfg)):
+        for key, number in _bind(path, node):
+            with flag_override(cfg, ["struct", "readonly"], False):
+                OmegaConf.update(cfg, key, number)
+
+
+def resolve(node: Any, path: str = "") -> Any:
+    """The config as plain lists and dicts, interpolations resolved; LATER where only a running job knows."""
+    if isinstance(node, DictConfig) and not node._is_none():
+        return {key: _value(node, key, _join(path, key)) for key in node}
+    if isinstance(node, ListConfig) and not node._is_none():
+        return [_value(node, index, _join(path, index)) for index in range(len(node))]
+    return None if isinstance(node, DictConfig | ListConfig) else node
+
+
+def did_you_mean(word: str, candidates: Iterable[Any]) -> str:
+    """`; did you mean 'x'?`, or nothing when no candidate is close."""
+    close = difflib.get_close_matches(str(word), [str(c) for c in candidates], 1)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _value(node: DictConfig | ListConfig, key: Any, path: str) -> Any:
+    if OmegaConf.is_missing(node, key):
+        raise ConfigError(f"{path} is not set: pass {path}=...")
+    try:
+        return resolve(node[key], path)
+    except (OmegaConfBaseException, RecursionError) as error:
+        if "HydraConfig was not set" in str(error):
+            return LATER
+        raw = OmegaConf.to_container(node, resolve=False)[key]  # type: ignore[index, call-overload]
+        raise ConfigError(f"{path}: {raw} {_why(error, node)}") from None
+
+
+def _why(error: Exception, node: DictConfig | ListConfig) -> str:
+    if isinstance(error, InterpolationKeyError):
+        wanted = str(error).split("'")[1]
+        keys = [key for key, _ in leaves(OmegaConf.to_container(node._get_root(), resolve=False))]
+        return f"points to '{wanted}', which does not exist{did_you_mean(wanted, keys)}"
+    if isinstance(error, RecursionError):
+        return "refers to itself"
+    if isinstance(error, GrammarParseError):
+        return "is not a valid interpolation"
+    return f"cannot be resolved: {str(error).splitlines()[0]}"
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of a plain tree with its value, inner nodes included, `_target_` and its like left out."""
+    if path:
+        yield path, tree
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        if key not in MARKS:
+            yield from leaves(value, _join(path, key))
+
+
+def _targets(tree: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(tree, dict) and "_target_" in tree:
+        yield path, tree
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield from _targets(value, _join(path, key))
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _bind(path: str, node: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Raises when the node does not fit its target; yields the floats written as text."""
+    name = node["_target_"]
+    target = locate(name, _join(path, "_target_"))
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:  # some builtins have none
+        return
+    given = _given(path, name, node, parameters)
+    if node.get("_partial_", False) is not True:
+        for key, parameter in parameters.items():
+            variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            if key not in given and parameter.default is parameter.empty and not variadic:
+                raise ConfigError(f"{path or 'the config'} needs '{key}' ({name}): set {_join(path, key)}")
+    hints = _hints(target)
+    for key, value in given.items():
+        parameter = parameters.get(key) or next(p for p in parameters.values() if p.kind == p.VAR_KEYWORD)
+        if type(value) is not type(parameter.default) or value != parameter.default:
+            yield from _fit(_join(path, key), value, hints.get(parameter.name, Any), name)
+
+
+def _given(path: str, name: str, node: dict[str, Any], parameters: Any) -> dict[str, Any]:
+    """The arguments by name; raises on one that the target does not take."""
+    positional = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    named = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    # Ours take what they name; what others do with **kwargs is theirs to check.
+    rest = [p for p in parameters.values() if p.kind == p.VAR_KEYWORD]
+    ours = name.startswith("sdft.") and rest and rest[0].annotation in (rest[0].empty, Any, "Any")
+    for key in node:
+        if key not in named and key not in MARKS and (not rest or ours):
+            takes = f" It takes: {', '.join(named) or 'nothing'}"
+            guess = did_you_mean(_join(path, key), [_join(path, n) for n in named])
+            raise ConfigError(f"unknown key '{_join(path, key)}': {name} has no argument '{key}'{guess or '.'}{takes}")
+    return dict(zip(positional, node.get("_args_", ()), strict=False)) | {
+        key: value for key, value in node.items() if key not in MARKS
+    }
+
+
+def locate(name: Any, key: str) -> Any:
+    """The object that a dotted name stands for, importing on the way."""
+    if not isinstance(name, str) or not all(name.split(".")):
+        raise ConfigError(f"{key}={name}: must be a dotted name such as sdft.objective.Denoising")
+    first, *rest = name.split(".")
+    found: Any = _import(first, key, name, [])
+    walked = first
+    for part in rest:
+        outer, walked = found, f"{walked}.{part}"
+        if not hasattr(outer, part) and isinstance(outer, types.ModuleType):
+            _import(walked, key, name, dir(outer))
+        if not hasattr(outer, part):
+            raise ConfigError(f"{key}={name}: '{walked}' does not exist{did_you_mean(part, dir(outer))}")
+        found = getattr(outer, part)
+    if not callable(found):
+        raise ConfigError(f"{key}={name}: is not callable")
+    return found
+
+
+def _import(module: str, key: str, name: str, siblings: list[str]) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        # A parent that is no package is also "not found", under the name asked for.
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            guess = did_you_mean(module.rpartition(".")[2], siblings)
+            raise ConfigError(f"{key}={name}: '{module}' does not exist{guess}") from None
+        raise ConfigError(f"{key}={name}: importing {module} failed: {error}") from error
+
+
+def _hints(target: Any) -> dict[str, Any]:
+    """Annotations by argument; Any where one cannot be evaluated, as happens to names imported for type checkers."""
+    function = target
+    if isinstance(target, type):
+        function = target.__init__ if target.__init__ is not object.__init__ else target.__new__
+    elif not hasattr(target, "__annotations__"):
+        function = getattr(target, "func", getattr(type(target), "__call__", target))
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except Exception:
+        return {key: _hint(function, hint) for key, hint in getattr(function, "__annotations__", {}).items()}
+
+
+def _hint(function: Any, hint: Any) -> Any:
+    one = types.SimpleNamespace(__annotations__={"it": hint})
+    try:
+        return typing.get_type_hints(one, getattr(inspect.unwrap(function), "__globals__", {}), include_extras=True)["it"]
+    except Exception:
+        return Any
+
+
+def _fit(key: str, value: Any, hint: Any, name: str) -> Iterator[tuple[str, float]]:
+    adapter = _adapter(hint)
+    if adapter is None or _opaque(value):
+        return
+    try:
+        # Strict JSON is the wanted law: no bool as a number, no text as an int, but a list as a tuple, text as a Path.
+        result = adapter.validate_json(json.dumps(value, default=str))
+    except ValidationError as error:
+        problems = error.errors()
+        texts = [p for p in problems if p["type"] == "float_type" and isinstance(p["input"], str)]
+        number = _number(texts[0]["input"]) if texts else None
+        if number is None:
+            raise ConfigError(_complaint(key, value, problems, name)) from None
+        where, inner = _follow(key, value, texts[0]["loc"])
+        if where == key:
+            yield from _fit(key, number, hint, name)
+        elif inner is not texts[0]["input"]:
+            raise ConfigError(_complaint(key, value, problems, name)) from None
+        yield where, number
+        return
+    if dataclasses.is_dataclass(result) and isinstance(value, dict):
+        raise ConfigError(f"{key}: needs a _target_ that builds a {type(result).__name__} ({name})")
+
+
+@functools.lru_cache(maxsize=1024)
+def _cached_adapter(hint: Any) -> TypeAdapter[Any] | None:
+    for config in (STRICT, None):  # dataclasses and pydantic models bring their own config
+        try:
+            return TypeAdapter(hint, config=config)
+        except Exception:
+            continue
+    return None
+
+
+def _adapter(hint: Any) -> TypeAdapter[Any] | None:
+    try:
+        return _cached_adapter(hint)
+    except TypeError:  # unhashable metadata
+        return _cached_adapter.__wrapped__(hint)
+
+
+def _opaque(value: Any) -> bool:
+    """Holds something that is not there yet: a node that will be built, or a value of the running job."""
+    if isinstance(value, dict):
+        return "_target_" in value or any(map(_opaque, value.values()))
+    return value is LATER or (isinstance(value, list) and any(map(_opaque, value)))
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _follow(key: str, value: Any, loc: tuple[Any, ...]) -> tuple[str, Any]:
+    """The full key and the value that pydantic points at; steps that name a member of a union are skipped."""
+    for step in loc:
+        inside = step in value if isinstance(value, dict) else isinstance(step, int) and isinstance(value, list)
+        if inside and (isinstance(value, dict) or step < len(value)):
+            key, value = f"{key}.{step}", value[step]
+    return key, value
+
+
+def _complaint(key: str, value: Any, problems: list[Any], name: str) -> str:
+    where, wrong = _follow(key, value, problems[0]["loc"])
+    says: dict[str, None] = {}
+    for problem in problems:
+        text = problem["msg"].replace("Input should", "must").replace("a valid array", "a list")
+        if problem["type"] == "needs_python_object":
+            text = "must be an object built by a _target_"
+        says[text if not says else text.removeprefix("must be ")] = None
+    allowed = " ".join(p["ctx"]["expected"] for p in problems if p["type"] == "literal_error").split("'")[1::2]
+    shown = "null" if wrong is None else str(wrong).lower() if isinstance(wrong, bool) else wrong
+    guess = did_you_mean(str(wrong), allowed)
+    quoted = f"'{wrong}'" if isinstance(wrong, str) and not wrong.strip() else shown
+    return f"{where}={quoted}: {' or '.join(says)} ({name}){guess}"

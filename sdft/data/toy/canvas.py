@@ -1,0 +1,108 @@
+"""Painting a layout: from parts in the unit square and a palette to anti-aliased pixel fields.
+
+Knows supersampling and Pillow. Must not know scenes, captions or looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from sdft.data.toy.geometry import Part
+from sdft.data.toy.layout import Band, Layout
+from sdft.data.toy.palettes import Palette
+
+SUPERSAMPLE = 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Float fields of one painted layout: the full picture, only what lies behind, and the subject's coverage."""
+
+    full: np.ndarray
+    back: np.ndarray
+    mask: np.ndarray
+
+    @property
+    def subject(self) -> np.ndarray:
+        """The subject alone, multiplied by its coverage."""
+        return self.full - self.back * (1.0 - self.mask[..., None])
+
+
+def softened(field: np.ndarray, radius: float) -> np.ndarray:
+    """The field (0 to 255, one or three channels) under a Gaussian blur."""
+    image = Image.fromarray(np.clip(np.rint(field), 0, 255).astype(np.uint8))
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), dtype=np.float64)
+
+
+def ink(rgb: np.ndarray) -> tuple[int, int, int]:
+    """A Pillow colour."""
+    red, green, blue = (int(min(255, max(0, round(float(value))))) for value in rgb)
+    return red, green, blue
+
+
+def draw_line(draw: ImageDraw.ImageDraw, points: np.ndarray, width: float, fill: tuple[int, int, int] | int) -> None:
+    """A line with round ends, in canvas coordinates."""
+    thick = max(1, round(width))
+    draw.line(points.ravel().tolist(), fill=fill, width=thick, joint="curve")
+    r = thick / 2 - 0.5
+    for x, y in (points[0], points[-1]):
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+
+
+def draw_part(draw: ImageDraw.ImageDraw, part: Part, canvas: int, fill: tuple[int, int, int] | int) -> None:
+    """One part, scaled from the unit square to the canvas."""
+    points = part.points * canvas
+    if part.width:
+        draw_line(draw, points, part.width * canvas, fill)
+    else:
+        draw.polygon(points.ravel().tolist(), fill=fill)
+
+
+def paint(image: Image.Image, parts: Iterable[Part], palette: Palette) -> None:
+    """All parts onto an RGB canvas, in order."""
+    draw = ImageDraw.Draw(image)
+    for part in parts:
+        draw_part(draw, part, image.width, ink(palette[part.role]))
+
+
+def backdrop(bands: tuple[Band, ...], palette: Palette, canvas: int) -> Image.Image:
+    """An RGB canvas filled with the bands' vertical gradients."""
+    y = (np.arange(canvas) + 0.5) / canvas
+    column = np.zeros((canvas, 3))
+    for band in bands:
+        rows = (y >= band.top) & (y <= band.bottom + 1.0 / canvas)
+        share = ((y[rows] - band.top) / (band.bottom - band.top)).clip(0, 1)[:, None]
+        column[rows] = palette[band.upper] * (1 - share) + palette[band.lower] * share
+    strip = np.clip(np.rint(column), 0, 255).astype(np.uint8)[:, None, :]
+    return Image.fromarray(strip).resize((canvas, canvas))
+
+
+def reduced(image: Image.Image) -> np.ndarray:
+    """The canvas averaged down to picture size, as floats."""
+    return np.asarray(image.reduce(SUPERSAMPLE), dtype=np.float64)
+
+
+def coverage(layout: Layout, size: int) -> np.ndarray:
+    """How much of each pixel the subject covers, 0 to 1."""
+    image = Image.new("L", (size * SUPERSAMPLE, size * SUPERSAMPLE), 0)
+    draw = ImageDraw.Draw(image)
+    for parts, value in ((layout.subject, 255), (layout.front, 0)):
+        for part in parts:
+            draw_part(draw, part, image.width, value)
+    return reduced(image) / 255.0
+
+
+def stage(layout: Layout, palette: Palette, size: int) -> Stage:
+    """The layout painted in flat colours over its gradients."""
+    image = backdrop(layout.bands, palette, size * SUPERSAMPLE)
+    paint(image, layout.back, palette)
+    bare = image.copy()
+    paint(bare, layout.front, palette)
+    back = reduced(bare)
+    paint(image, layout.subject, palette)
+    paint(image, layout.front, palette)
+    return Stage(reduced(image), back, coverage(layout, size))

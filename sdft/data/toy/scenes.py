@@ -1,0 +1,157 @@
+"""Scenes: what a toy picture shows and the caption that says so, as a pure function of (seed, index).
+
+Knows sampling, captions and the splits. Must not know looks, colours as numbers, shapes or pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sdft.data.toy.lexicon import (
+    ARTICLES,
+    KINDS,
+    MOUNTAIN_PHRASES,
+    PLACE_PHRASES,
+    POSITION_PHRASES,
+    SIZE_WORDS,
+    SUBJECTS,
+    TEMPLATES,
+    TIME_PHRASES,
+    VOCABULARY,
+    Kind,
+)
+
+__all__ = ["SPLITS", "SUBJECTS", "VOCABULARY", "Scene", "sample_scene", "split_index"]
+
+SPLITS: tuple[str, ...] = ("train", "validation", "test")
+WIDE_SUBJECTS = frozenset({"fairy tale forest", "mountain"})
+_INDOORS = frozenset({"studio", "table", "underwater"})
+_CLASHES: dict[str, frozenset[str]] = {
+    "grass": frozenset({"green"}),
+    "snow": frozenset({"white"}),
+    "desert": frozenset({"yellow"}),
+    "table": frozenset({"brown"}),
+    "underwater": frozenset({"blue"}),
+    "road": frozenset({"grey"}),
+    "night": frozenset({"black"}),
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What all looks share: what is shown, where, how big, and the caption; `stated` lists what the caption says."""
+
+    seed: int
+    index: int
+    subject: str
+    colour: str
+    place: str
+    time: str
+    position: str
+    size_word: str
+    x: float
+    y: float
+    size: float
+    horizon: float
+    flip: bool
+    tint: tuple[float, float, float]
+    hue: float
+    stated: frozenset[str]
+    caption: str
+
+
+def split_index(split: str, i: int) -> int:
+    """The scene index of the i-th scene of a split; splits never share an index."""
+    if i < 0:
+        raise ValueError(f"scene number must not be negative: {i}")
+    return i * len(SPLITS) + SPLITS.index(split)
+
+
+def _pick(rng: np.random.Generator, options: dict[str, float]) -> str:
+    names = list(options)
+    weights = np.array([options[name] for name in names])
+    return names[int(rng.choice(len(names), p=weights / weights.sum()))]
+
+
+def _one(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _colour(rng: np.random.Generator, kind: Kind, place: str, time: str) -> tuple[str, bool]:
+    if not kind.colours:
+        return "", False
+    clashes = _CLASHES.get(place, frozenset()) | _CLASHES.get(time, frozenset())
+    allowed = tuple(colour for colour in kind.colours if colour not in clashes)
+    usual = kind.colours[0]
+    stated = rng.random() < 0.62
+    colour = _one(rng, allowed) if stated else usual
+    return colour, stated
+
+
+def _extent(rng: np.random.Generator, subject: str, place: str) -> tuple[str, str, float, float, float]:
+    """Position word, size word, centre x, size and vertical anchor (base of the subject on land, centre elsewhere)."""
+    if subject in WIDE_SUBJECTS:
+        return "", "", 0.5 + rng.uniform(-0.04, 0.04), rng.uniform(0.68, 0.78), rng.uniform(0.68, 0.72)
+    position = _pick(rng, {"": 0.74, "left": 0.1, "right": 0.1, "centre": 0.06})
+    sided = position in ("left", "right")
+    size_word = _pick(rng, {"": 0.82, "small": 0.09, "big": 0.0 if sided else 0.09})
+    low, high = {"": (0.58, 0.70), "small": (0.34, 0.41), "big": (0.80, 0.86)}[size_word]
+    if sided and not size_word:
+        low, high = 0.44, 0.52
+    offset = rng.uniform(-0.03, 0.03)
+    x = {"left": 0.30, "right": 0.70}.get(position, 0.5) + offset
+    free = place in ("studio", "sky", "underwater")
+    base = rng.uniform(0.46, 0.54) if free else rng.uniform(0.84, 0.90) + (0.04 if size_word == "big" else 0.0)
+    return position, size_word, x, rng.uniform(low, high), base
+
+
+def _caption(rng: np.random.Generator, facts: dict[str, str], stated: set[str]) -> str:
+    words = [facts["colour"]] if "colour" in stated else []
+    if facts["size_word"]:
+        words.insert(0, _one(rng, SIZE_WORDS[facts["size_word"]]))
+    words.append(facts["subject"])
+    noun = f"{ARTICLES[words[0][0] in 'aeiou']} {' '.join(words)}"
+    place_table = MOUNTAIN_PHRASES if facts["subject"] == "mountain" else PLACE_PHRASES
+    place = _one(rng, place_table[facts["place"]]) if "place" in stated else ""
+    time = _one(rng, TIME_PHRASES[facts["time"]]) if "time" in stated else ""
+    position = _one(rng, POSITION_PHRASES[facts["position"]]) if facts["position"] else ""
+    template = _pick(rng, dict(TEMPLATES))
+    return " ".join(template.format(noun=noun, place=place, time=time, position=position).split())
+
+
+def _says_place(rng: np.random.Generator, kind: Kind, subject: str, place: str, time_said: bool) -> bool:
+    if place == kind.home:
+        return subject not in WIDE_SUBJECTS and rng.random() < 0.2
+    if time_said and place == kind.places[0]:
+        return rng.random() < 0.6
+    return True
+
+
+def sample_scene(seed: int, index: int) -> Scene:
+    """The scene with this seed and index; the same arguments always give the same scene."""
+    rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
+    subject = _one(rng, SUBJECTS)
+    kind = KINDS[subject]
+    if rng.random() < kind.studio_share:
+        place = "studio"
+    else:
+        place = kind.places[0] if rng.random() < 0.4 else _one(rng, kind.places)
+    time = "day" if place in _INDOORS else _pick(rng, {"day": 0.48, "sunny": 0.2, "sunset": 0.14, "night": 0.18})
+    time_said = place not in _INDOORS and (time != "day" or rng.random() < 0.12)
+    colour, colour_said = _colour(rng, kind, place, time)
+    position, size_word, x, size, y = _extent(rng, subject, place)
+    stated = {name for name, said in (
+        ("colour", colour_said), ("time", time_said), ("position", bool(position)), ("size_word", bool(size_word)),
+        ("place", _says_place(rng, kind, subject, place, time_said))) if said}
+    facts = {"subject": subject, "colour": colour, "place": place, "time": time, "position": position,
+             "size_word": size_word}
+    caption = _caption(rng, facts, stated)
+    red, green, blue = rng.uniform(-12.0, 12.0, 3)
+    return Scene(
+        seed=seed, index=index, **facts, x=float(x), y=float(y), size=float(size),
+        horizon=float(rng.uniform(0.56, 0.66)), flip=bool(kind.directed and rng.random() < 0.35),
+        tint=(float(red), float(green), float(blue)), hue=float(rng.random()), stated=frozenset(stated),
+        caption=caption,
+    )

@@ -1,0 +1,173 @@
+"""nano: SDXL's architecture in small, untrained.
+
+The same diffusers and transformers classes and the same topology as SDXL, so that every weight key is one of SDXL's.
+Widths differ on purpose where a mix-up would otherwise pass: the two encoders, the two pads, a VAE factor of 4.
+This file knows sizes; it knows neither data nor training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
+
+from sdft.models.sdxl import SDXL
+
+IMAGE_SIZE = 64
+CONTEXT_WIDTHS = (48, 80)
+TIME_ID_WIDTH = 32
+CLIP_WIDTH = 96
+
+
+def autoencoder() -> AutoencoderKL:
+    """Four times smaller images in four channels. Two equal upper widths keep the shortcut keys a subset of SDXL's."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+        scaling_factor=1.0,
+        force_upcast=True,
+    )
+
+
+def unet() -> UNet2DConditionModel:
+    """SDXL's three levels of two resnets; transformers of depth 1 where SDXL has 2 and 10."""
+    return UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // 4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 96, 96),
+        layers_per_block=2,
+        transformer_layers_per_block=1,
+        attention_head_dim=(2, 3, 3),
+        cross_attention_dim=sum(CONTEXT_WIDTHS),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=TIME_ID_WIDTH,
+        projection_class_embeddings_input_dim=6 * TIME_ID_WIDTH + CONTEXT_WIDTHS[1],
+        norm_num_groups=16,
+    )
+
+
+def tokenizer(words: Sequence[str], pad_token: str) -> CLIPTokenizer:
+    """CLIP's byte-level BPE in which each of `words` is one token; any other text falls back to bytes.
+
+    A word is added by merging what the present merges leave of it, left to right. Later merges rank lower, so they
+    never change how an earlier word is split.
+    """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    symbols = sorted(bytes_to_unicode().values())
+    vocabulary = [*symbols, *(symbol + "</w>" for symbol in symbols)]
+    merges: dict[tuple[str, str], int] = {}
+    for word in sorted(words, key=lambda word: (len(word), word)):
+        pieces = _split(word, merges)
+        while len(pieces) > 1:
+            pair = (pieces[0], pieces[1])
+            merges[pair] = len(merges)
+            vocabulary.append("".join(pair))
+            pieces = ["".join(pair), *pieces[2:]]
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(vocabulary)},
+        merges=list(merges),
+        pad_token=pad_token,
+        model_max_length=77,
+    )
+
+
+def _split(word: str, merges: dict[tuple[str, str], int]) -> list[str]:
+    """BPE: merge the best-ranked pair until none is left."""
+    pieces = [*word[:-1], word[-1] + "</w>"]
+    while len(pieces) > 1:
+        ranked = [(merges.get(pair, len(merges)), at) for at, pair in enumerate(zip(pieces, pieces[1:], strict=False))]
+        rank, at = min(ranked)
+        if rank == len(merges):
+            break
+        pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+    return pieces
+
+
+def text_encoders(tokenizers: Sequence[CLIPTokenizer]) -> tuple[CLIPTextModel, CLIPTextModelWithProjection]:
+    """Two CLIP text towers; only the second has a projection, and with it the pooled vector."""
+    activations = ("quick_gelu", "gelu")
+    configs = [
+        CLIPTextConfig(
+            vocab_size=len(tok),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=2,
+            num_attention_heads=width // 16,
+            max_position_embeddings=77,
+            hidden_act=activation,
+            projection_dim=CONTEXT_WIDTHS[1],
+            bos_token_id=tok.bos_token_id,
+            eos_token_id=tok.eos_token_id,
+            pad_token_id=tok.pad_token_id,
+        )
+        for tok, width, activation in zip(tokenizers, CONTEXT_WIDTHS, activations, strict=True)
+    ]
+    return CLIPTextModel(configs[0]), CLIPTextModelWithProjection(configs[1])
+
+
+def scheduler() -> EulerDiscreteScheduler:
+    """SDXL's own noise schedule."""
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        steps_offset=1,
+        timestep_spacing="leading",
+        prediction_type="epsilon",
+    )
+
+
+def untrained(words: Sequence[str], vae: AutoencoderKL, seed: int) -> SDXL:
+    """A nano with random UNet and encoders around a trained VAE; the same seed gives the same weights."""
+    tokenizers = [tokenizer(words, "<|endoftext|>"), tokenizer(words, "!")]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoders = text_encoders(tokenizers)
+        return SDXL(unet(), vae, *encoders, *tokenizers, scheduler=scheduler())
+
+
+def clip(words: Sequence[str], seed: int) -> CLIPModel:
+    """The judge: a CLIP that tells whether a picture shows what a caption says."""
+    tok = tokenizer(words, "<|endoftext|>")
+    text = CLIPTextConfig(
+        vocab_size=len(tok),
+        hidden_size=CLIP_WIDTH,
+        intermediate_size=2 * CLIP_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=77,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=CLIP_WIDTH,
+        intermediate_size=4 * CLIP_WIDTH,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=CLIP_WIDTH))

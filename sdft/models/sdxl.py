@@ -1,0 +1,123 @@
+"""SDXL as four verbs: encode images, encode prompts, denoise, decode.
+
+Knows the parts of the model and how they are conditioned; knows nothing of losses, tuning or sampling.
+The same class holds `nano` and the real thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from sdft.types import Batch, Conditioning
+
+EmptyPrompt = Literal["zeros", "empty"]
+
+
+class SDXL(nn.Module):
+    """The parts of SDXL.
+
+    empty_prompt: what a dropped caption and an absent negative prompt become: `zeros` (both embeddings zero, as the
+    base model was trained) or `empty` (the encoded empty string). Training and sampling share it.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: CLIPTextModelWithProjection,
+        tokenizer: CLIPTokenizer,
+        tokenizer_2: CLIPTokenizer,
+        scheduler: Any,
+        empty_prompt: EmptyPrompt = "zeros",
+    ):
+        super().__init__()
+        self.unet, self.vae = unet, vae
+        self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
+        self.tokenizer, self.tokenizer_2 = tokenizer, tokenizer_2
+        self.scheduler, self.empty_prompt = scheduler, empty_prompt
+        vae.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels a latent position covers along each axis."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def context_encoders(self) -> Iterator[tuple[CLIPTokenizer, nn.Module]]:
+        """(tokenizer, encoder) in the order in which their widths are concatenated."""
+        yield self.tokenizer, self.text_encoder
+        yield self.tokenizer_2, self.text_encoder_2
+
+    def encode_moments(self, pixels_BCHW: Tensor) -> Tensor:
+        """Posterior mean and log variance, stacked on C, in fp32: the VAE overflows in fp16."""
+        with torch.no_grad(), torch.autocast(pixels_BCHW.device.type, enabled=False):
+            posterior = self.vae.encode(pixels_BCHW.to(self.vae.device, self.vae.dtype)).latent_dist
+        return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
+
+    def encode_images(self, batch: Batch, eps_BCHW: Tensor | None = None) -> Tensor:
+        """z0_BCHW: a posterior draw (`eps` standard normal; None takes the mean), scaled to unit variance."""
+        moments = batch.moments_BCHW if batch.moments_BCHW is not None else self.encode_moments(batch.pixels_BCHW)
+        mean, logvar = moments.chunk(2, dim=1)
+        z = mean if eps_BCHW is None else mean + (0.5 * logvar).exp() * eps_BCHW.to(mean)
+        shift = self.vae.config.shift_factor or 0.0
+        return (z - shift) * self.vae.config.scaling_factor
+
+    def latent_shape(self, batch: Batch) -> tuple[int, int, int]:
+        """C, H, W of the latents of a batch."""
+        if batch.moments_BCHW is not None:
+            _, channels, h, w = batch.moments_BCHW.shape
+            return channels // 2, h, w
+        *_, h, w = batch.pixels_BCHW.shape
+        return self.vae.config.latent_channels, h // self.vae_factor, w // self.vae_factor
+
+    def encode_prompts(self, captions: Sequence[str], dropped_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(context_BLD, pooled_BP). Both encoders give their penultimate layer, without the final norm."""
+        contexts = []
+        for tokenizer, encoder in self.context_encoders:
+            ids_BL = tokenize(tokenizer, captions, dropped_B if self.empty_prompt == "empty" else None).to(encoder.device)
+            states = encoder(ids_BL, output_hidden_states=True)
+            contexts.append(states.hidden_states[-2])
+        context_BLD, pooled_BP = torch.cat(contexts, dim=-1), states.text_embeds
+        if dropped_B is not None and self.empty_prompt == "zeros":
+            kept_B = (~dropped_B).to(context_BLD)
+            context_BLD, pooled_BP = context_BLD * kept_B[:, None, None], pooled_BP * kept_B[:, None]
+        return context_BLD, pooled_BP
+
+    def condition(self, batch: Batch) -> Conditioning:
+        """Everything the UNet is told about a batch."""
+        context_BLD, pooled_BP = self.encode_prompts(batch.captions, batch.dropped_B)
+        return Conditioning(context_BLD, pooled_BP, batch.time_ids_B6)
+
+    def denoise(self, z_t_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
+        """The UNet's prediction, in fp32."""
+        dtype = self.unet.dtype
+        added = {"text_embeds": cond.pooled_BP.to(dtype), "time_ids": cond.time_ids_B6}
+        prediction = self.unet(z_t_BCHW.to(dtype), t_B, cond.context_BLD.to(dtype), added_cond_kwargs=added)
+        return prediction.sample.float()
+
+    def decode(self, z_BCHW: Tensor) -> Tensor:
+        """Pixels in [-1, 1] of scaled latents."""
+        shift = self.vae.config.shift_factor or 0.0
+        with torch.no_grad(), torch.autocast(z_BCHW.device.type, enabled=False):
+            z = z_BCHW.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor + shift
+            return self.vae.decode(z).sample.float().clamp(-1, 1)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], dropped_B: Tensor | None = None) -> Tensor:
+    """Token ids, B x 77; a dropped caption becomes the empty string."""
+    if dropped_B is not None:
+        captions = ["" if dropped else caption for caption, dropped in zip(captions, dropped_B.tolist(), strict=True)]
+    return tokenizer(
+        list(captions), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    ).input_ids

@@ -1,0 +1,69 @@
+"""The one LightningModule and the one training step.
+
+Joins a model, what learns in it (`tuning`), what it is asked (`objective`) and how it moves (`optimizer`). Which of
+them, is the caller's choice: full fine-tunes, adapters, and nano's own parts all train through this step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+from torch import Tensor, nn
+
+from sdft.rng import Draws
+from sdft.tuning import learning
+from sdft.types import Batch, UserError
+
+VALIDATION_SEED = 0
+
+
+class Finetuning(L.LightningModule):
+    """Fine-tuning of `model`.
+
+    seed: of everything random in the steps.
+    """
+
+    def __init__(self, model: nn.Module, tuning, objective, optimizer: Callable, lr_schedule: Callable, seed: int):
+        super().__init__()
+        self.model, self.tuning, self.objective = model, tuning, objective
+        self.optimizer, self.lr_schedule, self.seed = optimizer, lr_schedule, seed
+        self.strict_loading = False
+        tuning.attach(model)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The weighted mean loss of a batch."""
+        report = self.objective(self.model, batch, Draws(self.seed, batch.keys, batch.visits))
+        self.log_dict(report.scalars("train"), batch_size=len(batch))
+        self.log("loss", report.per_sample_B.detach().mean(), prog_bar=True, logger=False, batch_size=len(batch))
+        return (report.per_sample_B * batch.loss_weight_B).mean()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The same figures on fixed (image, timestep, noise) triples, equal for every run."""
+        report = self.objective(self.model, batch, Draws(VALIDATION_SEED, batch.keys, batch.visits))
+        self.log_dict(report.scalars("val"), batch_size=len(batch), sync_dist=True)
+
+    def on_fit_start(self) -> None:
+        data = self.trainer.datamodule
+        if data.cache == "ram":
+            data.encode_once(self.model.encode_moments, self.device)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.optimizer(self.tuning.groups(self.model))
+        schedule = self.lr_schedule(optimizer, num_steps=self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what learns; everything else comes from `model.weights` again."""
+        names = {f"model.{name}" for name, _ in learning(self.model)}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other weights than those that learn now."""
+        names, saved = {f"model.{name}" for name, _ in learning(self.model)}, set(checkpoint["state_dict"])
+        if names != saved:
+            odd = sorted(names ^ saved)
+            raise UserError(f"resume: the checkpoint trains other weights than this run, {len(odd)} of them, "
+                            f"for example {odd[0]!r}; resume with the same model, tuning and rank")
+

@@ -1,0 +1,44 @@
+"""Counter-based randomness: every draw is a pure function of (run seed, purpose, key, counter).
+
+No generator is carried from one step to the next, so a draw cannot depend on the number of workers, the batch size,
+accumulation, the world size or a resume. Draws are made on the CPU: every device sees the same noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def seed_of(run_seed: int, purpose: str, key: str = "", counter: int = 0) -> int:
+    """A 63-bit seed; different purposes, keys and counters are independent (BLAKE2b of the four)."""
+    text = f"{run_seed}\x1f{purpose}\x1f{key}\x1f{counter}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def generator(run_seed: int, purpose: str, key: str = "", counter: int = 0) -> torch.Generator:
+    """A CPU generator at the start of the stream of (run seed, purpose, key, counter)."""
+    return torch.Generator().manual_seed(seed_of(run_seed, purpose, key, counter))
+
+
+class Draws:
+    """The random numbers of one batch: sample i draws from the stream of its own key and visit."""
+
+    def __init__(self, run_seed: int, keys: Sequence[str], visits: Sequence[int]):
+        self.run_seed, self.keys, self.visits = run_seed, keys, visits
+
+    def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
+        """Standard normal numbers, B x shape, fp32."""
+        return self._stack(purpose, lambda g: torch.randn(tuple(shape), generator=g))
+
+    def uniform(self, purpose: str) -> Tensor:
+        """One number in [0, 1) a sample, fp64."""
+        return self._stack(purpose, lambda g: torch.rand((), generator=g, dtype=torch.float64))
+
+    def _stack(self, purpose: str, draw) -> Tensor:
+        return torch.stack(
+            [draw(generator(self.run_seed, purpose, key, visit)) for key, visit in zip(self.keys, self.visits, strict=True)]
+        )
