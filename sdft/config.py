@@ -20,12 +20,14 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import detect_calling_file_or_module_from_task_function, detect_task_name, get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sdft.config_check import ConfigError, check, resolve
+from sdft.config_check import check, resolve
 from sdft.config_compose import Composer, composer
+from sdft.config_keys import ConfigError
 from sdft.types import UserError
 
 __all__ = ["CONF_DIR", "ConfigError", "check", "compose", "verb"]
@@ -179,9 +181,7 @@ def _jobs(overrides: list[Override], basic: bool) -> list[list[str]]:
     if basic and count <= MOST_JOBS:
         return [list(job) for job in itertools.product(*axes.values())]
     first = [axis[0] for axis in axes.values()]
-    return [first] + [
-        [*first[:i], word, *first[i + 1 :]] for i, axis in enumerate(axes.values()) for word in axis[1:]
-    ]
+    return [first] + [[*first[:i], word, *first[i + 1 :]] for i, axis in enumerate(axes.values()) for word in axis[1:]]
 
 
 def _alternatives(override: Override) -> list[str]:
@@ -189,7 +189,10 @@ def _alternatives(override: Override) -> list[str]:
         return [override.input_line or ""]
     if isinstance(sweep := override.value(), IntervalSweep):
         return [f"{override.get_key_element()}={end}" for end in (sweep.start, sweep.end)]
-    words = [job[0] for job in BasicSweeper.split_arguments([override], None)[0]]
+    try:
+        words = [job[0] for job in BasicSweeper.split_arguments([override], None)[0]]
+    except (HydraException, ValueError) as error:
+        raise ConfigError(f"{override.input_line} cannot be swept: {str(error).splitlines()[0]}") from None
     if not words:
         raise ConfigError(f"{override.input_line} matches nothing to sweep over")
     return words

@@ -1,13 +1,12 @@
 """Does every `_target_` of a composed config fit the callable it names?
 
-Knows signatures, annotations and pydantic. Must not know how the config was composed (`config_compose`), and never calls
-a target: it only imports what the config names.
+Knows signatures, annotations and pydantic. Must not know how the config was composed (`config_compose`), and never
+calls a target: it only imports what the config names.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import inspect
@@ -15,31 +14,31 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
-from omegaconf.errors import GrammarParseError, InterpolationKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationKeyError,
+    InterpolationToMissingValueError,
+    OmegaConfBaseException,
+)
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sdft.types import UserError
+from sdft.config_keys import MARKS, ConfigError, did_you_mean, dotted, items, join
 
-MARKS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 STRICT = ConfigDict(arbitrary_types_allowed=True, strict=True, allow_inf_nan=False)
 LATER = object()
 """Stands for a value that only a running job knows, such as `${hydra:runtime.output_dir}`."""
-
-
-class ConfigError(UserError):
-    """The config is wrong; the message names the key or group and what to write instead."""
 
 
 def check(cfg: DictConfig) -> None:
     """Resolves every value and binds every `_target_` node to its callable.
 
     A float written as text (`"1e-4"`) is replaced in `cfg` by the number; nothing else changes.
-    Raises ConfigError for a missing value, a broken interpolation, an unknown target or argument, a missing argument, or
-    a value of the wrong type or out of range.
+    Raises ConfigError for a missing value, a broken interpolation, an unknown target or argument, a missing argument,
+    or a value of the wrong type or out of range.
     """
     for path, node in _targets(resolve(cfg)):
         for key, number in _bind(path, node):
@@ -50,16 +49,10 @@ def check(cfg: DictConfig) -> None:
 def resolve(node: Any, path: str = "") -> Any:
     """The config as plain lists and dicts, interpolations resolved; LATER where only a running job knows."""
     if isinstance(node, DictConfig) and not node._is_none():
-        return {key: _value(node, key, _join(path, key)) for key in node}
+        return {key: _value(node, key, join(path, key)) for key in node}
     if isinstance(node, ListConfig) and not node._is_none():
-        return [_value(node, index, _join(path, index)) for index in range(len(node))]
+        return [_value(node, index, join(path, index)) for index in range(len(node))]
     return None if isinstance(node, DictConfig | ListConfig) else node
-
-
-def did_you_mean(word: str, candidates: Iterable[Any]) -> str:
-    """`; did you mean 'x'?`, or nothing when no candidate is close."""
-    close = difflib.get_close_matches(str(word), [str(c) for c in candidates], 1)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _value(node: DictConfig | ListConfig, key: Any, path: str) -> Any:
@@ -68,7 +61,8 @@ def _value(node: DictConfig | ListConfig, key: Any, path: str) -> Any:
     try:
         return resolve(node[key], path)
     except (OmegaConfBaseException, RecursionError) as error:
-        if "HydraConfig was not set" in str(error):
+        # The missing value itself is met elsewhere in the walk.
+        if isinstance(error, InterpolationToMissingValueError) or "HydraConfig was not set" in str(error):
             return LATER
         raw = OmegaConf.to_container(node, resolve=False)[key]  # type: ignore[index, call-overload]
         raise ConfigError(f"{path}: {raw} {_why(error, node)}") from None
@@ -77,41 +71,27 @@ def _value(node: DictConfig | ListConfig, key: Any, path: str) -> Any:
 def _why(error: Exception, node: DictConfig | ListConfig) -> str:
     if isinstance(error, InterpolationKeyError):
         wanted = str(error).split("'")[1]
-        keys = [key for key, _ in leaves(OmegaConf.to_container(node._get_root(), resolve=False))]
-        return f"points to '{wanted}', which does not exist{did_you_mean(wanted, keys)}"
+        guess = did_you_mean(wanted, dotted(OmegaConf.to_container(node._get_root(), resolve=False)))
+        return f"points to '{wanted}', which does not exist{guess}"
     if isinstance(error, RecursionError):
         return "refers to itself"
     if isinstance(error, GrammarParseError):
         return "is not a valid interpolation"
-    return f"cannot be resolved: {str(error).splitlines()[0]}"
-
-
-def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every dotted key of a plain tree with its value, inner nodes included, `_target_` and its like left out."""
-    if path:
-        yield path, tree
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in items:
-        if key not in MARKS:
-            yield from leaves(value, _join(path, key))
+    reason = str(error).splitlines()[0].split("resolving interpolation: ")[-1]
+    return "cannot be resolved: " + reason.strip('"')
 
 
 def _targets(tree: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     if isinstance(tree, dict) and "_target_" in tree:
         yield path, tree
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in items:
-        yield from _targets(value, _join(path, key))
-
-
-def _join(path: str, key: Any) -> str:
-    return f"{path}.{key}" if path else str(key)
+    for key, value in items(tree):
+        yield from _targets(value, join(path, key))
 
 
 def _bind(path: str, node: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Raises when the node does not fit its target; yields the floats written as text."""
     name = node["_target_"]
-    target = locate(name, _join(path, "_target_"))
+    target = locate(name, join(path, "_target_"))
     try:
         parameters = inspect.signature(target).parameters
     except ValueError:  # some builtins have none
@@ -121,12 +101,12 @@ def _bind(path: str, node: dict[str, Any]) -> Iterator[tuple[str, float]]:
         for key, parameter in parameters.items():
             variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
             if key not in given and parameter.default is parameter.empty and not variadic:
-                raise ConfigError(f"{path or 'the config'} needs '{key}' ({name}): set {_join(path, key)}")
+                raise ConfigError(f"{path or 'the config'} needs '{key}' ({name}): set {join(path, key)}")
     hints = _hints(target)
     for key, value in given.items():
         parameter = parameters.get(key) or next(p for p in parameters.values() if p.kind == p.VAR_KEYWORD)
         if type(value) is not type(parameter.default) or value != parameter.default:
-            yield from _fit(_join(path, key), value, hints.get(parameter.name, Any), name)
+            yield from _fit(join(path, key), value, hints.get(parameter.name, Any), name)
 
 
 def _given(path: str, name: str, node: dict[str, Any], parameters: Any) -> dict[str, Any]:
@@ -139,8 +119,8 @@ def _given(path: str, name: str, node: dict[str, Any], parameters: Any) -> dict[
     for key in node:
         if key not in named and key not in MARKS and (not rest or ours):
             takes = f" It takes: {', '.join(named) or 'nothing'}"
-            guess = did_you_mean(_join(path, key), [_join(path, n) for n in named])
-            raise ConfigError(f"unknown key '{_join(path, key)}': {name} has no argument '{key}'{guess or '.'}{takes}")
+            guess = did_you_mean(join(path, key), [join(path, n) for n in named])
+            raise ConfigError(f"unknown key '{join(path, key)}': {name} has no argument '{key}'{guess or '.'}{takes}")
     return dict(zip(positional, node.get("_args_", ()), strict=False)) | {
         key: value for key, value in node.items() if key not in MARKS
     }
@@ -180,9 +160,10 @@ def _hints(target: Any) -> dict[str, Any]:
     """Annotations by argument; Any where one cannot be evaluated, as happens to names imported for type checkers."""
     function = target
     if isinstance(target, type):
-        function = target.__init__ if target.__init__ is not object.__init__ else target.__new__
+        init = inspect.getattr_static(target, "__init__")
+        function = target.__new__ if init is object.__init__ else init
     elif not hasattr(target, "__annotations__"):
-        function = getattr(target, "func", getattr(type(target), "__call__", target))
+        function = getattr(target, "func", type(target).__call__)
     try:
         return typing.get_type_hints(function, include_extras=True)
     except Exception:
@@ -191,8 +172,9 @@ def _hints(target: Any) -> dict[str, Any]:
 
 def _hint(function: Any, hint: Any) -> Any:
     one = types.SimpleNamespace(__annotations__={"it": hint})
+    scope = getattr(inspect.unwrap(function), "__globals__", {})
     try:
-        return typing.get_type_hints(one, getattr(inspect.unwrap(function), "__globals__", {}), include_extras=True)["it"]
+        return typing.get_type_hints(one, scope, include_extras=True)["it"]
     except Exception:
         return Any
 
@@ -206,16 +188,13 @@ def _fit(key: str, value: Any, hint: Any, name: str) -> Iterator[tuple[str, floa
         result = adapter.validate_json(json.dumps(value, default=str))
     except ValidationError as error:
         problems = error.errors()
-        texts = [p for p in problems if p["type"] == "float_type" and isinstance(p["input"], str)]
-        number = _number(texts[0]["input"]) if texts else None
+        text = next((p for p in problems if p["type"] == "float_type" and isinstance(p["input"], str)), None)
+        steps = _steps(value, text["loc"]) if text else []
+        number = _number(_at(value, steps)) if text else None
         if number is None:
             raise ConfigError(_complaint(key, value, problems, name)) from None
-        where, inner = _follow(key, value, texts[0]["loc"])
-        if where == key:
-            yield from _fit(key, number, hint, name)
-        elif inner is not texts[0]["input"]:
-            raise ConfigError(_complaint(key, value, problems, name)) from None
-        yield where, number
+        yield ".".join([key, *map(str, steps)]), number
+        yield from _fit(key, _replaced(value, steps, number), hint, name)
         return
     if dataclasses.is_dataclass(result) and isinstance(value, dict):
         raise ConfigError(f"{key}: needs a _target_ that builds a {type(result).__name__} ({name})")
@@ -245,25 +224,40 @@ def _opaque(value: Any) -> bool:
     return value is LATER or (isinstance(value, list) and any(map(_opaque, value)))
 
 
-def _number(text: str) -> float | None:
+def _number(text: Any) -> float | None:
     try:
-        number = float(text)
+        number = float(text) if isinstance(text, str) else math.nan
     except ValueError:
         return None
     return number if math.isfinite(number) else None
 
 
-def _follow(key: str, value: Any, loc: tuple[Any, ...]) -> tuple[str, Any]:
-    """The full key and the value that pydantic points at; steps that name a member of a union are skipped."""
+def _steps(value: Any, loc: tuple[Any, ...]) -> list[Any]:
+    """The way to what pydantic points at; its steps that name a member of a union are skipped."""
+    steps = []
     for step in loc:
-        inside = step in value if isinstance(value, dict) else isinstance(step, int) and isinstance(value, list)
-        if inside and (isinstance(value, dict) or step < len(value)):
-            key, value = f"{key}.{step}", value[step]
-    return key, value
+        children = dict(items(value))
+        if step in children:
+            steps.append(step)
+            value = children[step]
+    return steps
+
+
+def _at(value: Any, steps: list[Any]) -> Any:
+    return functools.reduce(lambda inner, step: inner[step], steps, value)
+
+
+def _replaced(value: Any, steps: list[Any], new: Any) -> Any:
+    if not steps:
+        return new
+    changed = value.copy()
+    changed[steps[0]] = _replaced(value[steps[0]], steps[1:], new)
+    return changed
 
 
 def _complaint(key: str, value: Any, problems: list[Any], name: str) -> str:
-    where, wrong = _follow(key, value, problems[0]["loc"])
+    steps = _steps(value, problems[0]["loc"])
+    where, wrong = ".".join([key, *map(str, steps)]), _at(value, steps)
     says: dict[str, None] = {}
     for problem in problems:
         text = problem["msg"].replace("Input should", "must").replace("a valid array", "a list")

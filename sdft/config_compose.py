@@ -20,12 +20,12 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sdft.config_check import ConfigError, did_you_mean, leaves
+from sdft.config_keys import ConfigError, closest, did_you_mean, dotted, has, leaf, merge, nest, split, strays
 
 OVERLAYS = ("experiment", "recipe")
 """Groups whose files only set keys that others declare: a key that exists nowhere else is a mistake in them."""
@@ -33,17 +33,30 @@ TROUBLES = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, 
 
 
 @contextmanager
-def composer(root: str, conf_dir: Path, job_name: str = "job", extra: Path | None = None) -> Iterator[Composer]:
-    """Opens a conf directory; `extra` is one more directory searched after it."""
+def composer(root: str, conf_dir: Path, job_name: str = "job", extra: str | None = None) -> Iterator[Composer]:
+    """Opens a conf directory; `extra` is one more directory to search."""
     conf_dir = Path(conf_dir).absolute()
-    if not conf_dir.is_dir():
-        raise ConfigError(f"there is no config directory {conf_dir}")
+    for folder in [conf_dir, Path(extra or conf_dir)]:
+        if not folder.is_dir():
+            raise ConfigError(f"there is no config directory {folder}")
     with initialize_config_dir(str(conf_dir), job_name=job_name, version_base="1.3"):
         loader: Any = GlobalHydra.instance().config_loader()
         if extra is not None:
             loader.get_search_path().append("command-line", f"file://{Path(extra).absolute()}")
             loader.repository.initialize_sources(loader.get_search_path())
         yield Composer(root, conf_dir, loader)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What the chosen files say, before any value is overridden."""
+
+    tree: dict[str, Any]
+    """The keys that exist, overlays aside."""
+    overlays: list[tuple[str, dict[str, Any]]]
+    """File and content of each overlay."""
+    choices: dict[str, Any]
+    """Group -> chosen option."""
 
 
 @dataclass
@@ -60,13 +73,13 @@ class Composer:
         for override in parsed:
             self._refuse_sweep(override)
             self._check_option(override)
-        tree, overlays = self._declared(words)
-        values = [o for o in parsed if not self._is_group(o)]
-        for override in values:
-            self._check_key(override, tree, words)
-        for where, overlay in overlays:
-            for key in _strays(overlay, tree):
-                raise ConfigError(f"{where} sets '{key}': {self._unknown(key, tree, words)}")
+        declared = self._declared(words)
+        for override in parsed:
+            if not self._is_group(override) and not override.is_hydra_override():
+                self._check_key(override, declared, words)
+        for where, overlay in declared.overlays:
+            for key in strays(overlay, declared.tree):
+                raise ConfigError(f"{where} sets '{key}': {self._unknown(key, declared, words)}")
         return self.load_raw(words)
 
     def load_raw(self, words: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
@@ -83,24 +96,27 @@ class Composer:
         if "=" not in word and not word.startswith("~"):
             raise ConfigError(f"'{word}' is not an override{self._guess_choice(word)}")
         try:
-            return OverridesParser.create(config_loader=self.loader).parse_override(word)
-        except OverrideParseException as error:
-            reason = error.message.splitlines()[0]
-            raise ConfigError(f"cannot read '{word}': {reason}; quote it: \"key='value'\"") from None
+            return OverridesParser.create(config_loader=self.loader).parse_overrides([word])[0]
+        except HydraException as error:
+            reason = getattr(error, "message", str(error)).splitlines()[0]
+            raise ConfigError(f"cannot read '{word}': {reason}. Text with special characters needs quotes") from None
 
     @cached_property
     def groups(self) -> list[str]:
         """Every group and subgroup, Hydra's own left out."""
-        found, pending = [], [g for g in self.loader.repository.get_group_options("", ObjectType.GROUP) if g != "hydra"]
+        found: list[str] = []
+        pending = [group for group in self._listed("", ObjectType.GROUP) if group != "hydra"]
         while pending:
-            group = pending.pop(0)
-            found.append(group)
-            pending += [f"{group}/{inner}" for inner in self.loader.repository.get_group_options(group, ObjectType.GROUP)]
+            found.append(group := pending.pop(0))
+            pending += [f"{group}/{inner}" for inner in self._listed(group, ObjectType.GROUP)]
         return found
 
     def options(self, group: str) -> list[str]:
         """What can be chosen for a group; files that start with `_` are for other files."""
-        return [o for o in self.loader.repository.get_group_options(group, ObjectType.CONFIG) if not o.startswith("_")]
+        return [option for option in self._listed(group, ObjectType.CONFIG) if not option.startswith("_")]
+
+    def _listed(self, group: str, kind: ObjectType) -> list[str]:
+        return self.loader.repository.get_group_options(group, kind)
 
     def _is_group(self, override: Override) -> bool:
         return self.loader.repository.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
@@ -108,188 +124,136 @@ class Composer:
     def _refuse_sweep(self, override: Override) -> None:
         if override.is_sweep_override():
             key, _, value = (override.input_line or "").partition("=")
-            others = f', {key}=[{value}] for a list, "{key}=\'{value}\'" for one text' if "(" not in value else ""
+            others = "" if "(" in value else f" (or write {key}=[{value}] for a list)"
             raise ConfigError(f"{override.input_line} is a sweep: add -m to sweep{others}")
 
     def _check_option(self, override: Override) -> None:
         group, value = override.key_or_group, override.value()
         if not self._is_group(override) or override.is_delete():
             as_group = group.replace(".", "/")
-            if isinstance(value, str) and as_group in self.groups and value in self.options(as_group):
+            if as_group in self.groups and value in self.options(as_group):
                 raise ConfigError(f"{override.input_line}: '{group}' is a group; did you mean '{as_group}={value}'?")
             return
-        options = self.loader.repository.get_group_options(group, ObjectType.CONFIG)
         if value is None:
-            raise ConfigError(f"'{group}' has no option null; leave it out with '~{group}'")
+            raise ConfigError(f"'{group}' has no option null; '~{group}' leaves it out")
+        options = self._listed(group, ObjectType.CONFIG)
         for option in value if isinstance(value, list) else [value]:
             if str(option) not in options:
-                listed = f"Options: {', '.join(self.options(group))}"
                 guess = did_you_mean(option, options) or "."
-                raise ConfigError(f"'{group}' has no option '{option}'{guess} {listed}")
+                raise ConfigError(f"'{group}' has no option '{option}'{guess}{self._menu(group)}")
             if not isinstance(option, str):
-                raise ConfigError(f"{override.input_line}: an option that looks like a number needs quotes")
+                raise ConfigError(f"{override.input_line}: quote an option that is a number, {group}=\"'{option}'\"")
+
+    def _menu(self, group: str) -> str:
+        options = self.options(group)
+        return f" Options: {', '.join(options)}" if options else ""
 
     def _guess_choice(self, word: str) -> str:
         if word in self.groups:
-            return f": write {word}=<option>. Options: {', '.join(self.options(word))}"
+            return f": write {word}=<option>.{self._menu(word)}"
         choices = {option: f"{group}={option}" for group in reversed(self.groups) for option in self.options(group)}
-        close = did_you_mean(word, choices)
-        return f"; did you mean '{choices[close.split(chr(39))[1]]}'?" if close else ": write key=value"
+        guess = closest(word, choices)
+        return f"; did you mean '{choices[guess]}'?" if guess else ": write key=value"
 
-    def _declared(self, words: Sequence[str]) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
-        """What the chosen files say: the keys declared, and what each overlay file sets."""
+    def _declared(self, words: Sequence[str]) -> Declared:
         try:
             defaults = self.loader.compute_defaults_list(self.root, list(words), RunMode.RUN)
         except TROUBLES as error:
             self._explain(error, words)
-        tree: dict[str, Any] = {}
-        overlays = []
+        declared = Declared({}, [], dict(defaults.overrides.known_choices))
         for default in defaults.defaults:
             said = self._said_by(default)
             if (default.config_path or "").partition("/")[0] in OVERLAYS:
-                overlays.append((f"{default.config_path}.yaml", said))
+                declared.overlays.append((f"{default.config_path}.yaml", said))
             else:
-                _merge(tree, said)
-        self._choices = dict(defaults.overrides.known_choices)
-        return tree, overlays
+                merge(declared.tree, said)
+        declared.tree.pop("hydra", None)
+        return declared
 
     def _said_by(self, default: ResultDefault) -> dict[str, Any]:
         try:
             loaded = self.loader.repository.load_config(default.config_path)
             said = OmegaConf.to_container(loaded.config, resolve=False) if loaded else {}
         except TROUBLES as error:
-            self._explain(error, [])
+            self._explain(error, ())
         if not isinstance(said, dict):
             return {}
         said.pop("defaults", None)
-        for part in reversed([p for p in (default.package or "").split(".") if p]):
-            said = {part: said}
-        return said
+        return nest(split(default.package or ""), said)
 
-    def _check_key(self, override: Override, tree: dict[str, Any], words: Sequence[str]) -> None:
+    def _check_key(self, override: Override, declared: Declared, words: Sequence[str]) -> None:
         key = override.key_or_group
-        if key.partition(".")[0] == "hydra" or key.startswith("hydra/"):
-            return
         if override.is_add() or override.is_force_add():
-            added: Any = override.value()
-            for part in reversed(_parts(key)):
-                added = {part: added}
-            unknown = next(_strays(added, tree), None)
+            unknown = next(strays(nest(split(key), override.value()), declared.tree), None)
         else:
-            unknown = None if _has(tree, key) else key
+            # A stray of an overlay is that file's mistake, not the command's.
+            known = has(declared.tree, key) or any(has(overlay, key) for _, overlay in declared.overlays)
+            unknown = None if known else key
         if unknown is not None:
-            raise ConfigError(self._unknown(unknown, tree, words))
+            raise ConfigError(self._unknown(unknown, declared, words))
 
-    def _unknown(self, key: str, tree: dict[str, Any], words: Sequence[str]) -> str:
+    def _unknown(self, key: str, declared: Declared, words: Sequence[str]) -> str:
         """The sentence about a key that this composition does not have."""
-        group, holders = self._holders(key, words)
-        if holders:
-            these = " and ".join(f"{group}={option}" for option in holders)
-            verb = "has" if len(holders) == 1 else "have"
-            return f"'{key}' means nothing with {group}={self._choices.get(group)}; {these} {verb} it"
-        keys = [path for path, _ in leaves({k: v for k, v in tree.items() if k != "hydra"})]
-        last = key.rpartition(".")[2].rpartition("/")[2]
-        same = [k for k in keys + self.groups if re.split("[./]", k)[-1] == last]
-        if same:
-            return f"unknown key '{key}'; did you mean '{min(same, key=len)}'?"
-        guess = did_you_mean(key, [*keys, *self.groups])
-        if not guess:
-            near = did_you_mean(last, ends := {re.split("[./]", k)[-1]: k for k in reversed(keys + self.groups)})
-            guess = f"; did you mean '{ends[near.split(chr(39))[1]]}'?" if near else ""
-        return f"unknown key '{key}'{guess or '; the top-level keys are: ' + ', '.join(k for k in tree if k != 'hydra')}"
+        if elsewhere := self._elsewhere(key, declared, words):
+            return elsewhere
+        keys = [*self.groups, *dotted(declared.tree)]
+        ends: dict[str, list[str]] = {}
+        for known in keys:
+            ends.setdefault(leaf(known), []).append(known)
+        near = leaf(key) if leaf(key) in ends else None
+        guess = None if near else closest(key, keys)
+        near = near or (None if guess else closest(leaf(key), ends))
+        guess = guess or (min(ends[near], key=len) if near else None)
+        hint = f"; did you mean '{guess}'?" if guess else f". Known at the top: {', '.join(declared.tree)}"
+        return f"unknown key '{key}'{hint}"
 
-    def _holders(self, key: str, words: Sequence[str]) -> tuple[str, list[str]]:
-        """The first group with other options that would bring `key`, and those options."""
-        choices = self._choices
-        mine = [w for w in words if self._is_group(self.parse(w))]
-        mention = re.compile(rf"\b{re.escape(re.split('[./]', key)[-1])}['\"]?\s*[:@]")
-        for group in sorted(g for g in choices if g in self.groups and g not in OVERLAYS):
-            files = list((self.conf_dir / group).rglob("*.yaml"))
-            if not any(mention.search(file.read_text()) or "/" in key for file in files):
+    def _elsewhere(self, key: str, declared: Declared, words: Sequence[str]) -> str | None:
+        """The sentence about a key, or a group, that other options of some group would bring."""
+        mine = [word for word in words if self._is_group(self.parse(word))]
+        mention = re.compile(rf"\b{re.escape(leaf(key))}['\"]?\s*[:@]")
+        for group in sorted(g for g in declared.choices if g in self.groups and g not in OVERLAYS):
+            # Composing is slow; most groups never speak of the key.
+            if not any(mention.search(file.read_text()) for file in (self.conf_dir / group).rglob("*.yaml")):
                 continue
-            others = [option for option in self.options(group) if option != choices[group]]
-            holders = [option for option in others if self._brings(key, [*mine, f"{group}={option}"])]
-            self._choices = choices
-            if holders:
-                return group, holders
-        return "", []
+            chosen = declared.choices[group]
+            others = [option for option in self.options(group) if option != chosen]
+            if holders := [f"{group}={o}" for o in others if self._brings(key, [*mine, f"{group}={o}"])]:
+                verb = "has" if len(holders) == 1 else "have"
+                return f"'{key}' means nothing with {group}={chosen}; {' and '.join(holders)} {verb} it"
+        return None
 
     def _brings(self, key: str, words: list[str]) -> bool:
         try:
-            return _has(self._declared(words)[0], key) if "/" not in key else bool(self._declared(words)) and (
-                key in self._choices
-            )
+            declared = self._declared(words)
         except ConfigError:
             return False
+        return key in declared.choices or has(declared.tree, key)
 
     def _explain(self, error: Exception, words: Sequence[str]) -> NoReturn:
         """Hydra's own complaint in one sentence."""
         text = str(error) or str(error.__cause__ or type(error).__name__)
         if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-            group, _, option = str(error.missing_cfg_file).rpartition("/")
-            where = f"'{group}' has no option '{option}', which this combination of choices asks for" if group else (
-                f"there is no {option}.yaml in {self.conf_dir}"
-            )
-            options = self.options(group) if group else []
-            listed = f" Options: {', '.join(options)}" if options else ""
-            raise ConfigError(f"{where}{did_you_mean(option, options) or '.'}{listed}") from None
+            raise ConfigError(self._no_file(str(error.missing_cfg_file))) from None
         if needed := re.match(r"You must specify '(.+?)'", text):
-            listed = ", ".join(self.options(needed[1].partition("@")[0]))
-            raise ConfigError(f"{needed[1]} is not chosen: pass {needed[1]}=... Options: {listed}") from None
-        if unused := re.match(r"Could not override '(.+?)'", text):
+            raise ConfigError(f"{needed[1]} is not chosen: pass {needed[1]}=...{self._menu(needed[1])}") from None
+        unused = re.match(r"Could not override '(.+?)'", text)
+        if unused and any(self.parse(word).get_key_element() == unused[1] for word in words):
             raise ConfigError(self._unused(unused[1], words)) from None
         if isinstance(error, yaml.YAMLError):
             raise ConfigError(f"cannot read a config file: {' '.join(text.split())}") from None
         raise ConfigError(f"{self.root}: {text.splitlines()[0]}") from None
 
+    def _no_file(self, path: str) -> str:
+        group, _, option = path.rpartition("/")
+        if not group:
+            return f"there is no {option}.yaml in {self.conf_dir}{did_you_mean(option, self.options(''))}"
+        guess = did_you_mean(option, self.options(group)) or "."
+        return f"'{group}' has no option '{option}', which this combination asks for{guess}{self._menu(group)}"
+
     def _unused(self, group: str, words: Sequence[str]) -> str:
-        rest = [w for w in words if self.parse(w).key_or_group != group.partition("@")[0]]
-        self._declared(rest)
-        by, holders = self._holders(group, rest)
-        if holders:
-            return f"'{group}' means nothing with {by}={self._choices.get(by)}; {by}={holders[0]} has it"
-        own = sorted(g for g in self._choices if not g.startswith("hydra"))
-        return f"'{group}' is not part of '{self.root}'. Its groups: {', '.join(own)}"
-
-
-def _parts(key: str) -> list[str]:
-    return [part for part in re.split(r"[.\[\]]+", key) if part]
-
-
-def _has(tree: Any, key: str) -> bool:
-    """Whether the key exists; what lies inside a scalar or an interpolation is Hydra's to judge."""
-    for part in _parts(key):
-        if isinstance(tree, list):
-            if not part.isdigit() or int(part) >= len(tree):
-                return False
-            tree = tree[int(part)]
-        elif isinstance(tree, dict):
-            if part not in tree:
-                return False
-            tree = tree[part]
-        else:
-            return isinstance(tree, str) and "${" in tree
-    return True
-
-
-def _merge(tree: dict[str, Any], said: dict[str, Any]) -> None:
-    for key, value in said.items():
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _merge(tree[key], value)
-        else:
-            tree[key] = value
-
-
-def _strays(said: dict[Any, Any], tree: Any, path: str = "") -> Iterator[str]:
-    """Keys that nobody declares; inside a `_target_` node they are arguments, which `check` binds."""
-    if not isinstance(tree, dict) or (path and not tree) or "_target_" in tree or "_target_" in said:
-        return
-    for key, value in said.items():
-        if key == "hydra" and not path:
-            continue
-        inner = f"{path}.{key}" if path else str(key)
-        if key in tree:
-            if isinstance(value, dict):
-                yield from _strays(value, tree[key], inner)
-        elif not (path and isinstance(value, dict) and "_target_" in value):
-            yield inner
+        """The sentence about a group that exists and that this composition does not use."""
+        rest = [word for word in words if self.parse(word).get_key_element() != group]
+        declared = self._declared(rest)
+        used = sorted(g for g in declared.choices if not g.startswith("hydra"))
+        elsewhere = self._elsewhere(group, declared, rest)
+        return elsewhere or f"'{group}' is not part of '{self.root}'. Its groups: {', '.join(used)}"

@@ -21,6 +21,7 @@ UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2",
 ATTENTION_TARGETS = UNET_TARGETS[:4]
 ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 ADAPTER = "default"
+WORDS = "words"
 
 Part = Literal["unet", "text_encoder", "text_encoder_2"]
 
@@ -88,7 +89,7 @@ class Adapter:
         self.rank, self.alpha, self.parts, self.layers = rank, alpha or rank, tuple(parts), layers
         self.method, self.dropout = method, dropout
         self.lr_scale, self.new_words = dict(lr_scale or {}), dict(new_words or {})
-        unknown = set(self.lr_scale) - {*self.parts, *(["words"] if new_words else [])}
+        unknown = set(self.lr_scale) - {*self.parts, *([WORDS] if new_words else [])}
         if unknown:
             raise UserError(f"tuning.lr_scale names {sorted(unknown)}, which tuning.parts does not train")
         if self.new_words and len(self.parts) < 3:
@@ -104,6 +105,7 @@ class Adapter:
             parameter.requires_grad_("lora_" in name)
         if self.new_words:
             model.add_words(self.new_words)
+            self._initial_rows = {name: rows.detach().clone() for name, rows in model.word_rows.items()}
 
     def config(self, part: str, module: nn.Module) -> LoraConfig:
         """The peft configuration of one part."""
@@ -129,14 +131,21 @@ class Adapter:
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """One parameter group a part, with its `name` and `lr_scale`."""
-        parts = (*self.parts, "words") if self.new_words else self.parts
+        parts = (*self.parts, WORDS) if self.new_words else self.parts
         return parameter_groups(model, parts, self.lr_scale)
 
     @contextmanager
     def base(self, model: nn.Module) -> Iterator[None]:
-        """The model without its adapters, inside the `with`. New words are unknown to it."""
-        with scaled(model, 0.0), model.without_words():
-            yield
+        """The model as it was before training, inside the `with`: no adapters, words at their initial phrases."""
+        with scaled(model, 0.0), torch.no_grad():
+            learned = {name: rows.clone() for name, rows in model.word_rows.items()}
+            for name, rows in model.word_rows.items():
+                rows.copy_(self._initial_rows[name])
+            try:
+                yield
+            finally:
+                for name, rows in model.word_rows.items():
+                    rows.copy_(learned[name])
 
 
 @contextmanager
@@ -181,8 +190,13 @@ def parameter_groups(model: nn.Module, parts: Sequence[str], lr_scale: Mapping[s
     """The learning parameters of each part."""
     groups = []
     for part in parts:
-        owned = [p for name, p in learning(model) if name.startswith(f"{part}.")]
+        owned = [p for name, p in learning(model) if part_of(name) == part]
         if not owned:
             raise UserError(f"tuning: nothing learns in {part!r}")
         groups.append({"params": owned, "name": part, "lr_scale": lr_scale.get(part, 1.0)})
     return groups
+
+
+def part_of(parameter_name: str) -> str:
+    """The part a parameter belongs to; the rows of new words are a part of their own."""
+    return WORDS if parameter_name.endswith(".rows_ND") else parameter_name.split(".")[0]

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sdft.data.dataset import Pictures, RunOrder, Source, collate
 from sdft.data.images import Crop
+from sdft.data.sources import Folder
 from sdft.types import Batch, Count, Fraction, Index
 
 
@@ -99,3 +100,23 @@ class Images(L.LightningDataModule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._batches_done = state["batches_done"]
+
+
+def folder(
+    root: str,
+    batch_size: Count,
+    size: Count,
+    seed: int = 0,
+    caption: str = "{caption}",
+    default_caption: str | None = None,
+    held_out: Fraction = 0.1,
+    crop: Crop = "center",
+    flip: bool = False,
+    caption_dropout: Fraction = 0.0,
+    cache: Literal["ram", "off"] = "ram",
+    num_workers: Index = 0,
+) -> Images:
+    """The captioned pictures of one folder; see `sources.Folder` and `Images` for the options."""
+    options = {"held_out": held_out, "caption": caption, "default_caption": default_caption}
+    train, validation = (Folder(root, split, **options) for split in ("train", "validation"))
+    return Images(train, validation, batch_size, size, seed, crop, flip, caption_dropout, cache, num_workers)

@@ -6,7 +6,7 @@ The same class holds `nano` and the real thing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from sdft.models.words import ExtendedEmbedding, add_words
 from sdft.types import Batch, Conditioning
 
 EmptyPrompt = Literal["zeros", "empty"]
@@ -58,6 +59,17 @@ class SDXL(nn.Module):
         """(tokenizer, encoder) in the order in which their widths are concatenated."""
         yield self.tokenizer, self.text_encoder
         yield self.tokenizer_2, self.text_encoder_2
+
+    def add_words(self, words: Mapping[str, str]) -> None:
+        """Teach both tokenizers `words` (word -> initial phrase) and both encoders a learned row for each."""
+        for tokenizer, encoder in self.context_encoders:
+            encoder.set_input_embeddings(add_words(tokenizer, encoder.get_input_embeddings(), words))
+
+    @property
+    def word_rows(self) -> dict[str, Tensor]:
+        """The learned rows of new words, N x D, under the names that other programs use; empty without new words."""
+        tables = {name: e.get_input_embeddings() for name, (_, e) in zip(("clip_l", "clip_g"), self.context_encoders)}
+        return {name: table.rows_ND for name, table in tables.items() if isinstance(table, ExtendedEmbedding)}
 
     def encode_moments(self, pixels_BCHW: Tensor) -> Tensor:
         """Posterior mean and log variance, stacked on C, in fp32: the VAE overflows in fp16."""

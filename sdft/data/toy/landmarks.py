@@ -122,7 +122,7 @@ def forest(variant: int) -> list[Part]:
     rng = np.random.default_rng([7, variant])
     parts: list[Part] = []
     for x in (2, 26, 50, 74, 98):
-        parts += moved(_pine(True), 0.62 + 0.1 * rng.random(), x + rng.uniform(-4, 4), 66)
+        parts += moved(_pine(True), (0.44 if 10 < x < 90 else 0.62) + 0.08 * rng.random(), x + rng.uniform(-4, 4), 66)
     bend = rng.uniform(-8, 8)
     parts.append(blob("path", [(46, 70), (54, 70), (58 + bend, 82), (76, 104), (28, 104), (46 + bend, 82)], False))
     parts += moved(_cottage(), 0.78, 50 + rng.uniform(-3, 3), 74)

@@ -67,20 +67,21 @@ def _cloud(x: float, y: float, s: float) -> list[Part]:
 def _heavens(scene: Scene, rng: np.random.Generator) -> list[Part]:
     """Sun, moon, stars and clouds above the land, on the side the subject leaves free."""
     left = rng.random() < 0.5 if abs(scene.x - 0.5) < 0.1 else scene.x > 0.5
-    x = 0.15 + 0.04 * rng.random() if left else 0.85 - 0.04 * rng.random()
+    reach = 0.36 if scene.subject == "fairy tale forest" else 0.13
+    x = reach + 0.04 * rng.random() if left else 1.0 - reach - 0.04 * rng.random()
     parts: list[Part] = []
     if scene.time == "night":
         for sx, sy in ((0.12, 0.36), (0.36, 0.10), (0.62, 0.07), (0.90, 0.40), (0.5, 0.26)):
             parts.append(oval("starlight", sx + rng.uniform(-0.06, 0.06), sy + rng.uniform(-0.04, 0.04), 0.014, 0.014,
                               edge=False))
-        return [*parts, oval("moon", x, 0.16, 0.085, 0.085), oval("moonspot", x - 0.025, 0.14, 0.022, 0.022,
+        return [*parts, oval("moon", x, 0.13, 0.085, 0.085), oval("moonspot", x - 0.025, 0.11, 0.022, 0.022,
             edge=False),
-                oval("moonspot", x + 0.03, 0.185, 0.016, 0.016, edge=False)]
+                oval("moonspot", x + 0.03, 0.155, 0.016, 0.016, edge=False)]
     if scene.time == "sunset":
         height = 0.5 if scene.place == "sky" else scene.horizon
         return [oval("sun", x, height - 0.03, 0.13, 0.13), *_cloud(1 - x, 0.14, 0.15)]
     if scene.time == "sunny":
-        parts.append(oval("sun", x, 0.15, 0.095, 0.095))
+        parts.append(oval("sun", x, 0.13, 0.09, 0.09))
         return parts + _cloud(1.0 - x + rng.uniform(-0.05, 0.05), 0.16 + rng.uniform(-0.04, 0.04), 0.15)
     parts += _cloud(x, 0.16 + rng.uniform(-0.04, 0.06), 0.15 + 0.05 * rng.random())
     return parts + _cloud(1.0 - x + rng.uniform(-0.06, 0.06), 0.12 + rng.uniform(-0.04, 0.04), 0.13)

@@ -31,7 +31,9 @@ def _plain(scene: Scene, layout: Layout, size: int) -> np.ndarray:
 
 
 def _shifted(field: np.ndarray, dx: int, dy: int) -> np.ndarray:
-    return np.roll(field, (dy, dx), axis=(0, 1))
+    pad = max(abs(dx), abs(dy))
+    height, width = field.shape
+    return np.pad(field, pad, mode="edge")[pad - dy:pad - dy + height, pad - dx:pad - dx + width]
 
 
 def _shadow(layout: Layout, size: int, mask: np.ndarray, strength: float) -> np.ndarray:
@@ -95,6 +97,9 @@ def _dreamy(scene: Scene, layout: Layout, size: int) -> np.ndarray:
     luma = shot.back @ _LUMA
     depth = (0.74 + 0.34 * luma / max(float(luma.mean()), 60.0))[..., None]
     behind = 0.74 * sky * np.clip(depth, 0.6, 1.3) + 0.26 * shot.back
+    warm = shot.back[..., 0]
+    shine = np.clip((warm - np.median(warm, axis=1, keepdims=True) - 30.0) / 120.0, 0, 1)[..., None]
+    behind = behind + (np.array([255.0, 236.0, 232.0]) - behind) * 0.55 * shine
     pale = float((shot.subject @ _LUMA).sum() / max(shot.mask.sum(), 1.0)) / 255.0
     ring = (softened(shot.mask * 255.0, 4.5 * unit) / 255.0)[..., None]
     halo = float(np.clip(1.55 - 1.9 * pale, -0.35, 1.1))

@@ -170,7 +170,7 @@ def guitar() -> list[Part]:
 def lamp() -> list[Part]:
     """A table lamp with a lit bulb."""
     return [
-        rect("metal", 46, 44, 54, 92), slab("dark", 28, 90, 72, 98, 4), oval("flame", 50, 50, 12, 9),
+        rect("steel", 46, 44, 54, 92), slab("dark", 28, 90, 72, 98, 4), oval("flame", 50, 50, 12, 9),
         poly("main", [(34, 4), (66, 4), (86, 50), (14, 50)]), poly("light", [(42, 4), (52, 4), (50, 50), (30, 50)],
             False),
     ]

@@ -1,0 +1,69 @@
+"""An exponential moving average of what learns, used for validation, previews and the exported weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import lightning as L
+import torch
+from annotated_types import Ge, Lt
+from torch import Tensor
+
+from sdft.tuning import learning, put
+
+
+class EMA(L.Callback):
+    """Averages the learning weights after each optimiser step.
+
+    decay: of the average; early on it is (1 + n) / (10 + n) after n steps, so that the start is soon forgotten.
+    """
+
+    def __init__(self, decay: Annotated[float, Ge(0), Lt(1)] = 0.999):
+        self.decay = decay
+        self.num_updates = 0
+        self.average: dict[str, Tensor] = {}
+        self._live: dict[str, Tensor] | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        saved = self.average
+        self.average = {name: p.detach().clone() for name, p in learning(module.model)}
+        for name, value in saved.items():
+            self.average[name].copy_(value)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.num_updates:
+            return
+        self.num_updates = trainer.global_step
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        with torch.no_grad():
+            for name, p in learning(module.model):
+                self.average[name].lerp_(p.detach(), 1 - decay)
+
+    @contextmanager
+    def averaged(self, module: L.LightningModule) -> Iterator[None]:
+        """The model with the average in place, inside the `with`."""
+        live = {name: p.detach().clone() for name, p in learning(module.model)}
+        put(module.model, self.average)
+        try:
+            yield
+        finally:
+            put(module.model, live)
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._live = {name: p.detach().clone() for name, p in learning(module.model)}
+        put(module.model, self.average)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        put(module.model, self._live)
+        self._live = None
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        put(module.model, self.average)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_updates": self.num_updates, "average": self.average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_updates, self.average = state["num_updates"], state["average"]

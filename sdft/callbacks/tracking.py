@@ -1,0 +1,65 @@
+"""What is told about a run: git state, pictures, Weights & Biases. The only user of wandb."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.loggers import WandbLogger
+
+
+def wandb_logger(
+    save_dir: str | None,
+    name: str,
+    project: str = "sdft",
+    mode: Literal["auto", "online", "offline"] = "auto",
+    tags: list[str] | None = None,
+) -> WandbLogger:
+    """Weights & Biases.
+
+    mode: `auto` is online where an API key is at hand (`wandb login`), offline elsewhere.
+    """
+    import wandb
+
+    if mode == "auto":
+        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    return WandbLogger(
+        project=project, name=name, save_dir=save_dir, offline=mode != "online", tags=tags, log_model=False
+    )
+
+
+def log_picture(trainer: L.Trainer, name: str, path: Path, step: int) -> None:
+    """Show a picture file in W&B, where it is on."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, [str(path)], step=step)
+
+
+def log_run(trainer: L.Trainer, config: dict[str, Any]) -> None:
+    """Tell every logger the composed config and the state of the code."""
+    for logger in trainer.loggers:
+        logger.log_hyperparams({**config, "git": git_state()})
+
+
+def log_summary(trainer: L.Trainer, summary: dict[str, Any]) -> None:
+    """The figures of the finished run, as W&B's summary."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
+
+
+def git_state() -> dict[str, Any]:
+    """The commit of the code and whether files differ from it; empty outside a git checkout."""
+
+    def git(*words: str) -> str:
+        root = Path(__file__).resolve().parents[2]
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {}

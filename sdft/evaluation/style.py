@@ -1,0 +1,289 @@
+"""How far a set of pictures is from a look, and how much of the way a tuned model has gone.
+
+Two sets are compared as distributions, so no picture needs a partner: colours of pixels, and small patches without
+their mean, at several scales. Knows pixels only; must not know models, prompts or which looks there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdft.rng import generator
+from sdft.types import UserError
+
+Pictures = np.ndarray | Sequence[np.ndarray]
+"""uint8 RGB, N x H x W x 3 or a sequence of H x W x 3."""
+Responses = dict[str, np.ndarray]
+"""Scale -> N x R x K: what each picture answers to R directions at K places, in units of the reference's spread."""
+
+COLOUR = "colour"
+PATCH = 5
+"""Side of a patch, in pixels of its scale."""
+SCALES = (1, 2, 4)
+"""Pixels of the reduced picture in one pixel of a patch."""
+PLACES = {COLOUR: 18, "patches": 12}
+"""Places looked at in each picture, along each axis."""
+DIRECTIONS = {COLOUR: 32, "patches": 64}
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Sliced Wasserstein-1 distances in units of the reference's own spread; `d` is the mean of the two parts."""
+
+    d: float
+    colour: float
+    patches: float
+
+
+@dataclass(frozen=True)
+class Gain:
+    """(d_base - d_tuned) / (d_base - d_floor): 0 is the base model, 1 is as close as other pictures of the look.
+
+    Above 1 is sampling noise. Below 0 is farther from the look than the base. NaN where the base is no farther than
+    the floor, so that there is nothing to gain. `ceiling` is the gain of the look after a pass through the VAE.
+    """
+
+    gain: float
+    d_base: float
+    d_tuned: float
+    d_floor: float
+    ceiling: float | None = None
+
+
+@dataclass(frozen=True)
+class StyleGain:
+    """The gain in `d`, and in each part of it."""
+
+    style_gain: float
+    d_base: float
+    d_tuned: float
+    d_floor: float
+    ceiling: float | None
+    colour: Gain
+    patches: Gain
+
+    def scalars(self, prefix: str) -> dict[str, float]:
+        """Every figure under its name, for a logger; parts as `prefix/colour/gain`."""
+        flat: dict[str, float] = {}
+        for name, value in asdict(self).items():
+            named = {f"{name}/{part}": x for part, x in value.items()} if isinstance(value, dict) else {name: value}
+            flat |= {f"{prefix}/{key}": x for key, x in named.items() if x is not None}
+        return flat
+
+
+class StyleDistance:
+    """The distance of a set of pictures to a fixed set of reference pictures of a look.
+
+    d = (colour + patches) / 2, where each is a sliced Wasserstein-1 distance divided by the reference's spread (the
+    root mean square, over directions, of the standard deviation along a direction), so that 1 reads "as far as the
+    reference is wide" for both; patches is the mean over scales. The power is 1 because W1 is then linear in mixtures:
+    a set of which a share s has the look is 1 - s times as far from it.
+
+    reference: the pictures; their spread is the only thing that makes d(a, b) and d(b, a) differ.
+    side: every picture is first reduced (antialiased) until its shorter edge has this many pixels, so that a scale
+        means the same at any resolution; 64 for nano, 256 keeps the brush strokes of a 1024-pixel picture. Smaller
+        pictures are refused: an enlarged picture is soft, and softness is style.
+    seed: of the directions and places.
+    """
+
+    def __init__(self, reference: Pictures, contrast: Pictures | None = None, side: int = 64, seed: int = 0):
+        if side < PATCH * max(SCALES):
+            raise UserError(f"side={side}: patches need at least {PATCH * max(SCALES)} pixels")
+        self.side, self.seed, self._spread = side, seed, {}
+        raw = self.responses(reference)
+        pool = [raw] if contrast is None else [raw, self.responses(contrast)]
+        self._spread = {name: _spread([r[name] for r in pool]) for name in raw}
+        self.reference = {name: r / np.float32(self._spread[name]) for name, r in raw.items()}
+
+    def __call__(self, pictures: Pictures) -> Distance:
+        """The distance of `pictures` to the reference."""
+        return self.between(self.responses(pictures), self.reference)
+
+    def between(self, a: Responses, b: Responses) -> Distance:
+        """The distance of two sets, given what they answer; symmetric."""
+        return distance(ordered(a), ordered(b))
+
+    def responses(self, pictures: Pictures) -> Responses:
+        """What the pictures answer, in units of the reference's spread."""
+        found: dict[str, list[np.ndarray]] = {}
+        for x_BCHW in _reduced(pictures, self.side):
+            for name, r_BRK in self._answers(x_BCHW):
+                found.setdefault(name, []).append(r_BRK.numpy())
+        return {name: np.concatenate(rs) / np.float32(self._spread.get(name, 1.0)) for name, rs in found.items()}
+
+    def _answers(self, x_BCHW: Tensor) -> Iterable[tuple[str, Tensor]]:
+        pixels_BCK = _windows(x_BCHW, 1, self._places(COLOUR))
+        yield COLOUR, self._directions(COLOUR, torch.eye(3)) @ pixels_BCK
+        for scale in SCALES:
+            patches_BDK = _windows(F.avg_pool2d(x_BCHW, scale), PATCH, self._places("patches"))
+            yield f"patches/{scale}", self._directions("patches", patch_basis()) @ patches_BDK
+
+    def _places(self, part: str) -> Tensor:
+        """One random point in each cell of a grid over the unit square, K x 2; the same in every picture."""
+        n = PLACES[part]
+        cells = torch.cartesian_prod(torch.arange(n), torch.arange(n))
+        return (cells + torch.rand((n * n, 2), generator=generator(self.seed, f"style {part} places"))) / n
+
+    def _directions(self, part: str, basis_ED: Tensor) -> Tensor:
+        """Random unit vectors over the rows of a basis, as R x D filters."""
+        g = generator(self.seed, f"style {part} directions")
+        return F.normalize(torch.randn((DIRECTIONS[part], len(basis_ED)), generator=g), dim=1) @ basis_ED
+
+
+def style_gain(
+    base: Pictures,
+    tuned: Pictures,
+    reference: Pictures,
+    reconstructed: Pictures | None = None,
+    side: int = 64,
+    seed: int = 0,
+) -> StyleGain:
+    """How much of the way from the base model to the look the tuned model has gone.
+
+    base, tuned: pictures of the two models. For a fair reading their prompts follow the same law as the scenes of
+        the reference: a difference in what is shown counts as a difference in style.
+    reference: held-out pictures of the look.
+    reconstructed: the references, in order, through the VAE; they give the ceiling.
+
+    Finite sets of the same look are never at distance 0, and the fewer the pictures the farther apart. So all four
+    distances compare equally many pictures with equally many: the references are split in two halves at random, the
+    floor is the distance between the halves, and every other set is measured against each half, in random groups of
+    one common size; the distances are averaged. A reconstruction is never compared with its own original.
+    """
+    if len(reference) < 4:
+        raise UserError(f"the style gain needs at least 4 reference pictures, got {len(reference)}")
+    if reconstructed is not None and len(reconstructed) != len(reference):
+        raise UserError(f"{len(reconstructed)} reconstructed pictures for {len(reference)} reference pictures")
+    ruler = StyleDistance(reference, base, side, seed)
+    half = len(reference) // 2
+    size = min(half, len(base), len(tuned))
+    halves = _groups(len(reference), half, seed)[:2]
+    targets = [ordered(_chosen(ruler.reference, rows)) for rows in halves]
+
+    def mean_distance(responses: Responses, against: Sequence[int], rows: np.ndarray | None = None) -> Distance:
+        rows = np.arange(len(responses[COLOUR])) if rows is None else rows
+        groups = [ordered(_chosen(responses, rows[group])) for group in _groups(len(rows), size, seed)]
+        return _mean([distance(group, targets[t]) for group in groups for t in against])
+
+    def crossed(responses: Responses) -> Distance:
+        return _mean([mean_distance(responses, [1 - i], rows) for i, rows in enumerate(halves)])
+
+    d_base, d_tuned = (mean_distance(ruler.responses(pictures), (0, 1)) for pictures in (base, tuned))
+    d_floor = crossed(ruler.reference)
+    d_best = None if reconstructed is None else crossed(ruler.responses(reconstructed))
+
+    def gain(name: str) -> Gain:
+        b, t, f = (getattr(d, name) for d in (d_base, d_tuned, d_floor))
+        reach = b - f if b > f else math.nan
+        return Gain((b - t) / reach, b, t, f, None if d_best is None else (b - getattr(d_best, name)) / reach)
+
+    total = gain("d")
+    return StyleGain(
+        total.gain, total.d_base, total.d_tuned, total.d_floor, total.ceiling, gain("colour"), gain("patches")
+    )
+
+
+def wasserstein(a_RN: np.ndarray, b_RM: np.ndarray) -> float:
+    """Mean over rows of the Wasserstein-1 distance of two samples on a line, each row sorted; exact for N != M.
+
+    W1 = integral over u in [0, 1] of |Qa(u) - Qb(u)|, with quantile functions that step at i/N and j/M.
+    """
+    n, m = a_RN.shape[1], b_RM.shape[1]
+    if n == m:
+        return float(np.abs(a_RN - b_RM).mean(dtype=np.float64))
+    # Steps in units of 1 / (n m), so that they are whole numbers.
+    steps = np.union1d(np.arange(n + 1) * m, np.arange(m + 1) * n)
+    width, at = np.diff(steps), steps[:-1]
+    return float((np.abs(a_RN[:, at // m] - b_RM[:, at // n]) @ (width / (n * m))).mean())
+
+
+def ordered(responses: Mapping[str, np.ndarray]) -> Responses:
+    """All answers to a direction sorted: R x NK."""
+    return {name: np.sort(r.swapaxes(0, 1).reshape(r.shape[1], -1), axis=1) for name, r in responses.items()}
+
+
+def distance(a: Responses, b: Responses) -> Distance:
+    """Of two sets of sorted answers."""
+    parts = {name: wasserstein(a[name], b[name]) for name in a}
+    colour = parts.pop(COLOUR)
+    patches = sum(parts.values()) / len(parts)
+    return Distance((colour + patches) / 2, colour, patches)
+
+
+def patch_basis() -> Tensor:
+    """What a patch is seen through: DCT-II waves of each colour channel, 72 x 75.
+
+    Without the constant wave, so that a patch says nothing about its colour. Each wave is weighted by its frequency:
+    amplitudes of pictures fall as 1/f, so this makes all waves count alike, fine texture as well as gradients.
+    """
+    k = torch.arange(PATCH, dtype=torch.float64)
+    waves = torch.cos(math.pi / PATCH * (k[None] + 0.5) * k[:, None]) * math.sqrt(2 / PATCH)
+    waves[0] /= math.sqrt(2)
+    planes = torch.einsum("uy,vx->uvyx", waves, waves).reshape(PATCH**2, PATCH**2)
+    frequency = torch.cartesian_prod(k, k).square().sum(1).sqrt()
+    weighted = (planes * frequency[:, None])[1:]
+    return torch.kron(torch.eye(3, dtype=torch.float64), weighted).float()
+
+
+def _reduced(pictures: Pictures, side: int, at_once: int = 64) -> Iterable[Tensor]:
+    """Pixels in [0, 1], B x 3 x H x W, neighbours of one size together, with `side` pixels along the shorter edge."""
+    if len(pictures) == 0:
+        raise UserError("there are no pictures to compare")
+    start = 0
+    while start < len(pictures):
+        stop, shape = start + 1, pictures[start].shape
+        while stop < len(pictures) and stop - start < at_once and pictures[stop].shape == shape:
+            stop += 1
+        batch = np.stack([pictures[i] for i in range(start, stop)])
+        if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
+            raise UserError(f"pictures are uint8 of shape (h, w, 3), not {batch.dtype} of shape {shape}")
+        h, w = shape[:2]
+        if min(h, w) < side:
+            raise UserError(f"a picture of {h}x{w} is smaller than side={side}; lower side for all sets")
+        x_BCHW = torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255
+        if min(h, w) > side:
+            size_hw = [round(edge * side / min(h, w)) for edge in (h, w)]
+            x_BCHW = F.interpolate(x_BCHW, size_hw, mode="bilinear", antialias=True)
+        yield x_BCHW
+        start = stop
+
+
+def _windows(x_BCHW: Tensor, window: int, places_K2: Tensor) -> Tensor:
+    """Square windows at fractions of the room there is, B x (3 window window) x K."""
+    b, _, h, w = x_BCHW.shape
+    room = torch.tensor([h - window + 1, w - window + 1])
+    top, left = (places_K2 * room).long().T
+    inside = torch.arange(window)
+    rows = top[None, None] + inside[:, None, None]
+    columns = left[None, None] + inside[None, :, None]
+    return x_BCHW[:, :, rows, columns].reshape(b, 3 * window**2, -1)
+
+
+def _spread(sets: Sequence[np.ndarray]) -> float:
+    """Root mean square, over directions, of the standard deviation in the union of sets that count alike."""
+    mean_R = np.mean([r.mean(axis=(0, 2), dtype=np.float64) for r in sets], axis=0)
+    variances = [np.square(r - mean_R[:, None].astype(r.dtype)).mean(dtype=np.float64) for r in sets]
+    # Pictures of one flat colour have no spread; their distances stay in plain units (pixel values from 0 to 1).
+    return math.sqrt(np.mean(variances)) or 1.0
+
+
+def _groups(count: int, size: int, seed: int) -> list[np.ndarray]:
+    """As many disjoint random groups of `size` as there are in `count`."""
+    order = torch.randperm(count, generator=generator(seed, "style groups")).numpy()
+    return [order[first : first + size] for first in range(0, count - size + 1, size)]
+
+
+def _chosen(responses: Responses, rows: np.ndarray) -> Responses:
+    return {name: r[rows] for name, r in responses.items()}
+
+
+def _mean(distances: Sequence[Distance]) -> Distance:
+    columns = zip(*((x.d, x.colour, x.patches) for x in distances), strict=True)
+    return Distance(*(sum(column) / len(distances) for column in columns))

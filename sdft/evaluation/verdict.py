@@ -1,0 +1,158 @@
+"""What a finished run achieved, in figures and one picture: the base beside the tuned model.
+
+Each verdict is an object chosen by config; called with the tuned model and a way back to its base, it gives the
+figures of `summary.json`. Knows sampling and measures; does not know how the model was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sdft.data.dataset import Pictures, Source, batches
+from sdft.data.images import to_uint8
+from sdft.evaluation.adherence import load_judge
+from sdft.evaluation.pictures import save_grid
+from sdft.evaluation.style import style_gain
+from sdft.models.sdxl import SDXL
+from sdft.sampling import Sampler, generate
+from sdft.types import Count, UserError
+
+Base = Callable[[], AbstractContextManager]
+BEFORE_AFTER = "before_after.png"
+
+
+class StyleVerdict:
+    """Did the model learn the look, and does it still draw what it is asked?
+
+    reference: held-out pictures of the look; the captions of its first `num_images` are the prompts.
+    prompts: what `before_after.png` shows.
+    sampler, size: how and how large pictures are drawn.
+    judge: folder or hub id of the CLIP that measures adherence; `nano` is the shipped one; none measures nothing.
+    caption: how a prompt asks for the look; with a word in it, the look without the word is measured too.
+    reduced_side: pictures are reduced to this side before they are compared.
+    """
+
+    def __init__(
+        self,
+        reference: Source,
+        prompts: Sequence[str],
+        sampler: Sampler,
+        size: Count,
+        num_images: Count = 64,
+        judge: str | None = None,
+        caption: str = "{caption}",
+        reduced_side: Count = 64,
+    ):
+        self.reference, self.prompts, self.sampler, self.size = reference, list(prompts), sampler, size
+        self.num_images, self.caption, self.reduced_side = min(num_images, len(reference.keys)), caption, reduced_side
+        self.judge = judge
+        if len(reference.keys) < 4:
+            raise UserError(f"the verdict needs at least 4 held-out pictures, there are {len(reference.keys)}")
+
+    def __call__(self, model: SDXL, base: Base, folder: Path) -> dict[str, Any]:
+        """Figures of the run; writes `before_after.png` into `folder`."""
+        captions = [self.reference[index].caption for index in range(self.num_images)]
+        asked = [self.caption.format(caption=caption) for caption in captions]
+        with base():
+            before = self._draw(model, captions, "base")
+            shown = [self._draw(model, self.prompts)]
+        tuned = self._draw(model, asked, "tuned")
+        shown.append(self._draw(model, [self.caption.format(caption=prompt) for prompt in self.prompts]))
+        save_grid(folder / BEFORE_AFTER, shown, ["base", "tuned"], self.prompts)
+        reference, reconstructed = self._references(model)
+        gain = style_gain(before, tuned, reference, reconstructed, side=self.reduced_side)
+        figures = {
+            "style_gain": gain.style_gain,
+            "style_gain_ceiling": gain.ceiling,
+            "style_gain_colour": gain.colour.gain,
+            "style_gain_patches": gain.patches.gain,
+            "distance_base": gain.d_base,
+            "distance_tuned": gain.d_tuned,
+            "distance_floor": gain.d_floor,
+        }
+        if self.caption != "{caption}":
+            unasked = self._draw(model, captions, "tuned, without the word")
+            without = style_gain(before, unasked, reference, side=self.reduced_side)
+            figures["style_gain_without_word"] = without.style_gain
+        return figures | self._adherence(before, tuned, captions)
+
+    def _draw(self, model: SDXL, prompts: Sequence[str], progress: str | None = None) -> np.ndarray:
+        precision = "bf16" if model.device.type == "cuda" else "fp32"
+        size_hw = (self.size, self.size)
+        return generate(model, prompts, range(len(prompts)), self.sampler, size_hw, precision, progress)
+
+    def _references(self, model: SDXL) -> tuple[np.ndarray, np.ndarray]:
+        """The held-out pictures, and the same through the VAE."""
+        pictures = Pictures(self.reference, (self.size, self.size), seed=0)
+        real, through = [], []
+        for batch in batches(pictures, range(len(self.reference.keys)), self.sampler.batch_size):
+            pixels = batch.pixels_BCHW.to(model.device)
+            real.append(to_uint8(pixels))
+            through.append(to_uint8(model.decode(model.encode_images(batch.to(model.device)))))
+        return np.concatenate(real), np.concatenate(through)
+
+    def _adherence(self, before: np.ndarray, tuned: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
+        if self.judge is None:
+            return {}
+        judge = load_judge(self.judge)
+        if hasattr(self.reference, "scene"):
+            subjects = [self.reference.scene(index).subject for index in range(self.num_images)]
+            return {
+                "adherence": judge.subject_accuracy(tuned, subjects),
+                "adherence_base": judge.subject_accuracy(before, subjects),
+            }
+        return {
+            "adherence": float(judge.similarity(tuned, captions).mean()),
+            "adherence_base": float(judge.similarity(before, captions).mean()),
+        }
+
+
+class AutoencoderVerdict:
+    """How well a VAE keeps pictures: PSNR in dB on held-out ones, by the look in their key."""
+
+    def __init__(self, references: dict[str, Source], size: Count):
+        self.references, self.size = references, size
+
+    @torch.no_grad()
+    def __call__(self, vae: nn.Module, base: Base, folder: Path) -> dict[str, float]:
+        """Mean PSNR of each reference; writes originals above reconstructions."""
+        figures, rows, labels = {}, [], []
+        for name, source in self.references.items():
+            pictures = Pictures(source, (self.size, self.size), seed=0)
+            psnr, shown = [], []
+            for batch in batches(pictures, range(len(source.keys)), 16):
+                x = batch.pixels_BCHW.to(vae.device)
+                y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+                psnr += (6.0206 - 10 * (y - x).square().mean(dim=(1, 2, 3)).log10()).tolist()
+                shown.append((to_uint8(x), to_uint8(y)))
+            figures[f"psnr_{name}"] = float(np.mean(psnr))
+            rows += [np.concatenate(column)[:10] for column in zip(*shown, strict=True)]
+            labels += [name, "through the VAE"]
+        save_grid(folder / BEFORE_AFTER, rows, labels)
+        return figures
+
+
+class JudgeVerdict:
+    """How often a CLIP names the subject of held-out pictures."""
+
+    def __init__(self, references: dict[str, Source], tokenizer: Any):
+        self.references, self.tokenizer = references, tokenizer
+
+    def __call__(self, clip: nn.Module, base: Base, folder: Path) -> dict[str, float]:
+        """Accuracy of each reference, and over all."""
+        from sdft.evaluation.adherence import Judge
+
+        judge = Judge(clip.eval(), self.tokenizer)
+        figures = {}
+        for name, source in self.references.items():
+            images = np.stack([source[index].image_HWC for index in range(len(source.keys))])
+            subjects = [source.scene(index).subject for index in range(len(source.keys))]
+            figures[f"accuracy_{name}"] = judge.subject_accuracy(images, subjects)
+        return figures | {"accuracy": float(np.mean(list(figures.values())))}

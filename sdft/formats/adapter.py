@@ -1,0 +1,46 @@
+"""LoRA files that diffusers' `load_lora_weights` takes, and learned words as textual-inversion files.
+
+Knows key names, metadata and where the tensors sit in a model with peft adapters.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from peft import get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+
+
+def write_lora(model: nn.Module, path: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Save the adapters of every part, with their alphas in the metadata; the file appears whole or not at all."""
+    layers, metadata = {}, {}
+    for part in PARTS:
+        module = model.get_submodule(part)
+        if not getattr(module, "peft_config", None):
+            continue
+        tensors = get_peft_model_state_dict(module, adapter_name="default")
+        layers[f"{part}_lora_layers"] = {name: to_file(tensor, dtype) for name, tensor in tensors.items()}
+        metadata[f"{part}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
+        StableDiffusionXLPipeline.save_lora_weights(folder, weight_name=path.name, **layers, **metadata)
+        (Path(folder) / path.name).replace(path)
+
+
+def write_words(model: nn.Module, words: list[str], path: Path) -> None:
+    """Save the learned rows of new words as `clip_l` and `clip_g`, the textual-inversion format of SDXL."""
+    tensors = {name: to_file(rows, torch.float32) for name, rows in model.word_rows.items()}
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(tensors, partial, metadata={"words": "\n".join(words)})
+    partial.replace(path)
+
+
+def to_file(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as it is stored."""
+    return tensor.detach().to("cpu", dtype).contiguous()

@@ -1,0 +1,78 @@
+"""SDXL from where it lies: shipped nano, a hub id, a diffusers folder or one `.safetensors` file.
+
+The only concept that may use `formats`. Everything is safetensors; a pickle is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+from sdft.models.sdxl import SDXL, EmptyPrompt
+from sdft.types import UserError
+
+NANO = Path(__file__).parent / "nano" / "weights"
+_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+
+
+def pretrained(
+    weights: str, vae: str | None = None, empty_prompt: EmptyPrompt = "zeros", gradient_checkpointing: bool = False
+) -> SDXL:
+    """The model with the given weights, in fp32; the trainer's precision decides the arithmetic.
+
+    weights: `nano` (shipped), a hub id, a diffusers folder, or a single-file checkpoint (`.safetensors`).
+    vae: a folder or hub id whose VAE replaces the model's own.
+    empty_prompt: what a dropped caption becomes: `zeros` or the encoded `empty` string.
+    gradient_checkpointing: recompute activations in the backward pass: less memory, about a third slower.
+    """
+    pipeline = _pipeline(weights)
+    if vae is not None:
+        pipeline.vae = _part("model.vae", vae, lambda: AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32))
+    # Pooling reads the first EOS. SDXL's own config says 2, which makes transformers take the largest id instead,
+    # and that is wrong as soon as a word is added.
+    for tokenizer, encoder in (
+        (pipeline.tokenizer, pipeline.text_encoder),
+        (pipeline.tokenizer_2, pipeline.text_encoder_2),
+    ):
+        encoder.config.eos_token_id = tokenizer.eos_token_id
+    model = SDXL(**{part: getattr(pipeline, part) for part in _PARTS}, empty_prompt=empty_prompt)
+    if gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+    return model
+
+
+def _pipeline(weights: str) -> StableDiffusionXLPipeline:
+    source = str(NANO) if weights == "nano" else os.path.expanduser(weights)
+    options = {"torch_dtype": torch.float32, "add_watermarker": False}
+    if source.endswith(".safetensors"):
+        if not Path(source).is_file():
+            raise UserError(f"model.weights={weights}: there is no such file")
+        return _part("model.weights", weights, lambda: StableDiffusionXLPipeline.from_single_file(source, **options))
+    if source.endswith((".ckpt", ".pt", ".bin")):
+        raise UserError(f"model.weights={weights}: a pickle can run code; convert it to .safetensors first")
+    if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
+        raise UserError(f"model.weights={weights}: the folder has no model_index.json, so it is no diffusers model")
+    return _part(
+        "model.weights",
+        weights,
+        lambda: StableDiffusionXLPipeline.from_pretrained(source, use_safetensors=True, **options),
+    )
+
+
+def _part(key: str, name: str, load):
+    try:
+        return load()
+    except (OSError, ValueError) as error:
+        if Path(name).exists() or name == "nano":
+            raise UserError(f"{key}={name}: cannot be loaded ({_first_line(error)})") from error
+        raise UserError(
+            f"{key}={name}: not found on this machine and the hub cannot be reached; "
+            f"pass {key}=FOLDER or {key}=FILE.safetensors, or connect once so that it is cached"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -1,0 +1,40 @@
+"""The table at the end of a sweep: what each job changed and what came of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+FIGURES = {"style_gain": "style gain", "adherence": "adherence", "train_seconds": "seconds"}
+
+
+def print_table(sweep_dir: Path) -> None:
+    """One row a job, the best style gain first; a job without a summary is shown as failed."""
+    rows = [_row(job) for job in sorted(sweep_dir.iterdir(), key=_order) if (job / ".hydra").is_dir()]
+    varied = sorted({key for row in rows for key in row["said"]}, key=lambda key: [*rows[0]["said"], key].index(key))
+    varied = [key for key in varied if len({row["said"].get(key) for row in rows}) > 1]
+    rows.sort(key=lambda row: -row.get("style_gain", float("-inf")))
+    cells = [[*varied, *FIGURES.values(), "folder"]]
+    for row in rows:
+        figures = [_figure(row.get(name)) for name in FIGURES]
+        cells.append([*(row["said"].get(key, "") for key in varied), *figures, row["folder"]])
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    table = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+    (sweep_dir / "table.txt").write_text(table + "\n", encoding="utf-8")
+    print(f"\n{table}\n\nwritten to {sweep_dir / 'table.txt'}")
+
+
+def _row(job: Path) -> dict:
+    said = dict(word.split("=", 1) for word in yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text()) or [])
+    summary = job / "summary.json"
+    return {"said": said, "folder": job.name} | (json.loads(summary.read_text()) if summary.is_file() else {})
+
+
+def _order(job: Path) -> tuple[int, str]:
+    return (int(job.name) if job.name.isdigit() else 10**9, job.name)
+
+
+def _figure(value: float | None) -> str:
+    return "failed" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"

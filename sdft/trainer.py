@@ -1,0 +1,89 @@
+"""The Lightning Trainer with the switches that mean something here, and its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from sdft.types import Count, NonNegative
+
+# Raised inside Lightning 2.6 by torch 2.13 at every step; goes with the Lightning release that drops LeafSpec.
+warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+# One process here serves pictures faster than workers do; `data.num_workers` is the knob, and the README names it.
+warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+
+VALIDATION_FIGURE = "val/eps_mse"
+
+
+def trainer(
+    max_steps: Count,
+    validate_every: Count = 100,
+    accumulate_grad_batches: Count = 1,
+    gradient_clip_val: NonNegative = 1.0,
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "32-true",
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto",
+    devices: int | Literal["auto"] = "auto",
+    num_nodes: Count = 1,
+    log_every: Count = 10,
+    progress_bar: bool = True,
+    strategy: Any = "auto",
+    callbacks: Sequence[L.Callback] = (),
+    loggers: Sequence[Any] = (),
+    run_dir: str | None = None,
+) -> L.Trainer:
+    """A Trainer.
+
+    max_steps: optimiser steps.
+    validate_every: optimiser steps between two validations.
+    accumulate_grad_batches: batches of one optimiser step.
+    gradient_clip_val: largest norm of the gradient; 0 clips nothing.
+    devices, num_nodes: processes of one node, and nodes.
+    log_every: optimiser steps between two logged figures.
+    """
+    return L.Trainer(
+        max_steps=max_steps,
+        max_epochs=1,  # The run is one endless sequence of samples: see data.dataset.RunOrder.
+        val_check_interval=min(validate_every, max_steps) * accumulate_grad_batches,
+        accumulate_grad_batches=accumulate_grad_batches,
+        gradient_clip_val=gradient_clip_val or None,
+        precision=precision,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        log_every_n_steps=log_every,
+        enable_progress_bar=progress_bar,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        strategy=strategy,
+        callbacks=list(callbacks),
+        logger=list(loggers),
+        use_distributed_sampler=False,
+        default_root_dir=run_dir,
+    )
+
+
+def last_checkpoint(run_dir: str | None, every: Count = 100) -> ModelCheckpoint:
+    """Keeps `checkpoints/last.ckpt`, from which `resume=` goes on.
+
+    every: optimiser steps between two saves.
+    """
+    return ModelCheckpoint(folder_of(run_dir), filename="last", every_n_train_steps=every, enable_version_counter=False)
+
+
+def best_checkpoint(run_dir: str | None, monitor: str = VALIDATION_FIGURE, mode: Literal["min", "max"] = "min"):
+    """Keeps `checkpoints/best.ckpt`, the one with the best validation figure."""
+    return ModelCheckpoint(
+        folder_of(run_dir), filename="best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False
+    )
+
+
+def folder_of(run_dir: str | None) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(run_dir or ".") / "checkpoints"

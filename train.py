@@ -1,0 +1,139 @@
+"""Train: `python train.py experiment=dreamy_style`. Every axis of `conf/` can be chosen and swept on the command line."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from sdft.config import verb
+from sdft.sweep import print_table
+from sdft.types import UserError
+
+
+@verb("train", finish_sweep=print_table)
+def main(cfg: DictConfig) -> float | None:
+    """One run, from config to weights, pictures and `summary.json`; returns the metric that sweeps rank by."""
+    cfg.run_dir = HydraConfig.get().runtime.output_dir
+    # The cheap parts first: a wrong number or an empty folder is told before any weights are read.
+    data, tuning, objective, verdict = (instantiate(cfg[name]) for name in ("data", "tuning", "objective", "verdict"))
+    optimizer, lr_schedule = instantiate(cfg.optimizer), instantiate(cfg.lr_schedule)
+    checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir))
+    trainer = instantiate(
+        cfg.trainer,
+        callbacks=[instantiate(callback) for callback in cfg.callbacks.values()],
+        loggers=[instantiate(logger) for logger in cfg.logger.values()],
+    )
+
+    from sdft.module import Finetuning
+
+    module = Finetuning(instantiate(cfg.model), tuning, objective, optimizer, lr_schedule, cfg.seed)
+    announce(cfg, module, data, trainer)
+    log_run(trainer, OmegaConf.to_container(cfg, resolve=True))
+    started = time.monotonic()
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
+    train_seconds = time.monotonic() - started
+    if trainer.global_rank != 0:
+        return None
+    return conclude(cfg, trainer, module, verdict, train_seconds)
+
+
+def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
+    """The checkpoint to go on from: none, `auto` (this run folder's last, where there is one), a file or a run folder."""
+    if resume is None:
+        return None
+    if resume == "auto":
+        last = run_dir / "checkpoints" / "last.ckpt"
+        return last if last.is_file() else None
+    path = Path(resume).expanduser()
+    path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"resume={resume}: there is no checkpoint {path}; pass a run folder, a .ckpt file or auto")
+    return path
+
+
+def announce(cfg: DictConfig, module, data, trainer) -> None:
+    """The run in a few lines, before it starts."""
+    if trainer.global_rank:
+        return
+    groups = module.tuning.groups(module.model)
+    learning = {group["name"]: sum(p.numel() for p in group["params"]) for group in groups}
+    total = sum(p.numel() for p in module.model.parameters())
+    effective = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+    num_pictures = len(data.pictures.source.keys)
+    print(f"{cfg.name}: {num_pictures} pictures, {data.pictures.size_hw[1]} px, run folder {cfg.run_dir}")
+    for name, count in learning.items():
+        print(f"  learns {name}: {count:,} of {total:,} parameters")
+    print(
+        f"  effective batch {effective} ({data.batch_size} x {trainer.accumulate_grad_batches} accumulated x "
+        f"{trainer.world_size} devices), {trainer.max_steps} steps = "
+        f"{trainer.max_steps * effective / num_pictures:.1f} passes over the pictures",
+        flush=True,
+    )
+
+
+def conclude(cfg: DictConfig, trainer, module, verdict, train_seconds: float) -> float | None:
+    """Export, judge and report a finished run."""
+    from sdft.callbacks.exports import export
+    from sdft.callbacks.tracking import log_picture, log_summary
+    from sdft.evaluation.verdict import BEFORE_AFTER
+    from sdft.tuning import learning
+
+    run_dir = Path(cfg.run_dir)
+    module.eval()
+    artifacts = export(module, run_dir)
+    figures = verdict(module.model, lambda: module.tuning.base(module.model), run_dir) if verdict else {}
+    if (run_dir / BEFORE_AFTER).is_file():
+        artifacts["pictures"] = run_dir / BEFORE_AFTER
+        log_picture(trainer, "before_after", artifacts["pictures"], trainer.global_step)
+    summary = {
+        "name": cfg.name,
+        **figures,
+        **{name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")},
+        "train_seconds": round(train_seconds, 1),
+        "num_steps": trainer.global_step,
+        "num_trained_parameters": sum(p.numel() for _, p in learning(module.model)),
+        "artifacts": {name: str(path) for name, path in artifacts.items()},
+    }
+    write_json(run_dir / "summary.json", summary)
+    log_summary(trainer, summary)
+    tell(summary, run_dir)
+    return summary.get(cfg.metric) if cfg.metric else None
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as JSON, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def tell(summary: dict[str, Any], run_dir: Path) -> None:
+    """What came out, where it lies and what to do with it."""
+    print(f"\n{summary['name']}: trained in {summary['train_seconds']:.0f} s")
+    for name, value in summary.items():
+        if isinstance(value, float) and name != "train_seconds":
+            print(f"  {name:26} {value:.3f}")
+    for name, path in summary["artifacts"].items():
+        print(f"  {name:10} {path}")
+    print(f"  figures    {run_dir / 'summary.json'}")
+    if lora := summary["artifacts"].get("lora"):
+        print(f"next: look at the pictures, then pipeline.load_lora_weights({lora!r}) in diffusers")
+    elif model := summary["artifacts"].get("model"):
+        print(f"next: look at the pictures, then train from it with model.weights={model}")
+
+
+def log_run(trainer, config: dict[str, Any]) -> None:
+    """Tell every logger what is run."""
+    from sdft.callbacks import tracking
+
+    tracking.log_run(trainer, config)
+
+
+if __name__ == "__main__":
+    main()
