@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from omegaconf.errors import (
 )
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sdft.config_keys import MARKS, ConfigError, did_you_mean, dotted, items, join
+from sdft.config_keys import MARKS, ConfigError, closest, did_you_mean, dotted, items, join
 
 STRICT = ConfigDict(arbitrary_types_allowed=True, strict=True, allow_inf_nan=False)
 LATER = object()
@@ -119,7 +120,8 @@ def _given(path: str, name: str, node: dict[str, Any], parameters: Any) -> dict[
     for key in node:
         if key not in named and key not in MARKS and (not rest or ours):
             takes = f" It takes: {', '.join(named) or 'nothing'}"
-            guess = did_you_mean(join(path, key), [join(path, n) for n in named])
+            near = closest(key, named)
+            guess = f"; did you mean '{join(path, near)}'?" if near else None
             raise ConfigError(f"unknown key '{join(path, key)}': {name} has no argument '{key}'{guess or '.'}{takes}")
     return dict(zip(positional, node.get("_args_", ()), strict=False)) | {
         key: value for key, value in node.items() if key not in MARKS
@@ -260,9 +262,11 @@ def _complaint(key: str, value: Any, problems: list[Any], name: str) -> str:
     where, wrong = ".".join([key, *map(str, steps)]), _at(value, steps)
     says: dict[str, None] = {}
     for problem in problems:
-        text = problem["msg"].replace("Input should", "must").replace("a valid array", "a list")
+        text = re.sub(r"^\w+ should", "must", problem["msg"]).replace("a valid array", "a list")
         if problem["type"] == "needs_python_object":
             text = "must be an object built by a _target_"
+        elif problem["type"] == "missing":
+            text = f"must have more in it ({'.'.join(map(str, problem['loc']))} is missing)"
         says[text if not says else text.removeprefix("must be ")] = None
     allowed = " ".join(p["ctx"]["expected"] for p in problems if p["type"] == "literal_error").split("'")[1::2]
     shown = "null" if wrong is None else str(wrong).lower() if isinstance(wrong, bool) else wrong

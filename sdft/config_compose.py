@@ -5,6 +5,7 @@ Knows Hydra's groups, options and overrides. Must not know what a value means (`
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,17 +16,34 @@ from typing import Any, NoReturn
 
 import yaml
 from hydra import initialize_config_dir
+from hydra._internal.config_repository import CachingConfigRepository
 from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sdft.config_keys import ConfigError, closest, did_you_mean, dotted, has, leaf, merge, nest, split, strays
+from sdft.config_keys import (
+    MARKS,
+    ConfigError,
+    at,
+    closest,
+    did_you_mean,
+    dotted,
+    has,
+    items,
+    join,
+    leaf,
+    merge,
+    nest,
+    split,
+    strays,
+)
 
 OVERLAYS = ("experiment", "recipe")
 """Groups whose files only set keys that others declare: a key that exists nowhere else is a mistake in them."""
@@ -44,7 +62,18 @@ def composer(root: str, conf_dir: Path, job_name: str = "job", extra: str | None
         if extra is not None:
             loader.get_search_path().append("command-line", f"file://{Path(extra).absolute()}")
             loader.repository.initialize_sources(loader.get_search_path())
+        loader.repository = _Files(loader.repository)
         yield Composer(root, conf_dir, loader)
+
+
+class _Files(CachingConfigRepository):
+    """Each YAML file is read once for all jobs of a command: reading is most of the time of composing."""
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        return copy.deepcopy(super().load_config(config_path))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Files:
+        return self  # Hydra copies the repository for every composition
 
 
 @dataclass(frozen=True)
@@ -93,13 +122,16 @@ class Composer:
 
     def parse(self, word: str) -> Override:
         """One override; its globs are expanded against this conf directory."""
-        if "=" not in word and not word.startswith("~"):
+        if word.startswith("=") or ("=" not in word and not word.startswith("~")):
             raise ConfigError(f"'{word}' is not an override{self._guess_choice(word)}")
         try:
             return OverridesParser.create(config_loader=self.loader).parse_overrides([word])[0]
         except HydraException as error:
-            reason = getattr(error, "message", str(error)).splitlines()[0]
-            raise ConfigError(f"cannot read '{word}': {reason}. Text with special characters needs quotes") from None
+            lines = [line for line in str(getattr(error, "message", error)).splitlines() if "hydra.cc" not in line]
+            if lines[0].startswith(("LexerNoViableAlt", "token recognition")):
+                lines[0] = "it holds a character that needs quotes"
+            reason = lines[1] if lines[0].startswith("Error parsing") else lines[0]
+            raise ConfigError(f"cannot read '{word}': {reason}; text is quoted as \"key='text'\"") from None
 
     @cached_property
     def groups(self) -> list[str]:
@@ -161,10 +193,15 @@ class Composer:
         except TROUBLES as error:
             self._explain(error, words)
         declared = Declared({}, [], dict(defaults.overrides.known_choices))
+        # A file that the command adds may fill what the root declares, not bring what nobody reads.
+        added = {o.key_or_group for o in map(self.parse, words) if o.is_add() and self._is_group(o)}
         for default in defaults.defaults:
+            path = default.config_path or ""
+            if path.startswith("hydra/"):
+                continue
             said = self._said_by(default)
-            if (default.config_path or "").partition("/")[0] in OVERLAYS:
-                declared.overlays.append((f"{default.config_path}.yaml", said))
+            if path.partition("/")[0] in OVERLAYS or path.rpartition("/")[0] in added:
+                declared.overlays.append((f"{path}.yaml", said))
             else:
                 merge(declared.tree, said)
         declared.tree.pop("hydra", None)
@@ -187,8 +224,10 @@ class Composer:
             unknown = next(strays(nest(split(key), override.value()), declared.tree), None)
         else:
             # A stray of an overlay is that file's mistake, not the command's.
-            known = has(declared.tree, key) or any(has(overlay, key) for _, overlay in declared.overlays)
-            unknown = None if known else key
+            trees = [declared.tree, *(overlay for _, overlay in declared.overlays)]
+            is_dict = isinstance(override.value(), dict) and items(at(declared.tree, key))
+            keys = [key, *(dotted(override.value(), key) if is_dict else ())]
+            unknown = next((k for k in keys if not any(has(tree, k) for tree in trees)), None)
         if unknown is not None:
             raise ConfigError(self._unknown(unknown, declared, words))
 
@@ -196,16 +235,25 @@ class Composer:
         """The sentence about a key that this composition does not have."""
         if elsewhere := self._elsewhere(key, declared, words):
             return elsewhere
-        keys = [*self.groups, *dotted(declared.tree)]
-        ends: dict[str, list[str]] = {}
-        for known in keys:
-            ends.setdefault(leaf(known), []).append(known)
-        near = leaf(key) if leaf(key) in ends else None
-        guess = None if near else closest(key, keys)
-        near = near or (None if guess else closest(leaf(key), ends))
-        guess = guess or (min(ends[near], key=len) if near else None)
-        hint = f"; did you mean '{guess}'?" if guess else f". Known at the top: {', '.join(declared.tree)}"
-        return f"unknown key '{key}'{hint}"
+        return f"unknown key '{key}'{self._nearest(key, declared.tree)}"
+
+    def _nearest(self, key: str, tree: dict[str, Any]) -> str:
+        """Suggests a sibling, else the same name elsewhere, else what looks alike, else lists the siblings."""
+        parent, _, last = key.rpartition(".")
+        siblings = [str(name) for name, _ in items(at(tree, parent)) if name not in MARKS]
+        namesakes: dict[str, list[str]] = {}
+        for known in [*self.groups, *dotted(tree)]:
+            namesakes.setdefault(leaf(known), []).append(known)
+        guess = join(parent, near) if (near := closest(last, siblings)) else None
+        if guess is None and leaf(key) in namesakes:
+            guess = min(namesakes[leaf(key)], key=len)
+        if guess is None and not (parent and siblings):
+            name = closest(last, namesakes)
+            guess = closest(key, [*self.groups, *dotted(tree)]) or (min(namesakes[name], key=len) if name else None)
+        if guess:
+            return f"; did you mean '{guess}'?"
+        where = f"in '{parent}'" if parent else "at the top"
+        return f". Known {where}: {', '.join(siblings)}" if siblings else ""
 
     def _elsewhere(self, key: str, declared: Declared, words: Sequence[str]) -> str | None:
         """The sentence about a key, or a group, that other options of some group would bring."""
@@ -237,8 +285,12 @@ class Composer:
         if needed := re.match(r"You must specify '(.+?)'", text):
             raise ConfigError(f"{needed[1]} is not chosen: pass {needed[1]}=...{self._menu(needed[1])}") from None
         unused = re.match(r"Could not override '(.+?)'", text)
-        if unused and any(self.parse(word).get_key_element() == unused[1] for word in words):
-            raise ConfigError(self._unused(unused[1], words)) from None
+        for override in map(self.parse, words if unused else ()):
+            if unused and override.get_key_element() == unused[1]:
+                is_group = self._is_group(override)
+                raise ConfigError(
+                    self._unused(unused[1], words) if is_group else f"unknown key '{unused[1]}'"
+                ) from None
         if isinstance(error, yaml.YAMLError):
             raise ConfigError(f"cannot read a config file: {' '.join(text.split())}") from None
         raise ConfigError(f"{self.root}: {text.splitlines()[0]}") from None

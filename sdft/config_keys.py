@@ -76,6 +76,13 @@ def has(tree: Any, key: str) -> bool:
     return True
 
 
+def at(tree: Any, key: str) -> Any:
+    """The value of a key, None where it does not exist; the tree itself for no key."""
+    for part in split(key):
+        tree = {str(k): v for k, v in items(tree)}.get(part)
+    return tree
+
+
 def merge(tree: dict[str, Any], said: dict[str, Any]) -> None:
     """Adds to the tree what else was said."""
     for key, value in said.items():

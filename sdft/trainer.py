@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from sdft.types import Count, NonNegative
@@ -47,6 +48,9 @@ def trainer(
     devices, num_nodes: processes of one node, and nodes.
     log_every: optimiser steps between two logged figures.
     """
+    if not torch.cuda.is_available():
+        # This switch governs the CPU kernel too, whose backward was a third of nano's step.
+        torch.backends.cuda.enable_flash_sdp(False)
     return L.Trainer(
         max_steps=max_steps,
         max_epochs=1,  # The run is one endless sequence of samples: see data.dataset.RunOrder.

@@ -7,7 +7,7 @@ function of (run seed, position), so a resumed run goes on where it stopped, wha
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +29,8 @@ class Sample:
     """uint8, RGB"""
     caption: str
     loss_weight: float = 1.0
+    original_hw: tuple[int, int] | None = None
+    """Size before the picture was reduced to these pixels, where that is known."""
 
 
 class Source(Protocol):
@@ -95,6 +97,8 @@ class Pictures(Dataset):
         if self.crop == "random" and draws is not None:
             at = (float(draws.uniform("crop top")), float(draws.uniform("crop left")))
         cut = plan_cut(sample.image_HWC.shape[:2], self.size_hw, at, flip)
+        if sample.original_hw:
+            cut = replace(cut, original_hw=sample.original_hw)
         example = {
             "keys": sample.key,
             "visits": 0,

@@ -28,7 +28,9 @@ class ToyWorld:
     looks: each scene is drawn in one of them, in turn.
     num_scenes: how many; scene i of a split is the same whatever their number.
     split: scenes of different splits are never the same.
-    caption: how a scene's own `{caption}` becomes the training caption.
+    caption: how a scene's own `{caption}` becomes the training caption; `{subject}` is what it shows.
+    original_sides: the sides pictures are said to have had before they were reduced to `size`, in turn. A reduced
+        picture looks the same whatever it was reduced from, so the model learns to ignore what does not show.
     size: side of the square pictures, in pixels.
     """
 
@@ -41,10 +43,12 @@ class ToyWorld:
         size: Count = 64,
         world_seed: int = 0,
         loss_weight: NonNegative = 1.0,
+        original_sides: Sequence[Count] | None = None,
     ):
+        self.original_sides = tuple(original_sides or (size,))
         self.looks, self.num_scenes, self.split, self.size = tuple(looks), num_scenes, split, size
         self.world_seed, self.loss_weight = world_seed, loss_weight
-        self.template = checked_template("data.caption", caption)
+        self.template = checked_template("data.caption", caption, "subject")
         self.keys = [f"toy/{self._look(i)}/{split}/{i}" for i in range(num_scenes)]
         self._rendered: dict[int, np.ndarray] = {}
 
@@ -58,8 +62,10 @@ class ToyWorld:
     def __getitem__(self, index: int) -> Sample:
         if index not in self._rendered:
             self._rendered[index] = render(self.scene(index), self._look(index), self.size)
-        caption = self.template.format(caption=self.scene(index).caption)
-        return Sample(self.keys[index], self._rendered[index], caption, self.loss_weight)
+        scene = self.scene(index)
+        caption = self.template.format(caption=scene.caption, subject=scene.subject)
+        side = self.original_sides[index % len(self.original_sides)]
+        return Sample(self.keys[index], self._rendered[index], caption, self.loss_weight, (side, side))
 
 
 class Folder:
@@ -129,12 +135,13 @@ class Mix:
         return Sample(key, sample.image_HWC, sample.caption, sample.loss_weight)
 
 
-def checked_template(key: str, template: str) -> str:
-    """The template, if `{caption}` is its only field."""
+def checked_template(key: str, template: str, *fields: str) -> str:
+    """The template, if its fields are `{caption}` and `fields`."""
     try:
-        template.format(caption="")
+        template.format(caption="", **{field: "" for field in fields})
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"{key}={template!r}: the only field is {{caption}} ({error!r})") from error
+        known = ", ".join(f"{{{field}}}" for field in ("caption", *fields))
+        raise UserError(f"{key}={template!r}: its fields can be {known} ({error!r})") from error
     return template
 
 

@@ -7,7 +7,7 @@ their mean, at several scales. Knows pixels only; must not know models, prompts 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from sdft.types import UserError
 Pictures = np.ndarray | Sequence[np.ndarray]
 """uint8 RGB, N x H x W x 3 or a sequence of H x W x 3."""
 Responses = dict[str, np.ndarray]
-"""Scale -> N x R x K: what each picture answers to R directions at K places, in units of the reference's spread."""
+"""`colour` or `patches/SCALE` -> what each picture answers to R directions at K places, N x R x K."""
 
 COLOUR = "colour"
 PATCH = 5
@@ -31,11 +31,13 @@ SCALES = (1, 2, 4)
 PLACES = {COLOUR: 18, "patches": 12}
 """Places looked at in each picture, along each axis."""
 DIRECTIONS = {COLOUR: 32, "patches": 64}
+MAX_PIXELS = 2**22
+"""Pixels held as floats at a time: 4 pictures of 1024 x 1024, 50 MB."""
 
 
 @dataclass(frozen=True)
 class Distance:
-    """Sliced Wasserstein-1 distances in units of the reference's own spread; `d` is the mean of the two parts."""
+    """Sliced Wasserstein-1 distances in units of a spread; `d` is the mean of the two parts."""
 
     d: float
     colour: float
@@ -59,7 +61,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class StyleGain:
-    """The gain in `d`, and in each part of it."""
+    """The gain in `d`, whose unit is the spread of base and reference together, and in each part of it."""
 
     style_gain: float
     d_base: float
@@ -81,12 +83,14 @@ class StyleGain:
 class StyleDistance:
     """The distance of a set of pictures to a fixed set of reference pictures of a look.
 
-    d = (colour + patches) / 2, where each is a sliced Wasserstein-1 distance divided by the reference's spread (the
-    root mean square, over directions, of the standard deviation along a direction), so that 1 reads "as far as the
-    reference is wide" for both; patches is the mean over scales. The power is 1 because W1 is then linear in mixtures:
-    a set of which a share s has the look is 1 - s times as far from it.
+    d = (colour + patches) / 2. Each is a sliced Wasserstein-1 distance divided by a spread: the root mean square, over
+    directions, of the standard deviation along a direction. So both read as widths of a distribution and neither
+    drowns the other; patches is the mean over scales. The power is 1 because W1 is linear in mixtures: a set of which
+    a share s has the look is 1 - s times as far from it. Sliced Wasserstein: Bonneel et al. 2015.
 
-    reference: the pictures; their spread is the only thing that makes d(a, b) and d(b, a) differ.
+    reference: the pictures of the look.
+    contrast: pictures that the look is told apart from, which widen the spread to that of both sets, counted alike;
+        distances under different contrasts have different units. Without it, the spread is the reference's own.
     side: every picture is first reduced (antialiased) until its shorter edge has this many pixels, so that a scale
         means the same at any resolution; 64 for nano, 256 keeps the brush strokes of a 1024-pixel picture. Smaller
         pictures are refused: an enlarged picture is soft, and softness is style.
@@ -96,11 +100,10 @@ class StyleDistance:
     def __init__(self, reference: Pictures, contrast: Pictures | None = None, side: int = 64, seed: int = 0):
         if side < PATCH * max(SCALES):
             raise UserError(f"side={side}: patches need at least {PATCH * max(SCALES)} pixels")
-        self.side, self.seed, self._spread = side, seed, {}
-        raw = self.responses(reference)
-        pool = [raw] if contrast is None else [raw, self.responses(contrast)]
-        self._spread = {name: _spread([r[name] for r in pool]) for name in raw}
-        self.reference = {name: r / np.float32(self._spread[name]) for name, r in raw.items()}
+        self.side, self.seed = side, seed
+        pool = [self._answers(pictures) for pictures in (reference, contrast) if pictures is not None]
+        self._spread = {name: _spread([answers[name] for answers in pool]) for name in pool[0]}
+        self.reference = self._in_spreads(pool[0])
 
     def __call__(self, pictures: Pictures) -> Distance:
         """The distance of `pictures` to the reference."""
@@ -111,16 +114,19 @@ class StyleDistance:
         return distance(ordered(a), ordered(b))
 
     def responses(self, pictures: Pictures) -> Responses:
-        """What the pictures answer, in units of the reference's spread."""
-        found: dict[str, list[np.ndarray]] = {}
-        for x_BCHW in _reduced(pictures, self.side):
-            for name, r_BRK in self._answers(x_BCHW):
-                found.setdefault(name, []).append(r_BRK.numpy())
-        return {name: np.concatenate(rs) / np.float32(self._spread.get(name, 1.0)) for name, rs in found.items()}
+        """What the pictures answer, in units of the spread; for measuring parts of a set without looking again."""
+        return self._in_spreads(self._answers(pictures))
 
-    def _answers(self, x_BCHW: Tensor) -> Iterable[tuple[str, Tensor]]:
-        pixels_BCK = _windows(x_BCHW, 1, self._places(COLOUR))
-        yield COLOUR, self._directions(COLOUR, torch.eye(3)) @ pixels_BCK
+    def _in_spreads(self, answers: Responses) -> Responses:
+        return {name: r / np.float32(self._spread[name]) for name, r in answers.items()}
+
+    def _answers(self, pictures: Pictures) -> Responses:
+        batches = [dict(self._answers_of_batch(x_BCHW)) for x_BCHW in _reduced(pictures, self.side)]
+        return {name: np.concatenate([batch[name].numpy() for batch in batches]) for name in batches[0]}
+
+    def _answers_of_batch(self, x_BCHW: Tensor) -> Iterator[tuple[str, Tensor]]:
+        pixels_BDK = _windows(x_BCHW, 1, self._places(COLOUR))
+        yield COLOUR, self._directions(COLOUR, torch.eye(3)) @ pixels_BDK
         for scale in SCALES:
             patches_BDK = _windows(F.avg_pool2d(x_BCHW, scale), PATCH, self._places("patches"))
             yield f"patches/{scale}", self._directions("patches", patch_basis()) @ patches_BDK
@@ -232,14 +238,15 @@ def patch_basis() -> Tensor:
     return torch.kron(torch.eye(3, dtype=torch.float64), weighted).float()
 
 
-def _reduced(pictures: Pictures, side: int, at_once: int = 64) -> Iterable[Tensor]:
+def _reduced(pictures: Pictures, side: int) -> Iterator[Tensor]:
     """Pixels in [0, 1], B x 3 x H x W, neighbours of one size together, with `side` pixels along the shorter edge."""
     if len(pictures) == 0:
         raise UserError("there are no pictures to compare")
     start = 0
     while start < len(pictures):
         stop, shape = start + 1, pictures[start].shape
-        while stop < len(pictures) and stop - start < at_once and pictures[stop].shape == shape:
+        at_once = MAX_PIXELS // math.prod(shape[:2])
+        while stop < min(len(pictures), start + at_once) and pictures[stop].shape == shape:
             stop += 1
         batch = np.stack([pictures[i] for i in range(start, stop)])
         if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:

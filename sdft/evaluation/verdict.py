@@ -17,9 +17,12 @@ from torch import nn
 
 from sdft.data.dataset import Pictures, Source, batches
 from sdft.data.images import to_uint8
-from sdft.evaluation.adherence import load_judge
+from sdft.data.toy.scenes import SUBJECTS
+from sdft.evaluation.adherence import Judge, load_judge
 from sdft.evaluation.pictures import save_grid
 from sdft.evaluation.style import style_gain
+from sdft.models.load import NANO
+from sdft.models.nano.build import tokenizer
 from sdft.models.sdxl import SDXL
 from sdft.sampling import Sampler, generate
 from sdft.types import Count, UserError
@@ -101,8 +104,9 @@ class StyleVerdict:
     def _adherence(self, before: np.ndarray, tuned: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
         if self.judge is None:
             return {}
-        judge = load_judge(self.judge)
-        if hasattr(self.reference, "scene"):
+        scenes = hasattr(self.reference, "scene")
+        judge = load_judge(str(NANO / "clip") if self.judge == "nano" else self.judge, SUBJECTS if scenes else None)
+        if scenes:
             subjects = [self.reference.scene(index).subject for index in range(self.num_images)]
             return {
                 "adherence": judge.subject_accuracy(tuned, subjects),
@@ -142,14 +146,12 @@ class AutoencoderVerdict:
 class JudgeVerdict:
     """How often a CLIP names the subject of held-out pictures."""
 
-    def __init__(self, references: dict[str, Source], tokenizer: Any):
-        self.references, self.tokenizer = references, tokenizer
+    def __init__(self, references: dict[str, Source], words: Sequence[str]):
+        self.references, self.tokenizer = references, tokenizer(words, "<|endoftext|>")
 
     def __call__(self, clip: nn.Module, base: Base, folder: Path) -> dict[str, float]:
         """Accuracy of each reference, and over all."""
-        from sdft.evaluation.adherence import Judge
-
-        judge = Judge(clip.eval(), self.tokenizer)
+        judge = Judge(clip, self.tokenizer, SUBJECTS)
         figures = {}
         for name, source in self.references.items():
             images = np.stack([source[index].image_HWC for index in range(len(source.keys))])

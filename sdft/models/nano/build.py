@@ -8,6 +8,7 @@ This file knows sizes; it knows neither data nor training.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from sdft.models.sdxl import SDXL
+from sdft.types import UserError
 
 IMAGE_SIZE = 64
 CONTEXT_WIDTHS = (48, 80)
@@ -137,13 +139,22 @@ def scheduler() -> EulerDiscreteScheduler:
     )
 
 
-def untrained(words: Sequence[str], vae: AutoencoderKL, seed: int) -> SDXL:
-    """A nano with random UNet and encoders around a trained VAE; the same seed gives the same weights."""
+def untrained(words: Sequence[str], vae: str, seed: int) -> SDXL:
+    """A nano with random UNet and encoders around the trained VAE of folder `vae`; the same seed, the same weights."""
+    if not Path(vae, "config.json").is_file():
+        raise UserError(f"model.vae={vae}: no VAE there; train one with python train.py experiment=nano_vae")
     tokenizers = [tokenizer(words, "<|endoftext|>"), tokenizer(words, "!")]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoders = text_encoders(tokenizers)
-        return SDXL(unet(), vae, *encoders, *tokenizers, scheduler=scheduler())
+        parts = (unet(), AutoencoderKL.from_pretrained(vae), *text_encoders(tokenizers))
+    return SDXL(*parts, *tokenizers, scheduler=scheduler())
+
+
+def untrained_autoencoder(seed: int) -> AutoencoderKL:
+    """A random VAE; the same seed, the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return autoencoder()
 
 
 def clip(words: Sequence[str], seed: int) -> CLIPModel:

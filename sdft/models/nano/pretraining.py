@@ -5,13 +5,15 @@ Only for building nano itself; SDXL's own VAE and CLIP are never trained here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel
 
-from sdft.models.sdxl import tokenize
+from sdft.models.nano.build import tokenizer
 from sdft.rng import Draws
 from sdft.types import Batch, LossReport, NonNegative
 
@@ -63,12 +65,14 @@ def _high_pass(x_BCHW: Tensor) -> Tensor:
 class Contrastive:
     """Images and texts of a batch find each other; equal texts share the target.
 
-    Half of the captions become the bare subject, the form in which the judge is asked. The noise and the blur make
-    the judge blind to what a small VAE leaves behind.
+    The noise and the blur make the judge blind to what a small VAE leaves behind.
+
+    words: what the tokenizer knows.
+    noise: standard deviation of what is added to the pixels.
     """
 
-    def __init__(self, tokenizer: CLIPTokenizer, noise: NonNegative = 0.05):
-        self.tokenizer, self.noise = tokenizer, noise
+    def __init__(self, words: Sequence[str], noise: NonNegative = 0.05):
+        self.tokenizer, self.noise = tokenizer(words, "<|endoftext|>"), noise
 
     def __call__(self, clip: CLIPModel, batch: Batch, draws: Draws) -> LossReport:
         """The mean of the two cross entropies, and how often the right text comes first."""
@@ -76,7 +80,8 @@ class Contrastive:
         x = x + self.noise * draws.normal("pixel noise", x.shape[1:]).to(x)
         blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         x = torch.lerp(x, blurred, draws.uniform("blur").to(x)[:, None, None, None])
-        ids = tokenize(self.tokenizer, batch.captions).to(x.device)
+        # Padding to the longest caption is enough here: only the position of the first EOS is read.
+        ids = self.tokenizer(list(batch.captions), padding=True, return_tensors="pt").input_ids.to(x.device)
         out = clip(input_ids=ids, pixel_values=x)
         same = (ids[:, None] == ids[None]).all(-1).float()
         target = same / same.sum(1, keepdim=True)

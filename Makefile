@@ -1,0 +1,32 @@
+# Each target sets up what it needs; `make train` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+RUN := HF_HUB_OFFLINE=1 WANDB_MODE=$${WANDB_MODE:-offline} $(VENV)/bin/python
+
+.PHONY: train test lint nano setup
+
+train: setup
+	$(RUN) train.py experiment=dreamy_style
+
+test: setup
+	$(RUN) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+# Trains the embedded model from nothing: about an hour and a half on two cores.
+nano: setup
+	$(RUN) train.py experiment=nano_vae run_dir=runs/nano/vae resume=auto
+	$(RUN) train.py experiment=nano_clip run_dir=runs/nano/clip resume=auto
+	$(RUN) train.py experiment=nano_base run_dir=runs/nano/base resume=auto
+	$(RUN) -m sdft.models.nano
+
+setup: $(VENV)/ready
+
+# torch comes first and pinned: a loose range pulls gigabytes of CUDA libraries that a laptop has no use for.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@

@@ -1,0 +1,130 @@
+"""What the framework costs: a training step, and the way to the first one, beside bare PyTorch. Prints ratios.
+
+    python benchmarks/step.py
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+
+from sdft.config import compose
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_STEPS, NUM_ROUNDS = 20, 3
+IMPORTS = "import torch, lightning, diffusers, transformers, peft, hydra, wandb; \
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel; from transformers import CLIPTextModel"
+
+
+class Clock:
+    """The moments at which steps ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def tick(self) -> None:
+        self.times.append(time.perf_counter())
+
+    def median(self) -> float:
+        """Seconds of a step; the first few warm up."""
+        return statistics.median(b - a for a, b in zip(self.times[3:], self.times[4:], strict=False))
+
+
+def framework() -> float:
+    """Seconds of a step of `train.py`'s own Trainer, with the callbacks and loggers that act at every step."""
+    import lightning as L
+
+    from sdft.module import Finetuning
+
+    clock = Clock()
+
+    class Tick(L.Callback):
+        def on_train_batch_end(self, *_) -> None:
+            clock.tick()
+
+    with tempfile.TemporaryDirectory() as folder:
+        steps = f"trainer.max_steps={NUM_STEPS}"
+        cfg = compose("train", ["experiment=dreamy_style", steps, "logger=csv", f"run_dir={folder}"])
+        data, tuning, objective = (instantiate(cfg[name]) for name in ("data", "tuning", "objective"))
+        trainer = instantiate(
+            cfg.trainer,
+            callbacks=[instantiate(cfg.callbacks.ema), Tick()],
+            loggers=[instantiate(logger) for logger in cfg.logger.values()],
+        )
+        module = Finetuning(
+            instantiate(cfg.model), tuning, objective, instantiate(cfg.optimizer), instantiate(cfg.lr_schedule), 0
+        )
+        trainer.fit(module, data)
+    return clock.median()
+
+
+def bare() -> float:
+    """Seconds of a step of a plain loop over the same model, loss, optimiser and average."""
+    from sdft.data.dataset import RunOrder, collate
+    from sdft.rng import Draws
+    from sdft.tuning import learning
+
+    clock = Clock()
+    cfg = compose("train", ["experiment=dreamy_style"])
+    data, tuning, objective = (instantiate(cfg[name]) for name in ("data", "tuning", "objective"))
+    model = instantiate(cfg.model)
+    tuning.attach(model)
+    data.encode_once(model.encode_moments, torch.device("cpu"))
+    optimizer = instantiate(cfg.optimizer)(tuning.groups(model))
+    parameters = [p for _, p in learning(model)]
+    average = [p.detach().clone() for p in parameters]
+    model.train()
+    for items in RunOrder(len(data.pictures.source.keys), data.batch_size, 0, 0, NUM_STEPS):
+        batch = collate([data.pictures[item] for item in items])
+        with torch.autocast("cpu", torch.bfloat16):
+            report = objective(model, batch, Draws(0, batch.keys, batch.visits))
+            loss = (report.per_sample_B * batch.loss_weight_B).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for kept, p in zip(average, parameters, strict=True):
+                kept.lerp_(p, 0.01)
+        clock.tick()
+    return clock.median()
+
+
+def start() -> tuple[float, float]:
+    """Seconds from the command to the end of the first step, and of the bare imports."""
+    begun = time.perf_counter()
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True)
+    imports = time.perf_counter() - begun
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["experiment=dreamy_style", "trainer.max_steps=1", "verdict=none", f"run_dir={folder}/run"]
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "train.py", *words], check=True, capture_output=True, cwd=ROOT)
+        return time.perf_counter() - begun, imports
+
+
+def main() -> None:
+    """Both comparisons, in both orders."""
+    torch.backends.cuda.enable_flash_sdp(False)
+    ratios = []
+    for _ in range(NUM_ROUNDS):
+        first, second, third = framework(), bare(), framework()
+        ratios += [first / second, third / second]
+        print(f"step: framework {first * 1e3:.0f} ms, bare {second * 1e3:.0f} ms, framework {third * 1e3:.0f} ms")
+    print(f"step ratio, median of {len(ratios)}: {statistics.median(ratios):.3f} (goal: at most 1.03)")
+    starts = []
+    for _ in range(NUM_ROUNDS):
+        whole, imports = start()
+        starts.append(whole / imports)
+        print(f"start: to the end of the first step {whole:.1f} s, bare imports {imports:.1f} s")
+    print(f"start ratio, median of {len(starts)}: {statistics.median(starts):.2f} (goal: at most 1.3)")
+
+
+if __name__ == "__main__":
+    main()

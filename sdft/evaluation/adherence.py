@@ -1,0 +1,138 @@
+"""Whether pictures show what their prompts say, as a CLIP sees it.
+
+Knows CLIP's two towers and its pixels. Must not know which model made the pictures, nor how the judge was trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+from sdft.types import Count, UserError
+
+Pictures = np.ndarray | Sequence[np.ndarray]
+"""uint8 RGB, N x H x W x 3 or a sequence of H x W x 3."""
+
+
+class Judge:
+    """A CLIP that is asked what it sees.
+
+    clip, tokenizer: of one model; nano's own or any of the hub's.
+    classes: the subjects among which `subject_accuracy` chooses; accuracies over different classes do not compare.
+    processor: resize (bicubic, antialiased, shorter edge), centre crop and normalisation of the pictures. Without it,
+        the size is the vision tower's and pixels lie in [-1, 1], as nano's judge has learnt.
+    prompt: what the judge compares a picture with; `{noun}` is the class and its article.
+    batch_size: pictures, or texts, at a time.
+    """
+
+    def __init__(
+        self,
+        clip: CLIPModel,
+        tokenizer: CLIPTokenizer,
+        classes: Sequence[str] | None = None,
+        processor: CLIPImageProcessorPil | None = None,
+        prompt: str = "a picture of {noun}",
+        batch_size: Count = 64,
+    ):
+        self.clip, self.tokenizer, self.prompt, self.batch_size = clip.eval(), tokenizer, prompt, batch_size
+        self.classes = None if classes is None else tuple(classes)
+        self.processor = processor or pixels_in_unit_range(clip.config.vision_config.image_size)
+
+    def subject_accuracy(self, images: Pictures, subjects: Sequence[str]) -> float:
+        """The share of pictures whose likeliest class, of all classes, is the subject asked for."""
+        return self.subject_hits(images, subjects).float().mean().item()
+
+    def subject_hits(self, images: Pictures, subjects: Sequence[str]) -> Tensor:
+        """Whether each picture's likeliest class is its subject, N bools."""
+        _check_counts(images, subjects)
+        if not self.classes:
+            raise UserError("the judge has no classes to choose among; give it the list of possible subjects")
+        if unknown := set(subjects) - set(self.classes):
+            raise UserError(f"subjects {sorted(unknown)} are not among the judge's classes {list(self.classes)}")
+        texts_KD = self.embed_texts([self.prompt.format(noun=with_article(name)) for name in self.classes])
+        chosen_N = (self.embed_images(images) @ texts_KD.T).argmax(1)
+        return chosen_N == torch.tensor([self.classes.index(subject) for subject in subjects])
+
+    def similarity(self, images: Pictures, captions: Sequence[str]) -> Tensor:
+        """The cosine of each picture with its caption, N; their mean is CLIP-T (Hessel et al. 2021, without its 2.5)."""
+        _check_counts(images, captions)
+        return (self.embed_images(images) * self.embed_texts(captions)).sum(1)
+
+    @torch.no_grad()
+    def embed_images(self, images: Pictures) -> Tensor:
+        """Unit vectors, N x D, fp32 on the CPU."""
+        embedded = []
+        for first in range(0, len(images), self.batch_size):
+            batch = [_checked(image) for image in images[first : first + self.batch_size]]
+            pixels_BCHW = self.processor(batch, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+            out = self.clip.get_image_features(pixel_values=pixels_BCHW.to(self.clip.device, self.clip.dtype))
+            embedded.append(F.normalize(out.pooler_output.float(), dim=1).cpu())
+        return torch.cat(embedded)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors, N x D, fp32 on the CPU; a text longer than the text tower is cut."""
+        embedded = []
+        for first in range(0, len(texts), self.batch_size):
+            ids_BL = self.tokenizer(
+                list(texts[first : first + self.batch_size]),
+                padding="max_length",
+                max_length=self.clip.config.text_config.max_position_embeddings,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            out = self.clip.get_text_features(input_ids=ids_BL.to(self.clip.device))
+            embedded.append(F.normalize(out.pooler_output.float(), dim=1).cpu())
+        return torch.cat(embedded)
+
+
+def load_judge(source: str, classes: Sequence[str] | None = None) -> Judge:
+    """The judge in a folder or on the hub: a CLIPModel in safetensors, its tokenizer, and how it wants its pixels.
+
+    A folder without `preprocessor_config.json` is taken to be nano's, whose pixels lie in [-1, 1].
+    """
+    folder = Path(source).expanduser()
+    try:
+        clip = CLIPModel.from_pretrained(folder if folder.is_dir() else source, use_safetensors=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder if folder.is_dir() else source)
+        processor = None
+        if not folder.is_dir() or (folder / "preprocessor_config.json").is_file():
+            processor = CLIPImageProcessorPil.from_pretrained(folder if folder.is_dir() else source)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no judge could be loaded from {source!r} ({error}); give a folder or a hub id with a CLIPModel in "
+            "safetensors and its tokenizer"
+        ) from error
+    return Judge(clip, tokenizer, classes, processor)
+
+
+def pixels_in_unit_range(image_size: int) -> CLIPImageProcessorPil:
+    """Pixels in [-1, 1] at `image_size`."""
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": image_size},
+        crop_size={"height": image_size, "width": image_size},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+
+
+def with_article(noun: str) -> str:
+    """`a cat`, `an owl`."""
+    return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
+
+
+def _check_counts(images: Pictures, texts: Sequence[str]) -> None:
+    if len(images) != len(texts) or len(images) == 0:
+        raise UserError(f"{len(images)} pictures and {len(texts)} texts: the judge needs one text a picture")
+
+
+def _checked(image: np.ndarray) -> np.ndarray:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise UserError(f"pictures are uint8 of shape (h, w, 3), not {image.dtype} of shape {image.shape}")
+    return image
