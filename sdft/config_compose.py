@@ -29,7 +29,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sdft.config_keys import (
-    MARKS,
     ConfigError,
     at,
     closest,
@@ -37,9 +36,9 @@ from sdft.config_keys import (
     dotted,
     has,
     items,
-    join,
     leaf,
     merge,
+    nearest,
     nest,
     split,
     strays,
@@ -235,25 +234,7 @@ class Composer:
         """The sentence about a key that this composition does not have."""
         if elsewhere := self._elsewhere(key, declared, words):
             return elsewhere
-        return f"unknown key '{key}'{self._nearest(key, declared.tree)}"
-
-    def _nearest(self, key: str, tree: dict[str, Any]) -> str:
-        """Suggests a sibling, else the same name elsewhere, else what looks alike, else lists the siblings."""
-        parent, _, last = key.rpartition(".")
-        siblings = [str(name) for name, _ in items(at(tree, parent)) if name not in MARKS]
-        namesakes: dict[str, list[str]] = {}
-        for known in [*self.groups, *dotted(tree)]:
-            namesakes.setdefault(leaf(known), []).append(known)
-        guess = join(parent, near) if (near := closest(last, siblings)) else None
-        if guess is None and leaf(key) in namesakes:
-            guess = min(namesakes[leaf(key)], key=len)
-        if guess is None and not (parent and siblings):
-            name = closest(last, namesakes)
-            guess = closest(key, [*self.groups, *dotted(tree)]) or (min(namesakes[name], key=len) if name else None)
-        if guess:
-            return f"; did you mean '{guess}'?"
-        where = f"in '{parent}'" if parent else "at the top"
-        return f". Known {where}: {', '.join(siblings)}" if siblings else ""
+        return f"unknown key '{key}'{nearest(key, declared.tree, self.groups)}"
 
     def _elsewhere(self, key: str, declared: Declared, words: Sequence[str]) -> str | None:
         """The sentence about a key, or a group, that other options of some group would bring."""
@@ -287,10 +268,8 @@ class Composer:
         unused = re.match(r"Could not override '(.+?)'", text)
         for override in map(self.parse, words if unused else ()):
             if unused and override.get_key_element() == unused[1]:
-                is_group = self._is_group(override)
-                raise ConfigError(
-                    self._unused(unused[1], words) if is_group else f"unknown key '{unused[1]}'"
-                ) from None
+                named = self._unused(unused[1], words) if self._is_group(override) else f"unknown key '{unused[1]}'"
+                raise ConfigError(named) from None
         if isinstance(error, yaml.YAMLError):
             raise ConfigError(f"cannot read a config file: {' '.join(text.split())}") from None
         raise ConfigError(f"{self.root}: {text.splitlines()[0]}") from None

@@ -83,6 +83,26 @@ def at(tree: Any, key: str) -> Any:
     return tree
 
 
+def nearest(key: str, tree: dict[str, Any], groups: list[str]) -> str:
+    """What to say after an unknown key: a sibling, else its namesake, else a look-alike, else all the siblings."""
+    parent, _, last = key.rpartition(".")
+    siblings = [str(name) for name, _ in items(at(tree, parent)) if name not in MARKS]
+    known = [k for k in [*groups, *dotted(tree)] if k != key]
+    namesakes: dict[str, list[str]] = {}
+    for candidate in known:
+        namesakes.setdefault(leaf(candidate), []).append(candidate)
+    guess = join(parent, near) if (near := closest(last, siblings)) else None
+    if guess is None and leaf(key) in namesakes:
+        guess = min(namesakes[leaf(key)], key=len)
+    if guess is None and not (parent and siblings):
+        name = closest(last, namesakes)
+        guess = closest(key, known) or (min(namesakes[name], key=len) if name else None)
+    if guess:
+        return f"; did you mean '{guess}'?"
+    where = f"in '{parent}'" if parent else "at the top"
+    return f". Known {where}: {', '.join(siblings)}" if siblings else ""
+
+
 def merge(tree: dict[str, Any], said: dict[str, Any]) -> None:
     """Adds to the tree what else was said."""
     for key, value in said.items():

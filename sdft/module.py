@@ -31,6 +31,7 @@ class Finetuning(L.LightningModule):
         self.optimizer, self.lr_schedule, self.seed = optimizer, lr_schedule, seed
         self.strict_loading = False
         tuning.attach(model)
+        model.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The weighted mean loss of a batch."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from sdft.types import Count, NonNegative
 
@@ -19,6 +19,13 @@ warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 # One process here serves pictures faster than workers do; `data.num_workers` is the knob, and the README names it.
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+
+for noise in (
+    ".*smaller than the logging interval.*",
+    ".*Experiment logs directory.*",  # hydra has written its own files into the run folder
+    ".*The anonymous setting has no effect.*",
+):
+    warnings.filterwarnings("ignore", message=noise)
 
 VALIDATION_FIGURE = "val/eps_mse"
 
@@ -66,7 +73,7 @@ def trainer(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         strategy=strategy,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, *([Progress()] if progress_bar else [])],
         logger=list(loggers),
         use_distributed_sampler=False,
         default_root_dir=run_dir,
@@ -91,3 +98,10 @@ def best_checkpoint(run_dir: str | None, monitor: str = VALIDATION_FIGURE, mode:
 def folder_of(run_dir: str | None) -> Path:
     """Where a run keeps its checkpoints."""
     return Path(run_dir or ".") / "checkpoints"
+
+
+class Progress(TQDMProgressBar):
+    """One line: steps, rate, time left, loss."""
+
+    def get_metrics(self, *args: Any) -> dict[str, Any]:
+        return {name: value for name, value in super().get_metrics(*args).items() if name != "v_num"}

@@ -9,10 +9,16 @@ import os
 from pathlib import Path
 
 import torch
+import diffusers.utils.logging
+import transformers.utils.logging
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
 from sdft.models.sdxl import SDXL, EmptyPrompt
 from sdft.types import UserError
+
+# Their bars count files, not bytes; `train.py` says what is being loaded.
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 
 NANO = Path(__file__).parent / "nano" / "weights"
 _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -30,7 +36,7 @@ def pretrained(
     """
     pipeline = _pipeline(weights)
     if vae is not None:
-        pipeline.vae = _part("model.vae", vae, lambda: AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32))
+        pipeline.vae = _part("model.vae", vae, lambda: AutoencoderKL.from_pretrained(vae, dtype=torch.float32))
     # Pooling reads the first EOS. SDXL's own config says 2, which makes transformers take the largest id instead,
     # and that is wrong as soon as a word is added.
     for tokenizer, encoder in (
@@ -46,7 +52,7 @@ def pretrained(
 
 def _pipeline(weights: str) -> StableDiffusionXLPipeline:
     source = str(NANO) if weights == "nano" else os.path.expanduser(weights)
-    options = {"torch_dtype": torch.float32, "add_watermarker": False}
+    options = {"dtype": torch.float32, "add_watermarker": False}
     if source.endswith(".safetensors"):
         if not Path(source).is_file():
             raise UserError(f"model.weights={weights}: there is no such file")
