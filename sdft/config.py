@@ -61,7 +61,7 @@ def verb(
             try:
                 args = _arguments()
                 words, sweep_dir = _prepare(root, conf_dir, args, function)
-                _run(root, conf_dir, _runner(function), words)
+                _run(root, conf_dir, _runner(function), [*args.overrides, *words])
                 if sweep_dir is not None and finish_sweep is not None:
                     finish_sweep(sweep_dir)
             except UserError as error:
@@ -87,7 +87,7 @@ def _fail(error: UserError) -> NoReturn:
 
 def _arguments() -> Any:
     parser = get_args_parser()
-    args, unknown = parser.parse_known_args()
+    args, unknown = parser.parse_known_intermixed_args()
     if unknown:
         name = unknown[0].lstrip("-").replace("-", "_")
         raise ConfigError(f"'{unknown[0]}' is not a flag; settings are written {name.partition('=')[0]}=value")
@@ -113,7 +113,8 @@ def _runner(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any
 
 def _run(root: str, conf_dir: Path, runner: Callable[[DictConfig], Any], words: Sequence[str]) -> None:
     kept = sys.argv
-    sys.argv = [*kept, *words]
+    # Flags first: Hydra's own parser does not read overrides on both sides of one.
+    sys.argv = [*(word for word in kept if word not in words), *words]
     try:
         hydra.main(version_base="1.3", config_path=str(Path(conf_dir).absolute()), config_name=root)(runner)()
     finally:
@@ -149,11 +150,12 @@ def _check_sweep(opened: Composer, words: Sequence[str]) -> Path:
     parsed = [opened.parse(word) for word in words]
     fixed = [o.input_line or "" for o in parsed if o.is_hydra_override()]
     swept = [o for o in parsed if not o.is_hydra_override()]
-    # Spelling first: a master config cannot be composed from misspelt words.
-    jobs = _jobs(swept, basic=False)
-    for job in jobs:
-        opened.load([*fixed, *job])
-    master = opened.load_raw(words, RunMode.MULTIRUN).hydra
+    try:
+        master = opened.load_raw(words, RunMode.MULTIRUN).hydra
+    except ConfigError:
+        for job in _jobs(swept, basic=False):
+            opened.load([*fixed, *job])  # says better what is misspelt
+        raise
     params = master.sweeper.get("params") or {}
     swept = [opened.parse(f"{key}={value}") for key, value in params.items()] + swept
     jobs = _jobs(swept, basic=master.sweeper._target_.endswith(".BasicSweeper"))

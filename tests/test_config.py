@@ -369,7 +369,8 @@ def test_verb_runs_a_job(run) -> None:
             ["-m", "model.width=1,2,0"],
             "error: job 3 of 3 (model.width=0): model.width=0: must be greater than or",
         ),
-        (["-m", "modle=nano,sdxl"], "error: unknown key 'modle'; did you mean 'model'?"),
+        (["-m", "modle=nano,sdxl"], "error: job 1 of 2 (modle=nano): unknown key 'modle'; did you mean 'model'?"),
+        (["-m", "modl=nano", "seed=1,2"], "error: unknown key 'modl'; did you mean 'model'?"),
         (["-m", "modle=glob(*)"], "error: modle=glob(*) "),
         (["-m", "seed=interval(0,1)"], "error: interval(...) needs a sweeper that searches"),
     ],
@@ -395,7 +396,7 @@ def test_verb_shows_a_bug_in_full(run) -> None:
 
 
 def test_verb_sweeps_and_finishes(run, conf: Path) -> None:
-    done, ran = run("-m", "seed=1,2", "model=glob(*)", "optimizer.lr=0.1", r"hydra.sweep.dir='out/it\'s ${now:%f}'")
+    done, ran = run("seed=1,2", "-m", "model=glob(*)", "optimizer.lr=0.1", r"hydra.sweep.dir='out/it\'s ${now:%f}'")
     assert done.returncode == 0, done.stderr
     assert [line.rsplit(" ", 1)[0] for line in ran] == ["1 8", "1 320", "2 8", "2 320"]
     folder, *names = (conf.parent / "finished").read_text().splitlines()

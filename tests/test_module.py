@@ -1,0 +1,315 @@
+"""The one training step: it learns, accumulates, saves what learns, and resumes to the same bits."""
+
+from __future__ import annotations
+
+import ast
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from sdft.callbacks.ema import EMA
+from sdft.data.datamodule import Images
+from sdft.module import Finetuning
+from sdft.objective import Denoising, MinSNR, UniformTimesteps
+from sdft.optimizer import adamw, constant, cosine
+from sdft.sampling import Sampler
+from sdft.trainer import last_checkpoint, trainer
+from sdft.tuning import Adapter, Full, learning
+from sdft.types import UserError
+
+ROOT = Path(__file__).parents[1]
+ALL_PARTS = ("unet", "text_encoder", "text_encoder_2")
+
+
+def test_exactly_one_training_step_is_defined() -> None:
+    """Law 3: every mode trains through the same step."""
+    files = [*(ROOT / "sdft").rglob("*.py"), *ROOT.glob("*.py")]
+    steps = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == "training_step"
+    ]
+    assert len(steps) == 1, steps
+    assert steps[0].startswith("sdft/module.py:")
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_one_picture_can_be_learned_by_heart(prediction: str, tiny_model, tiny_batch) -> None:
+    """Four visits of one picture, each with its own noise and timestep, again and again: the loss falls below 5 %."""
+    batch = tiny_batch(4, captions=["a red cat"], visits=[0, 1, 2, 3])
+    batch.keys, batch.pixels_BCHW = ["one"] * 4, batch.pixels_BCHW[:1].expand(4, -1, -1, -1)
+    module = Finetuning(tiny_model(), Full(), Denoising(prediction), partial(adamw, lr=4e-3), constant, seed=0)
+    optimizer = module.optimizer(module.tuning.groups(module.model))
+    losses = []
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[0] > 0.3
+    assert min(losses[-20:]) < 0.05 * losses[0]
+
+
+def test_a_sample_weighs_what_its_source_says(tiny_model, tiny_batch) -> None:
+    """The step is the mean of weight times loss: with weights (2, 0) that is the first sample's loss."""
+    module = Finetuning(tiny_model(), Full(), Denoising(), partial(adamw, lr=1e-3), constant, seed=0)
+    with torch.no_grad():
+        both = module.training_step(tiny_batch(2, loss_weights=[2.0, 0.0]), 0)
+        first = module.training_step(tiny_batch(1), 0)
+        plain = module.training_step(tiny_batch(2), 0)
+    assert float(both) == pytest.approx(float(first), rel=1e-5)
+    assert float(plain) != pytest.approx(float(first), rel=1e-3)
+
+
+def test_a_dropped_caption_says_nothing(tiny_model, tiny_batch) -> None:
+    module = Finetuning(tiny_model(), Full(), Denoising(), partial(adamw, lr=1e-3), constant, seed=0)
+    with torch.no_grad():
+        losses = [
+            [
+                float(module.training_step(tiny_batch(1, dropped=dropped, captions=[caption]), 0))
+                for caption in ("a cat", "dog")
+            ]
+            for dropped in ((0,), ())
+        ]
+    assert losses[0][0] == losses[0][1]
+    assert losses[1][0] != losses[1][1]
+
+
+def test_the_adapters_that_a_run_starts_from_follow_from_its_seed(tiny_model) -> None:
+    """Law 1: what torch's own generator was used for before does not matter, and another seed gives others."""
+    starts = []
+    for noise, seed in ((1, 0), (2, 0), (1, 5)):
+        torch.manual_seed(noise)
+        module = Finetuning(tiny_model(), Adapter(rank=2), Denoising(), adamw, constant, seed=seed)
+        starts.append(torch.cat([p.detach().flatten() for _, p in learning(module.model)]))
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "zero_snr"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
+)
+def test_pictures_are_drawn_the_way_the_model_is_trained(prediction: str, zero_snr: bool, tiny_model) -> None:
+    """A model that learns v and is sampled as epsilon draws nonsense, in previews, verdicts and exports."""
+    objective = Denoising(prediction, zero_terminal_snr=zero_snr)
+    module = Finetuning(tiny_model(), Full(), objective, adamw, constant, seed=0)
+    config = Sampler("euler", steps=4).scheduler(module.model).config
+    assert config.prediction_type == prediction
+    assert config.rescale_betas_zero_snr == zero_snr
+
+
+def test_validation_compares_runs_of_different_objectives(tiny_model, tiny_source, tmp_path: Path) -> None:
+    """Law 7: the triples (image, timestep, noise) of `val/eps_mse` do not follow the run's law of timesteps."""
+    figures = []
+    for timesteps in (UniformTimesteps(), UniformTimesteps(0.0, 0.1)):
+        module = Finetuning(tiny_model(), Full(), Denoising(timesteps=timesteps), adamw, constant, seed=0)
+        data = images(tiny_source(2), tiny_source(4, "held out"), cache="off")
+        (told,) = settings(tmp_path, 1).validate(module, data, verbose=False)
+        figures.append(told["val/eps_mse"])
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing after it runs."""
+
+
+class KillAt(L.Callback):
+    """Ends the process, as it were, when `step` optimiser steps are done and a batch of the next one is read."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        if trainer.global_step == self.step and i % 2 == 0:
+            raise Killed
+
+
+class Losses(L.Callback):
+    """Keeps the loss of every batch."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, float] = {}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int
+    ) -> None:
+        self.seen[i] = float(outputs["loss"])
+
+
+def images(source, held_out, **options) -> Images:
+    return Images(source, held_out, size=32, seed=3, **{"batch_size": 2, **options})
+
+
+def settings(folder: Path, max_steps: int, *callbacks: L.Callback, **options) -> L.Trainer:
+    return trainer(
+        max_steps=max_steps,
+        accelerator="cpu",
+        devices=1,
+        progress_bar=False,
+        callbacks=[*callbacks, last_checkpoint(str(folder), every=3)],
+        run_dir=str(folder),
+        **options,
+    )
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)
+
+
+def test_accumulation_is_a_larger_batch(tiny_model, tiny_source, tmp_path: Path) -> None:
+    """2 x 4 and 8 x 1: the same samples, so the same mean loss and, up to float rounding, the same weights."""
+    weights, losses = [], []
+    for batch_size, accumulate in ((2, 4), (8, 1)):
+        # eps keeps AdamW from turning the rounding of a vanishing gradient into a full step.
+        optimizer = partial(adamw, lr=1e-2, eps=1e-4)
+        module = Finetuning(tiny_model(), Full(), Denoising(weighting=MinSNR()), optimizer, constant, seed=0)
+        data = images(tiny_source(6), tiny_source(2, "held out"), batch_size=batch_size, flip=True, caption_dropout=0.3)
+        seen = Losses()
+        settings(tmp_path / f"{batch_size}", 3, seen, accumulate_grad_batches=accumulate).fit(module, data)
+        weights.append({name: p.detach() for name, p in learning(module.model)})
+        losses.append(torch.tensor(list(seen.seen.values())).view(3, accumulate).mean(1))
+    # Lightning reports the loss it differentiates: that of a batch, divided by the number accumulated.
+    torch.testing.assert_close(losses[0] * 4, losses[1], rtol=1e-4, atol=0)
+    start = {name: p.detach() for name, p in tiny_model().named_parameters()}
+    moved = max(float((p - start[name]).abs().max()) for name, p in weights[0].items())
+    apart = max(float((p - weights[1][name]).abs().max()) for name, p in weights[0].items())
+    assert moved > 1e-2
+    assert apart < 1e-3 * moved
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora_unet_te_words"])
+def test_checkpoints_hold_only_what_learns(tuning: str, tiny_model, tiny_source, tmp_path: Path) -> None:
+    """The rest comes from `model.weights` again; optimiser and average have one entry a learning tensor."""
+    words = {"<sks>": "red cat"}
+    chosen = Full() if tuning == "full" else Adapter(rank=2, parts=ALL_PARTS, new_words=words)
+    module = Finetuning(tiny_model(), chosen, Denoising(), partial(adamw, lr=1e-3), constant, seed=0)
+    settings(tmp_path, 3, EMA(0.9)).fit(module, images(tiny_source(4), tiny_source(2)))
+    saved = read(tmp_path)
+    names = [name for name, _ in learning(module.model)]
+    assert sorted(saved["state_dict"]) == sorted(f"model.{name}" for name in names)
+    assert sum(len(group["params"]) for group in saved["optimizer_states"][0]["param_groups"]) == len(names)
+    assert sorted(saved["callbacks"]["EMA"]["average"]) == sorted(names)
+    assert "hyper_parameters" not in saved
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora_unet_te_words"])
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(tuning: str, tiny_model, tiny_source, tmp_path: Path) -> None:
+    """Law 2: killed in the fifth of six steps, resumed from the third, with everything on that has a state.
+
+    An average, caption dropout, flips, accumulation, a decaying rate, validation in between, and a permutation of the
+    pictures that ends inside the run.
+    """
+
+    def new_module(chance: int) -> Finetuning:
+        torch.manual_seed(chance)
+        words = {"<sks>": "red cat"}
+        chosen = Full() if tuning == "full" else Adapter(rank=2, alpha=4.0, parts=ALL_PARTS, new_words=words)
+        schedule = partial(cosine, warmup_steps=2, final=0.1)
+        return Finetuning(
+            tiny_model(), chosen, Denoising(weighting=MinSNR()), partial(adamw, lr=1e-2), schedule, seed=7
+        )
+
+    def fit(
+        folder: Path, chance: int, *callbacks: L.Callback, resume: Path | None = None
+    ) -> tuple[Finetuning, EMA, Losses]:
+        module, average, losses = new_module(chance), EMA(0.9), Losses()
+        data = images(tiny_source(5), tiny_source(2, "held out"), flip=True, caption_dropout=0.4)
+        run = settings(folder, 6, average, losses, *callbacks, validate_every=2, accumulate_grad_batches=2)
+        run.fit(module, data, ckpt_path=resume, weights_only=False)
+        return module, average, losses
+
+    straight, straight_average, straight_losses = fit(tmp_path / "straight", 1)
+    with pytest.raises(Killed):
+        fit(tmp_path / "killed", 1, KillAt(4))
+    assert read(tmp_path / "killed")["global_step"] == 3
+    # Whatever chance says at the start of the second process, the checkpoint decides.
+    checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    resumed, resumed_average, resumed_losses = fit(tmp_path / "killed", 2, resume=checkpoint)
+
+    assert list(resumed_losses.seen) == [6, 7, 8, 9, 10, 11]
+    assert all(resumed_losses.seen[i] == straight_losses.seen[i] for i in resumed_losses.seen)
+    assert straight_average.num_updates == resumed_average.num_updates == 6
+    for (name, a), (_, b) in zip(learning(straight.model), learning(resumed.model), strict=True):
+        assert torch.equal(a, b), name
+        assert torch.equal(a, straight_average.average[name]), name  # the run ends with the average in place
+    assert_same(read(tmp_path / "straight"), read(tmp_path / "killed"))
+
+
+def assert_same(straight: dict[str, Any], resumed: dict[str, Any]) -> None:
+    """The last checkpoints agree in live weights, average, optimiser and schedule."""
+    assert straight["global_step"] == resumed["global_step"] == 6
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "Images"):
+        assert_equal(straight[part], resumed[part], part)
+    assert_equal(straight["callbacks"]["EMA"], resumed["callbacks"]["EMA"], "EMA")
+
+
+def assert_equal(a: Any, b: Any, where: str) -> None:
+    if isinstance(a, Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}[{i}]")
+    elif not callable(a):
+        assert a == b, where
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted"),
+    [
+        (partial(Adapter, rank=2), Full),
+        (Full, partial(Adapter, rank=2)),
+        (partial(Adapter, rank=2), partial(Adapter, rank=4)),
+        (partial(Adapter, rank=2), partial(Adapter, rank=2, layers="attention")),
+    ],
+    ids=["lora into full", "full into lora", "another rank", "other layers"],
+)
+def test_a_checkpoint_of_another_tuning_is_refused(saved, wanted, tiny_model, tiny_source, tmp_path: Path) -> None:
+    def fit(tuning, resume: Path | None, max_steps: int) -> None:
+        module = Finetuning(tiny_model(), tuning, Denoising(), partial(adamw, lr=1e-3), constant, seed=0)
+        data = images(tiny_source(4), tiny_source(2))
+        settings(tmp_path, max_steps).fit(module, data, ckpt_path=resume, weights_only=False)
+
+    fit(saved(), None, 3)
+    with pytest.raises(UserError, match=r"resume: .*same model, tuning and rank"):
+        fit(wanted(), tmp_path / "checkpoints" / "last.ckpt", 6)
+
+
+def test_the_average_is_what_validates_and_stays(tiny_model, tiny_source, tmp_path: Path) -> None:
+    """After n steps the decay is min(0.5, (1 + n) / (10 + n)); worked by hand from the weights of each step."""
+    module = Finetuning(tiny_model(), Full(), Denoising(), partial(adamw, lr=1e-2), constant, seed=0)
+    name, weight = next(iter(learning(module.model)))
+    lives, validated, by_hand = [], [], weight.detach().clone()
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            lives.append(weight.detach().clone())
+
+        def on_validation_batch_end(self, *_: Any) -> None:
+            validated.append(weight.detach().clone())
+
+    average = EMA(0.25)
+    settings(tmp_path, 3, average, Watch(), validate_every=3).fit(module, images(tiny_source(4), tiny_source(2)))
+    for n, live in enumerate(lives, start=1):
+        decay = min(0.25, (1 + n) / (10 + n))  # 0.1818, 0.25, 0.25
+        by_hand = decay * by_hand + (1 - decay) * live
+    assert len(lives) == 3
+    torch.testing.assert_close(average.average[name], by_hand)
+    assert torch.equal(validated[0], average.average[name])
+    assert torch.equal(weight, average.average[name])
+    assert torch.equal(
+        read(tmp_path)["state_dict"][f"model.{name}"], lives[-1]
+    )  # the checkpoint goes on from the live ones
