@@ -1,4 +1,4 @@
-"""Compare: `python eval.py subjects='{base: nano, dreamy: runs/dreamy_style/...}'`. What models draw of the same words."""
+"""Compare what models draw of the same words: `python eval.py subjects='{base: nano, mine: RUN_FOLDER}'`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports go down only, and third parties stay behind their fences: the table of shared/DESIGN.md, read off the sources.
+"""Imports go down only, and third parties stay behind their fences: the table of DESIGN.md, read off the sources.
 
 A file is judged by what it imports anywhere, also inside functions.
 """

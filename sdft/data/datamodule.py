@@ -17,7 +17,7 @@ from tqdm import tqdm
 from sdft.data.dataset import Pictures, RunOrder, Source, collate
 from sdft.data.images import Crop
 from sdft.data.sources import Folder
-from sdft.types import Batch, Count, Fraction, Index
+from sdft.types import Batch, Count, Fraction, Index, UserError
 
 
 class Images(L.LightningDataModule):
@@ -46,6 +46,8 @@ class Images(L.LightningDataModule):
         num_workers: Index = 0,
     ):
         super().__init__()
+        if size % 16:
+            raise UserError(f"size={size}: must be a multiple of 16, and of 64 for SDXL; try {round(size / 64) * 64 or 64}")
         self.pictures = Pictures(train, (size, size), seed, crop, flip, caption_dropout)
         self.held_out = Pictures(validation, (size, size), seed)
         if cache == "ram":

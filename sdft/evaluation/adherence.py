@@ -42,7 +42,7 @@ class Judge:
     ):
         self.clip, self.tokenizer, self.prompt, self.batch_size = clip.eval(), tokenizer, prompt, batch_size
         self.classes = None if classes is None else tuple(classes)
-        self.processor = processor or pixels_in_unit_range(clip.config.vision_config.image_size)
+        self.processor = processor or pixels_in_unit_range(clip.vision_model.embeddings.image_size)
 
     def subject_accuracy(self, images: Pictures, subjects: Sequence[str]) -> float:
         """The share of pictures whose likeliest class, of all classes, is the subject asked for."""
@@ -60,7 +60,7 @@ class Judge:
         return chosen_N == torch.tensor([self.classes.index(subject) for subject in subjects])
 
     def similarity(self, images: Pictures, captions: Sequence[str]) -> Tensor:
-        """The cosine of each picture with its caption, N; their mean is CLIP-T (Hessel et al. 2021, without its 2.5)."""
+        """The cosine of each picture with its caption, N; the mean is CLIP-T (Hessel et al. 2021, unscaled)."""
         _check_counts(images, captions)
         return (self.embed_images(images) * self.embed_texts(captions)).sum(1)
 

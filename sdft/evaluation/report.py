@@ -20,7 +20,7 @@ from sdft.evaluation.pictures import save_grid
 from sdft.evaluation.subjects import Comparison, Question, Subject
 
 THUMBNAIL = 384
-"""Longest side of the pictures in the report, in pixels; smaller ones are shown as they are, enlarged by the browser."""
+"""Longest side of the pictures in the report, in pixels; smaller ones are enlarged by the browser."""
 COLUMNS = ("subject", "prompt", "seed", "sampler", "cfg", "steps", "path")
 
 STYLE = """

@@ -31,6 +31,14 @@ SCALES = (1, 2, 4)
 PLACES = {COLOUR: 12, "patches": 8}
 """Places looked at in each picture, along each axis."""
 DIRECTIONS = {COLOUR: 48, "patches": 144}
+OPPONENT = torch.tensor(
+    [
+        [3**-0.5, 3**-0.5, 3**-0.5],
+        [2 * 2**-0.5, 0, -2 * 2**-0.5],
+        [-2 * 6**-0.5, 2 * 2 * 6**-0.5, -2 * 6**-0.5],
+    ]
+)
+"""Lightness, red against blue, green against both. Hue counts double: it varies about half as much in pictures."""
 MAX_PIXELS = 2**22
 """Pixels held as floats at a time: 4 pictures of 1024 x 1024, 50 MB."""
 
@@ -126,7 +134,7 @@ class StyleDistance:
 
     def _answers_of_batch(self, x_BCHW: Tensor) -> Iterator[tuple[str, Tensor]]:
         pixels_BDK = _windows(x_BCHW, 1, self._places(COLOUR))
-        yield COLOUR, self._directions(COLOUR, torch.eye(3)) @ pixels_BDK
+        yield COLOUR, self._directions(COLOUR, OPPONENT) @ pixels_BDK
         for scale in SCALES:
             patches_BDK = _windows(F.avg_pool2d(x_BCHW, scale), PATCH, self._places("patches"))
             yield f"patches/{scale}", self._directions("patches", patch_basis()) @ patches_BDK
@@ -229,7 +237,7 @@ def distance(a: Responses, b: Responses) -> Distance:
 
 
 def patch_basis() -> Tensor:
-    """What a patch is seen through: DCT-II waves of each colour channel, 72 x 75.
+    """What a patch is seen through: DCT-II waves of each opponent colour, 72 x 75.
 
     Without the constant wave, so that a patch says nothing about its colour. Each wave is weighted by its frequency:
     amplitudes of pictures fall as 1/f, so this makes all waves count alike, fine texture as well as gradients.
@@ -240,7 +248,7 @@ def patch_basis() -> Tensor:
     planes = torch.einsum("uy,vx->uvyx", waves, waves).reshape(PATCH**2, PATCH**2)
     frequency = torch.cartesian_prod(k, k).square().sum(1).sqrt()
     weighted = (planes * frequency[:, None])[1:]
-    return torch.kron(torch.eye(3, dtype=torch.float64), weighted).float()
+    return torch.kron(OPPONENT.double(), weighted).float()
 
 
 def _reduced(pictures: Pictures, side: int) -> Iterator[Tensor]:

@@ -164,9 +164,10 @@ class Models:
     """Opens subjects. The base model is loaded once, when it is first needed, and leaves every subject as it came.
 
     load: the base model without arguments, another with `weights`.
+    base_weights: of the base model; none where it has no weights of its own.
     """
 
-    def __init__(self, load: Callable[..., SDXL], base_weights: str, device: torch.device):
+    def __init__(self, load: Callable[..., SDXL], base_weights: str | None, device: torch.device):
         self._load, self.base_weights, self._device = load, base_weights, device
 
     @cached_property
@@ -188,6 +189,8 @@ class Models:
             yield self.base
 
     def _own(self, subject: Subject) -> SDXL:
+        if self.base_weights is None:
+            raise UserError(f"{subject.key}: choose a model that takes weights, such as model=nano or model=sdxl")
         try:
             return self._load(weights=subject.weights).to(self._device).eval()
         except UserError as error:

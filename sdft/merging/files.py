@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -51,7 +51,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Weights:
-    """One input: a model folder or a single file. The keys of a folder start with the component: `unet/conv_in.bias`."""
+    """One input: a model folder or a single file. Keys of a folder start with the component: `unet/conv_in.bias`."""
 
     root: Path
     tensors: dict[str, Stored]
@@ -111,7 +111,7 @@ def open_weights(key: str, source: str) -> Weights:
         files = [root]
     else:
         wrong = "is no .safetensors file" if root.is_file() else "there is no such file or folder"
-        raise UserError(f"{key}={source}: {wrong}; pass nano, a model folder in diffusers format or a .safetensors file")
+        raise UserError(f"{key}={source}: {wrong}; pass nano, a model folder or a .safetensors file")
     tensors: dict[str, Stored] = {}
     metadata = {}
     for file in files:
@@ -245,7 +245,7 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file, asking `compute` for the tensor of one key at a time."""
     # The widest dtype first, as the library writes it: each tensor then starts at a multiple of its dtype's size.
-    order: Sequence[str] = sorted(tensors, key=lambda key: (-tensors[key].alignment, tensors[key].name))
+    order = sorted(tensors, key=lambda key: (-tensors[key].alignment, tensors[key].name))
     header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for key in order:

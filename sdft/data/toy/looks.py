@@ -60,7 +60,7 @@ def _photo(scene: Scene, layout: Layout, size: int) -> np.ndarray:
     slope = (_shifted(body, -step, -step) - _shifted(body, step, step))[..., None]
     shade = 1.10 - 0.24 * fall + 0.30 * slope
     lit = shot.subject * shade + mask * 26.0 * np.clip(slope, 0, 1)
-    return lit + shot.back * (1 - mask) * (1 - shadow)
+    return softened(lit + shot.back * (1 - mask) * (1 - shadow), 0.5 * size / 64)
 
 
 def _sparkles(scene: Scene, size: int) -> np.ndarray:

@@ -108,4 +108,4 @@ def technomant(scene: Scene, layout: Layout, size: int) -> np.ndarray:
     light = softened(np.maximum(rims, traces), 0.4 * unit)
     glow = softened(light, 2.2 * unit) * 0.8 + softened(light, 5.0 * unit) * 0.42
     dim = base * (1.0 - light.max(axis=-1, keepdims=True) / 255.0)
-    return 255.0 - (255.0 - dim - light.clip(0, 255 - dim)) * (1.0 - glow.clip(0, 255) / 255.0)
+    return softened(255.0 - (255.0 - dim - light.clip(0, 255 - dim)) * (1.0 - glow.clip(0, 255) / 255.0), 0.4 * unit)

@@ -1,0 +1,166 @@
+"""The judge: what it learnt it tells, its pixels are those it was trained on, and it survives being saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, CLIPModel
+
+from sdft.data.toy.scenes import SUBJECTS, VOCABULARY, sample_scene
+from sdft.evaluation.adherence import Judge, load_judge, pixels_in_unit_range, with_article
+from sdft.models.nano import build
+from sdft.types import UserError
+
+COLOURS = {"cat": (220, 30, 30), "dog": (30, 200, 40), "car": (40, 60, 230)}
+
+
+def _flat(subject: str, shift: int = 0) -> np.ndarray:
+    return np.full((64, 64, 3), np.array(COLOURS[subject]) + shift, np.uint8)
+
+
+def _tower(judge: Judge, pixels: Tensor, text: str) -> tuple[Tensor, Tensor]:
+    ids = judge.tokenizer([text], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        out = judge.clip(input_ids=ids, pixel_values=pixels)
+    return out.image_embeds, out.text_embeds
+
+
+@pytest.fixture(scope="module")
+def untrained() -> Judge:
+    return Judge(build.clip(VOCABULARY, seed=3), build.tokenizer(VOCABULARY, "<|endoftext|>"), SUBJECTS)
+
+
+@pytest.fixture(scope="module")
+def schooled() -> Judge:
+    """A judge that has learnt that cats are red, dogs green and cars blue."""
+    clip, tokenizer = build.clip(VOCABULARY, seed=0), build.tokenizer(VOCABULARY, "<|endoftext|>")
+    texts = [f"a picture of a {name}" for name in COLOURS]
+    ids = tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    images = np.stack([_flat(name, shift) for shift in (-10, 10) for name in COLOURS])
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    learner = torch.optim.AdamW(clip.parameters(), lr=1e-3)
+    for _ in range(25):
+        logits = clip(input_ids=ids, pixel_values=pixels).logits_per_image
+        learner.zero_grad()
+        torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0, 1, 2])).backward()
+        learner.step()
+    return Judge(clip, tokenizer, list(COLOURS))
+
+
+def test_accuracy_is_the_share_of_true_subjects(schooled: Judge) -> None:
+    shown = ["cat", "dog", "car", "car", "dog", "cat"]
+    images = np.stack([_flat(name, 5) for name in shown])
+    assert schooled.subject_accuracy(images, shown) == 1.0
+    claimed = ["cat", "dog", "car", "cat", "cat", "cat"]
+    assert schooled.subject_accuracy(images, claimed) == pytest.approx(4 / 6)
+    assert schooled.subject_hits(images, claimed).tolist() == [True, True, True, False, False, True]
+    assert schooled.subject_accuracy(images, ["dog", "car", "cat", "dog", "car", "car"]) == 0.0
+
+
+def test_the_true_caption_is_the_most_similar(schooled: Judge) -> None:
+    images = [_flat(name) for name in COLOURS]
+    told = {name: schooled.similarity(images, [f"a picture of a {name}"] * 3) for name in COLOURS}
+    table = torch.stack(list(told.values()), dim=1)
+    assert table.argmax(1).tolist() == [0, 1, 2]
+    assert (table.diagonal() - (table.sum(1) - table.diagonal()) / 2).min() > 0.2
+
+
+def test_batches_do_not_matter(schooled: Judge) -> None:
+    images, names = [_flat(name, s) for s in range(3) for name in COLOURS], list(COLOURS) * 3
+    small = Judge(schooled.clip, schooled.tokenizer, schooled.classes, batch_size=2)
+    captions = [f"a {name} in the snow" for name in names]
+    assert torch.allclose(small.similarity(images, captions), schooled.similarity(images, captions), atol=1e-5)
+
+
+def test_embeddings_are_those_of_the_whole_model(untrained: Judge) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1
+    image_D, text_D = _tower(untrained, pixels, "a red cat in the snow")
+    assert torch.allclose(untrained.embed_images([image]), image_D, atol=1e-5)
+    assert torch.allclose(untrained.embed_texts(["a red cat in the snow"]), text_D, atol=1e-5)
+    cosine = untrained.similarity(image[None], ["a red cat in the snow"])
+    assert cosine.item() == pytest.approx((image_D * text_D).sum().item(), abs=1e-5)
+
+
+def test_pixels_lie_between_minus_one_and_one() -> None:
+    image = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    pixels = pixels_in_unit_range(64)([image], return_tensors="pt")["pixel_values"][0]
+    assert torch.allclose(pixels, torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1, atol=1e-6)
+
+
+def test_larger_pictures_are_averaged_not_skipped() -> None:
+    """A board of single black and white pixels is grey from afar; picking every fourth pixel would make it black."""
+    board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, axis=2)
+    pixels = pixels_in_unit_range(64)([board], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 64, 64)
+    assert pixels.abs().max() < 0.05
+
+
+def test_prompts_are_worded_as_the_captions_of_the_toy_world() -> None:
+    bare = {f"a picture of {with_article(subject)}" for subject in SUBJECTS}
+    said = {sample_scene(0, index).caption for index in range(4000)}
+    assert len(bare & said) > len(SUBJECTS) // 2
+    assert with_article("orange cat") == "an orange cat"
+
+
+def test_saved_and_loaded_judge_says_the_same(untrained: Judge, tmp_path: Path) -> None:
+    untrained.clip.save_pretrained(tmp_path)
+    untrained.tokenizer.save_pretrained(tmp_path)
+    loaded = load_judge(str(tmp_path), SUBJECTS)
+    images = np.random.default_rng(2).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
+    captions = [sample_scene(0, index).caption for index in range(5)]
+    assert torch.equal(loaded.similarity(images, captions), untrained.similarity(images, captions))
+    assert torch.equal(loaded.embed_texts(captions), untrained.embed_texts(captions))
+    assert not loaded.clip.training
+
+
+def test_a_folder_says_how_it_wants_its_pixels(untrained: Judge, tmp_path: Path) -> None:
+    untrained.clip.save_pretrained(tmp_path)
+    untrained.tokenizer.save_pretrained(tmp_path)
+    mean, std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=mean, image_std=std
+    ).save_pretrained(tmp_path)
+    image = np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    pixels = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    expected, _ = _tower(untrained, pixels, "a cat")
+    loaded = load_judge(str(tmp_path))
+    assert torch.allclose(loaded.embed_images([image]), expected, atol=1e-5)
+    assert not torch.allclose(untrained.embed_images([image]), expected, atol=1e-3)
+
+
+def test_a_long_caption_is_cut(untrained: Judge) -> None:
+    assert untrained.embed_texts(["a red cat in the snow " * 40]).shape == (1, build.CLIP_WIDTH)
+
+
+def test_judging_leaves_no_gradients(untrained: Judge) -> None:
+    assert not untrained.similarity([_flat("cat")], ["a cat"]).requires_grad
+    assert all(weight.grad is None for weight in untrained.clip.parameters())
+
+
+def test_bad_questions_are_refused(untrained: Judge, tmp_path: Path) -> None:
+    images = [_flat("cat")]
+    with pytest.raises(UserError, match=r"subjects \['unicorn'\]"):
+        untrained.subject_accuracy(images, ["unicorn"])
+    with pytest.raises(UserError, match="one text a picture"):
+        untrained.similarity(images, ["a cat", "a dog"])
+    with pytest.raises(UserError, match="no classes"):
+        Judge(untrained.clip, untrained.tokenizer).subject_accuracy(images, ["cat"])
+    with pytest.raises(UserError, match="uint8"):
+        untrained.similarity([_flat("cat") / 255], ["a cat"])
+    with pytest.raises(UserError, match="no judge could be loaded"):
+        load_judge(str(tmp_path))
+
+
+def test_pickles_are_not_opened(untrained: Judge, tmp_path: Path) -> None:
+    assert isinstance(untrained.clip, CLIPModel)
+    untrained.clip.config.save_pretrained(tmp_path)
+    untrained.tokenizer.save_pretrained(tmp_path)
+    torch.save(untrained.clip.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="safetensors"):
+        load_judge(str(tmp_path))

@@ -1,0 +1,66 @@
+"""Every YAML in `conf/` composes and binds to the constructors it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sdft.config import CONF_DIR, check, compose
+
+ROOTS = {"train", "eval", "merge", "nano", "data_toy"}
+NEEDS = {
+    "data/folder": ["data.root=somewhere"],
+    "model/nano_vae": ["tuning=full", "objective=reconstruction", "verdict=autoencoder"],
+    "model/nano_clip": ["tuning=full", "objective=contrastive", "verdict=judge"],
+    "model/nano_untrained": ["tuning=full"],
+    "recipe/nano_vae_full": ["experiment=nano_vae"],
+    "recipe/nano_clip_full": ["experiment=nano_clip"],
+    "recipe/nano_untrained_full": ["experiment=nano_base"],
+    "objective/weighting/debiased": ["objective=epsilon"],
+}
+ROOT_NEEDS = {"merge": ["a=x", "b=y", "out=z"], "data_toy": ["out=x"], "eval": []}
+
+
+def options() -> list[str]:
+    """Every option of every group, as `group/option`; names that start with _ are parts of others."""
+    files = sorted(CONF_DIR.rglob("*.yaml"))
+    named = [file.relative_to(CONF_DIR).with_suffix("").as_posix() for file in files]
+    return [name for name in named if "/" in name and not Path(name).name.startswith("_")]
+
+
+@pytest.mark.parametrize("option", options())
+def test_every_option_composes_and_binds(option: str) -> None:
+    group, _, name = option.rpartition("/")
+    words = NEEDS.get(option, [])
+    if group == "recipe":
+        model, tuning = next((m, name.removeprefix(f"{m}_")) for m in ("nano_untrained", "nano_vae", "nano_clip", "nano", "sdxl") if name.startswith(f"{m}_"))
+        words = words or [f"model={model}", f"tuning={tuning}"]
+    else:
+        words = [*words, f"{group}={name}"]
+    check(compose("train", words))
+
+
+@pytest.mark.parametrize("root", sorted(ROOTS))
+def test_every_root_composes_and_binds(root: str) -> None:
+    check(compose(root, ROOT_NEEDS.get(root, [])))
+
+
+def test_no_root_is_forgotten() -> None:
+    assert {file.stem for file in CONF_DIR.glob("*.yaml")} == ROOTS
+
+
+@pytest.mark.parametrize("file", sorted((CONF_DIR / "experiment").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_first_comment_of_an_experiment_is_its_command(file: Path) -> None:
+    comments = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+    assert f"python train.py experiment={file.stem}" in comments[1]
+
+
+@pytest.mark.parametrize("experiment", ["dreamy_style", "photo_style", "technomant"])
+def test_an_experiment_runs_on_the_real_model_and_own_pictures_by_name_alone(experiment: str) -> None:
+    """The sizes, steps and rates of `model=sdxl` come with it, and nothing of the toy world stays."""
+    cfg = compose("train", [f"experiment={experiment}", "model=sdxl", "data=folder", "data.root=somewhere"])
+    check(cfg)
+    assert cfg.size == cfg.data.size == cfg.verdict.size == 1024
+    assert cfg.optimizer.lr <= 1e-4
+    assert "train" not in cfg.data

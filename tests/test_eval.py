@@ -1,0 +1,259 @@
+"""Comparing: adapters go on and off without a trace, and what users write stays text."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from sdft.config import ConfigError, check, compose
+from sdft.evaluation.report import Row, thumbnail, write_report
+from sdft.evaluation.subjects import Comparison, Models, Subject, read_subjects, with_lora, with_words
+from sdft.formats.adapter import write_lora, write_words
+from sdft.models.load import pretrained
+from sdft.models.sdxl import SDXL
+from sdft.sampling import Sampler, generate
+from sdft.tuning import Adapter
+from sdft.types import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+WORD = "стиль_Техноманта"
+PROMPT = f"a photo of a cat, {WORD}"
+SAMPLER = Sampler("euler", steps=2, cfg=3.0)
+ALERT = "<script>alert(1)</script>"
+
+
+def picture(model: SDXL) -> np.ndarray:
+    return generate(model, [PROMPT], [0], SAMPLER, (32, 32))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
+    """A run folder with a LoRA on all parts and a new word, and what its model drew."""
+    folder = tmp_path_factory.mktemp("run")
+    model = pretrained("nano")
+    Adapter(rank=2, parts=("unet", "text_encoder", "text_encoder_2"), new_words={WORD: "a cat"}).attach(model)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or name.endswith("rows_ND"):
+                parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.1)
+    write_lora(model, folder / "lora.safetensors")
+    write_words(model, [WORD], folder / "words.safetensors")
+    # As a run elsewhere left it: only the names of the files still hold.
+    artifacts = {"lora": "/elsewhere/lora.safetensors", "words": "/elsewhere/words.safetensors"}
+    (folder / "summary.json").write_text(json.dumps({"artifacts": artifacts}))
+    return folder, picture(model)
+
+
+@pytest.fixture(scope="module")
+def base() -> SDXL:
+    return pretrained("nano").eval()
+
+
+@pytest.fixture
+def models(base: SDXL) -> Models:
+    models = Models(lambda weights="nano": pretrained(weights), "nano", torch.device("cpu"))
+    models.base = base
+    return models
+
+
+def traces(model: SDXL) -> Iterator[object]:
+    """Everything that a subject could leave behind."""
+    for name, tensor in model.state_dict().items():
+        yield name, tensor.view(torch.uint8).numpy().tobytes() if tensor.dim() else tensor.item()
+    yield [(name, type(module)) for name, module in model.named_modules()]
+    yield [len(tokenizer) for tokenizer, _ in model.context_encoders]
+    yield [getattr(part, "peft_config", None) for part in (model.unet, model.text_encoder, model.text_encoder_2)]
+
+
+def test_a_run_draws_what_its_model_drew_and_leaves_no_trace(run: tuple[Path, np.ndarray], models: Models) -> None:
+    folder, expected = run
+    before, plain = list(traces(models.base)), picture(models.base)
+    (subject,) = read_subjects({"mine": str(folder)})
+    assert subject == Subject("mine", str(folder), None, folder / "lora.safetensors", folder / "words.safetensors")
+    with models.open(subject) as model:
+        drawn = picture(model)
+    # The factors are stored in fp16, so a byte may differ here and there.
+    assert np.abs(drawn.astype(int) - expected).mean() < 0.5
+    assert np.abs(drawn.astype(int) - plain).mean() > 2
+    assert list(traces(models.base)) == before
+    assert np.array_equal(picture(models.base), plain)
+
+
+def test_the_new_words_matter_by_themselves(run: tuple[Path, np.ndarray], base: SDXL) -> None:
+    before = list(traces(base))
+    with with_words(base, run[0] / "words.safetensors"):
+        assert len(base.tokenizer(WORD, add_special_tokens=False).input_ids) == 1
+        assert base.word_rows["clip_g"].shape == (1, 80)
+    assert len(base.tokenizer(WORD, add_special_tokens=False).input_ids) > 1
+    assert list(traces(base)) == before
+
+
+def test_a_lora_file_goes_on_the_base(run: tuple[Path, np.ndarray], models: Models) -> None:
+    (subject,) = read_subjects({"file": str(run[0] / "lora.safetensors")})
+    assert (subject.kind, subject.lora) == ("LoRA", run[0] / "lora.safetensors")
+    with models.open(subject) as model:
+        assert model is models.base
+        assert any("lora_" in name for name, _ in model.text_encoder_2.named_parameters())
+
+
+def test_the_base_is_not_loaded_twice_and_others_are(models: Models, tmp_path: Path) -> None:
+    with models.open(Subject("base", "nano", weights="nano")) as model:
+        assert model is models.base
+    with (
+        pytest.raises(UserError, match=r"^subjects\.other=.*has no model_index\.json"),
+        models.open(Subject("other", "there", weights=str(tmp_path))),
+    ):
+        pass
+
+
+def test_a_lora_that_does_not_fit_is_refused_without_a_trace(base: SDXL, tmp_path: Path) -> None:
+    before = list(traces(base))
+    layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    wide = {f"{layer}.lora_A.weight": torch.ones(2, 640), f"{layer}.lora_B.weight": torch.ones(640, 2)}
+    absent = {f"unet.nowhere.to_q.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    for tensors in (wide, absent):
+        save_file(tensors, tmp_path / "lora.safetensors")
+        with (
+            pytest.raises(UserError, match=r"^subjects\.mine=x: "),
+            with_lora(base, tmp_path / "lora.safetensors", "subjects.mine=x"),
+        ):
+            pass
+        assert list(traces(base)) == before
+
+
+def test_words_that_do_not_fit_are_refused_without_a_trace(base: SDXL, tmp_path: Path) -> None:
+    before = list(traces(base))
+    path = tmp_path / "words.safetensors"
+    for widths, words in (((5, 6), "neu"), ((48, 80), "cat</w>"), ((48, 80), "")):
+        tensors = {name: torch.ones(1, width) for name, width in zip(("clip_l", "clip_g"), widths, strict=True)}
+        save_file(tensors, path, metadata={"words": words})
+        with pytest.raises(UserError, match=r"^subjects\.mine=x: "), with_words(base, path, "subjects.mine=x"):
+            pass
+        assert list(traces(base)) == before
+
+
+def test_wrong_subjects_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "vae_run").mkdir()
+    (tmp_path / "vae_run" / "model").mkdir()
+    (tmp_path / "vae_run" / "summary.json").write_text('{"artifacts": {"model": "model"}}')
+    (tmp_path / "lost_run").mkdir()
+    (tmp_path / "lost_run" / "summary.json").write_text('{"artifacts": {"lora": "lora.safetensors"}}')
+    save_file({"w": torch.ones(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    (tmp_path / "last.ckpt").write_bytes(b"")
+    for source, told in [
+        ("empty", "neither a finished run"),
+        ("vae_run", "neither a LoRA nor a whole SDXL model"),
+        ("lost_run", "the run's lora, .*, is missing"),
+        ("other.safetensors", "neither an SDXL checkpoint nor a LoRA"),
+        ("broken.safetensors", "cannot be read"),
+        ("last.ckpt", "is no .safetensors file; of a run, pass its folder"),
+        ("nowhere.safetensors", "there is no such file or folder"),
+    ]:
+        with pytest.raises(UserError, match=rf"^subjects\.mine={tmp_path / source}: .*{told}"):
+            read_subjects({"base": "nano", "mine": str(tmp_path / source)})
+    for name in ("../up", "", "a/b", ".hidden"):
+        with pytest.raises(UserError, match="names become folders"):
+            read_subjects({name: "nano"})
+    with pytest.raises(UserError, match="subjects is empty"):
+        read_subjects({})
+    assert read_subjects({"hub": "stabilityai/stable-diffusion-xl-base-1.0"})[0].kind == "model"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["subjects={base: 3}"], r"subjects\.base=3: must be a valid string"),
+        (["subjects={base: nano}", "seeds=0"], "seeds=0: must be greater than or equal to 1"),
+        (["subjects={base: nano}", "prompts=[]"], "prompts=.*at least 1"),
+        (["subjects={base: nano}", "prompt=[a]"], "did you mean 'prompts'"),
+        (["subjects={base: nano}", "sampler=eulr"], "did you mean 'euler'"),
+    ],
+)
+def test_the_config_refuses(words: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check(compose("eval", words))
+
+
+class Page(HTMLParser):
+    """The tags, addresses and visible text of a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.addresses, self.texts = set[str](), list[str](), list[str]()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_report_shows_what_users_wrote_as_text_and_needs_nothing_else(tmp_path: Path) -> None:
+    prompts = [ALERT, '"><img src=x onerror=alert(1)>']
+    comparison = Comparison({}, pretrained, prompts, Sampler(negative=ALERT), str(tmp_path), seeds=2, size=32)
+    images = np.zeros((4, 32, 32, 3), np.uint8)
+    rows = [Row(Subject("base", "nano", weights="nano"), images), Row(Subject("mine", ALERT, ALERT), images)]
+    write_report(tmp_path / "report.html", comparison, rows)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert "script" not in page.tags
+    assert text.count("<img") == 8
+    assert all(address.startswith("data:") for address in page.addresses)
+    assert "http://" not in text
+    assert "https://" not in text
+    assert {f"{ALERT} (seed 0)", f"{prompts[1]} (seed 1)", ALERT} <= set(page.texts)
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+
+
+def test_thumbnails_are_small_and_small_pictures_whole() -> None:
+    import base64
+    import io
+
+    def size(h: int, w: int) -> tuple[int, int]:
+        return Image.open(io.BytesIO(base64.b64decode(thumbnail(np.zeros((h, w, 3), np.uint8))))).size
+
+    assert size(64, 48) == (48, 64)
+    assert size(1024, 512) == (192, 384)
+
+
+def test_the_verb(run: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+    words = [
+        f"subjects={{base: nano, mine: '{run[0]}'}}",
+        f'prompts=["a photo of a cat", "{ALERT}"]',
+        "sampler.steps=1",
+        "size=32",
+        f"run_dir={tmp_path / 'out'}",
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "eval.py", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "out"
+    lines = list(csv.DictReader((out / "results.csv").open(encoding="utf-8", newline="")))
+    assert [(line["subject"], line["prompt"]) for line in lines] == [
+        (name, prompt) for name in ("base", "mine") for prompt in ("a photo of a cat", ALERT)
+    ]
+    assert set(lines[0]) == {"subject", "prompt", "seed", "sampler", "cfg", "steps", "path", "clip_score"}
+    assert all(-1 <= float(line["clip_score"]) <= 1 for line in lines)
+    assert all(Image.open(out / line["path"]).size == (32, 32) for line in lines)
+    assert Image.open(out / "grid.png").width > 2 * 128
+    assert "script" not in Page((out / "report.html").read_text(encoding="utf-8")).tags

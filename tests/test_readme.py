@@ -1,0 +1,54 @@
+"""The commands of the README run, in its order, with fewer steps. Those that need a GPU or a cluster say so."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ELSEWHERE = {"make train", "make test", "make nano"}
+"""`make test` is what runs this; CI runs it on a clean checkout. `make train` is the first experiment below."""
+SHORT = {
+    "train.py": ["trainer.max_steps=2", "verdict.num_images=4", "reference.num_scenes=8", "sampler.steps=2", "logger=csv"],
+    "eval.py": ["sampler.steps=2"],
+}
+
+
+def commands() -> list[str]:
+    """Every command of the bash blocks, without the ones marked as needing what a laptop has not."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    runnable = [line for line in lines if "# needs a" not in line]
+    return [command for line in runnable if (command := re.split(r"\s{2,}#", line)[0].strip()) not in ELSEWHERE]
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(commands()) >= 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_command_runs(tmp_path: Path) -> None:
+    for name in ("train.py", "eval.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    for command in commands():
+        words = shlex.split(command)
+        assert words[0] == "python", f"how is this run? {command}"
+        words[0] = sys.executable
+        if words[1] in SHORT and "--cfg" not in words:
+            words += [w for w in SHORT[words[1]] if w.split("=")[0] not in {x.split("=")[0] for x in words}]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+def test_the_picture_and_the_files_that_are_linked_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert (ROOT / link).exists(), link

@@ -1,0 +1,114 @@
+"""Wrong command lines fail within seconds, before any model is loaded, and say which key and what instead."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import train
+from sdft.models import load
+
+ROOT = Path(__file__).resolve().parents[1]
+CASES = [
+    ("experiment=dremy_style", "experiment", "dreamy_style"),
+    ("modle=nano", "modle", "model"),
+    ("model=nanoo", "model", "nano"),
+    ("tuning=lora_unte", "tuning", "lora_unet"),
+    ("tuning=full rank=8", "rank", "lora_unet"),
+    ("rank=-4", "rank", "greater than or equal to 1"),
+    ("rank=0", "rank", "greater than or equal to 1"),
+    ("rank=eight", "rank", "int"),
+    ("rank=8.5", "rank", "int"),
+    ("rank=4,8", "rank", "-m"),
+    ("tuning.alpha=-1", "tuning.alpha", "greater than 0"),
+    ("tuning.method=lorra", "tuning.method", "lora"),
+    ("tuning.parts=[unett]", "tuning.parts", "unet"),
+    ("tuning.lr_scale={text_encoder: 0.1}", "tuning.lr_scale", "tuning.parts"),
+    ("tuning.new_words={word: a cat}", "tuning.new_words", "lora_unet_te"),
+    ("optimizer.lr=-1", "optimizer.lr", "greater than 0"),
+    ("optimizer.lr=fast", "optimizer.lr", "number"),
+    ("optimizer.lrr=1e-3", "optimizer.lrr", "optimizer.lr"),
+    ("lr=1e-3", "lr", "optimizer.lr"),
+    ("optimizer.betas=[0.9,1.5]", "optimizer.betas", "less than 1"),
+    ("trainer.max_steps=0", "trainer.max_steps", "greater than or equal to 1"),
+    ("trainer.max_step=10", "trainer.max_step", "trainer.max_steps"),
+    ("trainer.precision=bf16-mixd", "trainer.precision", "bf16-mixed"),
+    ("objective=epsilom", "objective", "epsilon"),
+    ("objective.zero_terminal_snr=true", "objective.zero_terminal_snr", "v_zero_snr"),
+    ("objective=v objective/weighting=debiased", "objective/weighting", "min_snr"),
+    ("objective.weighting.gamma=-5", "objective.weighting.gamma", "greater than 0"),
+    ("objective.timesteps.low=0.9 objective.timesteps.high=0.1", "objective.timesteps", "below"),
+    ("data=folder", "data.root", "data.root="),
+    ("data=folder data.root=/does/not/exist", "data.root", "no such folder"),
+    ("data=folder data.root={empty}", "data.root", "at least 2"),
+    ("data=folder data.root={uncaptioned}", "data.root", "data.default_caption"),
+    ("data=folder data.root={uncaptioned} data.default_caption='{{captoin}}' data.caption='{{captoin}}'", "data.caption", "{caption}"),
+    ("data.batch_size=0", "data.batch_size", "greater than or equal to 1"),
+    ("data.caption_dropout=1.5", "data.caption_dropout", "less than or equal to 1"),
+    ("data.crop=random", "data.crop", "data.cache=off"),
+    ("callbacks.ema.decay=1.0", "callbacks.ema.decay", "less than 1"),
+    ("sampler=eular", "sampler", "euler"),
+    ("sampler.steps=-3", "sampler.steps", "greater than or equal to 1"),
+    ("style=dreammy", "dreammy", "dreamy"),
+    ("size=60", "size", "64"),
+    ("seed=abc", "seed", "int"),
+    ("resume=/no/such/run", "resume", "run folder"),
+    ("+colour=red", "colour", "key"),
+    ("dreamy_style", "dreamy_style", "experiment=dreamy_style"),
+]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, str]:
+    """An empty folder, and one with pictures but no captions."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "uncaptioned").mkdir()
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (80, 64), "red").save(tmp_path / "uncaptioned" / f"{name}.png")
+    return {name: str(tmp_path / name) for name in ("empty", "uncaptioned")}
+
+
+@pytest.mark.parametrize(("line", "key", "remedy"), CASES, ids=[line for line, _, _ in CASES])
+def test_a_wrong_command_line_names_the_key_and_the_remedy(
+    line: str, key: str, remedy: str, folders, monkeypatch, capsys, tmp_path
+) -> None:
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded before the command line was found wrong")
+
+    monkeypatch.setattr(load, "_pipeline", refuse)
+    monkeypatch.chdir(tmp_path)
+    known = "tuning.lr_scale={" in line or "tuning.new_words={" in line
+    words = [line] if known else line.format(**folders).split()
+    monkeypatch.setattr(sys, "argv", ["train.py", f"run_dir={tmp_path / 'run'}", *words])
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1, message
+    assert key in message
+    assert remedy in message
+
+
+@pytest.mark.parametrize("line", ["experiment=dremy_style", "rank=-4", "data=folder data.root=/does/not/exist"])
+def test_a_wrong_command_exits_with_2_and_no_traceback(line: str, tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "train.py", f"run_dir={tmp_path}", *line.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert done.stdout == ""
+
+
+def test_sdxl_without_weights_and_network_says_so_in_one_line(tmp_path: Path) -> None:
+    words = ["model=sdxl", "model.weights=nobody/no-such-model", "size=64", "logger=csv", f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *words], capture_output=True, text=True, cwd=tmp_path, timeout=240
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: model.weights=nobody/no-such-model: not found")
