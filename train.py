@@ -80,7 +80,7 @@ def announce(cfg: DictConfig, module, data, trainer) -> None:
 def conclude(cfg: DictConfig, trainer, module, verdict, train_seconds: float) -> float | None:
     """Export, judge and report a finished run."""
     from sdft.callbacks.exports import export
-    from sdft.callbacks.tracking import log_picture, log_summary
+    from sdft.callbacks.tracking import finish, log_picture
     from sdft.evaluation.verdict import BEFORE_AFTER
     from sdft.tuning import learning
 
@@ -101,7 +101,7 @@ def conclude(cfg: DictConfig, trainer, module, verdict, train_seconds: float) ->
         "artifacts": {name: str(path) for name, path in artifacts.items()},
     }
     write_json(run_dir / "summary.json", summary)
-    log_summary(trainer, summary)
+    finish(trainer, summary)
     tell(summary, run_dir)
     return summary.get(cfg.metric) if cfg.metric else None
 

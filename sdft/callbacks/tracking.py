@@ -45,11 +45,12 @@ def log_run(trainer: L.Trainer, config: dict[str, Any]) -> None:
         logger.log_hyperparams({**config, "git": git_state()})
 
 
-def log_summary(trainer: L.Trainer, summary: dict[str, Any]) -> None:
-    """The figures of the finished run, as W&B's summary."""
+def finish(trainer: L.Trainer, summary: dict[str, Any]) -> None:
+    """Give W&B the figures of the run as its summary, and close it: the next job of a sweep is another run."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.summary.update({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
+            logger.experiment.finish()
 
 
 def git_state() -> dict[str, Any]:
