@@ -101,7 +101,21 @@ def folder_of(run_dir: str | None) -> Path:
 
 
 class Progress(TQDMProgressBar):
-    """One line: steps, rate, time left, loss."""
+    """One line: steps, rate, time left, loss. A resumed run starts where it stopped, and so does its rate."""
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        super().on_train_start(trainer, *_)
+        self._span(trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer, *_)
+        self._span(trainer)
+
+    def _span(self, trainer: L.Trainer) -> None:
+        bar = self.train_progress_bar
+        bar.set_description("training")
+        bar.total = trainer.max_steps * trainer.accumulate_grad_batches
+        bar.initial = bar.n = trainer.global_step * trainer.accumulate_grad_batches
 
     def get_metrics(self, *args: Any) -> dict[str, Any]:
         return {name: value for name, value in super().get_metrics(*args).items() if name != "v_num"}
