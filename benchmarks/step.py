@@ -1,6 +1,6 @@
 """What the framework costs: a training step, and the way to the first one, beside bare PyTorch. Prints ratios.
 
-    python benchmarks/step.py
+    python -m benchmarks.step
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def start() -> tuple[float, float]:
     subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True)
     imports = time.perf_counter() - begun
     with tempfile.TemporaryDirectory() as folder:
-        words = ["experiment=dreamy_style", "trainer.max_steps=1", "verdict=none", f"run_dir={folder}/run"]
+        stop = "+callbacks.stop._target_=benchmarks.first_step.StopAtFirstStep"
+        words = ["experiment=dreamy_style", stop, f"run_dir={folder}/run"]
         begun = time.perf_counter()
         subprocess.run([sys.executable, "train.py", *words], check=True, capture_output=True, cwd=ROOT)
         return time.perf_counter() - begun, imports

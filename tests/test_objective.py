@@ -34,7 +34,7 @@ SNR = {0: 1175.5, 200: 3.06, 400: 0.738, 600: 0.192, 800: 0.0383, 999: 0.00468}
 class TestNoiseSchedule:
     @pytest.mark.parametrize(("t", "snr"), SNR.items())
     def test_snr_is_sdxls(self, t: int, snr: float) -> None:
-        assert float(NoiseSchedule().snr[t]) == pytest.approx(snr, rel=2e-3)
+        assert float(NoiseSchedule().snr[t]) == pytest.approx(snr, rel=3e-3)
 
     def test_first_step_by_hand(self) -> None:
         """Before the second step nothing is multiplied: a^2 = 1 - beta_start, so snr = (1 - b) / b."""
@@ -73,7 +73,7 @@ class TestNoiseSchedule:
         schedule = NoiseSchedule()
         a, s = schedule.at(torch.tensor([999, 0]))
         assert a.shape == s.shape == (2, 1, 1, 1)
-        assert a.flatten().tolist() == pytest.approx([math.sqrt(0.00466), math.sqrt(1 - 0.00085)], rel=2e-3)
+        assert a.flatten().tolist() == pytest.approx([math.sqrt(0.00466), math.sqrt(1 - 0.00085)], rel=3e-3)
 
 
 class TestWeighting:
@@ -88,8 +88,8 @@ class TestWeighting:
     )
     def test_min_snr_by_hand(self, t: int, epsilon: float, v: float) -> None:
         snr = NoiseSchedule().snr[[t]]
-        assert float(MinSNR(5)(snr, "epsilon")) == pytest.approx(epsilon, rel=2e-3)
-        assert float(MinSNR(5)(snr, "v_prediction")) == pytest.approx(v, rel=2e-3)
+        assert float(MinSNR(5)(snr, "epsilon")) == pytest.approx(epsilon, rel=3e-3)
+        assert float(MinSNR(5)(snr, "v_prediction")) == pytest.approx(v, rel=3e-3)
 
     def test_gamma_is_where_the_weight_stops_growing(self) -> None:
         snr = torch.tensor([0.5, 1.0, 2.0, 4.0], dtype=torch.float64)
