@@ -1,4 +1,4 @@
-"""Train: `python train.py experiment=dreamy_style`. Every axis of `conf/` can be chosen and swept on the command line."""
+"""Train: `python train.py experiment=dreamy_style`. Every axis of `conf/` can be chosen and swept."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> float | None:
 
 
 def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
-    """The checkpoint to go on from: none, `auto` (this run folder's last, where there is one), a file or a run folder."""
+    """The checkpoint to go on from: none, `auto` (this run's last, where there is one), a file or a run folder."""
     if resume is None:
         return None
     if resume == "auto":

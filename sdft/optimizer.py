@@ -35,7 +35,9 @@ def constant(optimizer: torch.optim.Optimizer, num_steps: int, warmup_steps: Ind
     return LambdaLR(optimizer, lambda step: _warmup(step, warmup_steps))
 
 
-def cosine(optimizer: torch.optim.Optimizer, num_steps: int, warmup_steps: Index = 0, final: Fraction = 0.0) -> LambdaLR:
+def cosine(
+    optimizer: torch.optim.Optimizer, num_steps: int, warmup_steps: Index = 0, final: Fraction = 0.0
+) -> LambdaLR:
     """Half a cosine from the full rate down to `final` times it at the last step, after a linear warm-up."""
 
     def factor(step: int) -> float:

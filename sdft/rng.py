@@ -39,6 +39,5 @@ class Draws:
         return self._stack(purpose, lambda g: torch.rand((), generator=g, dtype=torch.float64))
 
     def _stack(self, purpose: str, draw) -> Tensor:
-        return torch.stack(
-            [draw(generator(self.run_seed, purpose, key, visit)) for key, visit in zip(self.keys, self.visits, strict=True)]
-        )
+        streams = zip(self.keys, self.visits, strict=True)
+        return torch.stack([draw(generator(self.run_seed, purpose, key, visit)) for key, visit in streams])

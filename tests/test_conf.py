@@ -34,7 +34,7 @@ def test_every_option_composes_and_binds(option: str) -> None:
     group, _, name = option.rpartition("/")
     words = NEEDS.get(option, [])
     if group == "recipe":
-        model, tuning = next((m, name.removeprefix(f"{m}_")) for m in ("nano_untrained", "nano_vae", "nano_clip", "nano", "sdxl") if name.startswith(f"{m}_"))
+        model, tuning = name.split("_", 1)
         words = words or [f"model={model}", f"tuning={tuning}"]
     else:
         words = [*words, f"{group}={name}"]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {"make train", "make test", "make nano"}
 """`make test` is what runs this; CI runs it on a clean checkout. `make train` is the first experiment below."""
 SHORT = {
-    "train.py": ["trainer.max_steps=2", "verdict.num_images=4", "reference.num_scenes=8", "sampler.steps=2", "logger=csv"],
+    "train.py": ["trainer.max_steps=2", "verdict.num_images=4", "sampler.steps=2", "logger=csv"],
     "eval.py": ["sampler.steps=2"],
 }
 

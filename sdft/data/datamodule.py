@@ -47,7 +47,8 @@ class Images(L.LightningDataModule):
     ):
         super().__init__()
         if size % 16:
-            raise UserError(f"size={size}: must be a multiple of 16, and of 64 for SDXL; try {round(size / 64) * 64 or 64}")
+            nearest = max(64, round(size / 64) * 64)
+            raise UserError(f"size={size}: must be a multiple of 16, and of 64 for SDXL; try size={nearest}")
         self.pictures = Pictures(train, (size, size), seed, crop, flip, caption_dropout)
         self.held_out = Pictures(validation, (size, size), seed)
         if cache == "ram":

@@ -45,7 +45,9 @@ class Source(Protocol):
 class RunOrder(Sampler[list[tuple[int, int]]]):
     """Batches of (index, visit) from batch number `start` to `stop`; rank r takes its slice of each global batch."""
 
-    def __init__(self, size: int, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, size: int, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, world_size: int = 1
+    ):
         self.size, self.batch_size, self.seed = size, batch_size, seed
         self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
 

@@ -12,7 +12,9 @@ GAP = 4
 INK, PAPER = (40, 40, 46), (252, 252, 253)
 
 
-def grid(rows: Sequence[np.ndarray], labels: Sequence[str] = (), columns: Sequence[str] = (), scale: int = 1) -> Image.Image:
+def grid(
+    rows: Sequence[np.ndarray], labels: Sequence[str] = (), columns: Sequence[str] = (), scale: int = 1
+) -> Image.Image:
     """Rows of pictures (each N x H x W x 3 bytes), a label left of each row and above each column.
 
     scale: how many times larger small pictures are shown; nearest neighbour, so that no pixel is invented.

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
 import diffusers.utils.logging
+import torch
 import transformers.utils.logging
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 

@@ -68,7 +68,8 @@ class SDXL(nn.Module):
     @property
     def word_rows(self) -> dict[str, Tensor]:
         """The learned rows of new words, N x D, under the names that other programs use; empty without new words."""
-        tables = {name: e.get_input_embeddings() for name, (_, e) in zip(("clip_l", "clip_g"), self.context_encoders)}
+        encoders = {"clip_l": self.text_encoder, "clip_g": self.text_encoder_2}
+        tables = {name: encoder.get_input_embeddings() for name, encoder in encoders.items()}
         return {name: table.rows_ND for name, table in tables.items() if isinstance(table, ExtendedEmbedding)}
 
     def encode_moments(self, pixels_BCHW: Tensor) -> Tensor:
@@ -97,8 +98,8 @@ class SDXL(nn.Module):
         """(context_BLD, pooled_BP). Both encoders give their penultimate layer, without the final norm."""
         contexts = []
         for tokenizer, encoder in self.context_encoders:
-            ids_BL = tokenize(tokenizer, captions, dropped_B if self.empty_prompt == "empty" else None).to(encoder.device)
-            states = encoder(ids_BL, output_hidden_states=True)
+            ids_BL = tokenize(tokenizer, captions, dropped_B if self.empty_prompt == "empty" else None)
+            states = encoder(ids_BL.to(encoder.device), output_hidden_states=True)
             contexts.append(states.hidden_states[-2])
         context_BLD, pooled_BP = torch.cat(contexts, dim=-1), states.text_embeds
         if dropped_B is not None and self.empty_prompt == "zeros":
@@ -130,6 +131,5 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], dropped_B: Tenso
     """Token ids, B x 77; a dropped caption becomes the empty string."""
     if dropped_B is not None:
         captions = ["" if dropped else caption for caption, dropped in zip(captions, dropped_B.tolist(), strict=True)]
-    return tokenizer(
-        list(captions), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    ).input_ids
+    length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    return tokenizer(list(captions), return_tensors="pt", **length).input_ids

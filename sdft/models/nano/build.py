@@ -8,6 +8,7 @@ This file knows sizes; it knows neither data nor training.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -96,7 +97,7 @@ def _split(word: str, merges: dict[tuple[str, str], int]) -> list[str]:
     """BPE: merge the best-ranked pair until none is left."""
     pieces = [*word[:-1], word[-1] + "</w>"]
     while len(pieces) > 1:
-        ranked = [(merges.get(pair, len(merges)), at) for at, pair in enumerate(zip(pieces, pieces[1:], strict=False))]
+        ranked = [(merges.get(pair, len(merges)), at) for at, pair in enumerate(pairwise(pieces))]
         rank, at = min(ranked)
         if rank == len(merges):
             break
