@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor, nn
 
 from sdft.rng import Draws
 from sdft.tuning import learning
-from sdft.types import Batch, UserError
+from sdft.types import Batch, LossReport, UserError
 
 VALIDATION_SEED = 0
 
@@ -36,6 +37,7 @@ class Finetuning(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The weighted mean loss of a batch."""
         report = self.objective(self.model, batch, Draws(self.seed, batch.keys, batch.visits))
+        refuse_nonfinite(report, batch, self.global_step)
         self.log_dict(report.scalars("train"), batch_size=len(batch))
         self.log("loss", report.per_sample_B.detach().mean(), prog_bar=True, logger=False, batch_size=len(batch))
         return (report.per_sample_B * batch.loss_weight_B).mean()
@@ -68,3 +70,14 @@ class Finetuning(L.LightningModule):
             raise UserError(f"resume: the checkpoint trains other weights than this run, {len(odd)} of them, "
                             f"for example {odd[0]!r}; resume with the same model, tuning and rank")
 
+
+
+def refuse_nonfinite(report: LossReport, batch: Batch, step: int) -> None:
+    """Stop at a loss that is no number, before the weights take it in, and name the samples it came from."""
+    finite_B = torch.isfinite(report.per_sample_B)
+    if not finite_B.all():
+        keys = [key for key, finite in zip(batch.keys, finite_B.tolist(), strict=True) if not finite]
+        raise UserError(
+            f"the loss became NaN or infinite at step {step} for {', '.join(keys)}; look at these samples, lower "
+            "optimizer.lr, or resume=RUN_FOLDER from the last checkpoint"
+        )

@@ -46,7 +46,7 @@ CASES = [
     ("data=folder data.root=/does/not/exist", "data.root", "no such folder"),
     ("data=folder data.root={empty}", "data.root", "at least 2"),
     ("data=folder data.root={uncaptioned}", "data.root", "data.default_caption"),
-    ("data=folder data.root={uncaptioned} data.default_caption=x data.caption='{{captoin}}'", "data.caption", "{caption}"),
+    ("data=folder data.root={uncaptioned} data.default_caption=x caption='{{captoin}}'", "data.caption", "{caption}"),
     ("data.batch_size=0", "data.batch_size", "greater than or equal to 1"),
     ("data.caption_dropout=1.5", "data.caption_dropout", "less than or equal to 1"),
     ("data.crop=random", "data.crop", "data.cache=off"),
