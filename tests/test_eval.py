@@ -177,6 +177,7 @@ def test_wrong_subjects_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        ([], "subjects is not set: pass subjects="),
         (["subjects={base: 3}"], r"subjects\.base=3: must be a valid string"),
         (["subjects={base: nano}", "seeds=0"], "seeds=0: must be greater than or equal to 1"),
         (["subjects={base: nano}", "prompts=[]"], "prompts=.*at least 1"),

@@ -175,6 +175,8 @@ def style_gain(
     distances compare equally many pictures with equally many: the references are split in two halves at random, the
     floor is the distance between the halves, and every other set is measured against each half, in random groups of
     one common size; the distances are averaged. A reconstruction is never compared with its own original.
+    What is left of the bias flatters the middle of the scale: with 50 to 100 pictures a set of which half has the look
+    gains 0.56 to 0.60, with 16 up to 0.7; and single values then scatter by 0.1 around their mean.
     """
     if len(reference) < 4:
         raise UserError(f"the style gain needs at least 4 reference pictures, got {len(reference)}")
