@@ -48,9 +48,15 @@ def draw(subject: Subject, models: Models, comparison: Comparison, judge: Judge 
     prompts = [question.prompt for question in comparison.questions]
     seeds = [question.seed for question in comparison.questions]
     with models.open(subject) as model:
-        precision = "bf16" if model.device.type == "cuda" else "fp32"
-        size_hw = (comparison.size, comparison.size)
-        images = generate(model, prompts, seeds, comparison.sampler, size_hw, precision, subject.name)
+        images = generate(
+            model,
+            prompts,
+            seeds,
+            comparison.sampler,
+            size_hw=(comparison.size, comparison.size),
+            precision="bf16" if model.device.type == "cuda" else "fp32",
+            progress=subject.name,
+        )
     return Row(subject, images, judge.similarity(images, prompts).tolist() if judge else None)
 
 

@@ -82,7 +82,7 @@ def test_exactly_what_should_learn_changes(name: str, tiny_model, tiny_batch) ->
     after = snapshot(module.model)
 
     changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert changed == {key for key in before if should_learn(name, key)}
+    assert changed == {key for key, _ in module.model.named_parameters() if should_learn(name, key)}
     assert changed == {key for key, _ in learning(module.model)}
     assert not any(key.startswith((LAST_LAYER, "text_encoder.final_layer_norm", "vae.")) for key in changed)
     touched = {key for step in gradients for key, gradient in step.items() if gradient.abs().max() > 0}
@@ -313,9 +313,25 @@ class TestNewWords:
         with pytest.raises(UserError, match="'<sks>' is empty"):
             Adapter(rank=2, parts=ALL_PARTS, new_words={"<sks>": "  "}).attach(tiny_model())
 
-    def test_a_known_token_is_refused(self, tiny_model) -> None:
-        with pytest.raises(UserError, match="already knows"):
-            Adapter(rank=2, parts=ALL_PARTS, new_words={"<|endoftext|>": "cat"}).attach(tiny_model())
+    def test_a_word_inside_a_longer_one_is_not_cut_out_of_it(self, tiny_model) -> None:
+        model = tiny_model()
+        longer = [tok("a neon cat").input_ids for tok, _ in model.context_encoders]
+        Adapter(rank=2, parts=ALL_PARTS, new_words={"neo": "red cat"}).attach(model)
+        assert [tok("a neon cat").input_ids for tok, _ in model.context_encoders] == longer
+        assert [len(tok("a neo cat").input_ids) for tok, _ in model.context_encoders] == [5, 5]
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            {"<|endoftext|>": "cat"},
+            {"cat": "a red dog"},  # a word of the vocabulary
+            {"a": "cat"},  # a letter of it
+            {"<sks>": "cat", "<SKS>": "dog"},  # the tokenizers read small letters
+        ],
+    )
+    def test_a_word_that_would_get_no_row_of_its_own_is_refused(self, words: dict[str, str], tiny_model) -> None:
+        with pytest.raises(UserError, match=r"tuning\.new_words"):
+            Adapter(rank=2, parts=ALL_PARTS, new_words=words).attach(tiny_model())
 
 
 @torch.no_grad()

@@ -55,4 +55,4 @@ class Previews(L.Callback):
 
     def _pictures(self, module: L.LightningModule) -> np.ndarray:
         seeds = range(len(self.prompts))
-        return generate(module.model, self.prompts, seeds, self.sampler, (self.size, self.size))
+        return generate(module.model, self.prompts, seeds, self.sampler, (self.size, self.size), "bf16")

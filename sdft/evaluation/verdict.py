@@ -87,9 +87,8 @@ class StyleVerdict:
         return figures | self._adherence(before, tuned, captions)
 
     def _draw(self, model: SDXL, prompts: Sequence[str], progress: str | None = None) -> np.ndarray:
-        precision = "bf16" if model.device.type == "cuda" else "fp32"
         size_hw = (self.size, self.size)
-        return generate(model, prompts, range(len(prompts)), self.sampler, size_hw, precision, progress)
+        return generate(model, prompts, range(len(prompts)), self.sampler, size_hw, "bf16", progress)
 
     def _references(self, model: SDXL) -> tuple[np.ndarray, np.ndarray]:
         """The held-out pictures, and the same through the VAE."""

@@ -257,7 +257,7 @@ def write_tensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in order:
-            file.write(compute(key).contiguous().reshape(-1).view(torch.uint8).numpy())
+            file.write(compute(key).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         file.flush()
         os.fsync(file.fileno())
 

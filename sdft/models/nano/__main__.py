@@ -57,7 +57,7 @@ def recognised(model: SDXL, sampler: Sampler, weights: Path, out: Path, num_imag
     """The share of pictures of held-out prompts whose subject the judge names; draws `samples.png`."""
     scenes = ToyWorld(["plain"], num_images, "test")
     prompts = [scenes.scene(index).caption for index in range(num_images)]
-    pictures = generate(model, prompts, range(num_images), sampler, (size, size), progress="pictures")
+    pictures = generate(model, prompts, range(num_images), sampler, (size, size), "bf16", progress="pictures")
     rows = [pictures[first : first + 8] for first in range(0, NUM_SHOWN, 8)]
     save_grid(out / "samples.png", [np.asarray(row) for row in rows])
     judge = load_judge(str(weights / "clip"), SUBJECTS)
