@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from sdft.config import verb
+from sdft.config import build, verb
 from sdft.evaluation.adherence import Judge, load_judge
 from sdft.evaluation.report import Row, write_grid, write_images, write_report, write_results
 from sdft.evaluation.subjects import Comparison, Models, Subject, read_subjects
@@ -22,7 +21,7 @@ from sdft.sampling import generate
 def main(cfg: DictConfig) -> None:
     """One comparison, from config to pictures, `results.csv` and `report.html`."""
     cfg.run_dir = HydraConfig.get().runtime.output_dir
-    comparison = instantiate(cfg)
+    comparison = build(cfg)
     # The cheap parts first: a wrong path is told before any weights are read.
     subjects = read_subjects(comparison.subjects)
     judge = find_judge(comparison.judge)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from sdft.config import verb
+from sdft.config import build, verb
 from sdft.sweep import print_table
 from sdft.types import UserError
 
@@ -21,18 +20,18 @@ def main(cfg: DictConfig) -> float | None:
     """One run, from config to weights, pictures and `summary.json`; returns the metric that sweeps rank by."""
     cfg.run_dir = HydraConfig.get().runtime.output_dir
     # The cheap parts first: a wrong number or an empty folder is told before any weights are read.
-    data, tuning, objective, verdict = (instantiate(cfg[name]) for name in ("data", "tuning", "objective", "verdict"))
-    optimizer, lr_schedule = instantiate(cfg.optimizer), instantiate(cfg.lr_schedule)
+    data, tuning, objective, verdict = (build(cfg[name]) for name in ("data", "tuning", "objective", "verdict"))
+    optimizer, lr_schedule = build(cfg.optimizer), build(cfg.lr_schedule)
     checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir))
-    trainer = instantiate(
+    trainer = build(
         cfg.trainer,
-        callbacks=[instantiate(callback) for callback in cfg.callbacks.values()],
-        loggers=[instantiate(logger) for logger in cfg.logger.values()],
+        callbacks=[build(callback) for callback in cfg.callbacks.values()],
+        loggers=[build(logger) for logger in cfg.logger.values()],
     )
 
     from sdft.module import Finetuning
 
-    module = Finetuning(instantiate(cfg.model), tuning, objective, optimizer, lr_schedule, cfg.seed)
+    module = Finetuning(build(cfg.model), tuning, objective, optimizer, lr_schedule, cfg.seed)
     announce(cfg, module, data, trainer)
     log_run(trainer, OmegaConf.to_container(cfg, resolve=True))
     started = time.monotonic()

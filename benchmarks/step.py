@@ -13,9 +13,8 @@ import time
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 
-from sdft.config import compose
+from sdft.config import build, compose
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_STEPS, NUM_ROUNDS = 20, 3
@@ -52,14 +51,14 @@ def framework() -> float:
     with tempfile.TemporaryDirectory() as folder:
         steps = f"trainer.max_steps={NUM_STEPS}"
         cfg = compose("train", ["experiment=dreamy_style", steps, "logger=csv", f"run_dir={folder}"])
-        data, tuning, objective = (instantiate(cfg[name]) for name in ("data", "tuning", "objective"))
-        trainer = instantiate(
+        data, tuning, objective = (build(cfg[name]) for name in ("data", "tuning", "objective"))
+        trainer = build(
             cfg.trainer,
-            callbacks=[instantiate(cfg.callbacks.ema), Tick()],
-            loggers=[instantiate(logger) for logger in cfg.logger.values()],
+            callbacks=[build(cfg.callbacks.ema), Tick()],
+            loggers=[build(logger) for logger in cfg.logger.values()],
         )
         module = Finetuning(
-            instantiate(cfg.model), tuning, objective, instantiate(cfg.optimizer), instantiate(cfg.lr_schedule), 0
+            build(cfg.model), tuning, objective, build(cfg.optimizer), build(cfg.lr_schedule), 0
         )
         trainer.fit(module, data)
     return clock.median()
@@ -73,11 +72,11 @@ def bare() -> float:
 
     clock = Clock()
     cfg = compose("train", ["experiment=dreamy_style"])
-    data, tuning, objective = (instantiate(cfg[name]) for name in ("data", "tuning", "objective"))
-    model = instantiate(cfg.model)
+    data, tuning, objective = (build(cfg[name]) for name in ("data", "tuning", "objective"))
+    model = build(cfg.model)
     tuning.attach(model)
     data.encode_once(model.encode_moments, torch.device("cpu"))
-    optimizer = instantiate(cfg.optimizer)(tuning.groups(model))
+    optimizer = build(cfg.optimizer)(tuning.groups(model))
     parameters = [p for _, p in learning(model)]
     average = [p.detach().clone() for p in parameters]
     model.train()

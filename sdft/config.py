@@ -20,8 +20,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import detect_calling_file_or_module_from_task_function, detect_task_name, get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import IntervalSweep, Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
+from hydra.utils import instantiate
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
@@ -30,7 +31,7 @@ from sdft.config_compose import Composer, composer
 from sdft.config_keys import ConfigError
 from sdft.types import UserError
 
-__all__ = ["CONF_DIR", "ConfigError", "check", "compose", "verb"]
+__all__ = ["CONF_DIR", "ConfigError", "build", "check", "compose", "verb"]
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 MOST_JOBS = 1000
@@ -70,6 +71,17 @@ def verb(
         return main
 
     return decorate
+
+
+def build(node: DictConfig, **arguments: Any) -> Any:
+    """The object that a `_target_` node describes; a UserError of its constructor comes through as it is."""
+    try:
+        return instantiate(node, _convert_="all", **arguments)
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__
+        raise (cause or error) from None
 
 
 def _job(opened: Composer, words: Sequence[str]) -> DictConfig:

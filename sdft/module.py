@@ -13,7 +13,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from sdft.rng import Draws
+from sdft.rng import Draws, seed_of
 from sdft.tuning import learning
 from sdft.types import Batch, LossReport, UserError
 
@@ -31,7 +31,12 @@ class Finetuning(L.LightningModule):
         self.model, self.tuning, self.objective = model, tuning, objective
         self.optimizer, self.lr_schedule, self.seed = optimizer, lr_schedule, seed
         self.strict_loading = False
-        tuning.attach(model)
+        self.comparable = objective.comparable() if hasattr(objective, "comparable") else objective
+        if hasattr(objective, "prediction"):
+            model.expect(objective.prediction, objective.zero_terminal_snr)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed_of(seed, "adapters"))
+            tuning.attach(model)
         model.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -43,8 +48,8 @@ class Finetuning(L.LightningModule):
         return (report.per_sample_B * batch.loss_weight_B).mean()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The same figures on fixed (image, timestep, noise) triples, equal for every run."""
-        report = self.objective(self.model, batch, Draws(VALIDATION_SEED, batch.keys, batch.visits))
+        """The unweighted error on fixed (image, timestep, noise) triples, the same for every run and objective."""
+        report = self.comparable(self.model, batch, Draws(VALIDATION_SEED, batch.keys, batch.visits))
         self.log_dict(report.scalars("val"), batch_size=len(batch), sync_dist=True)
 
     def on_fit_start(self) -> None:
@@ -64,9 +69,10 @@ class Finetuning(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of other weights than those that learn now."""
-        names, saved = {f"model.{name}" for name, _ in learning(self.model)}, set(checkpoint["state_dict"])
-        if names != saved:
-            odd = sorted(names ^ saved)
+        now = {(f"model.{name}", tuple(p.shape)) for name, p in learning(self.model)}
+        saved = {(name, tuple(value.shape)) for name, value in checkpoint["state_dict"].items()}
+        if now != saved:
+            odd = sorted({name for name, _ in now ^ saved})
             raise UserError(f"resume: the checkpoint trains other weights than this run, {len(odd)} of them, "
                             f"for example {odd[0]!r}; resume with the same model, tuning and rank")
 

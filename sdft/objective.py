@@ -142,6 +142,10 @@ class Denoising:
         eps_mse_B = mse_B if self.prediction == "epsilon" else mse_B * a.flatten().square()
         return LossReport(weight_B * mse_B, {"eps_mse": eps_mse_B})
 
+    def comparable(self) -> Denoising:
+        """The same question unweighted and over all timesteps: its `eps_mse` compares between runs."""
+        return Denoising(self.prediction, zero_terminal_snr=self.zero_terminal_snr)
+
     def _noise(self, draws: Draws, shape: tuple[int, int, int]) -> Tensor:
         eps = draws.normal("noise", shape)
         if self.offset_noise:

@@ -137,7 +137,7 @@ class Adapter:
     @contextmanager
     def base(self, model: nn.Module) -> Iterator[None]:
         """The model as it was before training, inside the `with`: no adapters, words at their initial phrases."""
-        with scaled(model, 0.0), torch.no_grad():
+        with disabled(model), torch.no_grad():
             learned = {name: rows.clone() for name, rows in model.word_rows.items()}
             for name, rows in model.word_rows.items():
                 rows.copy_(self._initial_rows[name])
@@ -146,6 +146,19 @@ class Adapter:
             finally:
                 for name, rows in model.word_rows.items():
                     rows.copy_(learned[name])
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The model without its adapters, inside the `with`. Scale 0 would not do: DoRA rescales the base's columns."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 @contextmanager

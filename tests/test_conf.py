@@ -19,7 +19,7 @@ NEEDS = {
     "recipe/nano_untrained_full": ["experiment=nano_base"],
     "objective/weighting/debiased": ["objective=epsilon"],
 }
-ROOT_NEEDS = {"merge": ["a=x", "b=y", "out=z"], "data_toy": ["out=x"], "eval": []}
+ROOT_NEEDS = {"merge": ["a=x", "b=y", "out=z"], "data_toy": ["out=x"], "eval": ["subjects={base: nano}"]}
 
 
 def options() -> list[str]:

@@ -145,7 +145,7 @@ def test_words_that_do_not_fit_are_refused_without_a_trace(base: SDXL, tmp_path:
         assert list(traces(base)) == before
 
 
-def test_wrong_subjects_are_named(tmp_path: Path) -> None:
+def test_wrong_subjects_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "vae_run").mkdir()
     (tmp_path / "vae_run" / "model").mkdir()
@@ -166,6 +166,10 @@ def test_wrong_subjects_are_named(tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=rf"^subjects\.mine={tmp_path / source}: .*{told}"):
             read_subjects({"base": "nano", "mine": str(tmp_path / source)})
+    monkeypatch.chdir(tmp_path)
+    for source in ("empty/typo", "owner/lora.safetensors"):
+        with pytest.raises(UserError, match=rf"^subjects\.mine={source}: there is no such file or folder"):
+            read_subjects({"mine": source})
     for name in ("../up", "", "a/b", ".hidden"):
         with pytest.raises(UserError, match="names become folders"):
             read_subjects({name: "nano"})

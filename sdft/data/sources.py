@@ -6,6 +6,7 @@ Each source lists its keys without reading pictures, and reads one picture by in
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from sdft.data.dataset import Sample, Source
 from sdft.data.toy.looks import render
 from sdft.data.toy.scenes import sample_scene, split_index
+from sdft.rng import seed_of
 from sdft.types import Count, Fraction, NonNegative, UserError
 
 Look = Literal["plain", "photo", "dreamy", "technomant"]
@@ -132,7 +134,7 @@ class Mix:
     def __getitem__(self, position: int) -> Sample:
         source, index, key = self._entries[position]
         sample = source[index]
-        return Sample(key, sample.image_HWC, sample.caption, sample.loss_weight)
+        return replace(sample, key=key)
 
 
 def checked_template(key: str, template: str, *fields: str) -> str:
@@ -158,11 +160,11 @@ def list_pictures(root: Path) -> list[Path]:
 
 
 def held_out_files(files: Sequence[Path], root: Path, share: float) -> set[Path]:
-    """At least one file, and about `share` of them: those whose name hashes lowest."""
-    from sdft.rng import seed_of
-
-    ranked = sorted(files, key=lambda file: seed_of(0, "held out", file.relative_to(root).as_posix()))
-    return set(ranked[: min(max(1, round(share * len(files))), len(files) - 1)])
+    """About `share` of the files, at least one and not all: those whose name hashes below it."""
+    place = {file: seed_of(0, "held out", file.relative_to(root).as_posix()) / 2**63 for file in files}
+    ranked = sorted(files, key=place.__getitem__)
+    chosen = [file for file in ranked if place[file] < share] or ranked[:1]
+    return set(chosen[: len(files) - 1])
 
 
 def read_picture(file: Path) -> np.ndarray:

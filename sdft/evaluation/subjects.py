@@ -19,16 +19,16 @@ from typing import Annotated
 import torch
 from annotated_types import MinLen
 from diffusers import StableDiffusionXLPipeline
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from sdft.formats.adapter import PARTS
+from sdft.formats.adapter import PARTS, read_header, read_words
 from sdft.formats.diffusers_folder import SDXL_PARTS
 from sdft.models.sdxl import SDXL
 from sdft.sampling import Sampler
 from sdft.types import Count, UserError
 
 SUMMARY = "summary.json"
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 EXAMPLE = "subjects='{base: nano, mine: RUN_FOLDER}'"
 
 
@@ -120,7 +120,8 @@ def _subject(name: str, source: str) -> Subject:
         raise UserError(f"{key}: is neither a finished run (no {SUMMARY}) nor a diffusers model (no model_index.json)")
     if path.is_file():
         return _file(name, source, path)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) and path.suffix not in (".safetensors", ".ckpt", ".pt"):
+    # `runs/typo` looks like a hub id too; that `runs` lies here tells them apart.
+    if re.fullmatch(HUB_ID, source) and not path.parent.is_dir() and path.suffix not in FILES:
         return Subject(name, source, weights=source)
     raise UserError(f"{key}: there is no such file or folder, and it is no hub id (owner/name)")
 
@@ -143,21 +144,12 @@ def _file(name: str, source: str, path: Path) -> Subject:
     key = f"subjects.{name}={source}"
     if path.suffix != ".safetensors":
         raise UserError(f"{key}: is no .safetensors file; of a run, pass its folder")
-    names, _ = _header(key, path)
+    names, _ = read_header(key, path)
     if any("lora" in tensor for tensor in names):
         return Subject(name, source, lora=path)
     if any(tensor.startswith("model.diffusion_model.") for tensor in names):
         return Subject(name, source, weights=source)
     raise UserError(f"{key}: is neither an SDXL checkpoint nor a LoRA")
-
-
-def _header(key: str, path: Path) -> tuple[list[str], dict[str, str]]:
-    """Names of the tensors in a file, and its metadata."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys()), file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{key}: cannot be read ({error})") from error
 
 
 class Models:
@@ -207,7 +199,7 @@ def with_lora(model: SDXL, path: Path, key: str = "lora") -> Iterator[None]:
         except Exception as error:  # of many types, and all of them say that the file does not fit the model
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{key}: the LoRA does not fit the base model, which model= chooses ({reason})") from error
-        names, _ = _header(key, path)
+        names, _ = read_header(key, path)
         expected = sum(not name.endswith(".alpha") for name in names)
         placed = sum("lora_" in name for part in PARTS for name, _ in getattr(model, part).named_parameters())
         if placed < expected:
@@ -239,13 +231,3 @@ def with_words(model: SDXL, path: Path, key: str = "words") -> Iterator[None]:
         model.tokenizer, model.tokenizer_2 = tokenizers
         for (_, encoder), table in zip(model.context_encoders, tables, strict=True):
             encoder.set_input_embeddings(table)
-
-
-def read_words(path: Path, key: str = "words") -> tuple[list[str], dict[str, Tensor]]:
-    """Learned words and their rows, `clip_l` and `clip_g`, each N x D."""
-    names, metadata = _header(key, path)
-    words = metadata.get("words", "").split("\n")
-    if set(names) != {"clip_l", "clip_g"} or not all(words):
-        raise UserError(f"{key}: {path.name} holds no learned words (clip_l, clip_g and the list of words)")
-    with safe_open(path, framework="pt") as file:
-        return words, {name: file.get_tensor(name) for name in names}

@@ -11,8 +11,11 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionXLPipeline
 from peft import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from sdft.types import UserError
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 
@@ -44,3 +47,22 @@ def write_words(model: nn.Module, words: list[str], path: Path) -> None:
 def to_file(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor as it is stored."""
     return tensor.detach().to("cpu", dtype).contiguous()
+
+
+def read_header(key: str, path: Path) -> tuple[list[str], dict[str, str]]:
+    """Names of the tensors in a file, and its metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys()), file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{key}: cannot be read ({error})") from error
+
+
+def read_words(path: Path, key: str = "words") -> tuple[list[str], dict[str, Tensor]]:
+    """Learned words and their rows, `clip_l` and `clip_g`, each N x D."""
+    names, metadata = read_header(key, path)
+    words = metadata.get("words", "").split("\n")
+    if set(names) != {"clip_l", "clip_g"} or not all(words) or len(set(words)) < len(words):
+        raise UserError(f"{key}: {path.name} holds no learned words (clip_l, clip_g and the list of words)")
+    with safe_open(path, framework="pt") as file:
+        return words, {name: file.get_tensor(name) for name in names}

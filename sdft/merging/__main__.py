@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from sdft.config import verb
+from sdft.config import build, verb
 
 
 @verb("merge")
 def main(cfg: DictConfig) -> None:
     """Merge, and say where the result lies and how to look at it."""
-    merge = instantiate(cfg)
+    merge = build(cfg)
     out = merge()
     print(f"{out}: {1 - cfg.alpha:g} x {cfg.a} + {cfg.alpha:g} x {cfg.b}")
-    subjects = shlex.quote(f"subjects={{a: '{cfg.a}', b: '{cfg.b}', merged: '{out}'}}")
-    print(f"next: look at it with python eval.py {subjects}")
+    subjects = ", ".join(f"{name}: {plain(path)}" for name, path in (("a", cfg.a), ("b", cfg.b), ("merged", str(out))))
+    print(f"next: look at it with python eval.py subjects={shlex.quote(f'{{{subjects}}}')}")
+
+
+def plain(path: str) -> str:
+    """A path as a value on Hydra's command line, quoted where it must be."""
+    return path if re.fullmatch(r"[A-Za-z0-9_./+-]+", path) else json.dumps(path, ensure_ascii=False)
 
 
 if __name__ == "__main__":

@@ -25,26 +25,23 @@ _PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokeniz
 
 
 def pretrained(
-    weights: str, vae: str | None = None, empty_prompt: EmptyPrompt = "zeros", gradient_checkpointing: bool = False
+    weights: str,
+    vae: str | None = None,
+    empty_prompt: EmptyPrompt | None = None,
+    gradient_checkpointing: bool = False,
 ) -> SDXL:
     """The model with the given weights, in fp32; the trainer's precision decides the arithmetic.
 
     weights: `nano` (shipped), a hub id, a diffusers folder, or a single-file checkpoint (`.safetensors`).
     vae: a folder or hub id whose VAE replaces the model's own.
-    empty_prompt: what a dropped caption becomes: `zeros` or the encoded `empty` string.
+    empty_prompt: what a dropped caption becomes: `zeros` or the encoded `empty` string; none is what the weights say.
     gradient_checkpointing: recompute activations in the backward pass: less memory, about a third slower.
     """
     pipeline = _pipeline(weights)
     if vae is not None:
         pipeline.vae = _part("model.vae", vae, lambda: AutoencoderKL.from_pretrained(vae, dtype=torch.float32))
-    # Pooling reads the first EOS. SDXL's own config says 2, which makes transformers take the largest id instead,
-    # and that is wrong as soon as a word is added.
-    for tokenizer, encoder in (
-        (pipeline.tokenizer, pipeline.text_encoder),
-        (pipeline.tokenizer_2, pipeline.text_encoder_2),
-    ):
-        encoder.config.eos_token_id = tokenizer.eos_token_id
-    model = SDXL(**{part: getattr(pipeline, part) for part in _PARTS}, empty_prompt=empty_prompt)
+    recorded = "zeros" if pipeline.config.force_zeros_for_empty_prompt else "empty"
+    model = SDXL(**{part: getattr(pipeline, part) for part in _PARTS}, empty_prompt=empty_prompt or recorded)
     if gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     return model

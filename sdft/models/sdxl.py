@@ -60,6 +60,10 @@ class SDXL(nn.Module):
         yield self.tokenizer, self.text_encoder
         yield self.tokenizer_2, self.text_encoder_2
 
+    def expect(self, prediction: str, zero_terminal_snr: bool) -> None:
+        """Sample the way the model is trained: what the UNet predicts, and on which noise schedule."""
+        self.scheduler.register_to_config(prediction_type=prediction, rescale_betas_zero_snr=zero_terminal_snr)
+
     def add_words(self, words: Mapping[str, str]) -> None:
         """Teach both tokenizers `words` (word -> initial phrase) and both encoders a learned row for each."""
         for tokenizer, encoder in self.context_encoders:
@@ -101,7 +105,11 @@ class SDXL(nn.Module):
             ids_BL = tokenize(tokenizer, captions, dropped_B if self.empty_prompt == "empty" else None)
             states = encoder(ids_BL.to(encoder.device), output_hidden_states=True)
             contexts.append(states.hidden_states[-2])
-        context_BLD, pooled_BP = torch.cat(contexts, dim=-1), states.text_embeds
+        # `text_embeds` will not do: where the config says eos_token_id=2, as SDXL's does, transformers pools at the
+        # largest id, which a new word has.
+        first_eos_B = (ids_BL == tokenizer.eos_token_id).int().argmax(dim=1).to(encoder.device)
+        at_eos_BP = states.last_hidden_state[torch.arange(len(captions), device=encoder.device), first_eos_B]
+        context_BLD, pooled_BP = torch.cat(contexts, dim=-1), encoder.text_projection(at_eos_BP)
         if dropped_B is not None and self.empty_prompt == "zeros":
             kept_B = (~dropped_B).to(context_BLD)
             context_BLD, pooled_BP = context_BLD * kept_B[:, None, None], pooled_BP * kept_B[:, None]

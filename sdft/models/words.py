@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import AddedToken, CLIPTokenizer
 
 from sdft.types import UserError
 
@@ -36,12 +36,16 @@ class ExtendedEmbedding(nn.Module):
 
 def add_words(tokenizer: CLIPTokenizer, table: nn.Embedding, words: Mapping[str, str]) -> ExtendedEmbedding:
     """Make each word one token, starting as the mean embedding of its phrase."""
+    if len({word.lower() for word in words}) < len(words):
+        raise UserError(f"tuning.new_words: {sorted(words)} are not all different; case does not count")
     rows = []
     for word, phrase in words.items():
+        if len(tokenizer.tokenize(word)) < 2:
+            raise UserError(f"tuning.new_words: {word!r} is a word that the tokenizer knows already; invent another")
         ids = tokenizer(phrase, add_special_tokens=False).input_ids
         if not ids:
             raise UserError(f"tuning.new_words: the initial phrase of {word!r} is empty")
         rows.append(table.weight[ids].detach().float().mean(0))
-    if tokenizer.add_tokens(list(words)) != len(words):
-        raise UserError(f"tuning.new_words: {sorted(words)} holds a token that the tokenizer already knows")
+    # As whole words only: `neo` must not cut `neon` in two.
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
     return ExtendedEmbedding(table, torch.stack(rows))

@@ -42,8 +42,8 @@ def schooled() -> Judge:
     ids = tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
     images = np.stack([_flat(name, shift) for shift in (-10, 10) for name in COLOURS])
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    learner = torch.optim.AdamW(clip.parameters(), lr=1e-3)
-    for _ in range(25):
+    learner = torch.optim.AdamW(clip.parameters(), lr=2e-3)
+    for _ in range(14):
         logits = clip(input_ids=ids, pixel_values=pixels).logits_per_image
         learner.zero_grad()
         torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0, 1, 2])).backward()

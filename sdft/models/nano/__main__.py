@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from transformers import CLIPModel
 
-from sdft.config import verb
+from sdft.config import build, verb
 from sdft.data.sources import ToyWorld
 from sdft.data.toy.lexicon import VOCABULARY
 from sdft.data.toy.scenes import SUBJECTS
@@ -43,10 +42,10 @@ def main(cfg: DictConfig) -> None:
     tokenizer(VOCABULARY, "<|endoftext|>").save_pretrained(weights / "clip")
 
     model = pretrained(str(weights))
-    figures = instantiate(cfg.autoencoder)(model.vae, contextlib.nullcontext, out)
+    figures = build(cfg.autoencoder)(model.vae, contextlib.nullcontext, out)
     (out / BEFORE_AFTER).rename(out / "vae.png")
-    figures |= instantiate(cfg.judge)(CLIPModel.from_pretrained(weights / "clip"), contextlib.nullcontext, out)
-    figures["recognised"] = recognised(model, instantiate(cfg.sampler), weights, out, cfg.num_images, cfg.size)
+    figures |= build(cfg.judge)(CLIPModel.from_pretrained(weights / "clip"), contextlib.nullcontext, out)
+    figures["recognised"] = recognised(model, build(cfg.sampler), weights, out, cfg.num_images, cfg.size)
     figures["megabytes"] = sum(file.stat().st_size for file in weights.rglob("*") if file.is_file()) / 1e6
     (out / "MODEL_CARD.md").write_text(card(figures, training(cfg), cfg.num_images), encoding="utf-8")
     for name, value in figures.items():
