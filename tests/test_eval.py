@@ -137,7 +137,7 @@ def test_a_lora_that_does_not_fit_is_refused_without_a_trace(base: SDXL, tmp_pat
 def test_words_that_do_not_fit_are_refused_without_a_trace(base: SDXL, tmp_path: Path) -> None:
     before = list(traces(base))
     path = tmp_path / "words.safetensors"
-    for widths, words in (((5, 6), "neu"), ((48, 80), "neu\nneu"), ((48, 80), "")):
+    for widths, words in (((5, 6), "neu"), ((48, 80), "neu\nneu"), ((48, 80), "cat"), ((48, 80), "")):
         tensors = {name: torch.ones(1, width) for name, width in zip(("clip_l", "clip_g"), widths, strict=True)}
         save_file(tensors, path, metadata={"words": words})
         with pytest.raises(UserError, match=r"^subjects\.mine=x: "), with_words(base, path, "subjects.mine=x"):

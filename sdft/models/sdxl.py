@@ -62,7 +62,13 @@ class SDXL(nn.Module):
 
     def expect(self, prediction: str, zero_terminal_snr: bool) -> None:
         """Sample the way the model is trained: what the UNet predicts, and on which noise schedule."""
-        self.scheduler.register_to_config(prediction_type=prediction, rescale_betas_zero_snr=zero_terminal_snr)
+        config = dict(self.scheduler.config)
+        # diffusers would put back the default of whatever is listed here.
+        config.pop("_use_default_values", None)
+        config |= {"prediction_type": prediction, "rescale_betas_zero_snr": zero_terminal_snr}
+        if zero_terminal_snr:
+            config["timestep_spacing"] = "trailing"  # sampling starts at the last step, where there is only noise
+        self.scheduler = type(self.scheduler).from_config(config)
 
     def add_words(self, words: Mapping[str, str]) -> None:
         """Teach both tokenizers `words` (word -> initial phrase) and both encoders a learned row for each."""
