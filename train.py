@@ -118,6 +118,8 @@ def tell(summary: dict[str, Any], run_dir: Path) -> None:
     for name, value in summary.items():
         if isinstance(value, float) and name != "train_seconds":
             print(f"  {name:26} {value:.3f}")
+    if "style_gain_note" in summary:
+        print(f"  style_gain                 {summary['style_gain_note']}")
     for name, path in summary["artifacts"].items():
         print(f"  {name:10} {path}")
     print(f"  figures    {run_dir / 'summary.json'}")

@@ -11,11 +11,11 @@ FIGURES = {"style_gain": "style gain", "adherence": "adherence", "train_seconds"
 
 
 def print_table(sweep_dir: Path) -> None:
-    """One row a job, the best style gain first; a job without a summary is shown as failed."""
+    """One row a job, the best style gain first; a job without a figure shows a dash."""
     rows = [_row(job) for job in sorted(sweep_dir.iterdir(), key=_order) if (job / ".hydra").is_dir()]
     varied = sorted({key for row in rows for key in row["said"]}, key=lambda key: [*rows[0]["said"], key].index(key))
     varied = [key for key in varied if len({row["said"].get(key) for row in rows}) > 1]
-    rows.sort(key=lambda row: -row.get("style_gain", float("-inf")))
+    rows.sort(key=lambda row: row.get("style_gain") if row.get("style_gain") is not None else -1e9, reverse=True)
     cells = [[*varied, *FIGURES.values(), "folder"]]
     for row in rows:
         figures = [_figure(row.get(name)) for name in FIGURES]
@@ -37,4 +37,4 @@ def _order(job: Path) -> tuple[int, str]:
 
 
 def _figure(value: float | None) -> str:
-    return "failed" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"
+    return "-" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"

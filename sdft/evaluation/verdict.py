@@ -25,10 +25,11 @@ from sdft.models.load import NANO
 from sdft.models.nano.build import tokenizer
 from sdft.models.sdxl import SDXL
 from sdft.sampling import Sampler, generate
-from sdft.types import Count, UserError
+from sdft.types import Count
 
 Base = Callable[[], AbstractContextManager]
 BEFORE_AFTER = "before_after.png"
+LEAST_REFERENCES = 4
 
 
 class StyleVerdict:
@@ -56,8 +57,6 @@ class StyleVerdict:
         self.reference, self.prompts, self.sampler, self.size = reference, list(prompts), sampler, size
         self.num_images, self.caption, self.reduced_side = min(num_images, len(reference.keys)), caption, reduced_side
         self.judge = judge
-        if len(reference.keys) < 4:
-            raise UserError(f"the verdict needs at least 4 held-out pictures, there are {len(reference.keys)}")
 
     def __call__(self, model: SDXL, base: Base, folder: Path) -> dict[str, Any]:
         """Figures of the run; writes `before_after.png` into `folder`."""
@@ -69,6 +68,9 @@ class StyleVerdict:
         tuned = self._draw(model, asked, "tuned")
         shown.append(self._draw(model, [self.caption.format(caption=prompt) for prompt in self.prompts]))
         save_grid(folder / BEFORE_AFTER, shown, ["base", "tuned"], self.prompts)
+        if len(self.reference.keys) < LEAST_REFERENCES:
+            why = f"not measured: {len(self.reference.keys)} held-out pictures, needs {LEAST_REFERENCES}"
+            return {"style_gain": None, "style_gain_note": why} | self._adherence(before, tuned, captions)
         reference, reconstructed = self._references(model)
         gain = style_gain(before, tuned, reference, reconstructed, side=self.reduced_side)
         figures = {
