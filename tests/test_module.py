@@ -17,7 +17,7 @@ from sdft.data.datamodule import Images
 from sdft.module import Finetuning
 from sdft.objective import Denoising, MinSNR, UniformTimesteps
 from sdft.optimizer import adamw, constant, cosine
-from sdft.sampling import Sampler
+from sdft.sampling import SCHEDULERS, Sampler
 from sdft.trainer import last_checkpoint, trainer
 from sdft.tuning import Adapter, Full, learning
 from sdft.types import UserError
@@ -109,9 +109,16 @@ def test_pictures_are_drawn_the_way_the_model_is_trained(prediction: str, zero_s
     """A model that learns v and is sampled as epsilon draws nonsense, in previews, verdicts and exports."""
     objective = Denoising(prediction, zero_terminal_snr=zero_snr)
     module = Finetuning(tiny_model(), Full(), objective, adamw, constant, seed=0)
-    config = Sampler("euler", steps=4).scheduler(module.model).config
-    assert config.prediction_type == prediction
-    assert config.rescale_betas_zero_snr == zero_snr
+    for name in SCHEDULERS:
+        scheduler = Sampler(name, steps=4).scheduler(module.model)
+        assert scheduler.config.prediction_type == prediction
+        if "rescale_betas_zero_snr" in scheduler.config:
+            assert scheduler.config.rescale_betas_zero_snr == zero_snr
+            sampled = scheduler.alphas_cumprod[[0, 500]].double()
+            torch.testing.assert_close(sampled, objective.schedule.a[[0, 500]].square(), rtol=1e-4, atol=1e-6)
+        scheduler.set_timesteps(4)
+        if zero_snr:
+            assert int(scheduler.timesteps[0]) == 999, f"{name} does not start where there is only noise"
 
 
 def test_validation_compares_runs_of_different_objectives(tiny_model, tiny_source, tmp_path: Path) -> None:

@@ -326,6 +326,7 @@ class TestNewWords:
             {"<|endoftext|>": "cat"},
             {"cat": "a red dog"},  # a word of the vocabulary
             {"a": "cat"},  # a letter of it
+            {"phot": "cat"},  # what BPE knows as the beginning of `photo`, though the word itself is two tokens
             {"<sks>": "cat", "<SKS>": "dog"},  # the tokenizers read small letters
         ],
     )

@@ -40,8 +40,9 @@ def add_words(tokenizer: CLIPTokenizer, table: nn.Embedding, words: Mapping[str,
         raise UserError(f"tuning.new_words: {sorted(words)} are not all different; case does not count")
     rows = []
     for word, phrase in words.items():
-        if len(tokenizer.tokenize(word)) < 2:
-            raise UserError(f"tuning.new_words: {word!r} is a word that the tokenizer knows already; invent another")
+        # Also a piece of words, which BPE may hold without it being a word: adding it would change nothing.
+        if len(tokenizer.tokenize(word)) < 2 or word.lower() in tokenizer.get_vocab():
+            raise UserError(f"tuning.new_words: the tokenizer knows {word!r} already; invent another word")
         ids = tokenizer(phrase, add_special_tokens=False).input_ids
         if not ids:
             raise UserError(f"tuning.new_words: the initial phrase of {word!r} is empty")
