@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ def main(cfg: DictConfig) -> float | None:
     """One run, from config to weights, pictures and `summary.json`; returns the metric that sweeps rank by."""
     cfg.run_dir = HydraConfig.get().runtime.output_dir
     # The cheap parts first: a wrong number or an empty folder is told before any weights are read.
-    data, tuning, objective, verdict = (build(cfg[name]) for name in ("data", "tuning", "objective", "verdict"))
+    data, tuning, objective, verdict, export = (
+        build(cfg[name]) for name in ("data", "tuning", "objective", "verdict", "export")
+    )
     optimizer, lr_schedule = build(cfg.optimizer), build(cfg.lr_schedule)
     checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir))
     trainer = build(
@@ -39,7 +42,7 @@ def main(cfg: DictConfig) -> float | None:
     train_seconds = time.monotonic() - started
     if trainer.global_rank != 0:
         return None
-    return conclude(cfg, trainer, module, verdict, train_seconds)
+    return conclude(cfg, trainer, module, export, verdict, train_seconds)
 
 
 def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
@@ -76,16 +79,15 @@ def announce(cfg: DictConfig, module, data, trainer) -> None:
     )
 
 
-def conclude(cfg: DictConfig, trainer, module, verdict, train_seconds: float) -> float | None:
+def conclude(cfg: DictConfig, trainer, module, export, verdict, train_seconds: float) -> float | None:
     """Export, judge and report a finished run."""
-    from sdft.callbacks.exports import export
     from sdft.callbacks.tracking import finish, log_picture
     from sdft.evaluation.verdict import BEFORE_AFTER
     from sdft.tuning import learning
 
     run_dir = Path(cfg.run_dir)
     module.eval()
-    artifacts = export(module, run_dir)
+    artifacts, errors = export(module, run_dir, cfg.name, partial(build, cfg.model))
     figures = verdict(module.model, lambda: module.tuning.base(module.model), run_dir) if verdict else {}
     if (run_dir / BEFORE_AFTER).is_file():
         artifacts["pictures"] = run_dir / BEFORE_AFTER
@@ -93,6 +95,7 @@ def conclude(cfg: DictConfig, trainer, module, verdict, train_seconds: float) ->
     summary = {
         "name": cfg.name,
         **figures,
+        **errors,
         **{name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")},
         "train_seconds": round(train_seconds, 1),
         "num_steps": trainer.global_step,

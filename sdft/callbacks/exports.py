@@ -1,21 +1,79 @@
-"""What a finished run leaves: the learned weights in files that other programs open."""
+"""What a finished run leaves: the learned weights in files that other programs open, each read back and compared."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import lightning as L
+import torch
+from torch import nn
 
+from sdft.evaluation.parity import export_errors
 from sdft.formats.adapter import write_lora, write_words
+from sdft.formats.checkpoint import open_checkpoint
 from sdft.formats.diffusers_folder import write_folder
+from sdft.formats.single_file import write_single_file
+from sdft.formats.stream import appearing
+from sdft.models.sdxl import SDXL
 from sdft.tuning import Adapter
+from sdft.types import Positive, UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def export(module: L.LightningModule, folder: Path) -> dict[str, Path]:
-    """Write the weights of a finished run; returns what was written, by what it is."""
-    if not isinstance(module.tuning, Adapter):
-        write_folder(module.model, folder / "model")
-        return {"model": folder / "model"}
+class Export:
+    """Writes the weights of a finished run, and refuses a file that does not give the trained model back.
+
+    dtype: of a whole model's weights; LoRA files are fp16.
+    single_file: also write a whole model as one file, for ComfyUI, A1111 and kohya.
+    tolerance: how far a file's predictions may be from the trained model's, as a share of what training changed.
+    """
+
+    def __init__(
+        self, dtype: Literal["fp32", "bf16", "fp16"] = "fp32", single_file: bool = False, tolerance: Positive = 0.05
+    ):
+        self.dtype, self.single_file, self.tolerance = DTYPES[dtype], single_file, tolerance
+
+    def __call__(
+        self, module: L.LightningModule, folder: Path, title: str, reload: Callable[[], nn.Module]
+    ) -> tuple[dict[str, Path], dict[str, float]]:
+        """What was written, by what it is, and how far each file is from the trained model.
+
+        reload: the base model anew.
+        """
+        written = self.write(module, folder, title)
+        if not isinstance(module.model, SDXL):
+            return written, {}
+        device = module.model.device
+        module.model.cpu()  # where two models fit, and both sides of the comparison compute alike
+        words = tuple(getattr(module.tuning, "new_words", ()))
+        errors = export_errors(module.model, lambda: module.tuning.base(module.model), written, reload, words)
+        module.model.to(device)
+        for name, error in errors.items():
+            if not error <= self.tolerance:
+                raise UserError(
+                    f"export: {written[name]} is {error:.1%} of what training changed away from the trained model "
+                    f"(export.tolerance={self.tolerance:g}), so do not use it; the checkpoint of the run is intact"
+                )
+        return written, {f"export_error/{name}": error for name, error in errors.items()}
+
+    def write(self, module: L.LightningModule, folder: Path, title: str) -> dict[str, Path]:
+        """The files."""
+        if isinstance(module.tuning, Adapter):
+            return write_adapter(module, folder)
+        written = {"model": folder / "model"}
+        write_folder(module.model, written["model"], self.dtype)
+        if self.single_file and isinstance(module.model, SDXL):
+            written["single_file"] = folder / "model.safetensors"
+            with appearing(written["single_file"], overwrite=True) as path:
+                write_single_file(open_checkpoint("export", written["model"]), path, title=title)
+        return written
+
+
+def write_adapter(module: L.LightningModule, folder: Path) -> dict[str, Path]:
+    """The LoRA, and the new words."""
     written = {"lora": folder / "lora.safetensors"}
     write_lora(module.model, written["lora"])
     if module.tuning.new_words:

@@ -1,38 +1,102 @@
-"""A whole model as the folder that diffusers and transformers load."""
+"""A whole model as the folder that diffusers and transformers load.
+
+Weights are written one tensor at a time, in the dtype asked for, with the names that folders on the Hub have.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 import shutil
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from torch import nn
+from torch import Tensor, nn
+from tqdm import tqdm
 
-SDXL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+from sdft.formats.checkpoint import INDEX, SCALE_KEY, Checkpoint
+from sdft.formats.keys import PREFIXES, hub_name
+from sdft.formats.stream import CODES, Entry, appearing, write_tensors
+
+SDXL_PARTS = (*PREFIXES, "tokenizer", "tokenizer_2", "scheduler")
+FILES = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
+}
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.onnx*", "*.index.json")
 
 
 def write_folder(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Save `model` (an SDXL, or one diffusers or transformers model) as `folder`, which appears whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".saving-") as temporary:
-        written = Path(temporary) / folder.name
-        savable(model, dtype).save_pretrained(written)
-        if folder.exists():
-            shutil.rmtree(folder)
-        written.replace(folder)
+    with appearing(folder, overwrite=True) as written:
+        if hasattr(model, "save_pretrained"):
+            in_dtype(model, dtype).save_pretrained(written)
+            return
+        save_all_but_weights(model, written, dtype)
+        for part, file in FILES.items():
+            tensors = {hub_name(part, name): tensor for name, tensor in getattr(model, part).state_dict().items()}
+            entries = {name: Entry(CODES[dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+            write_tensors(written / part / file, entries, {"format": "pt"}, tensors.__getitem__)
 
 
-def savable(model: nn.Module, dtype: torch.dtype):
-    """An object with `save_pretrained` in `dtype`; the model itself keeps its own."""
-    if hasattr(model, "save_pretrained"):
-        return in_dtype(model, dtype)
+def save_all_but_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """Index, configs, tokenizers and scheduler."""
     parts = {part: getattr(model, part) for part in SDXL_PARTS}
-    parts = {name: in_dtype(part, dtype) if isinstance(part, nn.Module) else part for name, part in parts.items()}
     zeros = model.empty_prompt == "zeros"
-    return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+    pipeline = StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+    pipeline.save_config(folder)
+    for part in ("tokenizer", "tokenizer_2", "scheduler"):
+        parts[part].save_pretrained(folder / part)
+    for part in ("unet", "vae"):
+        parts[part].save_config(folder / part)
+    for part in ("text_encoder", "text_encoder_2"):
+        config = copy.deepcopy(parts[part].config)
+        config.dtype, config.architectures = dtype, [type(parts[part]).__name__]
+        config.save_pretrained(folder / part)
+
+
+def copy_as_folder(
+    checkpoint: Checkpoint, folder: Path, config: Path, dtype: torch.dtype | None = None, bar: tqdm | None = None
+) -> None:
+    """Write a checkpoint of any format as `folder`; all that is no weight comes from the folder `config`."""
+    folder.mkdir()
+    shutil.copy2(config / INDEX, folder)
+    for part in SDXL_PARTS:
+        shutil.copytree(config / part, folder / part, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
+    if not checkpoint.is_folder:
+        state_prediction(folder / "scheduler" / "scheduler_config.json", checkpoint)
+    with checkpoint.opened() as read:
+        for part, file in FILES.items():
+            entries = {
+                weight.removeprefix(f"{part}/"): Entry(CODES[dtype] if dtype else view.dtype, view.shape)
+                for weight, view in checkpoint.weights.items()
+                if weight.startswith(f"{part}/")
+            }
+            write_tensors(folder / part / file, entries, said_of(part, checkpoint), reading(read, part), bar)
+
+
+def said_of(part: str, checkpoint: Checkpoint) -> dict[str, str]:
+    """The metadata of one part's file."""
+    scale = checkpoint.logit_scale() if part == "text_encoder_2" else None
+    return {"format": "pt"} | ({SCALE_KEY: f"{CODES[scale.dtype]}:{scale.item()!r}"} if scale is not None else {})
+
+
+def reading(read: Callable[[str], Tensor], part: str) -> Callable[[str], Tensor]:
+    """A function that reads a weight of one part by its name in the part."""
+    return lambda name: read(f"{part}/{name}")
+
+
+def state_prediction(file: Path, checkpoint: Checkpoint) -> None:
+    """Let the scheduler's config say what the checkpoint says of itself."""
+    config: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
+    config["prediction_type"] = checkpoint.prediction or "epsilon"
+    if checkpoint.zero_terminal_snr:
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:

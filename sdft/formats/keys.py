@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 PREFIXES = {
@@ -63,6 +64,14 @@ class Place:
             return (*shape, 1, 1)
         return (shape[0] * len(self.names), *shape[1:]) if len(self.names) > 1 else tuple(shape)
 
+    def to_single(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The single file's tensor of all the weights."""
+        if self.layout == "transposed":
+            return tensors[0].T
+        if self.layout == "conv":
+            return tensors[0][:, :, None, None]
+        return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
+
     def to_folder(self, tensor: Tensor, slot: int) -> Tensor:
         """Weight number `slot` of the single file's tensor; a view of it."""
         if self.layout == "transposed":
@@ -89,12 +98,10 @@ def place_of(part: str, name: str, num_vae_levels: int = 4) -> Place:
 
 def place_at(single: str, num_vae_levels: int = 4) -> Place:
     """The weights that a tensor of a single file holds. Raises KeyError for one that SDXL does not have."""
-    for part, prefix in PREFIXES.items():
-        if single.startswith(prefix):
-            break
-    else:
+    part = next((part for part, prefix in PREFIXES.items() if single.startswith(prefix)), None)
+    if part is None:
         raise KeyError(single)
-    inner = single.removeprefix(prefix)
+    inner = single.removeprefix(PREFIXES[part])
     if part == "text_encoder_2":
         if inner == "text_projection":
             return Place(single, part, ("text_projection.weight",), "transposed")

@@ -6,6 +6,7 @@ The same class holds `nano` and the real thing.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ class SDXL(nn.Module):
 
     empty_prompt: what a dropped caption and an absent negative prompt become: `zeros` (both embeddings zero, as the
     base model was trained) or `empty` (the encoded empty string). Training and sampling share it.
+    prompt_chunks: 75-token chunks in which a prompt is read; the context is so many times 77 long, for every prompt.
     """
 
     def __init__(
@@ -37,12 +39,13 @@ class SDXL(nn.Module):
         tokenizer_2: CLIPTokenizer,
         scheduler: Any,
         empty_prompt: EmptyPrompt = "zeros",
+        prompt_chunks: int = 1,
     ):
         super().__init__()
         self.unet, self.vae = unet, vae
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
         self.tokenizer, self.tokenizer_2 = tokenizer, tokenizer_2
-        self.scheduler, self.empty_prompt = scheduler, empty_prompt
+        self.scheduler, self.empty_prompt, self.prompt_chunks = scheduler, empty_prompt, prompt_chunks
         vae.requires_grad_(False)
 
     @property
@@ -105,16 +108,22 @@ class SDXL(nn.Module):
         return self.vae.config.latent_channels, h // self.vae_factor, w // self.vae_factor
 
     def encode_prompts(self, captions: Sequence[str], dropped_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(context_BLD, pooled_BP). Both encoders give their penultimate layer, without the final norm."""
+        """(context_BLD, pooled_BP). Both encoders give their penultimate layer, without the final norm.
+
+        Each chunk of a long prompt is encoded by itself and L is their sum; the first chunk gives the pooled vector.
+        """
+        if dropped_B is not None and self.empty_prompt == "empty":
+            captions = ["" if dropped else text for text, dropped in zip(captions, dropped_B.tolist(), strict=True)]
         contexts = []
         for tokenizer, encoder in self.context_encoders:
-            ids_BL = tokenize(tokenizer, captions, dropped_B if self.empty_prompt == "empty" else None)
-            states = encoder(ids_BL.to(encoder.device), output_hidden_states=True)
-            contexts.append(states.hidden_states[-2])
+            ids_BNL = tokenize(tokenizer, captions, self.prompt_chunks).to(encoder.device)
+            states = encoder(ids_BNL.flatten(0, 1), output_hidden_states=True)
+            contexts.append(states.hidden_states[-2].unflatten(0, ids_BNL.shape[:2]).flatten(1, 2))
         # `text_embeds` will not do: where the config says eos_token_id=2, as SDXL's does, transformers pools at the
         # largest id, which a new word has.
-        first_eos_B = (ids_BL == tokenizer.eos_token_id).int().argmax(dim=1).to(encoder.device)
-        at_eos_BP = states.last_hidden_state[torch.arange(len(captions), device=encoder.device), first_eos_B]
+        first_eos_B = (ids_BNL[:, 0] == tokenizer.eos_token_id).int().argmax(dim=1)
+        last_BLP = states.last_hidden_state.unflatten(0, ids_BNL.shape[:2])[:, 0]
+        at_eos_BP = last_BLP[torch.arange(len(captions), device=encoder.device), first_eos_B]
         context_BLD, pooled_BP = torch.cat(contexts, dim=-1), encoder.text_projection(at_eos_BP)
         if dropped_B is not None and self.empty_prompt == "zeros":
             kept_B = (~dropped_B).to(context_BLD)
@@ -141,9 +150,19 @@ class SDXL(nn.Module):
             return self.vae.decode(z).sample.float().clamp(-1, 1)
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], dropped_B: Tensor | None = None) -> Tensor:
-    """Token ids, B x 77; a dropped caption becomes the empty string."""
-    if dropped_B is not None:
-        captions = ["" if dropped else caption for caption, dropped in zip(captions, dropped_B.tolist(), strict=True)]
-    length = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
-    return tokenizer(list(captions), return_tensors="pt", **length).input_ids
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], num_chunks: int = 1) -> Tensor:
+    """Token ids, B x chunks x 77, each chunk with its own begin, end and padding. What is cut off is said."""
+    room = tokenizer.model_max_length - 2
+    rows = []
+    for caption, ids in zip(captions, tokenizer(list(captions), add_special_tokens=False).input_ids, strict=True):
+        if len(ids) > num_chunks * room:
+            # The same text warns once: this is the default of Python's warnings.
+            warnings.warn(
+                f"only {num_chunks * room} of {len(ids)} tokens are read of the prompt {caption!r}; "
+                f"model.prompt_chunks={-(-len(ids) // room)} reads all of it",
+                stacklevel=2,
+            )
+        for chunk in range(num_chunks):
+            words = [tokenizer.bos_token_id, *ids[chunk * room : (chunk + 1) * room], tokenizer.eos_token_id]
+            rows.append(words + [tokenizer.pad_token_id] * (room + 2 - len(words)))
+    return torch.tensor(rows).view(len(captions), num_chunks, room + 2)

@@ -1,0 +1,91 @@
+"""Does a written file give the trained model back, when the loaders that its users have open it?
+
+Knows the kinds of files that training writes and one small forward pass to compare. Must not know how they are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+from sdft.evaluation.subjects import with_lora, with_words
+from sdft.formats.diffusers_folder import FILES, SDXL_PARTS
+from sdft.models.sdxl import SDXL
+from sdft.rng import generator
+from sdft.types import Conditioning
+
+LATENT_SIDE = 16
+LEAST_EFFECT = 0.05
+"""Of the prediction: what training changed less than that is measured against this, or rounding would look large."""
+
+
+def export_errors(
+    model: SDXL,
+    base: Callable[[], AbstractContextManager],
+    written: Mapping[str, Path],
+    reload: Callable[[], SDXL],
+    words: tuple[str, ...] = (),
+) -> dict[str, float]:
+    """How far what each file predicts is from the trained `model`, as a share of what training changed.
+
+    base: makes the model what it was before training, inside a `with`.
+    reload: the base model anew, for the adapters to go on.
+    """
+    trained = probe(model, words)
+    with base():
+        scales = [max(rms(a - b), LEAST_EFFECT * rms(a)) for a, b in zip(trained, probe(model, words), strict=True)]
+    errors = {}
+    for name in written:
+        if name == "words":
+            continue  # read together with each LoRA
+        with opened(name, written, reload) as again:
+            for part in FILES:
+                getattr(again, part).to(model.device, getattr(model, part).dtype)
+            differences = zip(trained, probe(again, words), scales, strict=True)
+            errors[name] = max(rms(a - b) / scale for a, b, scale in differences)
+    return errors
+
+
+@torch.no_grad()
+def probe(model: SDXL, words: tuple[str, ...]) -> list[Tensor]:
+    """What the model says of fixed noise under a few prompts, and its picture of it, in the model's own dtypes."""
+    prompts = ["a photo of a cat", *words]
+    shape = (len(prompts), model.vae.config.latent_channels, LATENT_SIDE, LATENT_SIDE)
+    z_BCHW = torch.randn(shape, generator=generator(0, "parity")).to(model.device)
+    side = float(LATENT_SIDE * model.vae_factor)
+    time_ids_B6 = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts), device=model.device)
+    t_B = torch.full((len(prompts),), 500, device=model.device)
+    prediction = model.denoise(z_BCHW, t_B, Conditioning(*model.encode_prompts(prompts), time_ids_B6))
+    return [prediction, model.decode(z_BCHW[:1])]
+
+
+@contextmanager
+def opened(name: str, written: Mapping[str, Path], reload: Callable[[], SDXL]) -> Iterator[SDXL]:
+    """The model that a file stands for, inside the `with`: read by diffusers, not by us."""
+    if name in ("model", "single_file"):
+        options = {"dtype": torch.float32, "add_watermarker": False}
+        if name == "model":
+            pipeline = StableDiffusionXLPipeline.from_pretrained(written[name], **options)
+        else:
+            config = str(written["model"])
+            pipeline = StableDiffusionXLPipeline.from_single_file(str(written[name]), config=config, **options)
+        zeros = pipeline.config.force_zeros_for_empty_prompt
+        yield SDXL(**{part: getattr(pipeline, part) for part in SDXL_PARTS}, empty_prompt="zeros" if zeros else "empty")
+        return
+    model = reload().eval()
+    with with_lora(model, written[name], name):
+        if "words" not in written:
+            yield model
+            return
+        with with_words(model, written["words"]):
+            yield model
+
+
+def rms(x: Tensor) -> float:
+    """The root of the mean square."""
+    return x.double().square().mean().sqrt().item()

@@ -1,0 +1,68 @@
+"""The networks of an SDXL-shaped model, empty: built from a folder's configs, without memory for weights.
+
+Knows which class each part has and whether a checkpoint fits it. Must not read numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from sdft.formats.checkpoint import Checkpoint
+from sdft.formats.keys import PREFIXES, hub_name
+from sdft.types import UserError
+
+PARTS = tuple(PREFIXES)
+MOST_SHOWN = 400
+"""Lines of a list of misfits; beyond, it is another model and the rest says nothing new."""
+
+
+def empty_network(part: str, config: Path) -> nn.Module:
+    """The network that the config.json in the folder `config` describes, its parameters on the meta device."""
+    with init_empty_weights(include_buffers=False):
+        if part in ("unet", "vae"):
+            diffuser = UNet2DConditionModel if part == "unet" else AutoencoderKL
+            said = diffuser.load_config(config)
+            said.pop("_name_or_path", None)  # a path on the machine of whoever saved it
+            network = diffuser.from_config(said)
+        else:
+            encoder = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
+            network = encoder(CLIPTextConfig.from_pretrained(config))
+    return network.eval()
+
+
+def parameter_names(part: str, network: nn.Module) -> dict[str, str]:
+    """`part/name` in files -> name in the network."""
+    return {f"{part}/{hub_name(part, name)}": name for name, _ in network.named_parameters()}
+
+
+def refuse_misfit(where: str, checkpoint: Checkpoint, networks: Mapping[str, nn.Module]) -> None:
+    """Raise UserError that names every weight in which a checkpoint and the networks differ."""
+    expected = {
+        weight: tuple(network.get_parameter(name).shape)
+        for part, network in networks.items()
+        for weight, name in parameter_names(part, network).items()
+    }
+    found = {name: view.shape for name, view in checkpoint.weights.items() if name.split("/")[0] in networks}
+    problems = [f"missing: {name}" for name in expected if name not in found]
+    problems += [f"unexpected: {name}" for name in [*(set(found) - set(expected)), *checkpoint.unknown]]
+    problems += [
+        f"of another shape: {name} is {list(found[name])}, must be {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != shape
+    ]
+    if problems:
+        what = f"{len(problems)} weights do not fit the model, so nothing is loaded"
+        raise UserError(f"{where}: {what}:\n{listed(problems)}")
+
+
+def listed(problems: Iterable[str]) -> str:
+    """One problem a line, in order."""
+    lines = sorted(problems)
+    rest = [f"  and {len(lines) - MOST_SHOWN} more"] if len(lines) > MOST_SHOWN else []
+    return "\n".join([f"  {line}" for line in lines[:MOST_SHOWN]] + rest)

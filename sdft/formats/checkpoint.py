@@ -1,0 +1,307 @@
+"""A whole SDXL model on disk, whatever its format: one view of its weights, under the names of diffusers.
+
+Knows the three formats (diffusers folder, single file, pickled single file) and their key names; reads headers first
+and numbers only when asked for. Must not know what the numbers are for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sdft.formats.keys import PREFIXES, Place, hub_name, place_at
+from sdft.formats.stream import CODES, DTYPES, Entry, Stored, read_header
+from sdft.types import UserError
+
+INDEX = "model_index.json"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+HARMLESS = ("position_ids", "denoiser.sigmas", "v_pred", "ztsnr")
+"""Tensors, or last words of their names, that are no weights: buffers and marks."""
+OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+LOGIT_SCALE = "conditioner.embedders.1.model.logit_scale"
+SCALE_KEY = "logit_scale"
+"""In the metadata of a folder's second encoder: dtype and value of a tensor that diffusers has no place for."""
+
+
+@dataclass(frozen=True)
+class View(Entry):
+    """One weight: the tensor that holds its numbers, and which of them."""
+
+    stored: Stored
+    place: Place | None = None
+    slot: int = 0
+
+
+@dataclass
+class Checkpoint:
+    """The weights of a model by `part/name`, found in `root`."""
+
+    root: Path
+    weights: dict[str, View]
+    unknown: list[str]
+    """Tensors without a place in SDXL."""
+    metadata: dict[str, str]
+    marks: frozenset[str] = frozenset()
+    """Tensors that say something by being there."""
+    num_vae_levels: int = 4
+    scale: Stored | None = None
+    """CLIP's temperature, in single files; images do not depend on it."""
+    pickled: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_folder(self) -> bool:
+        return self.root.is_dir()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(view.num_bytes for view in self.weights.values())
+
+    @property
+    def prediction(self) -> str | None:
+        """What the UNet predicts, where the checkpoint says so."""
+        if self.is_folder:
+            return scheduler_config(self.root).get("prediction_type", "epsilon")
+        said = self.metadata.get("modelspec.prediction_type", "").lower()
+        if "v_pred" in self.marks or said in ("v", "v_prediction", "v-prediction"):
+            return "v_prediction"
+        return "epsilon" if said == "epsilon" else None
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the noise schedule ends in pure noise."""
+        if self.is_folder:
+            return bool(scheduler_config(self.root).get("rescale_betas_zero_snr"))
+        return "ztsnr" in self.marks
+
+    def logit_scale(self) -> Tensor | None:
+        """CLIP's temperature, where the checkpoint kept it."""
+        if self.scale is not None:
+            return read_one(self.scale, self.pickled)
+        code, _, value = self.metadata.get(SCALE_KEY, "").partition(":")
+        return torch.tensor(float(value), dtype=DTYPES[code]) if code else None
+
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[str], Tensor]]:
+        """A function that reads one weight; what needs no conversion is a view of the mapped file."""
+        with ExitStack() as stack:
+            files: dict[Path, safe_open] = {}
+
+            def read(weight: str) -> Tensor:
+                view = self.weights[weight]
+                if self.pickled:
+                    tensor = self.pickled[view.stored.name]
+                else:
+                    if view.stored.file not in files:
+                        files[view.stored.file] = stack.enter_context(safe_open(view.stored.file, framework="pt"))
+                    tensor = files[view.stored.file].get_tensor(view.stored.name)
+                return view.place.to_folder(tensor, view.slot) if view.place else tensor
+
+            yield read
+
+
+def read_one(stored: Stored, pickled: dict[str, Tensor]) -> Tensor:
+    """One small tensor."""
+    if pickled:
+        return pickled[stored.name]
+    with safe_open(stored.file, framework="pt") as file:
+        return file.get_tensor(stored.name)
+
+
+def open_checkpoint(key: str, source: str | Path, allow_pickle: bool = False, variant: str | None = None) -> Checkpoint:
+    """The model that `source` holds, from headers alone. Raises UserError, which starts with `key`.
+
+    allow_pickle: also read `.ckpt` files, by torch's restricted unpickler.
+    variant: of the files in a folder, such as fp16.
+    """
+    root, where = Path(os.path.expanduser(source)), f"{key}={source}"
+    if root.is_dir():
+        return _folder(where, root, variant)
+    if not root.is_file():
+        raise UserError(f"{where}: there is no such file or folder")
+    if root.suffix in PICKLES:
+        if not allow_pickle:
+            safe = root.with_suffix(".safetensors").name
+            raise UserError(
+                f"{where}: a pickle can run code; where you trust it, convert it once: "
+                f"python -m sdft.formats in={source} out={safe} to=single_file allow_pickle=true"
+            )
+        return _pickle(where, root)
+    if root.suffix != ".safetensors":
+        raise UserError(f"{where}: is neither a folder nor a .safetensors file")
+    stored, metadata = read_header(where, root)
+    return _single_file(where, root, stored, metadata)
+
+
+def open_vae(key: str, path: Path) -> Checkpoint:
+    """The VAE of a VAE folder, a model folder, a VAE file of either naming, or a whole single-file checkpoint."""
+    where = f"{key}={path}"
+    if (path / INDEX).is_file():
+        return open_checkpoint(key, path)
+    if not path.exists():
+        raise UserError(f"{where}: there is no such file or folder")
+    files = part_files(where, path) if path.is_dir() else [path]
+    stored = [tensor for file in files for tensor in read_header(where, file)[0]]
+    prefix, names = PREFIXES["vae"], [tensor.name for tensor in stored]
+    whole = any(name.startswith(prefix) for name in names)
+    weights, unknown, levels = {}, [], _count_vae_levels(names)
+    for tensor in stored:
+        try:
+            if any(".down_blocks." in name for name in names):
+                weights[f"vae/{_today('vae', tensor.name)}"] = View(tensor.dtype, tensor.shape, tensor)
+            elif not whole or tensor.name.startswith(prefix):
+                place = place_at(tensor.name if whole else prefix + tensor.name, levels)
+                weights[place.weights[0]] = View(tensor.dtype, place.folder_shape(tensor.shape), tensor, place)
+        except KeyError:
+            unknown.append(tensor.name)
+    checkpoint = Checkpoint(path, weights, unknown, {}, num_vae_levels=levels)
+    refuse_odd_numbers(where, checkpoint)
+    return checkpoint
+
+
+def scheduler_config(folder: Path) -> dict:
+    """The scheduler's config of a folder; empty where there is none."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _folder(where: str, root: Path, variant: str | None) -> Checkpoint:
+    if not (root / INDEX).is_file():
+        run = f"; pass {root / 'model'}" if (root / "model" / INDEX).is_file() else ""
+        raise UserError(f"{where}: the folder has no {INDEX}, so it is no diffusers model{run}")
+    index = json.loads((root / INDEX).read_text(encoding="utf-8"))
+    if "StableDiffusionXL" not in str(index.get("_class_name")):
+        raise UserError(f"{where}: is a {index.get('_class_name')}, not Stable Diffusion XL")
+    checkpoint = Checkpoint(root, {}, [], {})
+    for part in PREFIXES:
+        for file in part_files(where, root / part, variant):
+            stored, metadata = read_header(where, file)
+            checkpoint.metadata |= metadata
+            for tensor in stored:
+                if tensor.name.rpartition(".")[2] in HARMLESS:
+                    continue
+                weight = f"{part}/{_today(part, tensor.name)}"
+                if weight in checkpoint.weights:
+                    first = checkpoint.weights[weight].stored.file.name
+                    raise UserError(f"{where}: {weight} is in {first} and in {file.name}; leave one of them there")
+                checkpoint.weights[weight] = View(tensor.dtype, tensor.shape, tensor)
+    checkpoint.num_vae_levels = _count_vae_levels(checkpoint.weights)
+    refuse_odd_numbers(where, checkpoint)
+    return checkpoint
+
+
+def part_files(where: str, folder: Path, variant: str | None = None) -> list[Path]:
+    """The weight files of one part: those of the variant, of none, or else of the only variant that is there."""
+    found = sorted(folder.glob("*.safetensors"))
+    by_variant: dict[str | None, list[Path]] = {}
+    for file in found:
+        # diffusion_pytorch_model.fp16.safetensors, diffusion_pytorch_model.fp16-00001-of-00002.safetensors
+        words = file.name.removesuffix(".safetensors").split("-")[0].split(".")
+        by_variant.setdefault(words[1] if len(words) > 1 else None, []).append(file)
+    if variant in by_variant:
+        return by_variant[variant]
+    if variant is None and len(by_variant) == 1:
+        return next(iter(by_variant.values()))
+    if not found:
+        raise UserError(f"{where}: {folder.name} has no .safetensors file; pickles are not read")
+    variants = ", ".join(sorted(str(name) for name in by_variant))
+    raise UserError(f"{where}: {folder.name} has the variants {variants}; choose one by model.variant")
+
+
+def _today(part: str, name: str) -> str:
+    """A name in a folder as it is written today: VAE folders of 2023 have other names of the attention layers."""
+    name = hub_name(part, name)
+    if part == "vae" and ".attentions." in name:
+        before, _, leaf = name.rpartition(".")
+        head, _, layer = before.rpartition(".")
+        if layer in OLD_VAE_NAMES:
+            return f"{head}.{OLD_VAE_NAMES[layer]}.{leaf}"
+    return name
+
+
+def _single_file(where: str, root: Path, stored: list[Stored], metadata: dict[str, str]) -> Checkpoint:
+    names = [tensor.name for tensor in stored]
+    refuse_other_architecture(where, names)
+    levels = _count_vae_levels(names)
+    checkpoint = Checkpoint(root, {}, [], dict(metadata), frozenset(names) & {"v_pred", "ztsnr"}, levels)
+    for tensor in stored:
+        if tensor.name == LOGIT_SCALE:
+            checkpoint.scale = tensor
+            continue
+        if tensor.name.rpartition(".")[2] in HARMLESS or tensor.name in HARMLESS:
+            continue
+        try:
+            place = place_at(tensor.name, levels)
+        except KeyError:
+            checkpoint.unknown.append(tensor.name)
+            continue
+        for slot, weight in enumerate(place.weights):
+            checkpoint.weights[weight] = View(tensor.dtype, place.folder_shape(tensor.shape), tensor, place, slot)
+    refuse_odd_numbers(where, checkpoint)
+    return checkpoint
+
+
+def _pickle(where: str, root: Path) -> Checkpoint:
+    try:
+        content = torch.load(root, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(f"{where}: holds more than weights, or is cut off, and is not opened ({reason})") from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    stored = [Stored(CODES.get(t.dtype, "?"), tuple(t.shape), root, name) for name, t in tensors.items()]
+    checkpoint = _single_file(where, root, stored, {})
+    checkpoint.pickled = tensors
+    return checkpoint
+
+
+def refuse_other_architecture(where: str, names: list[str]) -> None:
+    """Raise UserError that says what a single file is, when it is not SDXL."""
+
+    def has(*starts: str) -> bool:
+        return any(name.startswith(starts) for name in names)
+
+    unet, encoders = PREFIXES["unet"], (PREFIXES["text_encoder"], PREFIXES["text_encoder_2"])
+    if has(f"{unet}label_emb.") and all(has(encoder) for encoder in encoders):
+        return
+    if not names:
+        what = "an empty file"
+    elif any("lora_" in name for name in names):
+        what = "a LoRA, which goes on top of a model"
+    elif has(f"{unet}double_blocks.", "double_blocks.", f"{unet}joint_blocks."):
+        what = "a Flux or Stable Diffusion 3 model"
+    elif has("conditioner.embedders.0.model."):
+        what = "an SDXL refiner, which lacks the first text encoder"
+    elif has("cond_stage_model."):
+        what = "a Stable Diffusion 1 or 2 model"
+    elif has(unet):
+        what = "a UNet without SDXL's text encoders"
+    else:
+        what = f"something else, whose first tensor is {names[0]!r}"
+    raise UserError(f"{where}: is {what}; pass a whole SDXL checkpoint")
+
+
+def refuse_odd_numbers(where: str, checkpoint: Checkpoint) -> None:
+    """Raise UserError for weights that are no plain floating-point numbers."""
+    odd = sorted({view.dtype for view in checkpoint.weights.values()} - DTYPES.keys())
+    if odd:
+        names = [name for name, view in checkpoint.weights.items() if view.dtype in odd]
+        raise UserError(
+            f"{where}: {len(names)} weights are stored as {', '.join(odd)}, for example {names[0]}; "
+            "quantised weights are not read: get the model in fp16, bf16 or fp32"
+        )
+
+
+def _count_vae_levels(names: Iterable[str]) -> int:
+    """Of a VAE with names of either world."""
+    found = (re.search(r"(?:^|[./])encoder\.down(?:_blocks)?\.(\d+)\.", name) for name in names)
+    return max((int(match[1]) for match in found if match), default=3) + 1

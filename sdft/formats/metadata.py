@@ -1,0 +1,61 @@
+"""What a file says about itself: ModelSpec (`modelspec.*`), and `ss_*` where LoRA tools look for it.
+
+Key names: https://github.com/Stability-AI/ModelSpec. Values are strings. Knows no weights.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+
+from sdft.formats.stream import HASH
+
+ARCHITECTURE = "stable-diffusion-xl-v1-base"
+IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
+BASE_MODEL_VERSION = "sdxl_base_v1-0"
+
+
+def model_metadata(
+    title: str, prediction: str = "epsilon", size_hw: tuple[int, int] = (1024, 1024), words: Iterable[str] = ()
+) -> dict[str, str]:
+    """Of a whole model; the hash is filled in by the writer.
+
+    prediction: `epsilon` or `v_prediction`. words: that call what was learned.
+    """
+    h, w = size_hw
+    phrase = {"modelspec.trigger_phrase": ", ".join(words)} if words else {}
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": ARCHITECTURE,
+        "modelspec.implementation": IMPLEMENTATION,
+        "modelspec.title": title,
+        "modelspec.resolution": f"{w}x{h}",
+        "modelspec.date": date(),
+        "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
+        HASH: "",
+        **phrase,
+    }
+
+
+def lora_metadata(
+    title: str, prediction: str = "epsilon", size_hw: tuple[int, int] = (1024, 1024), words: Iterable[str] = ()
+) -> dict[str, str]:
+    """Of a LoRA file, rank and alpha aside."""
+    said = model_metadata(title, prediction, size_hw, words)
+    v = {"ss_v2": "False", "ss_v_parameterization": "True"} if prediction == "v_prediction" else {}
+    return {
+        **said,
+        "modelspec.architecture": f"{ARCHITECTURE}/lora",
+        "ss_base_model_version": BASE_MODEL_VERSION,
+        "ss_output_name": title,
+        "ss_resolution": f"({size_hw[1]}, {size_hw[0]})",
+        **v,
+    }
+
+
+def date() -> str:
+    """Now, or the moment that SOURCE_DATE_EPOCH names: with it, the same run writes the same bytes."""
+    seconds = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -1,0 +1,80 @@
+"""A whole model as one file, as ComfyUI, A1111 and kohya read it (LDM names).
+
+Knows how weights become the tensors of that file; reads and writes them one at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sdft.formats.checkpoint import LOGIT_SCALE, SCALE_KEY, Checkpoint
+from sdft.formats.keys import PREFIXES, Place, place_of
+from sdft.formats.metadata import model_metadata
+from sdft.formats.stream import CODES, DTYPES, WIDTHS, Entry, entry_of, write_tensors
+
+TEXT_PROJECTION = f"{PREFIXES['text_encoder_2']}text_projection"
+
+
+def write_single_file(
+    checkpoint: Checkpoint, path: Path, dtype: torch.dtype | None = None, title: str = "", bar: tqdm | None = None
+) -> None:
+    """Write a checkpoint of any format as one file at `path`, in its own dtypes unless `dtype` is given."""
+    places = {}
+    for weight in checkpoint.weights:
+        place = place_of(*weight.split("/", 1), checkpoint.num_vae_levels)
+        places[place.single] = place
+    entries = {name: single_entry(checkpoint, place, dtype) for name, place in places.items()}
+    extras = marks(checkpoint) | {LOGIT_SCALE: logit_scale(checkpoint, entries, dtype)}
+    entries |= {name: entry_of(tensor) for name, tensor in extras.items()}
+    with checkpoint.opened() as read:
+        write_tensors(path, entries, file_metadata(checkpoint, title), computed(places, extras, read), bar)
+
+
+def computed(
+    places: dict[str, Place], extras: dict[str, Tensor], read: Callable[[str], Tensor]
+) -> Callable[[str], Tensor]:
+    """A function that makes one tensor of the file."""
+
+    def compute(name: str) -> Tensor:
+        if name in extras:
+            return extras[name]
+        place = places[name]
+        tensors = [read(weight) for weight in place.weights]
+        wide = max((tensor.dtype for tensor in tensors), key=lambda one: one.itemsize)
+        return place.to_single([tensor.to(wide) for tensor in tensors])
+
+    return compute
+
+
+def single_entry(checkpoint: Checkpoint, place: Place, dtype: torch.dtype | None) -> Entry:
+    """What the file will say of one tensor; several weights in one take the widest of their dtypes."""
+    views = [checkpoint.weights[weight] for weight in place.weights]
+    code = CODES[dtype] if dtype else max((view.dtype for view in views), key=WIDTHS.__getitem__)
+    return Entry(code, place.single_shape(views[0].shape))
+
+
+def logit_scale(checkpoint: Checkpoint, entries: dict[str, Entry], dtype: torch.dtype | None) -> Tensor:
+    """CLIP's temperature as it was read; else OpenCLIP's ceiling, ln 100, which is SDXL's."""
+    said = checkpoint.logit_scale()
+    if said is None:
+        said = torch.tensor(math.log(100), dtype=DTYPES[entries[TEXT_PROJECTION].dtype])
+    return said if dtype is None else said.to(dtype)
+
+
+def marks(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The empty tensors by which ComfyUI and others know a v-prediction model and its noise schedule."""
+    found = {"v_pred": checkpoint.prediction == "v_prediction", "ztsnr": checkpoint.zero_terminal_snr}
+    return {name: torch.empty(0) for name, there in found.items() if there}
+
+
+def file_metadata(checkpoint: Checkpoint, title: str) -> dict[str, str]:
+    """What the source says of itself, over what can be said of any model."""
+    said = model_metadata(title or checkpoint.root.stem, checkpoint.prediction or "epsilon")
+    kept = {name: value for name, value in checkpoint.metadata.items() if name != SCALE_KEY and "hash" not in name}
+    return said | kept

@@ -1,0 +1,150 @@
+"""safetensors files, read by their headers and written one tensor at a time; targets that appear whole or not at all.
+
+Knows bytes, dtypes and paths; must not know what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from sdft.types import UserError
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The numbers with a fraction, as files call them; 8-bit floats are not among them, they need a scale."""
+CODES = {dtype: code for code, dtype in DTYPES.items()} | {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}
+WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+"""Bytes of one number; 1 for all others."""
+CHUNK = 2**22
+HASH = "modelspec.hash_sha256"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a file says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return WIDTHS.get(self.dtype, 1) * torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Stored(Entry):
+    """One tensor of a file."""
+
+    file: Path
+    name: str
+
+
+def entry_of(tensor: Tensor) -> Entry:
+    """What a file would say of a tensor."""
+    return Entry(CODES[tensor.dtype], tuple(tensor.shape))
+
+
+def read_header(where: str, file: Path) -> tuple[list[Stored], dict[str, str]]:
+    """Tensors and metadata of one file, in the order of their bytes. Raises UserError, which starts with `where`."""
+    try:
+        with safe_open(file, framework="pt"):  # checks the header against the size of the file
+            pass
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{where}: {file.name} is cut off or no safetensors file ({error}); get it anew") from error
+    metadata = header.pop("__metadata__", None) or {}
+    stored = [
+        Stored(entry["dtype"], tuple(entry["shape"]), file, name)
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    ]
+    return stored, metadata
+
+
+def write_tensors(
+    path: Path,
+    entries: Mapping[str, Entry],
+    metadata: Mapping[str, str],
+    compute: Callable[[str], Tensor],
+    bar: tqdm | None = None,
+) -> None:
+    """Write a safetensors file, asking `compute` for one tensor at a time.
+
+    Where the metadata has a place for the hash of the tensors' bytes (modelspec.hash_sha256), it is filled in.
+    """
+    # The widest dtype first, as the library writes it: each tensor then starts at a multiple of its dtype's size.
+    order = sorted(entries, key=lambda name: (-WIDTHS.get(entries[name].dtype, 1), name))
+    metadata = dict(metadata) | ({HASH: "0x" + "0" * 64} if HASH in metadata else {})
+    digest = hashlib.sha256() if HASH in metadata else None
+    with path.open("wb") as file:
+        file.write(header_bytes(entries, order, metadata))
+        for name in order:
+            tensor = compute(name).detach().to("cpu", DTYPES.get(entries[name].dtype)).contiguous()
+            content = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            if len(content) != entries[name].num_bytes:
+                raise ValueError(f"{name}: {list(tensor.shape)} {tensor.dtype} is not what the header says")
+            file.write(content)
+            if digest:
+                digest.update(content)
+            if bar is not None:
+                bar.update(len(content))
+        if digest:
+            file.seek(0)
+            file.write(header_bytes(entries, order, metadata | {HASH: "0x" + digest.hexdigest()}))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def header_bytes(entries: Mapping[str, Entry], order: list[str], metadata: Mapping[str, str]) -> bytes:
+    """Length and header of a file with `entries` in this order."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        start, end = end, end + entries[name].num_bytes
+        header[name] = {"dtype": entries[name].dtype, "shape": list(entries[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@contextmanager
+def appearing(target: Path, key: str = "out", overwrite: bool = False) -> Iterator[Path]:
+    """A path to write to, inside the `with`; it becomes `target` at the end, and nothing does after an error.
+
+    key: names the target in errors. overwrite: replace what is there.
+    """
+    if target.exists() and not overwrite:
+        raise UserError(f"{key}={target}: exists already; choose another name, or pass overwrite=true to replace it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-")
+    except OSError as error:
+        raise UserError(f"{key}={target}: cannot be written ({error.strerror}); choose another place") from error
+    with temporary as folder:
+        written = Path(folder) / target.name
+        yield written
+        if target.exists():
+            target.rename(Path(folder) / "replaced")
+        written.rename(target)
+
+
+def sha256(file: Path, bar: tqdm | None = None) -> str:
+    """The hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(CHUNK):
+            digest.update(chunk)
+            if bar is not None:
+                bar.update(len(chunk))
+    return digest.hexdigest()

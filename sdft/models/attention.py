@@ -1,0 +1,57 @@
+"""How the UNet computes attention: chosen, applied to every layer, and refused where it cannot run.
+
+Knows diffusers' processors and what each of them needs; must not know why one is chosen.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+
+from sdft.types import UserError
+
+Attention = Literal["sdpa", "xformers", "eager", "sliced"]
+REMEDY = "set model.attention=sdpa, which runs everywhere"
+
+
+def set_attention(unet: UNet2DConditionModel, attention: Attention) -> None:
+    """Let every attention layer compute by `attention`. Raises UserError where it is not installed or cannot run."""
+    if attention == "xformers":
+        refuse_without_xformers()
+        unet.set_attn_processor(XFormersAttnProcessor())
+    elif attention == "sliced":
+        unet.set_attention_slice("auto")
+    else:
+        unet.set_attn_processor(AttnProcessor2_0() if attention == "sdpa" else AttnProcessor())
+
+
+def refuse_without_xformers() -> None:
+    """Raise UserError that says what xformers lacks on this machine, and the remedy."""
+    if importlib.util.find_spec("xformers") is None:
+        raise UserError(
+            "model.attention=xformers: xformers is not installed; install it with pip install 'sdft[xformers]' "
+            f"-c constraints.txt on a machine with an NVIDIA GPU, or {REMEDY}"
+        )
+    if not torch.cuda.is_available():
+        raise UserError(f"model.attention=xformers: xformers has no CPU kernels and no GPU is found here; {REMEDY}")
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        x = torch.randn(1, 8, 1, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        memory_efficient_attention(x, x, x).sum().backward()
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        raise UserError(
+            f"model.attention=xformers: the installed wheel does not run with torch {torch.__version__} on this GPU "
+            f"({str(error).strip().splitlines()[0]}); install the wheel built for this torch, or {REMEDY}"
+        ) from error
+
+
+def refuse_device(unet: UNet2DConditionModel, device: torch.device) -> None:
+    """Raise UserError where the chosen attention has no kernels on the device of the run."""
+    chosen = unet.attn_processors.values()
+    if device.type != "cuda" and any(isinstance(processor, XFormersAttnProcessor) for processor in chosen):
+        raise UserError(f"model.attention=xformers needs an NVIDIA GPU, and this run is on {device.type}; {REMEDY}")
