@@ -6,47 +6,27 @@ what a method does with the numbers (`methods`).
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from sdft import __version__
+from sdft.formats.checkpoint import INDEX
+from sdft.formats.diffusers_folder import WEIGHT_FILES
+from sdft.formats.stream import Stored, appearing, read_header, sha256, write_tensors
 from sdft.merging.methods import weighted_sum
 from sdft.models.load import NANO
 from sdft.types import Fraction, UserError
 
-INDEX = "model_index.json"
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.onnx", "*.onnx_data")
 ADAPTER_MARKS = ("lora", "hada_", "lokr_")
-CHUNK = 2**22
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where one tensor lies and what it is."""
-
-    file: Path
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
-
-    @property
-    def alignment(self) -> int:
-        """Bytes of one number."""
-        return self.num_bytes // max(1, torch.Size(self.shape).numel())
 
 
 @dataclass(frozen=True)
@@ -83,9 +63,8 @@ def merge(a: str, b: str, out: str, alpha: Fraction = 0.5, overwrite: bool = Fal
     target = Path(out).expanduser().absolute()
     refuse_target(target, weights, overwrite)
     num_bytes = weights["a"].num_bytes * 2 + weights["b"].num_bytes
-    target.parent.mkdir(parents=True, exist_ok=True)
     with (
-        tempfile.TemporaryDirectory(dir=target.parent, prefix=".merging-") as temporary,
+        appearing(target, overwrite=overwrite) as written,
         tqdm(total=num_bytes, desc="hashing", unit="B", unit_scale=True, leave=False) as bar,
     ):
         inputs = {
@@ -94,11 +73,7 @@ def merge(a: str, b: str, out: str, alpha: Fraction = 0.5, overwrite: bool = Fal
         }
         recipe = {"method": "weighted_sum", "alpha": alpha, **inputs, "sdft": __version__}
         bar.set_description("merging")
-        written = Path(temporary) / target.name
         write_merged(written, weights["a"], weights["b"], partial(weighted_sum, alpha=alpha), recipe, bar)
-        if target.exists():
-            target.rename(Path(temporary) / "replaced")
-        written.rename(target)
     return target
 
 
@@ -145,23 +120,6 @@ def components(folder: Path) -> list[Path]:
     """The folders that the index of a diffusers folder names."""
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     return [folder / name for name in sorted(index) if not name.startswith("_") and (folder / name).is_dir()]
-
-
-def read_header(where: str, file: Path) -> tuple[list[Stored], dict[str, str]]:
-    """Tensors and metadata of one file, in the order of their bytes."""
-    try:
-        with safe_open(file, framework="pt"):  # checks the header
-            pass
-    except SafetensorError as error:
-        raise UserError(f"{where}: {file.name} is damaged ({error})") from error
-    with file.open("rb") as opened:
-        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-    metadata = header.pop("__metadata__", None) or {}
-    stored = [
-        Stored(file, name, entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    ]
-    return stored, metadata
 
 
 def refuse_misfit(a: Weights, b: Weights) -> None:
@@ -226,47 +184,22 @@ def write_merged(
 
         def merged(key: str) -> Tensor:
             x, y = (opened[one.file].get_tensor(one.name) for one in (a.tensors[key], b.tensors[key]))
-            bar.update(a.tensors[key].num_bytes)
+            bar.update(x.nbytes)
             try:
                 return method(x, y)
             except UserError as error:
                 raise UserError(f"{key}: {error}") from error
 
         for file, said in a.metadata.items():
-            tensors = {key: stored for key, stored in a.tensors.items() if stored.file == file}
+            keys = {stored.name: key for key, stored in a.tensors.items() if stored.file == file}
             # A hash of a's weights would be wrong for the result.
             kept = {name: value for name, value in said.items() if "hash" not in name}
             metadata = {"format": "pt", **kept, **merged_from, "sdft.merge": json.dumps(recipe, sort_keys=True)}
-            write_tensors(out / a.name_of(file) if a.root.is_dir() else out, tensors, metadata, merged)
+            entries = {name: a.tensors[key] for name, key in keys.items()}
+            path = out / a.name_of(file) if a.root.is_dir() else out
+            write_tensors(path, entries, metadata, compose(merged, keys))
 
 
-def write_tensors(
-    path: Path, tensors: dict[str, Stored], metadata: dict[str, str], compute: Callable[[str], Tensor]
-) -> None:
-    """Write a safetensors file, asking `compute` for the tensor of one key at a time."""
-    # The widest dtype first, as the library writes it: each tensor then starts at a multiple of its dtype's size.
-    order = sorted(tensors, key=lambda key: (-tensors[key].alignment, tensors[key].name))
-    header: dict[str, object] = {"__metadata__": metadata}
-    end = 0
-    for key in order:
-        stored, start = tensors[key], end
-        end += stored.num_bytes
-        header[stored.name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key in order:
-            file.write(compute(key).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sha256(file: Path, bar: tqdm) -> str:
-    """The hash of a file's bytes."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(CHUNK):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()
+def compose(merged: Callable[[str], Tensor], keys: dict[str, str]) -> Callable[[str], Tensor]:
+    """`merged` by the names in one file."""
+    return lambda name: merged(keys[name])

@@ -1,0 +1,30 @@
+"""Convert: `python -m sdft.formats in=model.safetensors out=model to=folder`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from sdft.config import verb
+from sdft.formats.convert import convert
+from sdft.models.load import CONFIGS, SDXL_BASE, SDXL_ID, find_folder
+from sdft.types import UserError
+
+
+@verb("formats")
+def main(cfg: DictConfig) -> None:
+    """Convert, and say where the result lies."""
+    for key in ("allow_pickle", "overwrite"):
+        if not isinstance(cfg[key], bool):
+            raise UserError(f"{key}={cfg[key]}: must be true or false")
+    source = Path(str(cfg["in"])).expanduser()
+    # A folder is complete only with tokenizers; for all else the shapes of SDXL, which are shipped, are enough.
+    incomplete = cfg.to == "folder" and not source.is_dir()
+    config = SDXL_BASE if cfg.config == SDXL_ID and not incomplete else find_folder("config", cfg.config, CONFIGS)
+    out = convert(str(cfg["in"]), str(cfg.out), cfg.to, config, cfg.dtype, cfg.allow_pickle, cfg.overwrite)
+    print(f"{out}: {cfg['in']} as {cfg.to}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Anything into anything: whole models between folder and single file, LoRAs between their two namings.
+
+Knows which writer makes which format; the writers know how.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sdft.formats.architecture import PARTS, empty_network, refuse_misfit
+from sdft.formats.checkpoint import PICKLES, open_checkpoint
+from sdft.formats.diffusers_folder import copy_as_folder
+from sdft.formats.single_file import write_single_file
+from sdft.formats.stream import appearing, read_header
+from sdft.types import UserError
+
+MODEL_FORMATS = ("folder", "single_file")
+LORA_FORMATS = ("kohya", "diffusers")
+DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def convert(
+    source: str,
+    out: str,
+    to: str,
+    config: Path,
+    dtype: str | None = None,
+    allow_pickle: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write `source` as `out` in the format `to`; returns its path.
+
+    to: `folder` (diffusers) or `single_file` (LDM) of a model; `kohya` or `diffusers` of a LoRA.
+    config: the folder that has the configs and tokenizers which a single file lacks; a folder brings its own.
+    dtype: of the written weights; their own where not said.
+    """
+    if to not in (*MODEL_FORMATS, *LORA_FORMATS):
+        raise UserError(f"to={to}: must be one of {', '.join((*MODEL_FORMATS, *LORA_FORMATS))}")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype}: must be one of fp32, bf16, fp16, or null to keep each weight's own")
+    path, target = Path(source).expanduser(), Path(out).expanduser().absolute()
+    refuse_target(target, to, path)
+    with appearing(target, overwrite=overwrite) as written:
+        if holds_lora(source, path):
+            convert_lora(source, path, written, to, DTYPES[dtype])
+        elif to in LORA_FORMATS:
+            raise UserError(f"to={to}: is a format of LoRA files, and in={source} is a whole model")
+        else:
+            convert_model(source, path, written, to, config, DTYPES[dtype], allow_pickle)
+    return target
+
+
+def refuse_target(target: Path, to: str, source: Path) -> None:
+    """Raise UserError for a name that contradicts the format, and for writing into the source."""
+    if to == "folder" and target.suffix in (".safetensors", *PICKLES):
+        raise UserError(f"out={target}: to=folder writes a folder; leave {target.suffix} out")
+    if to != "folder" and target.suffix != ".safetensors":
+        raise UserError(f"out={target}: to={to} writes a file that ends in .safetensors")
+    there, here = target.resolve(), source.resolve()
+    if there.is_relative_to(here) or here.is_relative_to(there):
+        raise UserError(f"out={target}: lies in the input, or the input in it; choose another place")
+
+
+def holds_lora(source: str, path: Path) -> bool:
+    """Whether a file holds adapters."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    return is_lora(tensor.name for tensor in read_header(f"in={source}", path)[0])
+
+
+def convert_model(
+    source: str, path: Path, written: Path, to: str, config: Path, dtype: torch.dtype | None, allow_pickle: bool
+) -> None:
+    """One model; it is read to the last name before anything is written."""
+    checkpoint = open_checkpoint("in", path, allow_pickle)
+    folder = path if checkpoint.is_folder else config
+    refuse_misfit(f"in={source}", checkpoint, {part: empty_network(part, folder / part) for part in PARTS})
+    with tqdm(total=checkpoint.num_bytes, desc=f"writing {to}", unit="B", unit_scale=True) as bar:
+        if to == "folder":
+            copy_as_folder(checkpoint, written, folder, dtype, bar)
+        else:
+            write_single_file(checkpoint, written, dtype, bar=bar)
+
+
+def convert_lora(source: str, path: Path, written: Path, to: str, dtype: torch.dtype | None) -> None:
+    """One LoRA file."""
+    if to in MODEL_FORMATS:
+        raise UserError(f"to={to}: in={source} is a LoRA; it becomes kohya or diffusers, and a model only by merging")
+    lora = read_lora(path, f"in={source}")
+    write_lora_file(lora, written, to, dtype)
