@@ -18,10 +18,9 @@ from typing import Annotated
 
 import torch
 from annotated_types import MinLen
-from diffusers import StableDiffusionXLPipeline
 
-from sdft.formats.adapter import PARTS, read_header, read_words
-from sdft.formats.diffusers_folder import SDXL_PARTS
+from sdft.formats.adapter import lora_on, read_words
+from sdft.formats.lora_file import is_lora, read_header, read_lora
 from sdft.models.sdxl import SDXL
 from sdft.sampling import Sampler
 from sdft.types import Count, UserError
@@ -145,7 +144,7 @@ def _file(name: str, source: str, path: Path) -> Subject:
     if path.suffix != ".safetensors":
         raise UserError(f"{key}: is no .safetensors file; of a run, pass its folder")
     names, _ = read_header(key, path)
-    if any("lora" in tensor for tensor in names):
+    if is_lora(names):
         return Subject(name, source, lora=path)
     if any(tensor.startswith("model.diffusion_model.") for tensor in names):
         return Subject(name, source, weights=source)
@@ -192,21 +191,8 @@ class Models:
 @contextmanager
 def with_lora(model: SDXL, path: Path, key: str = "lora") -> Iterator[None]:
     """The model with a LoRA at full strength inside the `with`; afterwards it has its own modules and bits again."""
-    pipeline = StableDiffusionXLPipeline(**{part: getattr(model, part) for part in SDXL_PARTS}, add_watermarker=False)
-    try:
-        try:
-            pipeline.load_lora_weights(str(path))
-        except Exception as error:  # of many types, and all of them say that the file does not fit the model
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{key}: the LoRA does not fit the base model, which model= chooses ({reason})") from error
-        names, _ = read_header(key, path)
-        expected = sum(not name.endswith(".alpha") for name in names)
-        placed = sum("lora_" in name for part in PARTS for name, _ in getattr(model, part).named_parameters())
-        if placed < expected:
-            raise UserError(f"{key}: only {placed} of the LoRA's {expected} tensors have a place in the base model")
+    with lora_on(model, read_lora(path, key), key):
         yield
-    finally:
-        pipeline.unload_lora_weights()
 
 
 @contextmanager

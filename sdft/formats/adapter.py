@@ -1,61 +1,158 @@
-"""LoRA files that diffusers' `load_lora_weights` takes, and learned words as textual-inversion files.
+"""The adapters in a model: read out of it as a LoRA, and put on it from one. Learned words as files.
 
-Knows key names, metadata and where the tensors sit in a model with peft adapters.
+Knows where peft keeps its tensors. What LoRA files look like is `lora_file`'s to know.
 """
 
 from __future__ import annotations
 
-import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
-from peft import get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from sdft.formats.lora_file import Layout, read_header, save_whole, write_lora_file
+from sdft.formats.lora_keys import PARTS, layer_name
+from sdft.formats.lora_layer import DORA, DOWN, PEFT_NAMES, Layer, LoraFile, kohya_magnitude
 from sdft.types import UserError
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
+TRAINED = "default"
+"""peft's name of the adapters that a run trains."""
+
+KOHYA_NAMES = {name: kohya for kohya, name in PEFT_NAMES.items()}
 
 
-def write_lora(model: nn.Module, path: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Save the adapters of every part, with their alphas in the metadata; the file appears whole or not at all."""
-    layers, metadata = {}, {}
+def write_lora(
+    model: nn.Module,
+    path: Path,
+    dtype: torch.dtype = torch.float16,
+    layout: Layout = "diffusers",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Save the trained adapters of every part; the file appears whole or not at all."""
+    write_lora_file(lora_of(model), path, layout, dtype, metadata)
+
+
+def lora_of(model: nn.Module) -> LoraFile:
+    """The trained adapters of every part; their tensors are the model's own."""
+    layers = {}
     for part in PARTS:
-        module = model.get_submodule(part)
-        if not getattr(module, "peft_config", None):
+        for module, adapted in model.get_submodule(part).named_modules():
+            if isinstance(adapted, BaseTunerLayer):
+                layers[layer_name(part, module)] = _layer_of(adapted)
+    return LoraFile(layers)
+
+
+@contextmanager
+def lora_on(model: nn.Module, lora: LoraFile, key: str) -> Iterator[None]:
+    """The model with a LoRA at full strength inside the `with`; afterwards it has its own modules and bits again.
+
+    Raises UserError, before anything is changed, where the model has no place for one of the layers.
+    """
+    modules = {
+        layer_name(part, name): module
+        for part in PARTS
+        for name, module in model.get_submodule(part).named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    refuse_misfit(lora, modules, key)
+    try:
+        for part in PARTS:
+            _inject(model.get_submodule(part), part, lora)
+        yield
+    finally:
+        for part in PARTS:
+            _take_off(model.get_submodule(part))
+
+
+def refuse_misfit(lora: LoraFile, modules: Mapping[str, nn.Module], key: str) -> None:
+    """Raise UserError where a layer has no module, or one of another shape."""
+    wrong = []
+    for name, layer in lora.layers.items():
+        rows, columns = layer.delta_shape
+        if name not in modules:
+            wrong.append(f"{name} is missing in the model")
+        elif (rows, columns) != (own := tuple(modules[name].weight.flatten(1).shape)):
+            wrong.append(f"{name} changes {rows} x {columns} weights, and the model has {own[0]} x {own[1]} there")
+    if wrong:
+        told = f"{len(wrong)} of {len(lora.layers)} layers, for example {wrong[0]}"
+        raise UserError(f"{key}: the LoRA does not fit the base model, which model= chooses ({told})")
+
+
+def _inject(part_module: nn.Module, part: str, lora: LoraFile) -> None:
+    own_names = {layer_name(part, name): name for name, _ in part_module.named_modules()}
+    found = {own_names[f"{part}/{name}"]: layer for name, layer in lora.of_part(part).items()}
+    for kind in sorted({layer.kind for layer in found.values()}):
+        layers = {name: layer for name, layer in found.items() if layer.kind == kind}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of another kind
+            inject_adapter_in_model(_config(kind, list(layers)), part_module, adapter_name=kind)
+        for name, layer in layers.items():
+            _fill(part_module.get_submodule(name), kind, layer)
+
+
+def _config(kind: str, names: list[str]) -> PeftConfig:
+    """Adapters of one kind on the modules, of the smallest size: their tensors are put in afterwards."""
+    if kind in ("loha", "lokr"):
+        return (LoHaConfig if kind == "loha" else LoKrConfig)(r=1, target_modules=names)
+    return LoraConfig(r=1, target_modules=names, use_dora=kind == "dora")
+
+
+@torch.no_grad()
+def _fill(adapted: BaseTunerLayer, adapter: str, layer: Layer) -> None:
+    """Put a layer's tensors where peft made smaller ones, in the dtype of the module's own weight."""
+    base, tensors = adapted.get_base_layer(), layer.peft_tensors
+    for name in adapted.adapter_layer_names:
+        held = getattr(adapted, name)
+        if name not in tensors:
+            if adapter in held:
+                del held[adapter]
             continue
-        tensors = get_peft_model_state_dict(module, adapter_name="default")
-        layers[f"{part}_lora_layers"] = {name: to_file(tensor, dtype) for name, tensor in tensors.items()}
-        metadata[f"{part}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
-        StableDiffusionXLPipeline.save_lora_weights(folder, weight_name=path.name, **layers, **metadata)
-        (Path(folder) / path.name).replace(path)
+        tensor = nn.Parameter(tensors[name].to(base.weight), requires_grad=False)
+        if isinstance(held, nn.ParameterDict):
+            held[adapter] = tensor
+        else:
+            held[adapter].weight = tensor
+    adapted.r[adapter] = layer.rank or 1
+    adapted.scaling[adapter] = layer.scale
+    adapted.train(base.training)
+
+
+def _take_off(part_module: nn.Module) -> None:
+    for name, adapted in list(part_module.named_modules()):
+        if isinstance(adapted, BaseTunerLayer):
+            parent, _, child = name.rpartition(".")
+            setattr(part_module.get_submodule(parent), child, adapted.get_base_layer())
+    if hasattr(part_module, "peft_config"):
+        del part_module.peft_config
+
+
+def _layer_of(adapted: BaseTunerLayer) -> Layer:
+    tensors = {}
+    for name in adapted.adapter_layer_names:
+        held = getattr(adapted, name)
+        if TRAINED in held:
+            tensor = held[TRAINED] if isinstance(held, nn.ParameterDict) else held[TRAINED].weight
+            tensors[KOHYA_NAMES.get(name, name)] = tensor.detach()
+    if DORA in tensors:
+        tensors[DORA] = kohya_magnitude(tensors[DORA], tensors[DOWN])
+    alpha = float((adapted.lora_alpha if DOWN in tensors else adapted.alpha)[TRAINED])
+    layer = Layer(tensors, alpha)
+    if layer.rank is None:
+        # No program scales a LoKr of two whole matrices, except peft.
+        tensors["lokr_w1"] = tensors["lokr_w1"] * (alpha / adapted.r[TRAINED])
+    return layer
 
 
 def write_words(model: nn.Module, words: list[str], path: Path) -> None:
     """Save the learned rows of new words as `clip_l` and `clip_g`, the textual-inversion format of SDXL."""
-    tensors = {name: to_file(rows, torch.float32) for name, rows in model.word_rows.items()}
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, metadata={"words": "\n".join(words)})
-    partial.replace(path)
-
-
-def to_file(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor as it is stored."""
-    return tensor.detach().to("cpu", dtype).contiguous()
-
-
-def read_header(key: str, path: Path) -> tuple[list[str], dict[str, str]]:
-    """Names of the tensors in a file, and its metadata."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys()), file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{key}: cannot be read ({error})") from error
+    tensors = {name: rows.detach().to("cpu", torch.float32).contiguous() for name, rows in model.word_rows.items()}
+    save_whole(tensors, path, {"words": "\n".join(words)})
 
 
 def read_words(path: Path, key: str = "words") -> tuple[list[str], dict[str, Tensor]]:

@@ -1,0 +1,231 @@
+"""LoRA files: read from any layout into one structure, written as kohya's or as diffusers'.
+
+Knows what tensors and metadata are called in files. Must not know models (`adapter`) or what modules are called
+(`lora_keys`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import sqrt
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sdft.formats import lora_keys
+from sdft.formats.lora_layer import DORA, DOWN, TENSORS, UP, Layer, LoraFile, kohya_magnitude, most_common
+from sdft.types import UserError
+
+Layout = Literal["kohya", "diffusers"]
+
+ALPHA = "alpha"
+SUFFIXES = {name: name for name in (*TENSORS, ALPHA)} | {
+    "lora_A.weight": DOWN,
+    "lora_B.weight": UP,
+    "lora_magnitude_vector": DORA,
+    "lora_magnitude_vector.weight": DORA,
+    # What diffusers' training scripts wrote before, and for the encoders still write.
+    "lora.down.weight": DOWN,
+    "lora.up.weight": UP,
+    "lora_linear_layer.down.weight": DOWN,
+    "lora_linear_layer.up.weight": UP,
+}
+"""How names in files end -> kohya's name of the tensor."""
+ADAPTER_METADATA = "lora_adapter_metadata"
+"""Where diffusers keeps the configuration of each part, as JSON."""
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether a file with these tensors is a LoRA, of any kind and for any model."""
+    return any(suffix not in (None, ALPHA) for _, suffix in map(split, names))
+
+
+def read_lora(path: Path, key: str) -> LoraFile:
+    """The LoRA in a file, whichever program wrote it; tensors are read when they are used.
+
+    Raises UserError that names `key` and everything that is wrong, before any number is read.
+    """
+    names, metadata = read_header(key, path)
+    if not is_lora(names):
+        raise UserError(f"{key}: {path.name} holds no LoRA; none of its {len(names)} tensors is a LoRA's")
+    refuse_unknown(names, key, path)
+    alphas, layers = _told_alphas(metadata, key), {}
+    with safe_open(path, framework="pt") as file:
+        for name in names:
+            module, suffix = split(name)
+            layer = lora_keys.layer_of(module)
+            tensors = layers.setdefault(layer, {})
+            if SUFFIXES[suffix] in tensors:
+                raise UserError(f"{key}: {path.name} holds {SUFFIXES[suffix]} of {layer} twice, once as {name}")
+            tensors[SUFFIXES[suffix]] = file.get_tensor(name)
+    found, wrong = {}, []
+    for name, tensors in layers.items():
+        try:
+            found[name] = _layer(name, tensors, alphas)
+        except ValueError as error:
+            wrong.append(f"{name} {error}")
+    if wrong:
+        told = "; ".join(wrong)
+        raise UserError(f"{key}: {path.name} is damaged in {len(wrong)} of its {len(layers)} layers: {told}")
+    return LoraFile(found, {name: told for name, told in metadata.items() if name not in (ADAPTER_METADATA, "format")})
+
+
+def write_lora_file(
+    lora: LoraFile,
+    path: Path,
+    layout: Layout,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a LoRA; the file appears whole or not at all.
+
+    dtype: of the tensors; none keeps what they have. A kohya file's alphas are fp32 where `dtype` cannot hold them.
+    metadata: what the file says about itself.
+    Raises UserError where diffusers has no form for one of the layers.
+    """
+    written, told = {}, dict(metadata or {})
+    tensors = kohya_tensors if layout == "kohya" else diffusers_tensors
+    for name, tensor in tensors(lora, dtype):
+        written[name] = tensor.detach().cpu().contiguous()
+    if layout == "diffusers":
+        told[ADAPTER_METADATA] = json.dumps(adapter_metadata(lora), indent=2, sort_keys=True)
+    save_whole(written, path, told)
+
+
+def kohya_tensors(lora: LoraFile, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a kohya file, by name."""
+    for name, layer in lora.layers.items():
+        kohya, alpha = lora_keys.kohya_name(name), torch.tensor(layer.alpha)
+        for suffix, tensor in layer.tensors.items():
+            yield f"{kohya}.{suffix}", tensor.to(dtype or tensor.dtype)
+        narrow = alpha.to(dtype or next(iter(layer.tensors.values())).dtype)
+        yield f"{kohya}.{ALPHA}", narrow if narrow == alpha else alpha
+
+
+def diffusers_tensors(lora: LoraFile, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a diffusers file, by name: peft's keys behind the part."""
+    if without := lora.without_diffusers_form:
+        kinds = " and ".join(sorted({lora.layers[name].kind for name in without}))
+        raise UserError(f"diffusers has no form for {kinds} ({without[0]}); write the kohya layout")
+    for part in lora_keys.PARTS:
+        layers = lora.of_part(part)
+        if len({layer.kind == "dora" for layer in layers.values()}) > 1:
+            raise UserError(f"diffusers has no form for {part} with DoRA in only some layers; write the kohya layout")
+        for module, layer in layers.items():
+            for name, tensor in layer.peft_tensors.items():
+                weight = "" if name == "lora_magnitude_vector" else ".weight"
+                yield f"{part}.{module}.{name}{weight}", tensor.to(dtype or tensor.dtype)
+
+
+def adapter_metadata(lora: LoraFile) -> dict[str, Any]:
+    """What diffusers makes its peft configuration of: ranks and alphas besides the most common one are patterns."""
+    told = {}
+    for part in lora_keys.PARTS:
+        # transformers 5 left `text_model.` out of encoder 1's names; peft takes the rest of a name in both versions.
+        short = {module.removeprefix("text_model."): layer for module, layer in lora.of_part(part).items()}
+        if not short:
+            continue
+        rank = most_common([layer.rank for layer in short.values()])
+        alpha = most_common([layer.alpha for layer in short.values()])
+        config = {
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": {name: layer.rank for name, layer in short.items() if layer.rank != rank},
+            "alpha_pattern": {name: layer.alpha for name, layer in short.items() if layer.alpha != alpha},
+            "target_modules": sorted(short),
+            "use_dora": any(layer.kind == "dora" for layer in short.values()),
+        }
+        told |= {f"{part}.{name}": value for name, value in config.items()}
+    return told
+
+
+def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file so that a crash leaves nothing, or what was there, under its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
+        written = Path(folder) / path.name
+        save_file(dict(tensors), written, metadata={"format": "pt", **metadata})
+        with written.open("rb") as file:
+            os.fsync(file.fileno())
+        written.replace(path)
+
+
+def read_header(key: str, path: Path) -> tuple[list[str], dict[str, str]]:
+    """Names of the tensors in a file, and its metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys()), file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{key}: cannot be read ({error})") from error
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """The module and the end of a tensor's name; no end where it is none of a LoRA's."""
+    # Until the summer of 2023, diffusers had its LoRAs in the attention's processor.
+    name = re.sub(r"\.processor\.(\w+)_lora\.", r".\1.lora.", name).replace(".to_out.lora.", ".to_out.0.lora.")
+    for suffix in SUFFIXES:
+        if name.endswith(f".{suffix}"):
+            return name.removesuffix(f".{suffix}"), suffix
+    return name, None
+
+
+def refuse_unknown(names: list[str], key: str, path: Path) -> None:
+    """Raise UserError that lists every tensor that SDXL has no place for, and whose it looks like."""
+    unknown = []
+    for name in names:
+        module, suffix = split(name)
+        if model := lora_keys.other_model(name):
+            raise UserError(f"{key}: {path.name} is a LoRA for {model} ({name}); it does not fit SDXL")
+        try:
+            lora_keys.layer_of(module)
+        except KeyError:
+            unknown.append(module)
+            continue
+        if suffix is None:
+            unknown.append(name)
+    if unknown:
+        listed = sorted(set(unknown))
+        raise UserError(f"{key}: {path.name} names {len(listed)} things that SDXL does not have: {', '.join(listed)}")
+
+
+def _layer(name: str, tensors: dict[str, Tensor], alphas: Callable[[str, int | None], float]) -> Layer:
+    """The checked layer of a file's tensors, in kohya's shapes."""
+    alpha = tensors.pop(ALPHA, None)
+    # Some programs write linear layers as 1x1 convolutions.
+    if not lora_keys.is_convolution(name):
+        tensors = {suffix: t.flatten(1) if t.dim() == 4 else t for suffix, t in tensors.items()}
+    if DORA in tensors and DOWN in tensors:
+        tensors[DORA] = kohya_magnitude(tensors[DORA], tensors[DOWN])
+    layer = Layer(tensors, 0.0 if alpha is None else float(alpha))
+    layer.delta_shape  # noqa: B018  raises where the tensors do not go together
+    return layer if alpha is not None else Layer(tensors, alphas(name, layer.rank))
+
+
+def _told_alphas(metadata: Mapping[str, str], key: str) -> Callable[[str, int | None], float]:
+    """(layer, rank) -> alpha of a layer without an alpha of its own: by diffusers' metadata, else its rank."""
+    try:
+        told = json.loads(metadata.get(ADAPTER_METADATA) or "{}")
+    except json.JSONDecodeError as error:
+        raise UserError(f"{key}: its {ADAPTER_METADATA} is no JSON ({error})") from error
+
+    patterns = {}
+    for part in lora_keys.PARTS:
+        named = told.get(f"{part}.alpha_pattern") or {}
+        patterns[part] = [(re.compile(rf"(.*\.)?({name})$"), alpha) for name, alpha in named.items()]
+
+    def alpha_of(layer: str, rank: int | None) -> float:
+        part, _, module = layer.partition("/")
+        if rank is None or f"{part}.lora_alpha" not in told:
+            return float(rank or 1)
+        alpha = next((alpha for name, alpha in patterns[part] if name.match(module)), told[f"{part}.lora_alpha"])
+        return float(alpha * sqrt(rank) if told.get(f"{part}.use_rslora") else alpha)
+
+    return alpha_of

@@ -1,0 +1,100 @@
+"""The names of LoRA layers: kohya's and diffusers'. One vocabulary, read in both directions.
+
+A layer is named after the module that it changes, `part/module`, with the names that diffusers folders on the Hub
+have. kohya's names have no dots, so only a list of all names can take them apart. Knows names; must not know files,
+numbers or models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+
+from sdft.formats.keys import MOST_LAYERS, PREFIXES, hub_name, place_of, unet_modules
+
+PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+"""The parts that LoRAs change, and how kohya's names of their layers begin."""
+
+MOST_BLOCKS = 32
+"""Transformer blocks of one attention; SDXL's have up to 10."""
+
+ATTENTION_LEAVES = ("to_q", "to_k", "to_v", "to_out.0")
+BLOCK_LEAVES = (*(f"attn{i}.{leaf}" for i in (1, 2) for leaf in ATTENTION_LEAVES), "ff.net.0.proj", "ff.net.2")
+ENCODER_LEAVES = (*(f"self_attn.{leaf}_proj" for leaf in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
+CONVOLUTIONS = re.compile(r"unet/.*(conv|conv[12]|conv_(shortcut|in|out))")
+
+OTHER_MODELS = {
+    r"lora_te_|.*(down_blocks.0.attentions|input_blocks_1_1_|up_blocks.3.attentions)": "Stable Diffusion 1.5 or 2",
+    r"transformer\.|lora_transformer_|.*(double|single)_blocks|.*joint_blocks|lora_te3_": "Flux, SD3 or their like",
+}
+"""How names that SDXL does not have begin, and whose they are."""
+
+
+def kohya_name(layer: str) -> str:
+    """As kohya, ComfyUI and A1111 call a layer: LDM's names in the UNet. Raises KeyError where SDXL has none such."""
+    return _kohya_names()[layer]
+
+
+def layer_of(name: str) -> str:
+    """The layer of a name in a file: kohya's (with LDM's or diffusers' names behind the prefix), or `part.module`.
+
+    Raises KeyError where SDXL has no such layer.
+    """
+    if name in _layers():
+        return _layers()[name]
+    part, _, module = name.partition(".")
+    layer = layer_name(part, module)
+    if layer not in _kohya_names():
+        raise KeyError(name)
+    return layer
+
+
+def layer_name(part: str, module: str) -> str:
+    """The layer of a module, whichever version of transformers named it."""
+    return f"{part}/{hub_name(part, module)}"
+
+
+def is_convolution(layer: str) -> bool:
+    """Whether the layer's module is a convolution; all others are linear."""
+    return CONVOLUTIONS.fullmatch(layer) is not None
+
+
+def other_model(name: str) -> str | None:
+    """The model that a name unknown to SDXL speaks of."""
+    return next((model for pattern, model in OTHER_MODELS.items() if re.match(pattern, name)), None)
+
+
+@cache
+def _kohya_names() -> dict[str, str]:
+    """Every layer that a LoRA of SDXL may have -> kohya's name."""
+    names = {}
+    for module in _unet_layers():
+        single = place_of("unet", module).single.removeprefix(PREFIXES["unet"])
+        names[f"unet/{module}"] = PARTS["unet"] + single.replace(".", "_")
+    for part in ("text_encoder", "text_encoder_2"):
+        names |= {f"{part}/{module}": PARTS[part] + module.replace(".", "_") for module in _encoder_layers()}
+    names["text_encoder_2/text_projection"] = f"{PARTS['text_encoder_2']}text_projection"
+    return names
+
+
+@cache
+def _layers() -> dict[str, str]:
+    """kohya's names -> layers; also those that trainers without LDM's names write."""
+    direct = {PARTS["unet"] + module.replace(".", "_"): f"unet/{module}" for module in _unet_layers()}
+    return direct | {name: layer for layer, name in _kohya_names().items()}
+
+
+def _unet_layers() -> Iterator[str]:
+    for module in unet_modules():
+        if ".attentions." in module:
+            yield from (f"{module}.proj_in", f"{module}.proj_out")
+            for block in range(MOST_BLOCKS):
+                yield from (f"{module}.transformer_blocks.{block}.{leaf}" for leaf in BLOCK_LEAVES)
+        elif "norm" not in module:
+            yield module
+
+
+def _encoder_layers() -> Iterator[str]:
+    for i in range(MOST_LAYERS):
+        yield from (f"text_model.encoder.layers.{i}.{leaf}" for leaf in ENCODER_LEAVES)
