@@ -87,7 +87,7 @@ def conclude(cfg: DictConfig, trainer, module, export, verdict, train_seconds: f
 
     run_dir = Path(cfg.run_dir)
     module.eval()
-    artifacts, errors = export(module, run_dir, cfg.name, partial(build, cfg.model))
+    artifacts, errors = export(module, run_dir, cfg.name, cfg.size, partial(build, cfg.model))
     figures = verdict(module.model, lambda: module.tuning.base(module.model), run_dir) if verdict else {}
     if (run_dir / BEFORE_AFTER).is_file():
         artifacts["pictures"] = run_dir / BEFORE_AFTER

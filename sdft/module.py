@@ -13,8 +13,10 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from sdft.models.attention import refuse_device
+from sdft.models.sdxl import SDXL
 from sdft.rng import Draws, seed_of
-from sdft.tuning import learning
+from sdft.tuning import learning, part_of
 from sdft.types import Batch, LossReport, UserError
 
 VALIDATION_SEED = 0
@@ -33,10 +35,12 @@ class Finetuning(L.LightningModule):
         self.strict_loading = False
         self.comparable = objective.comparable() if hasattr(objective, "comparable") else objective
         if hasattr(objective, "prediction"):
+            refuse_other_prediction(model, objective)
             model.expect(objective.prediction, objective.zero_terminal_snr)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "adapters"))
             tuning.attach(model)
+        refuse_narrow_weights(model)
         model.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -53,6 +57,8 @@ class Finetuning(L.LightningModule):
         self.log_dict(report.scalars("val"), batch_size=len(batch), sync_dist=True)
 
     def on_fit_start(self) -> None:
+        if isinstance(self.model, SDXL):
+            refuse_device(self.model.unet, self.device)
         data = self.trainer.datamodule
         if data.cache == "ram":
             data.encode_once(self.model.encode_moments, self.device)
@@ -76,6 +82,23 @@ class Finetuning(L.LightningModule):
             raise UserError(f"resume: the checkpoint trains other weights than this run, {len(odd)} of them, "
                             f"for example {odd[0]!r}; resume with the same model, tuning and rank")
 
+
+def refuse_other_prediction(model: SDXL, objective) -> None:
+    """Raise UserError where the run would unlearn what the weights predict; epsilon to v is a known practice."""
+    config = model.scheduler.config
+    if config.prediction_type == "v_prediction" and objective.prediction == "epsilon":
+        fit = "v_zero_snr" if config.rescale_betas_zero_snr else "v"
+        raise UserError(f"objective=epsilon: the weights predict v; choose objective={fit}")
+    if config.rescale_betas_zero_snr and not objective.zero_terminal_snr:
+        raise UserError("objective=v: the weights know a noise schedule that ends in pure noise; choose v_zero_snr")
+
+
+def refuse_narrow_weights(model: nn.Module) -> None:
+    """Raise UserError where a weight that learns has fewer bits than fp32: small updates would be rounded away."""
+    for name, parameter in learning(model):
+        if parameter.dtype != torch.float32:
+            part, said = part_of(name), str(parameter.dtype).removeprefix("torch.")
+            raise UserError(f"model.dtype.{part}={said}: a part that learns must be fp32; set model.dtype.{part}=fp32")
 
 
 def refuse_nonfinite(report: LossReport, batch: Batch, step: int) -> None:

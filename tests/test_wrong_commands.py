@@ -80,7 +80,7 @@ def test_a_wrong_command_line_names_the_key_and_the_remedy(
     def refuse(*args, **kwargs):
         raise AssertionError("a model was loaded before the command line was found wrong")
 
-    monkeypatch.setattr(load, "_pipeline", refuse)
+    monkeypatch.setattr(load, "find_checkpoint", refuse)
     monkeypatch.chdir(tmp_path)
     known = "tuning.lr_scale={" in line or "tuning.new_words={" in line
     words = [line] if known else line.format(**folders).split()

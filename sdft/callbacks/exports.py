@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import nn
 
 from sdft.evaluation.parity import export_errors
-from sdft.formats.adapter import write_lora, write_words
+from sdft.formats.adapter import lora_of, write_words
 from sdft.formats.checkpoint import open_checkpoint
 from sdft.formats.diffusers_folder import write_folder
+from sdft.formats.lora_file import write_lora_file
+from sdft.formats.lora_layer import network_metadata
+from sdft.formats.metadata import lora_metadata, model_metadata
 from sdft.formats.single_file import write_single_file
 from sdft.formats.stream import appearing
 from sdft.models.sdxl import SDXL
@@ -37,19 +41,25 @@ class Export:
         self.dtype, self.single_file, self.tolerance = DTYPES[dtype], single_file, tolerance
 
     def __call__(
-        self, module: L.LightningModule, folder: Path, title: str, reload: Callable[[], nn.Module]
+        self, module: L.LightningModule, folder: Path, title: str, size: int, reload: Callable[[], nn.Module]
     ) -> tuple[dict[str, Path], dict[str, float]]:
         """What was written, by what it is, and how far each file is from the trained model.
 
-        reload: the base model anew.
+        title, size: of the run and its pictures, for the metadata. reload: the base model anew.
         """
-        written = self.write(module, folder, title)
+        said = {
+            "title": title,
+            "prediction": getattr(module.objective, "prediction", "epsilon"),
+            "size_hw": (size, size),
+            "words": tuple(getattr(module.tuning, "new_words", ())),
+        }
+        written = self.write(module, folder, said)
         if not isinstance(module.model, SDXL):
             return written, {}
         device = module.model.device
         module.model.cpu()  # where two models fit, and both sides of the comparison compute alike
-        words = tuple(getattr(module.tuning, "new_words", ()))
-        errors = export_errors(module.model, lambda: module.tuning.base(module.model), written, reload, words)
+        base = partial(module.tuning.base, module.model)
+        errors = export_errors(module.model, base, written, reload, said["words"])
         module.model.to(device)
         for name, error in errors.items():
             if not error <= self.tolerance:
@@ -59,24 +69,29 @@ class Export:
                 )
         return written, {f"export_error/{name}": error for name, error in errors.items()}
 
-    def write(self, module: L.LightningModule, folder: Path, title: str) -> dict[str, Path]:
+    def write(self, module: L.LightningModule, folder: Path, said: dict[str, Any]) -> dict[str, Path]:
         """The files."""
         if isinstance(module.tuning, Adapter):
-            return write_adapter(module, folder)
+            return write_adapter(module, folder, said)
         written = {"model": folder / "model"}
         write_folder(module.model, written["model"], self.dtype)
         if self.single_file and isinstance(module.model, SDXL):
             written["single_file"] = folder / "model.safetensors"
             with appearing(written["single_file"], overwrite=True) as path:
-                write_single_file(open_checkpoint("export", written["model"]), path, title=title)
+                write_single_file(open_checkpoint("export", written["model"]), path, metadata=model_metadata(**said))
         return written
 
 
-def write_adapter(module: L.LightningModule, folder: Path) -> dict[str, Path]:
-    """The LoRA, and the new words."""
-    written = {"lora": folder / "lora.safetensors"}
-    write_lora(module.model, written["lora"])
-    if module.tuning.new_words:
+def write_adapter(module: L.LightningModule, folder: Path, said: dict[str, Any]) -> dict[str, Path]:
+    """The LoRA as each program wants it, and the new words."""
+    lora, written = lora_of(module.model), {}
+    metadata = lora_metadata(**said) | network_metadata(lora)
+    if not lora.without_diffusers_form:
+        written["lora"] = folder / "lora.safetensors"
+        write_lora_file(lora, written["lora"], "diffusers", torch.float16, metadata)
+    written["lora_kohya"] = folder / "lora_kohya.safetensors"
+    write_lora_file(lora, written["lora_kohya"], "kohya", torch.float16, metadata)
+    if said["words"]:
         written["words"] = folder / "words.safetensors"
-        write_words(module.model, list(module.tuning.new_words), written["words"])
+        write_words(module.model, list(said["words"]), written["words"])
     return written

@@ -6,7 +6,7 @@ Knows the kinds of files that training writes and one small forward pass to comp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdft.evaluation.subjects import with_lora, with_words
 from sdft.formats.diffusers_folder import FILES, SDXL_PARTS
+from sdft.formats.lora_file import read_lora
 from sdft.models.sdxl import SDXL
 from sdft.rng import generator
 from sdft.types import Conditioning
@@ -78,12 +79,15 @@ def opened(name: str, written: Mapping[str, Path], reload: Callable[[], SDXL]) -
         yield SDXL(**{part: getattr(pipeline, part) for part in SDXL_PARTS}, empty_prompt="zeros" if zeros else "empty")
         return
     model = reload().eval()
-    with with_lora(model, written[name], name):
-        if "words" not in written:
-            yield model
-            return
-        with with_words(model, written["words"]):
-            yield model
+    with ExitStack() as stack:
+        if read_lora(written[name], name).without_diffusers_form:
+            stack.enter_context(with_lora(model, written[name], name))
+        else:
+            parts = {part: getattr(model, part) for part in SDXL_PARTS}
+            StableDiffusionXLPipeline(**parts, add_watermarker=False).load_lora_weights(str(written[name]))
+        if "words" in written:
+            stack.enter_context(with_words(model, written["words"]))
+        yield model
 
 
 def rms(x: Tensor) -> float:

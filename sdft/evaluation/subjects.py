@@ -129,11 +129,11 @@ def _run(name: str, source: str, folder: Path) -> Subject:
     """A run folder; its artifacts are looked for beside its summary, so that it may have been moved."""
     key, what = f"subjects.{name}={source}", json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     paths = {kind: folder / Path(path).name for kind, path in what.get("artifacts", {}).items()}
-    for kind in ("lora", "words", "model"):
+    for kind in ("lora", "lora_kohya", "words", "model"):
         if kind in paths and not paths[kind].exists():
             raise UserError(f"{key}: the run's {kind}, {paths[kind]}, is missing")
-    if "lora" in paths:
-        return Subject(name, source, lora=paths["lora"], words=paths.get("words"))
+    if lora := paths.get("lora", paths.get("lora_kohya")):
+        return Subject(name, source, lora=lora, words=paths.get("words"))
     if "model" in paths and (paths["model"] / "model_index.json").is_file():
         return Subject(name, source, weights=str(paths["model"]))
     raise UserError(f"{key}: the run left neither a LoRA nor a whole SDXL model")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from sdft.formats.architecture import PARTS, empty_network, refuse_misfit
 from sdft.formats.checkpoint import PICKLES, open_checkpoint
 from sdft.formats.diffusers_folder import copy_as_folder
+from sdft.formats.lora_file import is_lora, read_lora, write_lora_file
 from sdft.formats.single_file import write_single_file
 from sdft.formats.stream import appearing, read_header
 from sdft.types import UserError

@@ -22,9 +22,16 @@ TEXT_PROJECTION = f"{PREFIXES['text_encoder_2']}text_projection"
 
 
 def write_single_file(
-    checkpoint: Checkpoint, path: Path, dtype: torch.dtype | None = None, title: str = "", bar: tqdm | None = None
+    checkpoint: Checkpoint,
+    path: Path,
+    dtype: torch.dtype | None = None,
+    metadata: dict[str, str] | None = None,
+    bar: tqdm | None = None,
 ) -> None:
-    """Write a checkpoint of any format as one file at `path`, in its own dtypes unless `dtype` is given."""
+    """Write a checkpoint of any format as one file at `path`.
+
+    dtype: of the weights; their own where not said. metadata: what the file says of itself, beyond what it said before.
+    """
     places = {}
     for weight in checkpoint.weights:
         place = place_of(*weight.split("/", 1), checkpoint.num_vae_levels)
@@ -33,7 +40,7 @@ def write_single_file(
     extras = marks(checkpoint) | {LOGIT_SCALE: logit_scale(checkpoint, entries, dtype)}
     entries |= {name: entry_of(tensor) for name, tensor in extras.items()}
     with checkpoint.opened() as read:
-        write_tensors(path, entries, file_metadata(checkpoint, title), computed(places, extras, read), bar)
+        write_tensors(path, entries, file_metadata(checkpoint) | (metadata or {}), computed(places, extras, read), bar)
 
 
 def computed(
@@ -73,8 +80,8 @@ def marks(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return {name: torch.empty(0) for name, there in found.items() if there}
 
 
-def file_metadata(checkpoint: Checkpoint, title: str) -> dict[str, str]:
+def file_metadata(checkpoint: Checkpoint) -> dict[str, str]:
     """What the source says of itself, over what can be said of any model."""
-    said = model_metadata(title or checkpoint.root.stem, checkpoint.prediction or "epsilon")
+    said = model_metadata(checkpoint.root.stem, checkpoint.prediction or "epsilon")
     kept = {name: value for name, value in checkpoint.metadata.items() if name != SCALE_KEY and "hash" not in name}
     return said | kept

@@ -82,7 +82,8 @@ def test_the_vae_of_nano_has_three_levels() -> None:
     for weight in parameter_names("vae", empty_network("vae", NANO / "vae")):
         name = weight.split("/", 1)[1]
         assert place_at(place_of("vae", name, 3).single, 3).names == (name,)
-    assert place_of("vae", "decoder.up_blocks.0.resnets.0.conv1.bias", 3).single == f"{VAE}decoder.up.2.block.0.conv1.bias"
+    deepest = place_of("vae", "decoder.up_blocks.0.resnets.0.conv1.bias", 3)
+    assert deepest.single == f"{VAE}decoder.up.2.block.0.conv1.bias"
 
 
 @pytest.mark.parametrize(("part", "name", "single"), BY_HAND, ids=[name for _, name, _ in BY_HAND])
