@@ -1,0 +1,150 @@
+"""The export guard: what a run writes is read back by diffusers and compared, and a wrong file stops the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sdft.callbacks import exports
+from sdft.callbacks.exports import Export
+from sdft.formats import lora_file
+from sdft.models.load import pretrained
+from sdft.objective import Denoising
+from sdft.tuning import Adapter, Full
+from sdft.types import UserError
+
+UNET, ENCODERS = ["unet"], ["unet", "text_encoder", "text_encoder_2"]
+
+
+def trained(tuning, dtype: dict[str, str] | None = None):
+    """A module whose weights have visibly moved."""
+    model = pretrained("nano", dtype=dtype).eval()
+    tuning.attach(model)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn(p.shape, generator=generator) * (p.abs().mean() if "lora" not in name else 1)
+    return SimpleNamespace(model=model, tuning=tuning, objective=Denoising())
+
+
+def export(module, folder: Path, **options) -> tuple[dict, dict]:
+    dtype = {"unet": "bf16"} if module.model.unet.dtype == torch.bfloat16 else None
+    return Export(**options)(module, folder, "test", 64, lambda: pretrained("nano", dtype=dtype))
+
+
+@pytest.mark.parametrize("parts", [UNET, ENCODERS], ids=["unet", "encoders"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_both_files_of_a_lora_give_the_trained_model_back(method: str, parts: list[str], tmp_path: Path) -> None:
+    written, errors = export(trained(Adapter(rank=4, alpha=11, parts=parts, method=method)), tmp_path)
+    assert set(written) == {"lora", "lora_kohya"}
+    assert set(errors) == {"export_error/lora", "export_error/lora_kohya"}
+    assert 0 < max(errors.values()) < 0.01
+
+
+@pytest.mark.parametrize("method", ["loha", "lokr"])
+def test_what_diffusers_has_no_form_for_is_written_for_the_others(method: str, tmp_path: Path) -> None:
+    written, errors = export(trained(Adapter(rank=4, alpha=11, parts=UNET, method=method)), tmp_path)
+    assert set(written) == {"lora_kohya"}
+    assert 0 < errors["export_error/lora_kohya"] < 0.02
+
+
+def test_new_words_are_read_back_with_the_lora(tmp_path: Path) -> None:
+    tuning = Adapter(rank=4, parts=ENCODERS, new_words={"blorp": "a red cat"})
+    written, errors = export(trained(tuning), tmp_path)
+    assert set(written) == {"lora", "lora_kohya", "words"}
+    assert 0 < max(errors.values()) < 0.01
+
+
+def test_a_frozen_base_in_bf16_is_compared_in_bf16(tmp_path: Path) -> None:
+    module = trained(Adapter(rank=4, parts=UNET), {"unet": "bf16"})
+    assert {p.dtype for p in module.model.unet.parameters() if p.requires_grad} == {torch.float32}
+    _, errors = export(module, tmp_path)
+    assert max(errors.values()) < 0.05
+
+
+def test_a_whole_model_as_folder_and_as_one_file(tmp_path: Path) -> None:
+    written, errors = export(trained(Full()), tmp_path, single_file=True)
+    assert set(written) == {"model", "single_file"}
+    assert max(errors.values()) < 1e-5
+    with safe_open(written["single_file"], framework="pt") as file:
+        assert file.metadata()["modelspec.title"] == "test"
+        assert file.metadata()["modelspec.resolution"] == "64x64"
+
+
+def test_a_whole_model_in_fp16_is_only_rounded(tmp_path: Path) -> None:
+    _, errors = export(trained(Full()), tmp_path, dtype="fp16")
+    assert 0 < errors["export_error/model"] < 0.02
+
+
+def test_the_files_say_what_they_are(tmp_path: Path) -> None:
+    tuning = Adapter(rank=4, alpha=2, parts=ENCODERS, new_words={"blorp": "a red cat"})
+    written, _ = export(trained(tuning), tmp_path)
+    for name in ("lora", "lora_kohya"):
+        with safe_open(written[name], framework="pt") as file:
+            said = file.metadata()
+        assert said["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+        assert said["modelspec.trigger_phrase"] == "blorp"
+        assert said["ss_base_model_version"] == "sdxl_base_v1-0"
+        assert (said["ss_network_dim"], said["ss_network_alpha"]) == ("4", "2")
+        assert said["ss_network_module"] == "networks.lora"
+
+
+def test_files_can_be_read_by_others(tmp_path: Path) -> None:
+    written, _ = export(trained(Adapter(rank=2, parts=UNET)), tmp_path)
+    modes = {path.stat().st_mode & 0o777 for path in written.values()}
+    (tmp_path / "plain").touch()
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
+
+
+def wrong_alpha(path: Path) -> None:
+    tensors = load_file(path)
+    for name in tensors:
+        if name.endswith(".alpha"):
+            tensors[name] = tensors[name] * 2
+    save_file(tensors, path)
+
+
+def one_layer_lost(path: Path) -> None:
+    lost = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_v"
+    save_file({name: t for name, t in load_file(path).items() if not name.startswith(f"{lost}.")}, path)
+
+
+def up_and_down_of_another_layer(path: Path) -> None:
+    tensors = load_file(path)
+    a, b = (f"lora_unet_middle_block_1_transformer_blocks_0_attn1_to_{x}.lora_up.weight" for x in "qv")
+    tensors[a], tensors[b] = tensors[b].clone(), tensors[a].clone()
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("spoil", [wrong_alpha, one_layer_lost, up_and_down_of_another_layer])
+def test_a_file_that_is_wrong_fails_the_export(spoil: Callable, tmp_path: Path, monkeypatch) -> None:
+    def writes_wrong(lora, path, layout, *args):
+        lora_file.write_lora_file(lora, path, layout, *args)
+        if layout == "kohya":
+            spoil(path)
+
+    monkeypatch.setattr(exports, "write_lora_file", writes_wrong)
+    with pytest.raises(UserError, match=r"lora_kohya\.safetensors is .*% .*do not use it"):
+        export(trained(Adapter(rank=4, alpha=11, parts=UNET)), tmp_path)
+
+
+def test_a_single_file_with_a_forgotten_transpose_fails_the_export(tmp_path: Path, monkeypatch) -> None:
+    name = "conditioner.embedders.1.model.text_projection"
+
+    def forgets(checkpoint, path, **options):
+        from sdft.formats.single_file import write_single_file
+
+        write_single_file(checkpoint, path, **options)
+        tensors = load_file(path)
+        save_file(tensors | {name: tensors[name].T.contiguous()}, path)
+
+    monkeypatch.setattr(exports, "write_single_file", forgets)
+    with pytest.raises(UserError, match=r"model\.safetensors is .*do not use it"):
+        export(trained(Full()), tmp_path, single_file=True)
