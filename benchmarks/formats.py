@@ -92,7 +92,8 @@ def main() -> None:
     """The three lines."""
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
         root = Path(folder)
-        single, back, model, config = root / "sdxl.safetensors", root / "back.safetensors", root / "model", root / "config"
+        single, back = root / "sdxl.safetensors", root / "back.safetensors"
+        model, config = root / "model", root / "config"
         config_folder(config)
         write_random(single)
         gib = single.stat().st_size / 2**30

@@ -1,0 +1,96 @@
+"""Attention, checkpointing, memory order and compilation change speed and memory, not the loss or its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdft.models.load import pretrained
+from sdft.module import Finetuning
+from sdft.objective import Denoising
+from sdft.optimizer import adamw, constant
+from sdft.tuning import Adapter, Full
+from sdft.types import Batch, UserError
+
+MODES: dict[str, Callable] = {
+    "full": Full,
+    "lora_unet": lambda: Adapter(rank=4),
+    "lora_unet_te": lambda: Adapter(rank=4, parts=("unet", "text_encoder", "text_encoder_2")),
+}
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    return Batch(
+        keys=["a", "b"],
+        visits=[0, 0],
+        captions=["a red cat", "a castle at night"],
+        dropped_B=torch.tensor([False, True]),
+        time_ids_B6=torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2),
+        loss_weight_B=torch.ones(2),
+        moments_BCHW=torch.randn(2, 8, 16, 16, generator=generator),
+    )
+
+
+def step(mode: str, **switches) -> tuple[Tensor, Tensor]:
+    """Loss and gradients of one training step."""
+    module = Finetuning(pretrained("nano", **switches), MODES[mode](), Denoising(), adamw, constant, seed=0)
+    module.log_dict = module.log = lambda *_, **__: None
+    with torch.no_grad():
+        for name, p in module.model.named_parameters():
+            if "lora_B" in name:
+                p.fill_(0.01)
+    loss = module.training_step(batch(), 0)
+    loss.backward()
+    return loss.detach(), torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "switches",
+    [{"gradient_checkpointing": True}, {"channels_last": True}, {"attention": "eager"}, {"attention": "sliced"}],
+    ids=lambda switches: "=".join(map(str, *switches.items())),
+)
+def test_the_step_is_the_same_in_every_mode(mode: str, switches: dict) -> None:
+    loss, gradients = step(mode)
+    other_loss, other_gradients = step(mode, **switches)
+    assert torch.allclose(loss, other_loss, rtol=1e-5)
+    assert (gradients - other_gradients).norm() < 1e-4 * gradients.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_a_compiled_unet_makes_the_same_step(mode: str) -> None:
+    loss, gradients = step(mode)
+    other_loss, other_gradients = step(mode, compile=True)
+    assert torch.allclose(loss, other_loss, rtol=1e-4)
+    assert (gradients - other_gradients).norm() < 1e-3 * gradients.norm()
+
+
+def test_what_learns_must_be_fp32() -> None:
+    with pytest.raises(UserError, match=r"model\.dtype\.unet=bfloat16: .*set model\.dtype\.unet=fp32"):
+        step("full", dtype={"unet": "bf16"})
+
+
+@pytest.mark.parametrize("mode", ["lora_unet", "lora_unet_te"])
+def test_adapters_are_fp32_beside_a_base_in_bf16(mode: str) -> None:
+    frozen = {"unet": "bf16", "text_encoder": "bf16", "text_encoder_2": "bf16"}
+    loss, gradients = step(mode)
+    other_loss, other_gradients = step(mode, dtype=frozen)
+    assert other_gradients.dtype == torch.float32
+    assert torch.allclose(loss, other_loss, rtol=0.05)
+    assert torch.nn.functional.cosine_similarity(gradients, other_gradients, dim=0) > 0.98
+
+
+@pytest.mark.parametrize(("zero_snr", "remedy"), [(False, "objective=v"), (True, "objective=v_zero_snr")])
+def test_weights_that_predict_v_are_not_trained_as_epsilon(zero_snr: bool, remedy: str) -> None:
+    model = pretrained("nano")
+    model.expect("v_prediction", zero_snr)
+    with pytest.raises(UserError, match=f"the weights predict v; choose {remedy}$"):
+        Finetuning(model, Full(), Denoising(), adamw, constant, seed=0)
+    if zero_snr:
+        with pytest.raises(UserError, match="choose v_zero_snr"):
+            Finetuning(model, Full(), Denoising("v_prediction"), adamw, constant, seed=0)
