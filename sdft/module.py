@@ -97,8 +97,8 @@ def refuse_narrow_weights(model: nn.Module) -> None:
     """Raise UserError where a weight that learns has fewer bits than fp32: small updates would be rounded away."""
     for name, parameter in learning(model):
         if parameter.dtype != torch.float32:
-            part, said = part_of(name), str(parameter.dtype).removeprefix("torch.")
-            raise UserError(f"model.dtype.{part}={said}: a part that learns must be fp32; set model.dtype.{part}=fp32")
+            key = f"model.dtype.{part_of(name)}"
+            raise UserError(f"{key} is {parameter.dtype}, but a part that learns must be fp32; set {key}=fp32")
 
 
 def refuse_nonfinite(report: LossReport, batch: Batch, step: int) -> None:
