@@ -1,56 +1,20 @@
-"""How far a set of pictures is from a look, and how much of the way a tuned model has gone.
+"""How much of the way from a base model to a look a tuned model has gone.
 
-Two sets are compared as distributions, so no picture needs a partner: colours of pixels, and small patches without
-their mean, at several scales. Knows pixels only; must not know models, prompts or which looks there are.
+Knows sets of pictures and their distances; must not know models, prompts or which looks there are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from sdft.evaluation.distance import COLOUR, Distance, Pictures, Responses, StyleDistance, distance, ordered
 from sdft.rng import generator
 from sdft.types import UserError
-
-Pictures = np.ndarray | Sequence[np.ndarray]
-"""uint8 RGB, N x H x W x 3 or a sequence of H x W x 3."""
-Responses = dict[str, np.ndarray]
-"""`colour` or `patches/SCALE` -> what each picture answers to R directions at K places, N x R x K."""
-
-COLOUR = "colour"
-PATCH = 5
-"""Side of a patch, in pixels of its scale."""
-SCALES = (1, 2, 4)
-"""Pixels of the reduced picture in one pixel of a patch."""
-PLACES = {COLOUR: 12, "patches": 8}
-"""Places looked at in each picture, along each axis."""
-DIRECTIONS = {COLOUR: 48, "patches": 144}
-OPPONENT = torch.tensor(
-    [
-        [3**-0.5, 3**-0.5, 3**-0.5],
-        [2 * 2**-0.5, 0, -2 * 2**-0.5],
-        [-2 * 6**-0.5, 2 * 2 * 6**-0.5, -2 * 6**-0.5],
-    ]
-)
-"""Lightness, red against blue, green against both. Hue counts double: it varies about half as much in pictures."""
-MAX_PIXELS = 2**22
-"""Pixels held as floats at a time: 4 pictures of 1024 x 1024, 50 MB."""
-
-
-@dataclass(frozen=True)
-class Distance:
-    """Sliced Wasserstein-1 distances in units of a spread; `d` is the mean of the two parts."""
-
-    d: float
-    colour: float
-    patches: float
 
 
 @dataclass(frozen=True)
@@ -87,58 +51,6 @@ class StyleGain:
             named = {f"{name}/{part}": x for part, x in value.items()} if isinstance(value, dict) else {name: value}
             flat |= {f"{prefix}/{key}": x for key, x in named.items() if x is not None}
         return flat
-
-
-class StyleDistance:
-    """The distance of a set of pictures to a fixed set of reference pictures of a look.
-
-    d = (colour + patches) / 2. Each is a sliced Wasserstein-1 distance divided by a spread: the root mean square, over
-    directions, of the standard deviation along a direction. So both read as widths of a distribution and neither
-    drowns the other; patches is the mean over scales. The power is 1 because W1 is linear in mixtures: a set of which
-    a share s has the look is 1 - s times as far from it. Sliced Wasserstein: Bonneel et al. 2015.
-
-    reference: the pictures of the look.
-    contrast: pictures that the look is told apart from, which widen the spread to that of both sets, counted alike;
-        distances under different contrasts have different units. Without it, the spread is the reference's own.
-    side: every picture is first reduced (antialiased) until its shorter edge has this many pixels, so that a scale
-        means the same at any resolution; 64 for nano, 256 keeps the brush strokes of a 1024-pixel picture. Smaller
-        pictures are refused: an enlarged picture is soft, and softness is style.
-    seed: of the directions and places.
-    """
-
-    def __init__(self, reference: Pictures, contrast: Pictures | None = None, side: int = 64, seed: int = 0):
-        if side < PATCH * max(SCALES):
-            raise UserError(f"side={side}: patches need at least {PATCH * max(SCALES)} pixels")
-        self.side, self.seed = side, seed
-        pool = [self._answers(pictures) for pictures in (reference, contrast) if pictures is not None]
-        self._spread = {name: _spread([answers[name] for answers in pool]) for name in pool[0]}
-        self.reference, self.contrast = self._in_spreads(pool[0]), self._in_spreads(pool[-1])
-
-    def __call__(self, pictures: Pictures) -> Distance:
-        """The distance of `pictures` to the reference."""
-        return self.between(self.responses(pictures), self.reference)
-
-    def between(self, a: Responses, b: Responses) -> Distance:
-        """The distance of two sets, given what they answer; symmetric."""
-        return distance(ordered(a), ordered(b))
-
-    def responses(self, pictures: Pictures) -> Responses:
-        """What the pictures answer, in units of the spread; for measuring parts of a set without looking again."""
-        return self._in_spreads(self._answers(pictures))
-
-    def _in_spreads(self, answers: Responses) -> Responses:
-        return {name: r / np.float32(self._spread[name]) for name, r in answers.items()}
-
-    def _answers(self, pictures: Pictures) -> Responses:
-        batches = [dict(self._answers_of_batch(x_BCHW)) for x_BCHW in _reduced(pictures, self.side)]
-        return {name: np.concatenate([batch[name].numpy() for batch in batches]) for name in batches[0]}
-
-    def _answers_of_batch(self, x_BCHW: Tensor) -> Iterator[tuple[str, Tensor]]:
-        pixels_BDK = _windows(x_BCHW, 1, places(COLOUR, self.seed))
-        yield COLOUR, directions(COLOUR, self.seed) @ pixels_BDK
-        for scale in SCALES:
-            patches_BDK = _windows(F.avg_pool2d(x_BCHW, scale), PATCH, places("patches", self.seed))
-            yield f"patches/{scale}", directions("patches", self.seed) @ patches_BDK
 
 
 class StyleGauge:
@@ -221,113 +133,6 @@ def style_gain(
 ) -> StyleGain:
     """The gain of one tuned model; see `StyleGauge`."""
     return StyleGauge(base, reference, reconstructed, side, seed)(tuned)
-
-
-def wasserstein(a_RN: np.ndarray, b_RM: np.ndarray) -> float:
-    """Mean over rows of the Wasserstein-1 distance of two samples on a line, each row sorted; exact for N != M.
-
-    W1 = integral over u in [0, 1] of |Qa(u) - Qb(u)|, with quantile functions that step at i/N and j/M.
-    """
-    n, m = a_RN.shape[1], b_RM.shape[1]
-    if n == m:
-        return float(np.abs(a_RN - b_RM).mean(dtype=np.float64))
-    # Steps in units of 1 / (n m), so that they are whole numbers.
-    steps = np.union1d(np.arange(n + 1) * m, np.arange(m + 1) * n)
-    width, at = np.diff(steps), steps[:-1]
-    return float((np.abs(a_RN[:, at // m] - b_RM[:, at // n]) @ (width / (n * m))).mean())
-
-
-def ordered(responses: Mapping[str, np.ndarray]) -> Responses:
-    """All answers to a direction sorted: R x NK."""
-    return {name: np.sort(r.swapaxes(0, 1).reshape(r.shape[1], -1), axis=1) for name, r in responses.items()}
-
-
-def distance(a: Responses, b: Responses) -> Distance:
-    """Of two sets of sorted answers."""
-    parts = {name: wasserstein(a[name], b[name]) for name in a}
-    colour = parts.pop(COLOUR)
-    patches = sum(parts.values()) / len(parts)
-    return Distance((colour + patches) / 2, colour, patches)
-
-
-@lru_cache
-def places(part: str, seed: int) -> Tensor:
-    """One random point in each cell of a grid over the unit square, K x 2; the same in every picture."""
-    n = PLACES[part]
-    cells = torch.cartesian_prod(torch.arange(n), torch.arange(n))
-    return (cells + torch.rand((n * n, 2), generator=generator(seed, f"style {part} places"))) / n
-
-
-@lru_cache
-def directions(part: str, seed: int) -> Tensor:
-    """Random unit vectors over opponent colours or the patch basis, as filters of pixel values, R x D.
-
-    They come in orthogonal sets, which cover the sphere more evenly than independent vectors (Rowland et al. 2019).
-    """
-    basis_ED = OPPONENT if part == COLOUR else patch_basis()
-    width = len(basis_ED)
-    g = generator(seed, f"style {part} directions")
-    sets = torch.linalg.qr(torch.randn((-(-DIRECTIONS[part] // width), width, width), generator=g)).Q
-    return sets.reshape(-1, width)[: DIRECTIONS[part]] @ basis_ED
-
-
-def patch_basis() -> Tensor:
-    """What a patch is seen through: DCT-II waves of each opponent colour, 72 x 75.
-
-    Without the constant wave, so that a patch says nothing about its colour. Each wave is weighted by its frequency:
-    amplitudes of pictures fall as 1/f, so this makes all waves count alike, fine texture as well as gradients.
-    """
-    k = torch.arange(PATCH, dtype=torch.float64)
-    waves = torch.cos(math.pi / PATCH * (k[None] + 0.5) * k[:, None]) * math.sqrt(2 / PATCH)
-    waves[0] /= math.sqrt(2)
-    planes = torch.einsum("uy,vx->uvyx", waves, waves).reshape(PATCH**2, PATCH**2)
-    frequency = torch.cartesian_prod(k, k).square().sum(1).sqrt()
-    weighted = (planes * frequency[:, None])[1:]
-    return torch.kron(OPPONENT.double(), weighted).float()
-
-
-def _reduced(pictures: Pictures, side: int) -> Iterator[Tensor]:
-    """Pixels in [0, 1], B x 3 x H x W, neighbours of one size together, with `side` pixels along the shorter edge."""
-    if len(pictures) == 0:
-        raise UserError("there are no pictures to compare")
-    start = 0
-    while start < len(pictures):
-        stop, shape = start + 1, pictures[start].shape
-        at_once = MAX_PIXELS // math.prod(shape[:2])
-        while stop < min(len(pictures), start + at_once) and pictures[stop].shape == shape:
-            stop += 1
-        batch = np.stack([pictures[i] for i in range(start, stop)])
-        if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
-            raise UserError(f"pictures are uint8 of shape (h, w, 3), not {batch.dtype} of shape {shape}")
-        h, w = shape[:2]
-        if min(h, w) < side:
-            raise UserError(f"a picture of {h}x{w} is smaller than side={side}; lower side for all sets")
-        x_BCHW = torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255
-        if min(h, w) > side:
-            size_hw = [round(edge * side / min(h, w)) for edge in (h, w)]
-            x_BCHW = F.interpolate(x_BCHW, size_hw, mode="bilinear", antialias=True)
-        yield x_BCHW
-        start = stop
-
-
-def _windows(x_BCHW: Tensor, window: int, places_K2: Tensor) -> Tensor:
-    """Square windows at fractions of the room there is, B x (3 window window) x K."""
-    b, _, h, w = x_BCHW.shape
-    room = torch.tensor([h - window + 1, w - window + 1])
-    top, left = (places_K2 * room).long().T
-    inside = torch.arange(window)
-    rows = top[None, None] + inside[:, None, None]
-    columns = left[None, None] + inside[None, :, None]
-    return x_BCHW[:, :, rows, columns].reshape(b, 3 * window**2, -1)
-
-
-def _spread(sets: Sequence[np.ndarray]) -> float:
-    """Root mean square, over directions, of the standard deviation in the union of sets that count alike."""
-    mean_R = np.mean([r.mean(axis=(0, 2), dtype=np.float64) for r in sets], axis=0)
-    variances = [np.square(r - mean_R[:, None].astype(r.dtype)).mean(dtype=np.float64) for r in sets]
-    spread = math.sqrt(np.mean(variances))
-    # Pictures of one flat colour have no spread; their distances stay in plain units (pixel values from 0 to 1).
-    return spread if spread > 1e-4 else 1.0
 
 
 def _groups(count: int, size: int, seed: int) -> list[np.ndarray]:
