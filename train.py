@@ -6,7 +6,7 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -36,7 +36,7 @@ def main(cfg: DictConfig) -> float | None:
 
     module = Finetuning(build(cfg.model), tuning, objective, optimizer, lr_schedule, cfg.seed)
     announce(cfg, module, data, trainer)
-    log_run(trainer, OmegaConf.to_container(cfg, resolve=True))
+    log_run(trainer, cfg)
     started = time.monotonic()
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
     train_seconds = time.monotonic() - started
@@ -132,11 +132,11 @@ def tell(summary: dict[str, Any], run_dir: Path) -> None:
         print(f"next: look at the pictures, then train from it with model.weights={model}")
 
 
-def log_run(trainer, config: dict[str, Any]) -> None:
+def log_run(trainer, cfg: DictConfig) -> None:
     """Tell every logger what is run."""
     from sdft.callbacks import tracking
 
-    tracking.log_run(trainer, config)
+    tracking.log_run(trainer, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
 
 
 if __name__ == "__main__":

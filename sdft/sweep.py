@@ -15,7 +15,7 @@ def print_table(sweep_dir: Path) -> None:
     rows = [_row(job) for job in sorted(sweep_dir.iterdir(), key=_order) if (job / ".hydra").is_dir()]
     varied = sorted({key for row in rows for key in row["said"]}, key=lambda key: [*rows[0]["said"], key].index(key))
     varied = [key for key in varied if len({row["said"].get(key) for row in rows}) > 1]
-    rows.sort(key=lambda row: row.get("style_gain") if row.get("style_gain") is not None else -1e9, reverse=True)
+    rows.sort(key=_gain, reverse=True)
     cells = [[*varied, *FIGURES.values(), "folder"]]
     for row in rows:
         figures = [_figure(row.get(name)) for name in FIGURES]
@@ -34,6 +34,11 @@ def _row(job: Path) -> dict:
 
 def _order(job: Path) -> tuple[int, str]:
     return (int(job.name) if job.name.isdigit() else 10**9, job.name)
+
+
+def _gain(row: dict) -> float:
+    gain = row.get("style_gain")
+    return -1e9 if gain is None else gain
 
 
 def _figure(value: float | None) -> str:

@@ -47,11 +47,12 @@ class Export:
 
         title, size: of the run and its pictures, for the metadata. reload: the base model anew.
         """
+        words = tuple(getattr(module.tuning, "new_words", ()))
         said = {
             "title": title,
             "prediction": getattr(module.objective, "prediction", "epsilon"),
             "size_hw": (size, size),
-            "words": tuple(getattr(module.tuning, "new_words", ())),
+            "words": words,
         }
         written = self.write(module, folder, said)
         if not isinstance(module.model, SDXL):
@@ -59,7 +60,7 @@ class Export:
         device = module.model.device
         module.model.cpu()  # where two models fit, and both sides of the comparison compute alike
         base = partial(module.tuning.base, module.model)
-        errors = export_errors(module.model, base, written, reload, said["words"])
+        errors = export_errors(module.model, base, written, reload, words)
         module.model.to(device)
         for name, error in errors.items():
             if not error <= self.tolerance:

@@ -24,11 +24,10 @@ def wandb_logger(
     """
     import wandb
 
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    chosen = mode if mode != "auto" else os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
     return WandbLogger(
-        project=project, name=name, save_dir=save_dir, offline=mode != "online", tags=tags, log_model=False
+        project=project, name=name, save_dir=save_dir, offline=chosen != "online", tags=tags, log_model=False
     )
 
 

@@ -20,10 +20,11 @@ def grid(
     scale: how many times larger small pictures are shown; nearest neighbour, so that no pixel is invented.
     """
     h, w = (side * scale for side in rows[0].shape[1:3])
-    font = ImageFont.load_default(max(12, h // 9))
+    points = max(12, h // 9)
+    font = ImageFont.load_default(points)
     margin = max((int(font.getlength(label)) for label in labels), default=-2 * GAP) + 2 * GAP
     wrapped = [_wrap(text, font, w) for text in columns]
-    header = max((len(lines) for lines in wrapped), default=0) * int(font.size * 1.25) + (GAP if columns else 0)
+    header = max((len(lines) for lines in wrapped), default=0) * int(points * 1.25) + (GAP if columns else 0)
     size = (margin + max(len(row) for row in rows) * (w + GAP) + GAP, header + len(rows) * (h + GAP) + GAP)
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -47,7 +48,7 @@ def save_grid(path: Path, rows: Sequence[np.ndarray], labels: Sequence[str] = ()
 
 def _wrap(text: str, font, width: int, most: int = 3) -> list[str]:
     lines = [""]
-    for word in text.split():
+    for word in (piece for word in text.split() for piece in _broken(word, font, width)):
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer
@@ -56,3 +57,13 @@ def _wrap(text: str, font, width: int, most: int = 3) -> list[str]:
     if len(lines) > most:
         lines = [*lines[: most - 1], lines[most - 1] + "…"]
     return lines
+
+
+def _broken(word: str, font, width: int) -> list[str]:
+    """A word in pieces, each no wider than `width`."""
+    pieces = [""]
+    for letter in word:
+        if pieces[-1] and font.getlength(pieces[-1] + letter) > width:
+            pieces.append("")
+        pieces[-1] += letter
+    return pieces

@@ -91,4 +91,4 @@ def convert_lora(source: str, path: Path, written: Path, to: str, dtype: torch.d
     if to in MODEL_FORMATS:
         raise UserError(f"to={to}: in={source} is a LoRA; it becomes kohya or diffusers, and a model only by merging")
     lora = read_lora(path, f"in={source}")
-    write_lora_file(lora, written, to, dtype)
+    write_lora_file(lora, written, "kohya" if to == "kohya" else "diffusers", dtype, lora.metadata)

@@ -34,7 +34,8 @@ def write_single_file(
     """
     places = {}
     for weight in checkpoint.weights:
-        place = place_of(*weight.split("/", 1), checkpoint.num_vae_levels)
+        part, _, name = weight.partition("/")
+        place = place_of(part, name, checkpoint.num_vae_levels)
         places[place.single] = place
     entries = {name: single_entry(checkpoint, place, dtype) for name, place in places.items()}
     extras = marks(checkpoint) | {LOGIT_SCALE: logit_scale(checkpoint, entries, dtype)}

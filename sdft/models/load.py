@@ -75,7 +75,7 @@ def pretrained(
     """
     checkpoint = find_checkpoint(weights, variant, allow_pickle)
     folder = checkpoint.root if checkpoint.is_folder else find_folder("model.config", config, CONFIGS)
-    dtypes = {part: DTYPES[(dtype or {}).get(part, "fp32")] for part in PARTS}
+    dtypes = {part: torch.float32 for part in PARTS} | {part: DTYPES[said] for part, said in (dtype or {}).items()}
     configs = {part: folder / part for part in PARTS if vae is None or part != "vae"}
     networks = load_networks(f"model.weights={weights}", checkpoint, configs, dtypes)
     if vae is not None:

@@ -149,6 +149,7 @@ def lay_out(scene: Scene) -> Layout:
     subject = _subject(scene)
     box = bounds(subject)
     place, horizon = scene.place, scene.horizon
+    bands: tuple[Band, ...]
     if place == "studio":
         bands, back = (Band(0.0, 1.0, "wall_top", "wall_low"),), []
     elif place == "table":
@@ -164,7 +165,7 @@ def lay_out(scene: Scene) -> Layout:
     else:
         bands = (Band(0.0, horizon, "sky_top", "sky_low"), Band(horizon, 1.0, "land_far", "land_near"))
         back = _heavens(scene, rng) + _land(scene, rng)
-    rests = place in _SOLID_PLACES or (place == "studio" and scene.subject not in
-                                       ("star", "fish", "butterfly", "hot air balloon", "rocket"))
+    floats = scene.subject in ("star", "fish", "butterfly", "hot air balloon", "rocket")
+    rests = place in _SOLID_PLACES or (place == "studio" and not floats)
     rests = rests and scene.subject not in ("fairy tale forest", "mountain")
     return Layout(bands, tuple(back), tuple(subject), tuple(_front(scene, box)), box, rests)

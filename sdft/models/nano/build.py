@@ -148,7 +148,7 @@ def untrained(words: Sequence[str], vae: str, seed: int) -> SDXL:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = (unet(), AutoencoderKL.from_pretrained(vae), *text_encoders(tokenizers))
-    return SDXL(*parts, *tokenizers, scheduler=scheduler())
+    return SDXL(*parts, *tokenizers, scheduler())
 
 
 def untrained_autoencoder(seed: int) -> AutoencoderKL:
