@@ -48,7 +48,7 @@ def save_grid(path: Path, rows: Sequence[np.ndarray], labels: Sequence[str] = ()
 
 def _wrap(text: str, font, width: int, most: int = 3) -> list[str]:
     lines = [""]
-    for word in (piece for word in text.split() for piece in _broken(word, font, width)):
+    for word in (piece for whole in text.split() for piece in _broken(whole, font, width)):
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer

@@ -20,7 +20,7 @@ from sdft.data.images import to_uint8
 from sdft.data.toy.scenes import SUBJECTS
 from sdft.evaluation.adherence import Judge, load_judge
 from sdft.evaluation.pictures import save_grid
-from sdft.evaluation.style import style_gain
+from sdft.evaluation.style import StyleGauge
 from sdft.models.load import NANO
 from sdft.models.nano.build import tokenizer
 from sdft.models.sdxl import SDXL
@@ -72,7 +72,8 @@ class StyleVerdict:
             why = f"not measured: {len(self.reference.keys)} held-out pictures, needs {LEAST_REFERENCES}"
             return {"style_gain": None, "style_gain_note": why} | self._adherence(before, tuned, captions)
         reference, reconstructed = self._references(model)
-        gain = style_gain(before, tuned, reference, reconstructed, side=self.reduced_side)
+        gauge = StyleGauge(before, reference, reconstructed, side=self.reduced_side)
+        gain = gauge(tuned)
         figures = {
             "style_gain": gain.style_gain,
             "style_gain_ceiling": gain.ceiling,
@@ -84,8 +85,7 @@ class StyleVerdict:
         }
         if self.caption != "{caption}":
             unasked = self._draw(model, captions, "tuned, without the word")
-            without = style_gain(before, unasked, reference, side=self.reduced_side)
-            figures["style_gain_without_word"] = without.style_gain
+            figures["style_gain_without_word"] = gauge(unasked).style_gain
         return figures | self._adherence(before, tuned, captions)
 
     def _draw(self, model: SDXL, prompts: Sequence[str], progress: str | None = None) -> np.ndarray:
