@@ -8,7 +8,7 @@ import pytest
 
 from sdft.config import CONF_DIR, check, compose
 
-ROOTS = {"train", "eval", "merge", "nano", "data_toy"}
+ROOTS = {"train", "eval", "merge", "formats", "nano", "data_toy"}
 NEEDS = {
     "data/folder": ["data.root=somewhere"],
     "model/nano_vae": ["tuning=full", "objective=reconstruction", "verdict=autoencoder"],
@@ -19,7 +19,12 @@ NEEDS = {
     "recipe/nano_untrained_full": ["experiment=nano_base"],
     "objective/weighting/debiased": ["objective=epsilon"],
 }
-ROOT_NEEDS = {"merge": ["a=x", "b=y", "out=z"], "data_toy": ["out=x"], "eval": ["subjects={base: nano}"]}
+ROOT_NEEDS = {
+    "merge": ["a=x", "b=y", "out=z"],
+    "formats": ["in=x", "out=y", "to=folder"],
+    "data_toy": ["out=x"],
+    "eval": ["subjects={base: nano}"],
+}
 
 
 def options() -> list[str]:
@@ -38,7 +43,10 @@ def test_every_option_composes_and_binds(option: str) -> None:
         words = words or [f"model={model}", f"tuning={tuning}"]
     else:
         words = [*words, f"{group}={name}"]
-    check(compose("train", words))
+    if name.startswith("eval_"):
+        check(compose("eval", [f"model={tuning}", *ROOT_NEEDS["eval"]]))
+    else:
+        check(compose("train", words))
 
 
 @pytest.mark.parametrize("root", sorted(ROOTS))
