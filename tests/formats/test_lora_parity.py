@@ -212,6 +212,23 @@ def test_uneven_ranks_and_alphas_reach_diffusers(nano: SDXL, trained: Callable, 
     assert seen[1] == pytest.approx(expected)
 
 
+def test_layers_of_all_kinds_go_together(nano: SDXL, trained: Callable, tmp_path: Path) -> None:
+    """One file with a LoRA, a LoCon, a LoHa, a LoKr and a DoRA, each on its own module."""
+    attention = "unet/down_blocks.1.attentions.0.transformer_blocks.0"
+    kinds = {"lora": f"{attention}.attn1.to_q", "locon": "unet/down_blocks.0.resnets.0.conv1"}
+    kinds |= {name: f"{attention}.attn1.to_{x}" for name, x in (("loha", "k"), ("lokr", "v"), ("dora", "out.0"))}
+    layers = {name: lora_of(trained(kind)).layers[name] for kind, name in kinds.items()}
+    write_lora_file(LoraFile(layers), tmp_path / "lora.safetensors", "kohya")
+    inputs = {name: torch.randn(1, 96, generator=torch.Generator().manual_seed(2)) for name in kinds.values()}
+    inputs[kinds["locon"]] = torch.randn(1, 64, 5, 5, generator=torch.Generator().manual_seed(2))
+    with with_lora(nano, tmp_path / "lora.safetensors"):
+        ours = {name: nano.get_submodule(name.replace("/", "."))(x) for name, x in inputs.items()}
+    for kind, name in kinds.items():
+        theirs = trained(kind).get_submodule(name.replace("/", "."))(inputs[name])
+        torch.testing.assert_close(ours[name], theirs, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(ours[name], nano.get_submodule(name.replace("/", "."))(inputs[name]), atol=1e-3)
+
+
 def test_a_mid_is_part_of_the_change(nano: SDXL, tmp_path: Path) -> None:
     """LoCon as LyCORIS cuts it: 1x1 down, 3x3 mid, 1x1 up; by hand, one convolution after the other."""
     g, name = torch.Generator().manual_seed(0), "unet/down_blocks.0.resnets.0.conv1"
@@ -246,9 +263,10 @@ def test_cores_of_loha_and_lokr_are_part_of_the_change(nano: SDXL, tmp_path: Pat
 
 
 def test_a_lora_of_another_size_is_refused_without_a_trace(nano: SDXL, tmp_path: Path) -> None:
-    save_file({DOWN: torch.ones(2, 640), UP: torch.ones(640, 2)}, tmp_path / "lora.safetensors")
+    down, up = (f"{KOHYA_QUERY}.lora_{way}.weight" for way in ("down", "up"))
+    save_file({down: torch.ones(2, 640), up: torch.ones(640, 2)}, tmp_path / "lora.safetensors")
     before = [(key, id(module)) for key, module in nano.named_modules()]
-    told = rf"^x: the LoRA does not fit .*1 of 1 layers, for example {NAMED} changes 640 x 640 .* has 96 x 96"
+    told = rf"^x: the LoRA does not fit .*1 of 1 layers, for example unet/{QUERY} changes 640 x 640 .* has 96 x 96"
     with pytest.raises(UserError, match=told), with_lora(nano, tmp_path / "lora.safetensors", "x"):
         pass
     assert [(key, id(module)) for key, module in nano.named_modules()] == before
