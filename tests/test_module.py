@@ -91,12 +91,13 @@ def test_a_nan_stops_the_step_and_names_its_sample(tiny_model, tiny_batch) -> No
         module.training_step(batch, 0)
 
 
-def test_the_adapters_that_a_run_starts_from_follow_from_its_seed(tiny_model) -> None:
+@pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
+def test_the_adapters_that_a_run_starts_from_follow_from_its_seed(method: str, tiny_model) -> None:
     """Law 1: what torch's own generator was used for before does not matter, and another seed gives others."""
     starts = []
     for noise, seed in ((1, 0), (2, 0), (1, 5)):
         torch.manual_seed(noise)
-        module = Finetuning(tiny_model(), Adapter(rank=2), Denoising(), adamw, constant, seed=seed)
+        module = Finetuning(tiny_model(), Adapter(rank=2, method=method), Denoising(), adamw, constant, seed=seed)
         starts.append(torch.cat([p.detach().flatten() for _, p in learning(module.model)]))
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
@@ -217,7 +218,7 @@ def test_checkpoints_hold_only_what_learns(tuning: str, tiny_model, tiny_source,
     assert "hyper_parameters" not in saved
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora_unet_te_words"])
+@pytest.mark.parametrize("tuning", ["full", "lora_unet_te_words", "loha", "lokr"])
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(tuning: str, tiny_model, tiny_source, tmp_path: Path) -> None:
     """Law 2: killed in the fifth of six steps, resumed from the third, with everything on that has a state.
 
@@ -227,8 +228,13 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(tuning: str, tiny_mode
 
     def new_module(chance: int) -> Finetuning:
         torch.manual_seed(chance)
-        words = {"<sks>": "red cat"}
-        chosen = Full() if tuning == "full" else Adapter(rank=2, alpha=4.0, parts=ALL_PARTS, new_words=words)
+        adapter = partial(Adapter, rank=2, alpha=4.0)
+        chosen = {
+            "full": Full,
+            "lora_unet_te_words": partial(adapter, parts=ALL_PARTS, new_words={"<sks>": "red cat"}),
+            "loha": partial(adapter, method="loha", layers="conv"),
+            "lokr": partial(adapter, method="lokr"),
+        }[tuning]()
         schedule = partial(cosine, warmup_steps=2, final=0.1)
         return Finetuning(
             tiny_model(), chosen, Denoising(weighting=MinSNR()), partial(adamw, lr=1e-2), schedule, seed=7

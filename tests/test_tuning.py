@@ -19,8 +19,8 @@ from sdft.models.sdxl import SDXL, tokenize
 from sdft.module import Finetuning
 from sdft.objective import Denoising
 from sdft.optimizer import adamw, constant
-from sdft.tuning import Adapter, Full, learning, scaled
-from sdft.types import Batch, UserError
+from sdft.tuning import Adapter, Full, adapters, learning, scaled
+from sdft.types import Batch, Conditioning, UserError
 
 ALL_PARTS = ("unet", "text_encoder", "text_encoder_2")
 WORD = "стиль_Техноманта"
@@ -36,7 +36,12 @@ TUNINGS: dict[str, Callable[[], Full | Adapter]] = {
     "lora_unet_te": partial(Adapter, rank=3, parts=ALL_PARTS),
     "lora_unet_te_words": partial(Adapter, rank=3, parts=ALL_PARTS, new_words=WORDS),
     "dora_unet": partial(Adapter, rank=3, method="dora"),
+    "dora_conv": partial(Adapter, rank=3, method="dora", layers="conv"),
+    "lora_conv": partial(Adapter, rank=3, parts=ALL_PARTS, layers="conv"),
+    "loha_unet": partial(Adapter, rank=3, method="loha", layers="conv"),
+    "lokr_unet": partial(Adapter, rank=3, method="lokr", layers="conv"),
 }
+MARKS = ("lora_", "hada_", "lokr_")
 
 
 def finetuning(model: SDXL, tuning, **options) -> Finetuning:
@@ -65,12 +70,10 @@ def should_learn(tuning: str, name: str) -> bool:
     return {
         "full": name.startswith("unet."),
         "full_te": name.startswith(tuple(f"{part}." for part in ALL_PARTS)) and not unused,
-        "lora_unet": name.startswith("unet.") and "lora_" in name,
-        "lora_attention": name.startswith("unet.") and "lora_" in name,
         "lora_unet_te": "lora_" in name,
         "lora_unet_te_words": "lora_" in name or name.endswith("rows_ND"),
-        "dora_unet": name.startswith("unet.") and "lora_" in name,
-    }[tuning]
+        "lora_conv": "lora_" in name,
+    }.get(tuning, name.startswith("unet.") and any(mark in name for mark in MARKS))
 
 
 @pytest.mark.parametrize("name", TUNINGS)
@@ -118,13 +121,16 @@ def test_full_text_encoders_learn_through_the_pooled_vector_too(tiny_model, tiny
         ("lora_unet_te", 84, 12, 12),
         ("lora_unet_te_words", 84, 12, 12),
         ("dora_unet", 84, 0, 0),
+        # And 3 + 2 + 6 resnets of two convolutions, two downsamplers, two upsamplers.
+        ("lora_conv", 110, 12, 12),
+        ("loha_unet", 110, 0, 0),
+        ("lokr_unet", 110, 0, 0),
     ],
 )
 def test_number_of_adapters(name: str, unet: int, encoder_1: int, encoder_2: int, tiny_model) -> None:
     model = tiny_model()
     TUNINGS[name]().attach(model)
-    counts = [sum("lora_A" in key for key, _ in model.get_submodule(part).named_parameters()) for part in ALL_PARTS]
-    assert counts == [unet, encoder_1, encoder_2]
+    assert [len(adapters(model.get_submodule(part))) for part in ALL_PARTS] == [unet, encoder_1, encoder_2]
 
 
 def test_number_of_adapters_of_sdxl_itself() -> None:
@@ -152,7 +158,7 @@ def test_number_of_adapters_of_sdxl_itself() -> None:
     assert len(every.config("text_encoder_2", two).target_modules) == 192
 
 
-@pytest.mark.parametrize("name", ["lora_unet", "lora_unet_te"])
+@pytest.mark.parametrize("name", ["lora_unet", "lora_unet_te", "loha_unet", "lokr_unet"])
 def test_adapters_at_scale_zero_are_the_base_bit_for_bit(name: str, tiny_model, tiny_batch) -> None:
     batch, model = tiny_batch(), tiny_model()
     base = outputs(model, batch)
@@ -168,6 +174,51 @@ def test_an_untrained_adapter_is_the_base_bit_for_bit(tiny_model, tiny_batch) ->
     base = outputs(model, batch)
     Adapter(rank=3, parts=ALL_PARTS).attach(model)
     assert same_bits(outputs(model, batch), base)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
+def test_adapters_are_fp32_beside_a_bf16_base_and_change_nothing_untrained(method: str, tiny_model) -> None:
+    """peft alone gives them bf16, in which small steps are lost; and DoRA's norms, if rounded, change the base."""
+    model = tiny_model().to(torch.bfloat16)
+    z_t, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5)), torch.tensor([300])
+    cond = Conditioning(torch.ones(1, 77, 40), torch.ones(1, 24), torch.ones(1, 6))
+    with torch.no_grad():
+        base = model.denoise(z_t, t, cond)
+    Adapter(rank=3, method=method, layers="conv").attach(model)
+    assert {p.dtype for _, p in learning(model)} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+    untrained = model.denoise(z_t, t, cond)
+    assert torch.equal(untrained, base)
+    untrained.square().mean().backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for _, p in learning(model))
+
+
+def test_no_adapter_is_ever_left_out_of_a_step(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft drops a LoHa or LoKr for a step where torch.rand gives 0, even at module_dropout 0."""
+    for method in ("loha", "lokr"):
+        model = tiny_model().train()
+        Adapter(rank=3, method=method).attach(model)
+        for _, p in learning(model):
+            nn.init.normal_(p)
+        layer = model.unet.mid_block.attentions[0].proj_in
+        x = torch.randn(4, layer.in_features)
+        expected = layer(x)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "rand", lambda *size: torch.zeros(*size))
+            assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"method": "loha", "dropout": 0.1}, r"tuning\.dropout=0\.1: loha has no input to drop"),
+        ({"method": "lokr", "dropout": 0.1}, r"tuning\.dropout=0\.1: lokr has no input to drop"),
+        ({"layers": "conv", "parts": ["text_encoder"]}, r"tuning\.layers=conv: only the UNet has convolutions"),
+    ],
+)
+def test_combinations_that_mean_nothing_are_refused(options: dict, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        Adapter(rank=2, **options)
 
 
 def test_half_scale_is_half_the_change(tiny_model) -> None:

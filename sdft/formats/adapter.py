@@ -21,8 +21,8 @@ from sdft.formats.lora_keys import PARTS, layer_name
 from sdft.formats.lora_layer import DORA, DOWN, PEFT_NAMES, Layer, LoraFile, kohya_magnitude
 from sdft.types import UserError
 
-TRAINED = "default"
-"""peft's name of the adapters that a run trains."""
+ADAPTER = "default"
+"""peft's name of the adapters, trained or put on."""
 
 KOHYA_NAMES = {name: kohya for kohya, name in PEFT_NAMES.items()}
 
@@ -91,9 +91,9 @@ def _inject(part_module: nn.Module, part: str, lora: LoraFile) -> None:
         layers = {name: layer for name, layer in found.items() if layer.kind == kind}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of another kind
-            inject_adapter_in_model(_config(kind, list(layers)), part_module, adapter_name=kind)
+            inject_adapter_in_model(_config(kind, list(layers)), part_module, adapter_name=ADAPTER)
         for name, layer in layers.items():
-            _fill(part_module.get_submodule(name), kind, layer)
+            _fill(part_module.get_submodule(name), layer)
 
 
 def _config(kind: str, names: list[str]) -> PeftConfig:
@@ -104,22 +104,22 @@ def _config(kind: str, names: list[str]) -> PeftConfig:
 
 
 @torch.no_grad()
-def _fill(adapted: BaseTunerLayer, adapter: str, layer: Layer) -> None:
+def _fill(adapted: BaseTunerLayer, layer: Layer) -> None:
     """Put a layer's tensors where peft made smaller ones, in the dtype of the module's own weight."""
     base, tensors = adapted.get_base_layer(), layer.peft_tensors
     for name in adapted.adapter_layer_names:
         held = getattr(adapted, name)
         if name not in tensors:
-            if adapter in held:
-                del held[adapter]
+            if ADAPTER in held:
+                del held[ADAPTER]
             continue
         tensor = nn.Parameter(tensors[name].to(base.weight), requires_grad=False)
         if isinstance(held, nn.ParameterDict):
-            held[adapter] = tensor
+            held[ADAPTER] = tensor
         else:
-            held[adapter].weight = tensor
-    adapted.r[adapter] = layer.rank or 1
-    adapted.scaling[adapter] = layer.scale
+            held[ADAPTER].weight = tensor
+    adapted.r[ADAPTER] = layer.rank or 1
+    adapted.scaling[ADAPTER] = layer.scale
     adapted.train(base.training)
 
 
@@ -136,16 +136,16 @@ def _layer_of(adapted: BaseTunerLayer) -> Layer:
     tensors = {}
     for name in adapted.adapter_layer_names:
         held = getattr(adapted, name)
-        if TRAINED in held:
-            tensor = held[TRAINED] if isinstance(held, nn.ParameterDict) else held[TRAINED].weight
+        if ADAPTER in held:
+            tensor = held[ADAPTER] if isinstance(held, nn.ParameterDict) else held[ADAPTER].weight
             tensors[KOHYA_NAMES.get(name, name)] = tensor.detach()
     if DORA in tensors:
         tensors[DORA] = kohya_magnitude(tensors[DORA], tensors[DOWN])
-    alpha = float((adapted.lora_alpha if DOWN in tensors else adapted.alpha)[TRAINED])
+    alpha = float((adapted.lora_alpha if DOWN in tensors else adapted.alpha)[ADAPTER])
     layer = Layer(tensors, alpha)
     if layer.rank is None:
         # No program scales a LoKr of two whole matrices, except peft.
-        tensors["lokr_w1"] = tensors["lokr_w1"] * (alpha / adapted.r[TRAINED])
+        tensors["lokr_w1"] = tensors["lokr_w1"] * (alpha / adapted.r[ADAPTER])
     return layer
 
 

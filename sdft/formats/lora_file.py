@@ -193,7 +193,7 @@ def refuse_unknown(names: list[str], key: str, path: Path) -> None:
             unknown.append(name)
     if unknown:
         listed = sorted(set(unknown))
-        raise UserError(f"{key}: {path.name} names {len(listed)} things that SDXL does not have: {', '.join(listed)}")
+        raise UserError(f"{key}: {path.name} names what SDXL does not have: {', '.join(listed)}")
 
 
 def _layer(name: str, tensors: dict[str, Tensor], alphas: Callable[[str, int | None], float]) -> Layer:
