@@ -8,9 +8,12 @@ import pytest
 
 from sdft.config import CONF_DIR, check, compose
 
-ROOTS = {"train", "eval", "merge", "nano", "data_toy"}
+ROOTS = {"train", "eval", "merge", "nano", "data_toy", "data_check", "data_cache", "data_shard"}
 NEEDS = {
     "data/folder": ["data.root=somewhere"],
+    "data/webdataset": ["data.shards=somewhere"],
+    "data/huggingface": ["data.name=someone/some"],
+    "data/mix": ["data.train.sources.own.root=here", "data.train.sources.others.root=there"],
     "model/nano_vae": ["tuning=full", "objective=reconstruction", "verdict=autoencoder"],
     "model/nano_clip": ["tuning=full", "objective=contrastive", "verdict=judge"],
     "model/nano_untrained": ["tuning=full"],
@@ -19,7 +22,14 @@ NEEDS = {
     "recipe/nano_untrained_full": ["experiment=nano_base"],
     "objective/weighting/debiased": ["objective=epsilon"],
 }
-ROOT_NEEDS = {"merge": ["a=x", "b=y", "out=z"], "data_toy": ["out=x"], "eval": ["subjects={base: nano}"]}
+ROOT_NEEDS = {
+    "merge": ["a=x", "b=y", "out=z"],
+    "data_toy": ["out=x"],
+    "data_check": ["data.root=x"],
+    "data_cache": ["data.root=x", "out=y"],
+    "data_shard": ["root=x", "out=y"],
+    "eval": ["subjects={base: nano}"],
+}
 
 
 def options() -> list[str]:
