@@ -61,8 +61,7 @@ def cache(cfg: DictConfig) -> None:
     data.encode_once(model.encode_moments, model.device, vae=model.vae)
     encoders = (model.text_encoder, model.text_encoder_2)
     listed = data.encode_texts_once(model.encode_prompts, model.prompt_ids, *encoders)
-    entries = data.held_out.moments.cache
-    print(f"{len(entries)} entries in {cfg.out}, {time.monotonic() - started:.0f} s")
+    print(f"{len(data.store)} entries in {cfg.out}, {time.monotonic() - started:.0f} s")
     if not listed:
         print("captions are encoded while training: their tags vary from visit to visit")
     print(f"next: python train.py ... data.cache=disk data.cache_dir={cfg.out}")

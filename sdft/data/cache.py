@@ -7,6 +7,7 @@ number of processes may write at once, and every entry is checked when a process
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -103,7 +104,8 @@ class Cache:
                 os.fsync(file.fileno())
             partial.replace(target)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
             raise UserError(
                 f"data.cache_dir: {target} cannot be written ({error.strerror}); the {len(self)} entries written "
                 "before are kept: make room, or set another data.cache_dir, and start again"

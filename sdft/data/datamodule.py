@@ -73,7 +73,8 @@ class Images(L.LightningDataModule):
         if cache != "off":
             self.pictures.cacheable_variants()
         self.batch_size, self.seed, self.cache, self.num_workers = batch_size, seed, cache, num_workers
-        self.cache_dir, self.bucketed = cache_dir, bool(bucket_step)
+        self.store = Cache(cache_dir) if cache == "disk" and cache_dir else None
+        self.bucketed = bool(bucket_step)
         self._batches_done = 0
 
     def train_dataloader(self) -> DataLoader:
@@ -120,7 +121,7 @@ class Images(L.LightningDataModule):
 
         With `cache=disk` the moments are looked up by picture, cut and `vae`, and only missing ones are encoded.
         """
-        kept = (Cache(self.cache_dir), fingerprint(vae)) if self.cache == "disk" else None
+        kept = (self.store, fingerprint(vae)) if self.store is not None and vae is not None else None
         for pictures, seen in ((self.pictures, self.seen), (self.held_out, self.seen_held_out)):
             make = _encoder(pictures, encode, device, batch_size)
             if kept:
@@ -143,7 +144,7 @@ class Images(L.LightningDataModule):
                 if every is None:
                     return False
                 captions.update(dict.fromkeys(every))
-        states = cached_states(Cache(self.cache_dir), list(captions), encode, ids, encoders, *self._ranks())
+        states = cached_states(self.store, list(captions), encode, ids, encoders, *self._ranks())
         self.pictures.text_states = self.held_out.text_states = states
         return True
 

@@ -8,7 +8,7 @@ stopped, whatever the workers, the ranks, or how a step's batch is divided among
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -176,7 +176,7 @@ class Pictures(Dataset):
         """The size a sample is trained at."""
         return self.targets[index] if self.targets else self.size_hw
 
-    def by_size(self, indices: Sequence[int] | None = None) -> dict[tuple[int, int], list[int]]:
+    def by_size(self, indices: Iterable[int] | None = None) -> dict[tuple[int, int], list[int]]:
         """The samples, or some of them, of each training size."""
         found = defaultdict(list)
         for index in range(len(self.source.keys)) if indices is None else indices:

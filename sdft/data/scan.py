@@ -80,7 +80,7 @@ def only_readable(
     if broken and unreadable == "error":
         raise UserError(f"data: {told(broken)}, or set data.unreadable=skip")
     if any(not source.keys for source, _ in left):
-        raise UserError(f"data: nothing is left to learn or to judge from, since {told(broken)}")
+        raise UserError(f"data: no picture is left to learn from, or none held out to judge by, since {told(broken)}")
     return left, broken
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from sdft.data.buckets import bucket_sizes
 from sdft.data.captions import Tags
-from sdft.data.datamodule import folder
+from sdft.data.datamodule import Images, folder
 from sdft.data.dataset import Pictures, RunOrder, bucket_turns, collate
 from sdft.data.scan import scan
 from sdft.data.sharding import write_shards
@@ -156,6 +156,6 @@ def test_a_folder_with_buckets_feeds_a_run(pictures_of, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("step", [24, 48])
-def test_steps_that_do_not_fit_are_refused(step: int, tmp_path) -> None:
+def test_steps_that_do_not_fit_are_refused(step: int, tiny_source) -> None:
     with pytest.raises(UserError, match=rf"data.bucket_step={step}: must be a multiple of 16 that divides size=64"):
-        folder(str(tmp_path), batch_size=2, size=64, bucket_step=step, default_caption="x")
+        Images(tiny_source(2), tiny_source(2), batch_size=2, size=64, bucket_step=step)
