@@ -69,6 +69,11 @@ def announce(cfg: DictConfig, module, data, trainer) -> None:
     effective = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
     num_pictures = len(data.pictures.source.keys)
     print(f"{cfg.name}: {num_pictures} pictures, {data.pictures.size_hw[1]} px, run folder {cfg.run_dir}")
+    for name, problem in data.skipped:
+        print(f"  left out: {name} ({problem})")
+    if data.bucketed:
+        sizes = data.pictures.by_size().items()
+        print("  sizes (w x h): " + ", ".join(f"{len(indices)} of {w}x{h}" for (h, w), indices in sizes))
     for name, count in learning.items():
         print(f"  learns {name}: {count:,} of {total:,} parameters")
     print(

@@ -44,7 +44,7 @@ def write_random(path: Path) -> None:
 
     def compute(name: str) -> torch.Tensor:
         shape = torch.Size(entries[name].shape)
-        block = noise.roll(starts[name])
+        block = noise[starts[name] :]
         return block.repeat(-(-shape.numel() // len(block)))[: shape.numel()].view(shape)
 
     write_tensors(path, entries, {"format": "pt"}, compute)

@@ -57,11 +57,19 @@ class Finetuning(L.LightningModule):
         self.log_dict(report.scalars("val"), batch_size=len(batch), sync_dist=True)
 
     def on_fit_start(self) -> None:
-        if isinstance(self.model, SDXL):
-            refuse_device(self.model.unet, self.device)
-        data = self.trainer.datamodule
-        if data.cache == "ram":
-            data.encode_once(self.model.encode_moments, self.device)
+        """Encode once what stays the same, and send away what has nothing left to do."""
+        data, model = self.trainer.datamodule, self.model
+        if isinstance(model, SDXL):
+            refuse_device(model.unet, self.device)
+        if data.cache == "off":
+            return
+        data.encode_once(model.encode_moments, self.device, vae=model.vae)
+        model.send_away("vae")
+        encoders = (model.text_encoder, model.text_encoder_2)
+        learn = any(p.requires_grad for encoder in encoders for p in encoder.parameters())
+        kept = data.cache == "disk" and not learn
+        if kept and data.encode_texts_once(model.encode_prompts, model.prompt_ids, *encoders):
+            model.send_away("text_encoder", "text_encoder_2")
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer(self.tuning.groups(self.model))

@@ -44,6 +44,9 @@ class Batch:
     """fp32 in [-1, 1]; None when the latents are cached."""
     moments_BCHW: Tensor | None = None
     """fp32 posterior mean and log variance, stacked on C; None when not cached."""
+    context_BLD: Tensor | None = None
+    pooled_BP: Tensor | None = None
+    """Text states of the captions, of the empty string where dropped; None when the encoders read them anew."""
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -8,9 +8,12 @@ import pytest
 
 from sdft.config import CONF_DIR, check, compose
 
-ROOTS = {"train", "eval", "merge", "formats", "nano", "data_toy"}
+ROOTS = {"train", "eval", "merge", "formats", "nano", "data_toy", "data_check", "data_cache", "data_shard"}
 NEEDS = {
     "data/folder": ["data.root=somewhere"],
+    "data/webdataset": ["data.shards=somewhere"],
+    "data/huggingface": ["data.name=someone/some"],
+    "data/mix": ["data.train.sources.own.root=here", "data.train.sources.others.root=there"],
     "model/nano_vae": ["tuning=full", "objective=reconstruction", "verdict=autoencoder"],
     "model/nano_clip": ["tuning=full", "objective=contrastive", "verdict=judge"],
     "model/nano_untrained": ["tuning=full"],
@@ -23,6 +26,9 @@ ROOT_NEEDS = {
     "merge": ["a=x", "b=y", "out=z"],
     "formats": ["in=x", "out=y", "to=folder"],
     "data_toy": ["out=x"],
+    "data_check": ["data.root=x"],
+    "data_cache": ["data.root=x", "out=y"],
+    "data_shard": ["root=x", "out=y"],
     "eval": ["subjects={base: nano}"],
 }
 

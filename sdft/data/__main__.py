@@ -1,17 +1,79 @@
-"""Work on data from the command line: `python -m sdft.data toy out=DIR look=dreamy count=200`."""
+"""Work on data from the command line: `python -m sdft.data check | cache | shard | toy`, each with `key=value`."""
 
 from __future__ import annotations
 
 import sys
+import time
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 from omegaconf import DictConfig
 from PIL import Image
 from tqdm import tqdm
 
-from sdft.config import verb
+from sdft.config import build, verb
+from sdft.data.contact_sheet import ContactSheet
+from sdft.data.dataset import Pictures
+from sdft.data.sharding import write_shards
 from sdft.data.sources import ToyWorld
+from sdft.data.survey import survey
 from sdft.types import UserError
+
+MISSING = "(no caption)"
+
+
+@verb("data_check")
+def check(cfg: DictConfig) -> None:
+    """Look at every picture and caption; print a summary and write contact sheets."""
+    from sdft.models.tokens import token_counter
+
+    options = {"unreadable": "skip", "cache": "off"}
+    if "default_caption" in cfg.data and cfg.data.default_caption is None:
+        options["default_caption"] = MISSING
+    data = build(cfg.data, **options)
+    sheets: dict[tuple[int, int], ContactSheet] = defaultdict(ContactSheet)
+
+    def look(pictures: Pictures, index: int, image: np.ndarray) -> None:
+        sample, cut = pictures.source[index], pictures.cut(index, image.shape[:2], flip=False)
+        sheets[cut.target_hw].add(image, cut, sample.key, sample.caption)
+
+    parts = [(data.pictures, data.seen), (data.held_out, data.seen_held_out)]
+    counter = token_counter(cfg.tokenizer) if cfg.tokenizer else None
+    found = survey(parts, look, partial(tqdm, desc="looking", unit="picture"), counter)
+    found.broken = data.skipped
+    print("\n".join(found.lines(cfg.caption.format(caption=MISSING))))
+    for (h, w), sheet in sorted(sheets.items()):
+        num = found.target_hw.count((h, w))
+        sheet.save(Path(cfg.out) / f"{w}x{h}.png", f"{w} x {h}: {len(sheet.cells)} of {num} pictures")
+    print(f"contact sheets in {cfg.out}")
+
+
+@verb("data_cache")
+def cache(cfg: DictConfig) -> None:
+    """Encode every picture and caption that the cache does not hold yet."""
+    import torch
+
+    data = build(cfg.data, cache="disk", cache_dir=cfg.out)
+    model = build(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    started = time.monotonic()
+    data.encode_once(model.encode_moments, model.device, vae=model.vae)
+    encoders = (model.text_encoder, model.text_encoder_2)
+    listed = data.encode_texts_once(model.encode_prompts, model.prompt_ids, *encoders)
+    print(f"{len(data.store)} entries in {cfg.out}, {time.monotonic() - started:.0f} s")
+    if not listed:
+        print("captions are encoded while training: their tags vary from visit to visit")
+    print(f"next: python train.py ... data.cache=disk data.cache_dir={cfg.out}")
+
+
+@verb("data_shard")
+def shard(cfg: DictConfig) -> None:
+    """Write the pictures of a folder, with their captions, as tar shards with an index."""
+    source = build(cfg.source)
+    shards = write_shards(source, Path(cfg.out), cfg.per_shard, partial(tqdm, desc="writing", unit="shard"))
+    print(f"{len(source.keys)} pictures in {len(shards)} shards")
+    print(f"next: data=webdataset data.shards='{cfg.out}/{{000000..{len(shards) - 1:06d}}}.tar'")
 
 
 @verb("data_toy")
@@ -29,7 +91,7 @@ def toy(cfg: DictConfig) -> None:
     print(f"{cfg.count} pictures in {out}")
 
 
-COMMANDS = {"toy": toy}
+COMMANDS = {"check": check, "cache": cache, "shard": shard, "toy": toy}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

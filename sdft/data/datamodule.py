@@ -1,22 +1,28 @@
-"""Feeds Lightning: the training sequence, a fixed validation set, latents encoded once.
+"""Feeds Lightning: the training sequence, a fixed validation set, and what is encoded once.
 
-Knows batch sizes, workers and ranks; the samples themselves come from `dataset`.
+Knows batch sizes, workers and ranks; the samples themselves come from `dataset`, what is kept lies in `cache`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from sdft.data.dataset import Pictures, RunOrder, Source, collate
+from sdft.data.buckets import bucket_sizes
+from sdft.data.cache import Cache, fingerprint
+from sdft.data.dataset import Pictures, RunOrder, Source, Variant, collate
+from sdft.data.encoding import cached_moments, cached_states, prepared
 from sdft.data.images import Crop
-from sdft.data.sources import Folder
+from sdft.data.scan import Unreadables, only_readable
+from sdft.data.sources import Folder, HuggingFace, Shards
 from sdft.types import Batch, Count, Fraction, Index, UserError
 
 
@@ -25,11 +31,15 @@ class Images(L.LightningDataModule):
 
     train, validation: the sources; `validation` is never trained on.
     batch_size: samples of one device and one accumulation step.
-    size: side of the square training images, in pixels.
+    size: side of the square training images, in pixels; with buckets, the root of their area.
     crop, flip: where the picture is cut, and whether half of the visits see it mirrored.
     caption_dropout: share of the visits that learn the empty prompt instead of the caption.
-    cache: `ram` encodes each picture once and keeps the posterior's mean and log variance; `off` encodes every time.
+    cache: `ram` encodes each picture once and keeps the posterior's mean and log variance; `disk` keeps them in
+        `cache_dir` for every run to come, and the text states too where no encoder learns; `off` encodes every time.
     num_workers: processes that read pictures; 0 reads them in the training process.
+    bucket_step: pictures keep their shape, in sizes of one area whose sides are multiples of this; None cuts squares.
+    cache_dir: the folder of `cache=disk`; any number of runs can share one.
+    unreadable: pictures that cannot be read are an `error`, all named before training, or left out (`skip`).
     """
 
     def __init__(
@@ -42,24 +52,36 @@ class Images(L.LightningDataModule):
         crop: Crop = "center",
         flip: bool = False,
         caption_dropout: Fraction = 0.0,
-        cache: Literal["ram", "off"] = "ram",
+        cache: Literal["ram", "disk", "off"] = "ram",
         num_workers: Index = 0,
+        bucket_step: Count | None = None,
+        cache_dir: str | None = None,
+        unreadable: Unreadables = "error",
     ):
         super().__init__()
-        if size % 16:
-            nearest = max(64, round(size / 64) * 64)
-            raise UserError(f"size={size}: must be a multiple of 16, and of 64 for SDXL; try size={nearest}")
-        self.pictures = Pictures(train, (size, size), seed, crop, flip, caption_dropout)
-        self.held_out = Pictures(validation, (size, size), seed)
-        if cache == "ram":
+        check_sizes(size, bucket_step)
+        if cache == "disk" and cache_dir is None:
+            raise UserError("data.cache=disk: set data.cache_dir=DIR, where what is encoded is kept")
+        ((train, seen), (validation, seen_held_out)), self.skipped = only_readable([train, validation], unreadable)
+        buckets = bucket_sizes(size, bucket_step) if bucket_step else ()
+        options = {"size_hw": (size, size), "seed": seed, "buckets": buckets}
+        self.pictures = Pictures(
+            train, crop=crop, flip=flip, caption_dropout=caption_dropout, hw_N2=seen.hw_N2, **options
+        )
+        self.held_out = Pictures(validation, hw_N2=seen_held_out.hw_N2, **options)
+        self.seen, self.seen_held_out = seen, seen_held_out
+        if cache != "off":
             self.pictures.cacheable_variants()
         self.batch_size, self.seed, self.cache, self.num_workers = batch_size, seed, cache, num_workers
+        self.store = Cache(cache_dir) if cache == "disk" and cache_dir else None
+        self.bucketed = bool(bucket_step)
         self._batches_done = 0
 
     def train_dataloader(self) -> DataLoader:
         """The rest of the run's one sequence of batches; its length counts from the start of the run."""
         trainer = self.trainer
         num_batches = trainer.max_steps * trainer.accumulate_grad_batches
+        sizes = self.pictures.by_size() if self.bucketed else {}
         order = RunOrder(
             len(self.pictures.source.keys),
             self.batch_size,
@@ -68,6 +90,8 @@ class Images(L.LightningDataModule):
             stop=num_batches,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches,
+            buckets={f"{h}x{w}": indices for (h, w), indices in sizes.items()},
         )
         return DataLoader(
             self.pictures,
@@ -79,24 +103,56 @@ class Images(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Each held-out sample once, unflipped, with its caption."""
-        positions = [(index, 0) for index in range(len(self.held_out.source.keys))]
-        groups = [positions[i : i + self.batch_size] for i in range(0, len(positions), self.batch_size)]
+        sizes = self.held_out.by_size().values()
+        groups = [[(index, 0) for index in group] for indices in sizes for group in chunks(indices, self.batch_size)]
         return DataLoader(self.held_out, batch_sampler=groups, collate_fn=collate)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
 
-    def encode_once(self, encode: Callable[[Tensor], Tensor], device: torch.device, batch_size: int = 64) -> None:
-        """Replace the pixels of every sample by the moments that `encode` gives for them."""
+    def encode_once(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        device: torch.device,
+        batch_size: int = 64,
+        vae: nn.Module | None = None,
+    ) -> None:
+        """Replace the pixels of every sample by the moments that `encode` gives for them.
+
+        With `cache=disk` the moments are looked up by picture, cut and `vae`, and only missing ones are encoded.
+        """
+        kept = (self.store, fingerprint(vae)) if self.store is not None and vae is not None else None
+        for pictures, seen in ((self.pictures, self.seen), (self.held_out, self.seen_held_out)):
+            make = _encoder(pictures, encode, device, batch_size)
+            if kept:
+                pictures.moments = cached_moments(*kept, pictures, seen, make, *self._ranks())
+            else:
+                pictures.moments = dict(make(pictures.cacheable_variants()))
+
+    def encode_texts_once(
+        self, encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]], ids: Callable[[str], Any], *encoders: nn.Module
+    ) -> bool:
+        """Replace the work of the text encoders by kept states, if the captions of the run can be listed.
+
+        encode: captions -> context B x L x D and pooled B x P; ids: what the encoders read of a caption.
+        """
+        captions: dict[str, None] = {"": None}
         for pictures in (self.pictures, self.held_out):
-            variants = pictures.cacheable_variants()
-            moments: dict[tuple[int, bool], Tensor] = {}
-            starts = range(0, len(variants), batch_size)
-            for start in tqdm(starts, desc="encoding images", unit="batch", disable=len(variants) < 512, leave=False):
-                group = variants[start : start + batch_size]
-                batch = collate([pictures.variant(index, flip) for index, flip in group])
-                moments.update(zip(group, encode(batch.pixels_BCHW.to(device)).cpu(), strict=True))
-            pictures.moments = moments
+            for index in range(len(pictures.source.keys)):
+                sample = pictures.source[index]
+                every = sample.captions.every if sample.captions else (sample.caption,)
+                if every is None:
+                    return False
+                captions.update(dict.fromkeys(every))
+        states = cached_states(self.store, list(captions), encode, ids, encoders, *self._ranks())
+        self.pictures.text_states = self.held_out.text_states = states
+        return True
+
+    def _ranks(self) -> tuple[int, int, Callable[[], None]]:
+        """Rank, number of ranks, and what waits until all are there."""
+        if self.trainer is None:
+            return 0, 1, lambda: None
+        return self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.barrier
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches_done": self.trainer.global_step * self.trainer.accumulate_grad_batches}
@@ -105,21 +161,57 @@ class Images(L.LightningDataModule):
         self._batches_done = state["batches_done"]
 
 
-def folder(
-    root: str,
-    batch_size: Count,
-    size: Count,
-    seed: int = 0,
-    caption: str = "{caption}",
-    default_caption: str | None = None,
-    held_out: Fraction = 0.1,
-    crop: Crop = "center",
-    flip: bool = False,
-    caption_dropout: Fraction = 0.0,
-    cache: Literal["ram", "off"] = "ram",
-    num_workers: Index = 0,
-) -> Images:
-    """The captioned pictures of one folder; see `sources.Folder` and `Images` for the options."""
-    options = {"held_out": held_out, "caption": caption, "default_caption": default_caption}
-    train, validation = (Folder(root, split, **options) for split in ("train", "validation"))
-    return Images(train, validation, batch_size, size, seed, crop, flip, caption_dropout, cache, num_workers)
+def images_from(source: type) -> Callable[..., Images]:
+    """A constructor of `Images` from the two splits of one `source`: its options are those of both."""
+    both = {}
+    hints: dict[str, Any] = {}
+    taken = {}
+    for owner, given in ((source, {"split", "loss_weight"}), (Images, {"train", "validation"})):
+        parameters = inspect.signature(owner).parameters
+        taken[owner] = [name for name in parameters if name not in given]
+        both |= {name: parameters[name] for name in taken[owner]}
+        hints |= typing.get_type_hints(owner.__init__, include_extras=True)
+    ordered = sorted(both.values(), key=lambda parameter: parameter.default is not parameter.empty)
+
+    def build(*args: Any, **kwargs: Any) -> Images:
+        options = signature.bind(*args, **kwargs).arguments
+        own, images = ({k: v for k, v in options.items() if k in taken[owner]} for owner in (source, Images))
+        return Images(source(split="train", **own), source(split="validation", **own), **images)
+
+    signature = build.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
+    build.__annotations__ = {name: hints[name] for name in both}
+    build.__name__, build.__doc__ = source.__name__.lower(), f"The pictures of one `{source.__name__}`, which see."
+    return build
+
+
+folder, shards, huggingface = images_from(Folder), images_from(Shards), images_from(HuggingFace)
+
+
+def check_sizes(size: int, bucket_step: int | None) -> None:
+    """Refuse sizes that the latents cannot have."""
+    if size % 16:
+        nearest = max(64, round(size / 64) * 64)
+        raise UserError(f"size={size}: must be a multiple of 16, and of 64 for SDXL; try size={nearest}")
+    if bucket_step and (bucket_step % 16 or size % bucket_step):
+        raise UserError(
+            f"data.bucket_step={bucket_step}: must be a multiple of 16 that divides size={size}; 64 is SDXL's"
+        )
+
+
+def chunks(items: Sequence[Any], num: int) -> Iterator[Sequence[Any]]:
+    """Consecutive groups of `num`, the last one perhaps smaller."""
+    return (items[i : i + num] for i in range(0, len(items), num))
+
+
+def _encoder(
+    pictures: Pictures, encode: Callable[[Tensor], Tensor], device: torch.device, batch_size: int
+) -> Callable[[Sequence[Variant]], Iterator[tuple[Variant, Tensor]]]:
+    """What gives the moments of variants, in batches of one size, decoding ahead of the encoder."""
+
+    def make(variants: Sequence[Variant]) -> Iterator[tuple[Variant, Tensor]]:
+        with tqdm(total=len(variants), desc="encoding", unit="image", disable=len(variants) < 512, leave=False) as bar:
+            for group, pixels_BCHW in prepared(pictures, variants, batch_size):
+                yield from zip(group, encode(pixels_BCHW.to(device)).cpu(), strict=True)
+                bar.update(len(group))
+
+    return make

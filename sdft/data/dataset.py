@@ -1,12 +1,14 @@
 """Samples in their order: which sample is read at which position of the run, and how it is cut and captioned.
 
-A run is one endless sequence of samples, a fresh permutation of the source after another. Everything here is a
-function of (run seed, position), so a resumed run goes on where it stopped, whatever the workers or the batch size.
+A run is one endless sequence of samples, a fresh permutation of the source after another; with buckets, one such
+sequence for each size. Everything here is a function of (run seed, position), so a resumed run goes on where it
+stopped, whatever the workers, the ranks, or how a step's batch is divided among them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -15,7 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from sdft.data.images import Crop, cut_image, plan_cut
+from sdft.data.buckets import nearest_bucket
+from sdft.data.captions import Captions
+from sdft.data.decode import Encoded
+from sdft.data.images import Crop, Cut, cut_image, plan_cut
 from sdft.rng import Draws, generator
 from sdft.types import Batch, Count, Fraction, UserError
 
@@ -25,12 +30,19 @@ class Sample:
     """One captioned picture."""
 
     key: str
-    image_HWC: np.ndarray
-    """uint8, RGB"""
+    picture: np.ndarray | Encoded
+    """uint8 H x W x RGB, or as it is stored"""
     caption: str
     loss_weight: float = 1.0
     original_hw: tuple[int, int] | None = None
     """Size before the picture was reduced to these pixels, where that is known."""
+    captions: Captions | None = None
+    """What the caption of a visit is chosen from, where it is not always the same."""
+
+    @property
+    def image_HWC(self) -> np.ndarray:
+        """uint8, RGB; a stored picture is read anew each time."""
+        return self.picture.pixels() if isinstance(self.picture, Encoded) else self.picture
 
 
 class Source(Protocol):
@@ -43,32 +55,100 @@ class Source(Protocol):
 
 
 class RunOrder(Sampler[list[tuple[int, int]]]):
-    """Batches of (index, visit) from batch number `start` to `stop`; rank r takes its slice of each global batch."""
+    """Batches of (index, visit) from batch number `start` to `stop`; rank r takes its slice of each global batch.
+
+    buckets: name -> the indices whose pictures have one size; all `size` of them where there are none. Every
+        optimiser step is of one bucket, whose samples come as one endless sequence of permutations: the tail of a
+        pass is filled up from the next pass of the same bucket, so nothing is dropped and nobody is left behind.
+    accumulate: batches of one optimiser step; only steps of several sizes depend on it.
+    """
 
     def __init__(
-        self, size: int, batch_size: int, seed: int, start: int, stop: int, rank: int = 0, world_size: int = 1
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+        buckets: Mapping[str, Sequence[int]] | None = None,
     ):
-        self.size, self.batch_size, self.seed = size, batch_size, seed
-        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
+        self.batch_size, self.seed, self.start, self.stop = batch_size, seed, start, stop
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+        self.buckets = buckets or {"": range(size)}
 
     def __len__(self) -> int:
         return self.stop
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        visit, order = -1, None
-        for batch in range(self.start, self.stop):
-            first = (batch * self.world_size + self.rank) * self.batch_size
-            items = []
-            for position in range(first, first + self.batch_size):
-                if position // self.size != visit:
-                    visit = position // self.size
-                    order = torch.randperm(self.size, generator=generator(self.seed, "order", counter=visit)).tolist()
-                items.append((order[position % self.size], visit))
-            yield items
+        per_batch = self.batch_size * self.world_size
+        sizes = [len(indices) for indices in self.buckets.values()]
+        streams = [Stream(indices, self.seed, name) for name, indices in self.buckets.items()]
+        first_step, part = divmod(self.start, self.accumulate)
+        turns = bucket_turns(sizes, per_batch * self.accumulate, self.seed, first_step)
+        bucket, steps_before = next(turns)
+        for _ in range(self.start, self.stop):
+            if part == self.accumulate:
+                part, (bucket, steps_before) = 0, next(turns)
+            first = (steps_before * self.accumulate + part) * per_batch + self.rank * self.batch_size
+            yield [streams[bucket][position] for position in range(first, first + self.batch_size)]
+            part += 1
+
+
+class Stream:
+    """One endless sequence of (index, visit): a permutation of the indices after another."""
+
+    def __init__(self, indices: Sequence[int], seed: int, name: str):
+        self.indices, self.seed, self.name = indices, seed, name
+        self._visit, self._order = -1, torch.empty(0)
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        visit, place = divmod(position, len(self.indices))
+        if visit != self._visit:
+            order = generator(self.seed, "order", self.name, visit)
+            self._visit, self._order = visit, torch.randperm(len(self.indices), generator=order)
+        return self.indices[int(self._order[place])], visit
+
+
+def bucket_turns(sizes: Sequence[int], num: int, seed: int, first: int) -> Iterator[tuple[int, int]]:
+    """(bucket, how many steps it had before) of each step of `num` samples, from step `first` on.
+
+    By the end of pass p over the data, a bucket of n samples has had the least number of steps that shows each of its
+    samples p times: ceil(p n / num). The steps of a pass come in a random order of buckets.
+    """
+    done = [0] * len(sizes)
+    visit = 0
+    while True:
+        due = [-(-(visit + 1) * size // num) for size in sizes]
+        turns = [bucket for bucket, (a, b) in enumerate(zip(done, due, strict=True)) for _ in range(b - a)]
+        if first >= len(turns):
+            first, done = first - len(turns), due
+        else:
+            order = torch.randperm(len(turns), generator=generator(seed, "buckets", counter=visit)).tolist()
+            for place, turn in enumerate(order):
+                if place >= first:
+                    yield turns[turn], done[turns[turn]]
+                done[turns[turn]] += 1
+            first = 0
+        visit += 1
+
+
+Variant = tuple[int, bool]
+"""A sample and whether it is mirrored."""
+States = tuple[Tensor, Tensor]
+"""Text states of one caption: context L x D, pooled P."""
 
 
 class Pictures(Dataset):
-    """Cuts and captions of a source. `moments` replaces the pixels once the VAE has seen every variant."""
+    """Cuts and captions of a source.
+
+    buckets: sizes (h, w); each picture is cut to the nearest shape of them, or all to `size_hw`.
+    hw_N2: heights and widths of the pictures where they are known without reading them, 0 elsewhere.
+
+    `moments` replaces the pixels once the VAE has seen a variant, and `text_states` the work of the text encoders.
+    """
 
     def __init__(
         self,
@@ -78,46 +158,72 @@ class Pictures(Dataset):
         crop: Crop = "center",
         flip: bool = False,
         caption_dropout: Fraction = 0.0,
+        buckets: Sequence[tuple[int, int]] = (),
+        hw_N2: np.ndarray | None = None,
     ):
         self.source, self.size_hw, self.seed = source, size_hw, seed
         self.crop, self.flip, self.caption_dropout = crop, flip, caption_dropout
-        self.moments: dict[tuple[int, bool], Tensor] = {}
+        self.hw_N2 = np.zeros((len(source.keys), 2), np.int32) if hw_N2 is None else hw_N2
+        self.targets = [nearest_bucket(self._hw(i), buckets) for i in range(len(source.keys))] if buckets else None
+        self.moments: Mapping[Variant, Tensor] = {}
+        self.text_states: Callable[[str], States] | None = None
+
+    def _hw(self, index: int) -> tuple[int, int]:
+        h, w = self.hw_N2[index].tolist()
+        return (h, w) if h else self.source[index].image_HWC.shape[:2]
+
+    def target_hw(self, index: int) -> tuple[int, int]:
+        """The size a sample is trained at."""
+        return self.targets[index] if self.targets else self.size_hw
+
+    def by_size(self, indices: Iterable[int] | None = None) -> dict[tuple[int, int], list[int]]:
+        """The samples, or some of them, of each training size."""
+        found = defaultdict(list)
+        for index in range(len(self.source.keys)) if indices is None else indices:
+            found[self.target_hw(index)].append(index)
+        return dict(sorted(found.items()))
 
     def __getitem__(self, item: tuple[int, int]) -> dict:
         index, visit = item
         draws = Draws(self.seed, [self.source.keys[index]], [visit])
         flip = self.flip and bool(draws.uniform("flip") < 0.5)
-        example = self.variant(index, flip, draws)
-        example["visits"] = visit
-        example["dropped_B"] = bool(draws.uniform("caption dropout") < self.caption_dropout)
-        return example
+        dropped = bool(draws.uniform("caption dropout") < self.caption_dropout)
+        return self.variant(index, flip, draws, dropped) | {"visits": visit, "dropped_B": dropped}
 
-    def variant(self, index: int, flip: bool, draws: Draws | None = None) -> dict:
+    def variant(self, index: int, flip: bool, draws: Draws | None = None, dropped: bool = False) -> dict:
         """One sample as it is cut, with pixels or, where they are known, moments."""
         sample = self.source[index]
-        at = (0.5, 0.5)
-        if self.crop == "random" and draws is not None:
-            at = (float(draws.uniform("crop top")), float(draws.uniform("crop left")))
-        cut = plan_cut(sample.image_HWC.shape[:2], self.size_hw, at, flip)
-        if sample.original_hw:
-            cut = replace(cut, original_hw=sample.original_hw)
+        moments = self.moments.get((index, flip))
+        known_hw = tuple(self.hw_N2[index].tolist())
+        image = sample.image_HWC if moments is None or not known_hw[0] else None
+        cut = self.cut(index, known_hw if image is None else image.shape[:2], flip, draws)
+        told = replace(cut, original_hw=sample.original_hw) if sample.original_hw else cut
+        caption = sample.captions.told(draws) if sample.captions and draws else sample.caption
         example = {
             "keys": sample.key,
             "visits": 0,
-            "captions": sample.caption,
-            "dropped_B": False,
-            "time_ids_B6": torch.tensor(cut.time_ids_6, dtype=torch.float32),
+            "captions": caption,
+            "dropped_B": dropped,
+            "time_ids_B6": torch.tensor(told.time_ids_6, dtype=torch.float32),
             "loss_weight_B": sample.loss_weight,
         }
-        moments = self.moments.get((index, flip))
+        if self.text_states is not None:
+            example["context_BLD"], example["pooled_BP"] = self.text_states("" if dropped else caption)
         if moments is None:
-            return example | {"pixels_BCHW": cut_image(sample.image_HWC, cut)}
+            return example | {"pixels_BCHW": cut_image(image, cut)}
         return example | {"moments_BCHW": moments}
 
-    def cacheable_variants(self) -> list[tuple[int, bool]]:
+    def cut(self, index: int, hw: tuple[int, int], flip: bool, draws: Draws | None = None) -> Cut:
+        """How a picture of the size `hw` is cut on a visit."""
+        at = (0.5, 0.5)
+        if self.crop == "random" and draws is not None:
+            at = (float(draws.uniform("crop top")), float(draws.uniform("crop left")))
+        return plan_cut(hw, self.target_hw(index), at, flip)
+
+    def cacheable_variants(self) -> list[Variant]:
         """Every (index, flip) the run can ask for; an error where there is no such finite list."""
         if self.crop == "random":
-            raise UserError("data.cache=ram keeps one cut a picture: set data.crop=center, or data.cache=off")
+            raise UserError("data.cache keeps one cut a picture: set data.crop=center, or data.cache=off")
         return [(i, flip) for i in range(len(self.source.keys)) for flip in ((False, True) if self.flip else (False,))]
 
 

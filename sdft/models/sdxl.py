@@ -6,8 +6,9 @@ The same class holds `nano` and the real thing.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,26 @@ from sdft.models.words import ExtendedEmbedding, add_words
 from sdft.types import Batch, Conditioning
 
 EmptyPrompt = Literal["zeros", "empty"]
+
+
+def present(*parts: str) -> Callable:
+    """A method that needs `parts` on the device of the UNet; those that were sent away go back there after it."""
+
+    def decorate(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def run(self: SDXL, *args: Any, **kwargs: Any) -> Any:
+            away = [part for name in parts if (part := getattr(self, name)).device != self.device]
+            for part in away:
+                part.to(self.device)
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                for part in away:
+                    part.to("cpu")
+
+        return run
+
+    return decorate
 
 
 class SDXL(nn.Module):
@@ -85,6 +106,12 @@ class SDXL(nn.Module):
         tables = {name: encoder.get_input_embeddings() for name, encoder in encoders.items()}
         return {name: table.rows_ND for name, table in tables.items() if isinstance(table, ExtendedEmbedding)}
 
+    def send_away(self, *parts: str) -> None:
+        """Take parts that each step can do without off the device; what needs them fetches them."""
+        for part in parts:
+            getattr(self, part).to("cpu")
+
+    @present("vae")
     def encode_moments(self, pixels_BCHW: Tensor) -> Tensor:
         """Posterior mean and log variance, stacked on C, in fp32: the VAE overflows in fp16."""
         with torch.no_grad(), torch.autocast(pixels_BCHW.device.type, enabled=False):
@@ -107,6 +134,12 @@ class SDXL(nn.Module):
         *_, h, w = batch.pixels_BCHW.shape
         return self.vae.config.latent_channels, h // self.vae_factor, w // self.vae_factor
 
+    def prompt_ids(self, caption: str) -> list[list[list[int]]]:
+        """What each encoder reads of a caption, by chunks."""
+        ids = (tokenize(tokenizer, [caption], self.prompt_chunks) for tokenizer, _ in self.context_encoders)
+        return [ids_1NL[0].tolist() for ids_1NL in ids]
+
+    @present("text_encoder", "text_encoder_2")
     def encode_prompts(self, captions: Sequence[str], dropped_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(context_BLD, pooled_BP). Both encoders give their penultimate layer, without the final norm.
 
@@ -132,7 +165,11 @@ class SDXL(nn.Module):
 
     def condition(self, batch: Batch) -> Conditioning:
         """Everything the UNet is told about a batch."""
-        context_BLD, pooled_BP = self.encode_prompts(batch.captions, batch.dropped_B)
+        if batch.context_BLD is None:
+            context_BLD, pooled_BP = self.encode_prompts(batch.captions, batch.dropped_B)
+        else:
+            kept_B = (~batch.dropped_B | (self.empty_prompt == "empty")).to(batch.context_BLD)
+            context_BLD, pooled_BP = batch.context_BLD * kept_B[:, None, None], batch.pooled_BP * kept_B[:, None]
         return Conditioning(context_BLD, pooled_BP, batch.time_ids_B6)
 
     def denoise(self, z_t_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
@@ -142,6 +179,7 @@ class SDXL(nn.Module):
         prediction = self.unet(z_t_BCHW.to(dtype), t_B, cond.context_BLD.to(dtype), added_cond_kwargs=added)
         return prediction.sample.float()
 
+    @present("vae")
     def decode(self, z_BCHW: Tensor) -> Tensor:
         """Pixels in [-1, 1] of scaled latents."""
         shift = self.vae.config.shift_factor or 0.0

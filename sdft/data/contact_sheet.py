@@ -1,0 +1,78 @@
+"""Sheets of thumbnails that show what a trainer keeps of each picture, and what it is called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from sdft.data.images import Cut
+
+CELL, GAP, TEXT_LINES, COLUMNS, MOST = 220, 12, 4, 6, 48
+INK, PAPER, FRAME = (40, 40, 46), (252, 252, 253), (230, 30, 60)
+
+
+class ContactSheet:
+    """The first pictures of one training size, the crop framed and the rest faded, the caption below."""
+
+    def __init__(self) -> None:
+        self.cells: list[tuple[Image.Image, str, str]] = []
+
+    def add(self, image_HWC: np.ndarray, cut: Cut, key: str, caption: str) -> None:
+        """One picture, as long as there is room."""
+        if len(self.cells) == MOST:
+            return
+        h, w = image_HWC.shape[:2]
+        scale = CELL / max(h, w)
+        thumb = Image.fromarray(image_HWC).resize((max(1, round(w * scale)), max(1, round(h * scale))))
+        grow = thumb.height / cut.resized_hw[0]
+        left, top = round(cut.left * grow), round(cut.top * grow)
+        right, bottom = left + round(cut.target_hw[1] * grow) - 1, top + round(cut.target_hw[0] * grow) - 1
+        box = (left, top, max(left, min(right, thumb.width - 1)), max(top, min(bottom, thumb.height - 1)))
+        shown = Image.blend(thumb, Image.new("RGB", thumb.size, PAPER), 0.6)
+        shown.paste(thumb.crop((box[0], box[1], box[2] + 1, box[3] + 1)), box[:2])
+        ImageDraw.Draw(shown).rectangle(box, outline=FRAME, width=2)
+        self.cells.append((shown, f"{key}  {w}x{h}", caption))
+
+    def save(self, path: Path, title: str) -> None:
+        """Write the sheet as PNG."""
+        font = ImageFont.load_default(13)
+        line = 16
+        height = CELL + (TEXT_LINES + 1) * line + GAP
+        columns = min(COLUMNS, len(self.cells))
+        num_rows = -(-len(self.cells) // columns)
+        size = (columns * (CELL + GAP) + GAP, num_rows * (height + GAP) + GAP + 2 * line)
+        sheet = Image.new("RGB", size, PAPER)
+        draw = ImageDraw.Draw(sheet)
+        draw.text((GAP, GAP), title, INK, font=font)
+        for place, (thumb, key, caption) in enumerate(self.cells):
+            row, column = divmod(place, columns)
+            x, y = GAP + column * (CELL + GAP), GAP + 2 * line + row * (height + GAP)
+            sheet.paste(thumb, (x + (CELL - thumb.width) // 2, y + CELL - thumb.height))
+            draw.text((x, y + CELL + 2), fitted(key, font), FRAME, font=font)
+            for number, text in enumerate(wrapped(caption, font)):
+                draw.text((x, y + CELL + 2 + (number + 1) * line), text, INK, font=font)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+
+
+def fitted(text: str, font) -> str:
+    """The text, its start cut off where it is wider than a cell."""
+    if font.getlength(text) <= CELL:
+        return text
+    while text and font.getlength("…" + text) > CELL:
+        text = text[1:]
+    return "…" + text
+
+
+def wrapped(text: str, font) -> list[str]:
+    """The words in lines of a cell's width; an ellipsis where there are more than fit."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= CELL or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines if len(lines) <= TEXT_LINES else [*lines[: TEXT_LINES - 1], lines[TEXT_LINES - 1] + " …"]

@@ -1,0 +1,151 @@
+"""From the bytes of a picture file to upright sRGB pixels, or the reason why there are none.
+
+Knows file formats and colour. Does not know where the bytes lie, nor what the picture is used for.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from sdft.types import UserError
+
+# Pillow warns from 89 megapixels on, which an honest scan can have; from twice that on it refuses, and so does this.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+LEAST_SIDE = 8
+"""Fewer pixels along a side are no picture."""
+EXIF_ORIENTATION = 0x0112
+SRGB = ImageCms.createProfile("sRGB")
+
+
+class Unreadable(Exception):
+    """Why some bytes are no picture that can be learned from."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture as it is stored, read when asked for.
+
+    name: what errors call it: the path of its file, or its shard and member.
+    read: gives the bytes of the file.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+
+    def content(self) -> bytes:
+        """The bytes of the file. Raises Unreadable."""
+        try:
+            return self.read()
+        except OSError as error:
+            raise Unreadable(error.strerror or str(error)) from error
+
+    def pixels(self) -> np.ndarray:
+        """uint8, H x W x RGB. Raises UserError with the name."""
+        try:
+            return decode(self.content())
+        except Unreadable as error:
+            raise UserError(f"{self.name} cannot be read as a picture ({error}); repair or remove it") from error
+
+
+def decode(content: bytes) -> np.ndarray:
+    """Pixels as a viewer shows them: upright, in sRGB, transparency on white. uint8, H x W x RGB. Raises Unreadable."""
+    return _guarded(content, lambda picture: np.asarray(_rgb(_eight_bits(_upright(picture)))))
+
+
+def stored_hw(content: bytes) -> tuple[int, int]:
+    """Height and width as `decode` will give them, from the header alone. Raises Unreadable."""
+    return _guarded(content, _upright_hw)
+
+
+def examine(content: bytes) -> tuple[int, int]:
+    """Height and width of a picture that `decode` can read, found out in less time. Raises Unreadable."""
+
+    def look(picture: Image.Image) -> tuple[int, int]:
+        hw = _upright_hw(picture)
+        if picture.format == "JPEG" and picture.mode in ("RGB", "L") and not picture.info.get("icc_profile"):
+            picture.draft(None, (picture.width // 8, picture.height // 8))  # every byte is read, few pixels are made
+            picture.load()
+        else:
+            _rgb(_eight_bits(_upright(picture)))
+        return hw
+
+    return _guarded(content, look)
+
+
+def _guarded(content: bytes, look: Callable):
+    """What `look` makes of the opened picture."""
+    if not content:
+        raise Unreadable("the file is empty")
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            frames = getattr(picture, "n_frames", 1)
+            # A phone's JPEG (MPO) keeps a second view behind the picture; the first is the picture.
+            if frames > 1 and picture.format != "MPO":
+                raise Unreadable(f"animated or of several pages: {frames} frames; keep one of them")
+            if min(picture.size) < LEAST_SIDE:
+                raise Unreadable(f"only {picture.width} x {picture.height} pixels")
+            return look(picture)
+    except Unreadable:
+        raise
+    except UnidentifiedImageError as error:
+        raise Unreadable("no picture format that is known here") from error
+    except Image.DecompressionBombError as error:
+        raise Unreadable("more than 178 megapixels, as a decompression bomb has; reduce it") from error
+    except Exception as error:  # Pillow's decoders raise whatever a malformed file makes them run into
+        raise Unreadable(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _upright_hw(picture: Image.Image) -> tuple[int, int]:
+    w, h = picture.size
+    return (w, h) if picture.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8) else (h, w)
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    return ImageOps.exif_transpose(picture)
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Grey of 16 bits as grey of 8; all else as it is."""
+    if picture.mode == "F":
+        raise Unreadable("floating-point pixels, whose range is not known; save it with 8 or 16 bits")
+    if not picture.mode.startswith("I"):
+        return picture
+    values = np.asarray(picture).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise Unreadable("integer pixels of more than 16 bits; save it with 8 or 16 bits")
+    eight = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    eight.info = {"icc_profile": picture.info.get("icc_profile")}
+    return eight
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    """sRGB of any mode, transparency on white."""
+    profile = picture.info.get("icc_profile")
+    alpha = None
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        alpha = picture.getchannel("A")
+    if picture.mode not in ("L", "RGB", "CMYK", "LAB"):
+        picture = picture.convert("RGB")
+    picture = _srgb(picture, profile) if profile else picture.convert("RGB")
+    if alpha is None:
+        return picture
+    return Image.composite(picture, Image.new("RGB", picture.size, "white"), alpha)
+
+
+def _srgb(picture: Image.Image, profile: bytes) -> Image.Image:
+    """Colours of an embedded profile as sRGB; a picture that is sRGB keeps its bytes."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if picture.mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
+            return picture
+        return ImageCms.profileToProfile(picture, source, SRGB, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError) as error:
+        raise Unreadable(f"its colour profile does not fit it: {str(error).strip()}") from error

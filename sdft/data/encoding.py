@@ -1,0 +1,126 @@
+"""What is encoded once: moments of pictures and states of captions, made where missing and read from the cache after.
+
+Knows addresses and who makes which entry; the encoders are callables given by the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sdft.data.cache import Cache, digest, fingerprint
+from sdft.data.dataset import Pictures, States, Variant, collate
+from sdft.data.scan import Scan, in_threads
+
+PIXELS_AT_ONCE = 4 * 1024 * 1024
+"""Of one batch of the encoder: four pictures at SDXL's size."""
+TRANSFORM = "cover, lanczos, [-1, 1]"
+"""Says how pixels are made from a picture and a cut: a change of `images.cut_image` needs another word here."""
+CAPTIONS_AT_ONCE = 16
+
+
+def prepared(
+    pictures: Pictures, variants: Sequence[Variant], batch_size: int
+) -> Iterator[tuple[list[Variant], Tensor]]:
+    """Variants in batches of one size, with their pixels, decoded in threads ahead of who asks."""
+    groups = []
+    for (h, w), indices in pictures.by_size(dict.fromkeys(index for index, _ in variants)).items():
+        members, num = set(indices), max(1, min(batch_size, PIXELS_AT_ONCE // (h * w)))
+        same = [variant for variant in variants if variant[0] in members]
+        groups += [same[i : i + num] for i in range(0, len(same), num)]
+
+    def pixels_of(group: list[Variant]) -> tuple[list[Variant], Tensor]:
+        return group, collate([pictures.variant(index, flip) for index, flip in group]).pixels_BCHW
+
+    return in_threads(pixels_of, groups, ahead=4)
+
+
+class CachedMoments(Mapping[Variant, Tensor]):
+    """Moments by variant, read from the cache."""
+
+    def __init__(self, cache: Cache, addresses: Mapping[Variant, str]):
+        self.cache, self.addresses = cache, addresses
+
+    def __getitem__(self, variant: Variant) -> Tensor:
+        return self.cache[self.addresses[variant]]
+
+    def __iter__(self) -> Iterator[Variant]:
+        return iter(self.addresses)
+
+    def __len__(self) -> int:
+        return len(self.addresses)
+
+
+def cached_moments(
+    cache: Cache,
+    encoder: str,
+    pictures: Pictures,
+    seen: Scan,
+    make: Callable[[Sequence[Variant]], Iterator[tuple[Variant, Tensor]]],
+    rank: int,
+    world_size: int,
+    barrier: Callable[[], None],
+) -> CachedMoments:
+    """The moments of every variant; those that no run has made yet are made now, each by one rank.
+
+    encoder: fingerprint of the VAE; make: gives the moments of variants.
+    """
+    variants = pictures.cacheable_variants()
+    addresses = {variant: moments_address(pictures, seen, variant, encoder) for variant in variants}
+    variant_of = {address: variant for variant, address in addresses.items()}
+    mine = own(cache.missing(addresses.values()), rank, world_size)
+    for variant, moments in make([variant_of[address] for address in mine]):
+        cache.put(addresses[variant], moments)
+    cache.flush()
+    barrier()
+    cache.refresh()
+    return CachedMoments(cache, addresses)
+
+
+def moments_address(pictures: Pictures, seen: Scan, variant: Variant, encoder: str) -> str:
+    """Bytes of the picture, how it is cut, and what encodes it."""
+    index, flip = variant
+    content, hw = seen.digests.get(index), tuple(seen.hw_N2[index].tolist())
+    if content is None:
+        image = pictures.source[index].image_HWC
+        content, hw = hashlib.sha256(image.tobytes()).hexdigest(), image.shape[:2]
+    cut = pictures.cut(index, hw, flip)
+    return digest([TRANSFORM, content, cut.resized_hw, cut.top, cut.left, cut.target_hw, flip, encoder])
+
+
+def cached_states(
+    cache: Cache,
+    captions: Sequence[str],
+    encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
+    ids: Callable[[str], Any],
+    encoders: Sequence[nn.Module],
+    rank: int,
+    world_size: int,
+    barrier: Callable[[], None],
+) -> Callable[[str], States]:
+    """The states of a caption; those that no run has made yet are made now, each by one rank."""
+    encoder = fingerprint(*encoders)
+    addresses = {caption: digest([ids(caption), encoder]) for caption in captions}
+    missing = set(own(cache.missing(f"{address}.pooled" for address in addresses.values()), rank, world_size))
+    mine = [caption for caption, address in addresses.items() if f"{address}.pooled" in missing]
+    for first in tqdm(range(0, len(mine), CAPTIONS_AT_ONCE), desc="captions", disable=len(mine) < 512, leave=False):
+        group = mine[first : first + CAPTIONS_AT_ONCE]
+        with torch.no_grad():
+            contexts_BLD, pooled_BP = encode(group)
+        for caption, context_LD, pooled_P in zip(group, contexts_BLD, pooled_BP, strict=True):
+            cache.put(f"{addresses[caption]}.context", context_LD)
+            cache.put(f"{addresses[caption]}.pooled", pooled_P)
+    cache.flush()
+    barrier()
+    cache.refresh()
+    return lambda caption: (cache[f"{addresses[caption]}.context"], cache[f"{addresses[caption]}.pooled"])
+
+
+def own(addresses: Sequence[str], rank: int, world_size: int) -> list[str]:
+    """Those that one rank makes: by address, so that it does not matter what another has already written."""
+    return [address for address in addresses if int(address[:8], 16) % world_size == rank]

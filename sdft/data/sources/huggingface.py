@@ -1,0 +1,106 @@
+"""Data sets of the Hugging Face Hub, or in its layout on disk, through the `datasets` library."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdft.data.captions import Captions, Tags, checked_template
+from sdft.data.dataset import Sample
+from sdft.data.decode import Encoded
+from sdft.data.problems import listed
+from sdft.data.sources import metadata
+from sdft.data.sources.splits import Split, places_of
+from sdft.types import Fraction, NonNegative, UserError
+
+
+class HuggingFace:
+    """Rows of a data set that hold a picture and a caption.
+
+    name: a hub id or a local folder, as `datasets.load_dataset` takes it.
+    split: `train`, `validation` or `all`: parts of the rows of `subset`, chosen by row.
+    subset: the split of the data set that the rows come from.
+    config: the data set's own configuration, where it has several.
+    image, text: the columns of the picture and of its caption, or list of captions.
+    caption, held_out, tags, loss_weight: as for a folder.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: Split,
+        subset: str = "train",
+        config: str | None = None,
+        image: str = "image",
+        text: str = "text",
+        held_out: Fraction = 0.1,
+        caption: str = "{caption}",
+        tags: Tags | None = None,
+        loss_weight: NonNegative = 1.0,
+    ):
+        self.name, self.image, self.tags, self.loss_weight = name, image, tags, loss_weight
+        self.template = checked_template("data.caption", caption)
+        self._rows = load(name, config, subset, image, text)
+        keys = [f"{subset}/{place:08d}" for place in range(len(self._rows))]
+        if len(keys) < (1 if split == "all" else 2):
+            raise UserError(f"data.name={name}: {subset} has {len(keys)} rows, need at least 2")
+        texts = captions_of(name, self._rows, text)
+        self._places = places_of(keys, split, held_out)
+        self.keys, self._texts = [keys[p] for p in self._places], [texts[p] for p in self._places]
+
+    def encoded(self, index: int) -> Encoded:
+        """The picture as the row holds it."""
+        place = self._places[index]
+        return Encoded(f"{self.name} row {place}", lambda: stored(self._rows[place][self.image]))
+
+    def __getitem__(self, index: int) -> Sample:
+        captions = Captions(*self._texts[index], self.template, self.tags)
+        return Sample(self.keys[index], self.encoded(index), captions.plain, self.loss_weight, captions=captions)
+
+
+def load(name: str, config: str | None, subset: str, image: str, text: str) -> Sequence[Mapping[str, Any]]:
+    """The rows of a data set, their pictures not decoded."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            "data=huggingface needs the library 'datasets', which is not installed: pip install -e '.[datasets]'"
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, config, split=subset)
+    except Exception as error:  # every kind of network, format and permission trouble comes through here
+        raise UserError(f"data.name={name}: cannot be loaded ({' '.join(str(error).split())})") from error
+    for key, column in (("image", image), ("text", text)):
+        if column not in rows.column_names:
+            raise UserError(f"data.{key}={column}: {name} has the columns {', '.join(rows.column_names)}")
+    return rows.cast_column(image, datasets.Image(decode=False))
+
+
+def captions_of(name: str, rows: Sequence[Mapping[str, Any]], column: str) -> list[metadata.Texts]:
+    """The captions of every row. Raises UserError with every row that has none."""
+    found, wrong = [], []
+    values = rows[column] if hasattr(rows, "column_names") else [row[column] for row in rows]
+    for place, value in enumerate(values):
+        try:
+            found.append(metadata.texts_of({"text": value}))
+        except ValueError as error:
+            wrong.append(f"row {place} {error}")
+    if wrong:
+        raise UserError(f"data.name={name}: {listed(wrong)}; choose data.text=COLUMN, or mend the rows")
+    return found
+
+
+def stored(value: Any) -> bytes:
+    """The bytes of a picture as a row holds it: undecoded, a path, or a picture."""
+    if isinstance(value, Mapping):
+        return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
+    if isinstance(value, bytes):
+        return value
+    save: Callable[..., None] | None = getattr(value, "save", None)
+    if save is None:
+        raise OSError(f"a column of {type(value).__name__} holds no picture")
+    file = io.BytesIO()
+    save(file, "PNG")
+    return file.getvalue()

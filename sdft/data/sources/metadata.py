@@ -1,0 +1,98 @@
+"""Captions in tables beside the pictures: `metadata.jsonl`, `.csv` or `.parquet`, as in the Hub's imagefolder.
+
+A row names its picture by `file_name`, relative to the table, and its caption by `text` or `caption`; a list there is
+several captions, and `weights` says how often each is told. Knows tables; does not know pictures.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from sdft.data.captions import checked_texts
+from sdft.types import UserError
+
+NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+CAPTION_COLUMNS = ("text", "caption", "captions")
+Texts = tuple[tuple[str, ...], tuple[float, ...]]
+"""Captions of one picture, and their weights or nothing."""
+
+
+def read_tables(root: Path, tables: list[str]) -> tuple[dict[str, Texts], list[str]]:
+    """Captions by picture, both relative to `root`, and what is wrong with the tables."""
+    found: dict[str, Texts] = {}
+    problems = []
+    for table in tables:
+        folder = PurePosixPath(table).parent
+        for where, row in rows(root / table):
+            try:
+                name = row.get("file_name")
+                if not isinstance(name, str) or not name:
+                    raise ValueError("has no file_name")
+                key = (folder / name).as_posix()
+                if key in found:
+                    raise ValueError(f"names {name}, which has a row already")
+                found[key] = texts_of(row)
+            except ValueError as error:
+                problems.append(f"{where} {error}")
+    return found, problems
+
+
+def texts_of(row: Mapping[str, Any]) -> Texts:
+    """The captions of one row and their weights. ValueError says what is wrong."""
+    value = next((row[column] for column in CAPTION_COLUMNS if row.get(column) is not None), None)
+    if value is None:
+        raise ValueError(f"has no caption: one of {', '.join(CAPTION_COLUMNS)}")
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError("has a caption that is neither text nor a list of texts")
+    weights = row.get("weights") or ()
+    numbers = isinstance(weights, list | tuple) and all(isinstance(w, int | float) and w > 0 for w in weights)
+    if not numbers or (weights and len(weights) != len(texts)):
+        raise ValueError("has weights that are not one positive number for each caption")
+    return checked_texts(texts), tuple(float(w) for w in weights)
+
+
+def rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(place, row) of a table."""
+    if table.suffix == ".parquet":
+        for number, row in enumerate(parquet_rows(table), 1):
+            yield f"{table} row {number}", row
+        return
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.root: {table} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
+    if table.suffix == ".csv":
+        for number, row in enumerate(csv.DictReader(text.splitlines(keepends=True)), 2):
+            yield f"{table} line {number}", row
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield f"{table} line {number}", json_row(table, number, line)
+
+
+def json_row(table: Path, number: int, line: str) -> Mapping[str, Any]:
+    """One line of a JSON table."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"data.root: {table} line {number} is not JSON ({error}); repair or remove it") from error
+    if not isinstance(row, dict):
+        raise UserError(f'data.root: {table} line {number} is no JSON object; write {{"file_name": ..., "text": ...}}')
+    return row
+
+
+def parquet_rows(table: Path) -> list[Mapping[str, Any]]:
+    """Rows of a parquet table, where pyarrow is installed."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(
+            f"data.root: {table} needs pyarrow, which is not installed: pip install -e '.[datasets]', or write the "
+            "table as metadata.jsonl"
+        ) from None
+    return parquet.read_table(table).to_pylist()

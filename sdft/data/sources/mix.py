@@ -1,0 +1,58 @@
+"""Several sources as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from sdft.data.dataset import Sample, Source
+from sdft.data.decode import Encoded
+from sdft.data.sources.splits import encoded
+from sdft.types import Count, Positive, UserError
+
+
+class Mix:
+    """Several sources, each repeated as often as said. Captions and loss weight are each source's own: a
+    regularisation set is a source with captions without the new word and a `loss_weight`.
+
+    sources: name -> source; the name becomes part of the keys.
+    repeats: name -> how often a pass over the data shows each of its pictures; 1 where not said.
+    weights: name -> share of the pass, relative to the others; becomes the nearest whole repeats, at least 1.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Source],
+        repeats: dict[str, Count] | None = None,
+        weights: dict[str, Positive] | None = None,
+    ):
+        for name, said in (("repeats", repeats), ("weights", weights)):
+            if unknown := set(said or {}) - set(sources):
+                raise UserError(f"data.{name} names {sorted(unknown)}; the sources are {sorted(sources)}")
+        if repeats and weights:
+            raise UserError("data.repeats and data.weights say the same in two ways; set one of them")
+        if weights and (silent := set(sources) - set(weights)):
+            raise UserError(f"data.weights says nothing of {sorted(silent)}; give every source its share")
+        self.repeats = repeats_of(sources, weights) if weights else repeats or {}
+        self._entries = [
+            (source, index, f"{name}/{key}" + (f"#{again}" if again else ""))
+            for name, source in sources.items()
+            for again in range(self.repeats.get(name, 1))
+            for index, key in enumerate(source.keys)
+        ]
+        self.keys = [key for _, _, key in self._entries]
+
+    def __getitem__(self, position: int) -> Sample:
+        source, index, key = self._entries[position]
+        return replace(source[index], key=key)
+
+    def encoded(self, position: int) -> Encoded | None:
+        source, index, _ = self._entries[position]
+        return encoded(source, index)
+
+
+def repeats_of(sources: Mapping[str, Source], weights: Mapping[str, float]) -> dict[str, int]:
+    """Whole repeats whose shares of a pass are near the weights; the source that needs least is shown once."""
+    wanted = {name: weights[name] / len(source.keys) for name, source in sources.items()}
+    least = min(wanted.values())
+    return {name: max(1, round(want / least)) for name, want in wanted.items()}

@@ -1,0 +1,235 @@
+"""Tar shards in the layout of WebDataset: the members of a sample share their name up to the first dot.
+
+A shard is indexed once, so that every sample is reachable by position and a run can shuffle and resume as with files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+
+from sdft.data.captions import Captions, Tags, checked_template, checked_texts
+from sdft.data.dataset import Sample
+from sdft.data.decode import Encoded
+from sdft.data.problems import listed
+from sdft.data.sources import metadata
+from sdft.data.sources.folder import IMAGE_SUFFIXES
+from sdft.data.sources.splits import Split, places_of
+from sdft.types import Fraction, NonNegative, UserError
+
+INDEX_SUFFIX = ".index.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a sample lies in its shard, and what it is called there."""
+
+    key: str
+    member: str
+    offset: int
+    size: int
+    texts: tuple[str, ...]
+    weights: tuple[float, ...] = ()
+
+
+class Shards:
+    """Pictures in tar shards: `0001.jpg` with `0001.txt`, and `0001.short.txt` or `0001.json` for more captions.
+
+    shards: paths with brace patterns, `data/{0000..0012}.tar`, several joined by `::`; `pipe:COMMAND` takes what the
+        command writes, once, and keeps it in `cache_dir`.
+    split, held_out, caption, default_caption, tags, loss_weight: as for a folder.
+    cache_dir: where shards that come by a command are kept.
+    """
+
+    def __init__(
+        self,
+        shards: str,
+        split: Split,
+        held_out: Fraction = 0.1,
+        caption: str = "{caption}",
+        default_caption: str | None = None,
+        tags: Tags | None = None,
+        loss_weight: NonNegative = 1.0,
+        cache_dir: str | None = None,
+    ):
+        self.loss_weight, self.tags = loss_weight, tags
+        self.template = checked_template("data.caption", caption)
+        self.files = [local(url, cache_dir) for url in expand(shards)]
+        placed = [(number, entry) for number, file in enumerate(self.files) for entry in entries_of(file)]
+        self._check(placed, default_caption)
+        keys = [entry.key for _, entry in placed]
+        if len(keys) < (1 if split == "all" else 2):
+            raise UserError(f"data.shards={shards}: found {len(keys)} samples, need at least 2")
+        self._placed = [placed[place] for place in places_of(keys, split, held_out)]
+        self._default = default_caption or ""
+        self.keys = [entry.key for _, entry in self._placed]
+
+    def encoded(self, index: int) -> Encoded:
+        """The picture as its shard holds it."""
+        number, entry = self._placed[index]
+        file = self.files[number]
+        return Encoded(f"{file}:{entry.member}", lambda: read_range(file, entry.offset, entry.size))
+
+    def __getitem__(self, index: int) -> Sample:
+        _, entry = self._placed[index]
+        captions = Captions(entry.texts or (self._default,), entry.weights, self.template, self.tags)
+        return Sample(entry.key, self.encoded(index), captions.plain, self.loss_weight, captions=captions)
+
+    def _check(self, placed: list[tuple[int, Entry]], default: str | None) -> None:
+        """Every sample has one name and a caption."""
+        first: dict[str, int] = {}
+        wrong = []
+        for number, entry in placed:
+            if entry.key in first:
+                other = self.files[first[entry.key]]
+                wrong.append(f"{self.files[number]}:{entry.key} has the name of a sample of {other}")
+            first.setdefault(entry.key, number)
+            if not entry.texts and default is None:
+                wrong.append(f"{self.files[number]}:{entry.member} has no caption")
+        if wrong:
+            raise UserError(
+                f"data.shards: {listed(wrong)}; write the shards anew, or set data.default_caption='...' for samples "
+                "without a caption"
+            )
+
+
+def expand(shards: str) -> list[str]:
+    """Every path or command of a brace pattern."""
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    try:
+        return [url for pattern in shards.split("::") for url in braceexpand(pattern)]
+    except UnbalancedBracesError as error:
+        raise UserError(f"data.shards={shards}: a brace is not closed ({error})") from error
+
+
+def local(url: str, cache_dir: str | None) -> Path:
+    """The file of a shard; what a command brings is kept whole or not at all."""
+    if not url.startswith("pipe:"):
+        path = Path(url).expanduser()
+        if not path.is_file():
+            raise UserError(f"data.shards: there is no file {path}")
+        return path
+    if cache_dir is None:
+        raise UserError(f"data.shards={url}: set data.cache_dir=DIR, where what the command brings is kept")
+    folder = Path(cache_dir).expanduser() / "shards"
+    path = folder / f"{hashlib.blake2b(url.encode(), digest_size=12).hexdigest()}.tar"
+    if path.is_file():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as out:
+            done = subprocess.run(url.removeprefix("pipe:"), shell=True, stdout=out, stderr=subprocess.PIPE)
+        if done.returncode:
+            told = " ".join(done.stderr.decode(errors="replace").split())
+            raise UserError(f"data.shards={url}: the command ended with status {done.returncode} ({told})")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"data.cache_dir={cache_dir}: {url} cannot be kept ({error.strerror})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def read_range(file: Path, offset: int, size: int) -> bytes:
+    """Some bytes of a file."""
+    with file.open("rb") as opened:
+        opened.seek(offset)
+        return opened.read(size)
+
+
+def entries_of(file: Path) -> list[Entry]:
+    """The samples of a shard: from its index where that is of this very file, else read and, if possible, kept."""
+    stat = file.stat()
+    stamp = [stat.st_size, stat.st_mtime_ns]
+    index = file.with_name(file.name + INDEX_SUFFIX)
+    try:
+        kept = json.loads(index.read_text(encoding="utf-8"))
+        if kept["of"] == stamp:
+            return [Entry(*place, tuple(texts), tuple(weights)) for *place, texts, weights in kept["samples"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none, an old one or a broken one: the shard itself is read
+    entries = read_shard(file)
+    partial = index.with_name(f"{index.name}.{os.getpid()}.partial")
+    try:
+        rows = [list(asdict(entry).values()) for entry in entries]
+        partial.write_text(json.dumps({"of": stamp, "samples": rows}), encoding="utf-8")
+        partial.replace(index)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a place that cannot be written to is read again next time
+    return entries
+
+
+def read_shard(file: Path) -> list[Entry]:
+    """The samples of a shard, in its order. Raises UserError with everything that is wrong in it."""
+    parts: dict[str, dict[str, tarfile.TarInfo]] = {}
+    wrong = []
+    for member in members(file):
+        path = PurePosixPath(member.name)
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(f"data.shards: {file} has a member {member.name!r}, which points out of it; do not use it")
+        if member.isdir():
+            continue
+        stem, _, suffix = path.name.partition(".")
+        key = (path.parent / stem).as_posix()
+        if not member.isreg():
+            wrong.append(f"{file}:{member.name} is no plain file")
+        elif suffix.lower() in parts.setdefault(key, {}):
+            wrong.append(f"{file}:{member.name} is there twice")
+        else:
+            parts[key][suffix.lower()] = member
+    entries = []
+    with file.open("rb") as opened:
+        for key, by_suffix in parts.items():
+            try:
+                entries.append(entry_of(key, by_suffix, opened))
+            except ValueError as error:
+                wrong.append(f"{file}:{key} {error}")
+    if wrong:
+        raise UserError(f"data.shards: {listed(wrong)}; write the shard anew")
+    return entries
+
+
+def members(file: Path) -> Iterator[tarfile.TarInfo]:
+    try:
+        with tarfile.open(file, "r:") as tar:
+            size = file.stat().st_size
+            for member in tar:
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"ends inside {member.name}")
+                yield member
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"data.shards: {file} is no whole tar file ({error}); fetch or write it anew") from error
+
+
+def entry_of(key: str, parts: dict[str, tarfile.TarInfo], opened) -> Entry:
+    """One sample. ValueError says what is wrong with it."""
+    pictures = [suffix for suffix in parts if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES]
+    if len(pictures) != 1:
+        raise ValueError(f"has {len(pictures)} pictures, needs one ({', '.join(sorted(parts))})")
+
+    def text(suffix: str) -> str:
+        member = parts[suffix]
+        opened.seek(member.offset_data)
+        try:
+            return opened.read(member.size).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"has a {suffix} that is not UTF-8 (byte {error.start})") from error
+
+    picture = parts[pictures[0]]
+    place = (key, picture.name, picture.offset_data, picture.size)
+    plain = sorted((s for s in parts if s.rpartition(".")[2] in ("txt", "caption")), key=lambda s: (s.count("."), s))
+    if plain:
+        return Entry(*place, checked_texts([text(suffix) for suffix in plain]))
+    if "json" in parts:
+        row = json.loads(text("json"))
+        if isinstance(row, dict) and any(row.get(column) is not None for column in metadata.CAPTION_COLUMNS):
+            return Entry(*place, *metadata.texts_of(row))
+    return Entry(*place, ())

@@ -1,0 +1,154 @@
+"""What a set of pictures looks like to a trainer: counts, sizes, cuts, captions, twins.
+
+Knows `Pictures` and what a scan found; does not know where they came from or where the answer is shown.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import numpy as np
+from PIL import Image
+
+from sdft.data.dataset import Pictures
+from sdft.data.scan import Scan
+
+MOST_TOKENS = 77
+NEAR = 4
+"""Bits of 64 in which the difference hashes of near-duplicates may differ."""
+MOST_NAMED = 5
+
+
+@dataclass
+class Survey:
+    """One row a picture, and what is wrong with some of them."""
+
+    keys: list[str] = field(default_factory=list)
+    original_hw: list[tuple[int, int]] = field(default_factory=list)
+    target_hw: list[tuple[int, int]] = field(default_factory=list)
+    kept: list[float] = field(default_factory=list)
+    """share of the picture that the crop keeps"""
+    enlarged: list[float] = field(default_factory=list)
+    """how many times longer the sides are made"""
+    captions: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    """of the longest way to tell the captions; empty where no tokenizer counts"""
+    duplicates: list[list[str]] = field(default_factory=list)
+    near_duplicates: list[list[str]] = field(default_factory=list)
+    broken: list[tuple[str, str]] = field(default_factory=list)
+
+    def lines(self, missing: str | None = None) -> list[str]:
+        """The summary, a line for each thing worth knowing. `missing` is what stands for an absent caption."""
+        h, w = (sorted(sides) for sides in zip(*self.original_hw, strict=True))
+        words = [len(caption.split()) for caption in self.captions]
+        large = [key for key, factor in zip(self.keys, self.enlarged, strict=True) if factor > 1]
+        cropped = [key for key, share in zip(self.keys, self.kept, strict=True) if share < 0.75]
+        bare = [key for key, caption in zip(self.keys, self.captions, strict=True) if caption == missing]
+        long = [key for key, count in zip(self.keys, self.tokens, strict=False) if count > MOST_TOKENS]
+        found = [
+            f"pictures         {len(self.keys)}, and {len(self.broken)} that cannot be read",
+            *(f"  {name} ({problem})" for name, problem in self.broken),
+            f"sizes            {w[0]} to {w[-1]} wide, {h[0]} to {h[-1]} high, "
+            f"median {statistics.median(w):.0f} x {statistics.median(h):.0f}",
+            f"enlarged         {counted(large)}",
+            f"cropped by > 25% {counted(cropped)}",
+            f"duplicates       {grouped(self.duplicates)}",
+            f"near-duplicates  {grouped(self.near_duplicates)}",
+            f"captions         {min(words)} to {max(words)} words, median {statistics.median(words):.0f}; "
+            f"{len(set(self.captions))} different ones",
+            f"without caption  {counted(bare)}",
+        ]
+        if self.tokens:
+            found.append(f"over {MOST_TOKENS} tokens   {counted(long)}")
+        return [*found, "training sizes, width x height:", *self._histogram()]
+
+    def _histogram(self) -> list[str]:
+        counts = Counter(self.target_hw)
+        most = max(counts.values())
+        return [f"  {w:>5} x {h:<5} {num:>7}  {'#' * -(-40 * num // most)}" for (h, w), num in sorted(counts.items())]
+
+
+def counted(keys: Sequence[str]) -> str:
+    """How many, and the first of them."""
+    if not keys:
+        return "none"
+    rest = f", and {len(keys) - MOST_NAMED} more" if len(keys) > MOST_NAMED else ""
+    return f"{len(keys)}: {', '.join(keys[:MOST_NAMED])}{rest}"
+
+
+def grouped(groups: Sequence[Sequence[str]]) -> str:
+    """How many groups of alikes, and the first of them."""
+    return counted([" = ".join(group) for group in groups])
+
+
+def survey(
+    parts: Sequence[tuple[Pictures, Scan]],
+    look: Callable[[Pictures, int, np.ndarray], None],
+    bar: Callable[[Iterable], Iterable] = iter,
+    count_tokens: Callable[[str], int] | None = None,
+) -> Survey:
+    """Reads every picture once. `look` is shown each of them, `bar` wraps the loop over all."""
+    found = Survey()
+    same, hashes = defaultdict(list), {}
+    places = [(pictures, seen, index) for pictures, seen in parts for index in range(len(pictures.source.keys))]
+    for pictures, seen, index in bar(places):
+        sample = pictures.source[index]
+        image = sample.image_HWC
+        cut = pictures.cut(index, image.shape[:2], flip=False)
+        found.keys.append(sample.key)
+        found.original_hw.append(cut.original_hw)
+        found.target_hw.append(cut.target_hw)
+        found.kept.append(np.prod(cut.target_hw) / np.prod(cut.resized_hw))
+        found.enlarged.append(cut.resized_hw[0] / cut.original_hw[0])
+        found.captions.append(sample.caption)
+        if count_tokens:
+            texts = sample.captions.every if sample.captions else None
+            found.tokens.append(max(count_tokens(text) for text in texts or (sample.caption,)))
+        same[seen.digests.get(index, sample.key)].append(sample.key)
+        hashes[sample.key] = difference_hash(image)
+        look(pictures, index, image)
+    found.duplicates = [keys for keys in same.values() if len(keys) > 1]
+    found.near_duplicates = near_groups(hashes, found.duplicates)
+    return found
+
+
+def difference_hash(image_HWC: np.ndarray) -> int:
+    """64 bits: whether each of 8 x 8 cells of the grey picture is brighter than its right neighbour."""
+    small = np.asarray(Image.fromarray(image_HWC).convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
+    return int.from_bytes(np.packbits(small[:, :-1] > small[:, 1:]).tobytes(), "big")
+
+
+def near_groups(hashes: dict[str, int], known: Sequence[Sequence[str]] = ()) -> list[list[str]]:
+    """Keys whose hashes differ in at most NEAR bits, without those that are `known` to be the same.
+
+    Two such hashes agree in at least one of NEAR + 1 bands, so only pictures that share a band are compared.
+    """
+    alike = defaultdict(list)
+    repeated = {key for group in known for key in group[1:]}
+    for key, value in hashes.items():
+        if key not in repeated:
+            alike[value].append(key)
+    bands = defaultdict(list)
+    width = -(-64 // (NEAR + 1))
+    for value in alike:
+        for band in range(NEAR + 1):
+            bands[band, value >> band * width & (1 << width) - 1].append(value)
+    leader = {value: value for value in alike}
+
+    def top(value: int) -> int:
+        while leader[value] != value:
+            value = leader[value]
+        return value
+
+    for values in bands.values():
+        for a, b in combinations(values, 2):
+            if (a ^ b).bit_count() <= NEAR:
+                leader[top(b)] = top(a)
+    groups = defaultdict(list)
+    for value, keys in alike.items():
+        groups[top(value)] += keys
+    return [keys for keys in groups.values() if len(keys) > 1]

@@ -1,0 +1,105 @@
+"""`python -m sdft.data check | cache | shard`, on a folder with one of every trouble."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdft.data import __main__ as commands
+from sdft.data.survey import NEAR, difference_hash, near_groups
+
+
+def run(command: str, capsys, monkeypatch, *words: str) -> str:
+    monkeypatch.setattr(sys, "argv", [command, *words])
+    commands.COMMANDS[command]()
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two wide pictures, one of them there twice, one nearly; a high one, one that is broken, one without caption."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    g = np.random.default_rng(1)
+    smooth = Image.fromarray(g.integers(0, 256, (4, 6, 3), dtype=np.uint8)).resize((90, 60), Image.Resampling.BICUBIC)
+    smooth.save(folder / "a.png")
+    (folder / "a_again.png").write_bytes((folder / "a.png").read_bytes())
+    smooth.resize((180, 120)).save(folder / "a_larger.jpg", quality=80)
+    Image.fromarray(g.integers(0, 256, (30, 20, 3), dtype=np.uint8)).save(folder / "high.png")
+    Image.fromarray(g.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / "bare.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    for name in ("a", "a_again", "a_larger", "broken"):
+        (folder / f"{name}.txt").write_text("a red cat")
+    (folder / "high.txt").write_text(" ".join(["a very long caption"] * 30))
+    return folder
+
+
+def test_check_tells_what_there_is(root: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    words = [f"data.root={root}", f"out={tmp_path}/sheets", "size=64", "data.bucket_step=16"]
+    told = run("check", capsys, monkeypatch, *words)
+    lines = {line.split("  ")[0].strip(): line for line in told.splitlines()}
+    assert "5, and 1 that cannot be read" in lines["pictures"]
+    assert f"{root}/broken.png (no picture format that is known here)" in told
+    assert "20 to 180 wide, 30 to 120 high, median 90 x 60" in told
+    assert "1: a.png = a_again.png" in lines["duplicates"]
+    assert "1: a.png = a_larger.jpg" in lines["near-duplicates"]
+    assert "1: bare.png" in lines["without caption"]
+    assert "1: high.png" in lines["over 77 tokens"]
+    assert "1: high.png" in lines["enlarged"]
+    sizes = [line.split()[:4] for line in told.splitlines() if " x " in line and line.startswith("     ")]
+    assert sizes == [["80", "x", "48", "3"], ["64", "x", "64", "1"], ["48", "x", "80", "1"]]
+    sheets = {file.name: Image.open(file).size for file in (tmp_path / "sheets").iterdir()}
+    assert sheets.keys() == {"80x48.png", "64x64.png", "48x80.png"}
+    assert sheets["80x48.png"][0] > 2 * sheets["64x64.png"][0], "three pictures stand beside each other"
+
+
+def test_a_cache_is_filled_once(root: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    words = [f"data.root={root}", f"out={tmp_path}/cache", "data.default_caption=x", "data.unreadable=skip"]
+    told = run("cache", capsys, monkeypatch, *words)
+    # Five pictures, two of them the same; four captions with the empty one, two tensors each.
+    assert f"12 entries in {tmp_path}/cache" in told
+    before = sorted((file.name, file.stat().st_mtime_ns) for file in (tmp_path / "cache").iterdir())
+    run("cache", capsys, monkeypatch, *words)
+    assert sorted((file.name, file.stat().st_mtime_ns) for file in (tmp_path / "cache").iterdir()) == before
+
+
+def test_shard_refuses_what_is_broken_and_writes_the_rest(root: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    words = [f"root={root}", f"out={tmp_path}/out", "default_caption=x", "per_shard=3"]
+    with pytest.raises(SystemExit):
+        run("shard", capsys, monkeypatch, *words)
+    assert "broken.png cannot be read as a picture" in capsys.readouterr().err
+    (root / "broken.png").unlink()
+    told = run("shard", capsys, monkeypatch, *words)
+    assert "5 pictures in 2 shards" in told
+    assert f"data.shards='{tmp_path}/out/{{000000..000001}}.tar'" in told
+    names = ["000000.tar", "000000.tar.index.json", "000001.tar", "000001.tar.index.json"]
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == names
+
+
+def test_hashes_see_likeness() -> None:
+    """A ramp from dark to light has no brighter left neighbour; mirrored, all 64 cells have."""
+    ramp = np.tile(np.linspace(0, 255, 90).astype(np.uint8)[None, :, None], (80, 1, 3))
+    assert difference_hash(ramp) == 0
+    assert difference_hash(ramp[:, ::-1]) == 2**64 - 1
+
+
+def test_near_groups_are_those_within_reach() -> None:
+    """Against comparing all pairs, on hashes made to be near."""
+    g = np.random.default_rng(0)
+    centres = [int(x) for x in g.integers(0, 2**63, 20)]
+    hashes = {}
+    for c, centre in enumerate(centres):
+        for k in range(3):
+            bits = g.choice(64, size=2 * k, replace=False)
+            hashes[f"{c}-{k}"] = centre ^ sum(1 << int(bit) for bit in bits)
+    groups = {frozenset(group) for group in near_groups(hashes)}
+    for a in hashes:
+        for b in hashes:
+            if a != b and (hashes[a] ^ hashes[b]).bit_count() <= NEAR:
+                assert any({a, b} <= group for group in groups)
+    assert groups == {frozenset(f"{c}-{k}" for k in range(3)) for c in range(20)}
+    assert near_groups({"a": 5, "b": 5}, known=[["a", "b"]]) == []
