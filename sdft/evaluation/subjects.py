@@ -20,7 +20,7 @@ import torch
 from annotated_types import MinLen
 
 from sdft.formats.adapter import lora_on, read_words
-from sdft.formats.lora_file import is_lora, read_header, read_lora
+from sdft.formats.lora_file import is_lora, read_lora, read_names
 from sdft.models.sdxl import SDXL
 from sdft.sampling import Sampler
 from sdft.types import Count, UserError
@@ -143,7 +143,7 @@ def _file(name: str, source: str, path: Path) -> Subject:
     key = f"subjects.{name}={source}"
     if path.suffix != ".safetensors":
         raise UserError(f"{key}: is no .safetensors file; of a run, pass its folder")
-    names, _ = read_header(key, path)
+    names, _ = read_names(key, path)
     if is_lora(names):
         return Subject(name, source, lora=path)
     if any(tensor.startswith("model.diffusion_model.") for tensor in names):

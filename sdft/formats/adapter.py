@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sdft.formats.lora_file import Layout, read_header, save_whole, write_lora_file
+from sdft.formats.lora_file import Layout, read_names, save_whole, write_lora_file
 from sdft.formats.lora_keys import PARTS, layer_name
 from sdft.formats.lora_layer import DORA, DOWN, PEFT_NAMES, Layer, LoraFile, kohya_magnitude
 from sdft.types import UserError
@@ -157,7 +157,7 @@ def write_words(model: nn.Module, words: list[str], path: Path) -> None:
 
 def read_words(path: Path, key: str = "words") -> tuple[list[str], dict[str, Tensor]]:
     """Learned words and their rows, `clip_l` and `clip_g`, each N x D."""
-    names, metadata = read_header(key, path)
+    names, metadata = read_names(key, path)
     words = metadata.get("words", "").split("\n")
     if set(names) != {"clip_l", "clip_g"} or not all(words) or len(set(words)) < len(words):
         raise UserError(f"{key}: {path.name} holds no learned words (clip_l, clip_g and the list of words)")

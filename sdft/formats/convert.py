@@ -13,9 +13,9 @@ from tqdm import tqdm
 from sdft.formats.architecture import PARTS, empty_network, refuse_misfit
 from sdft.formats.checkpoint import PICKLES, open_checkpoint
 from sdft.formats.diffusers_folder import copy_as_folder
-from sdft.formats.lora_file import is_lora, read_lora, write_lora_file
+from sdft.formats.lora_file import is_lora, read_lora, read_names, write_lora_file
 from sdft.formats.single_file import write_single_file
-from sdft.formats.stream import appearing, read_header
+from sdft.formats.stream import appearing
 from sdft.types import UserError
 
 MODEL_FORMATS = ("folder", "single_file")
@@ -69,7 +69,7 @@ def holds_lora(source: str, path: Path) -> bool:
     """Whether a file holds adapters."""
     if path.suffix != ".safetensors" or not path.is_file():
         return False
-    return is_lora(tensor.name for tensor in read_header(f"in={source}", path)[0])
+    return is_lora(read_names(f"in={source}", path)[0])
 
 
 def convert_model(

@@ -7,21 +7,19 @@ Knows what tensors and metadata are called in files. Must not know models (`adap
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import sqrt
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from sdft.formats import lora_keys
 from sdft.formats.lora_layer import DORA, DOWN, TENSORS, UP, Layer, LoraFile, kohya_magnitude, most_common
+from sdft.formats.stream import appearing, entry_of, read_header, write_tensors
 from sdft.types import UserError
 
 Layout = Literal["kohya", "diffusers"]
@@ -53,7 +51,7 @@ def read_lora(path: Path, key: str) -> LoraFile:
 
     Raises UserError that names `key` and everything that is wrong, before any number is read.
     """
-    names, metadata = read_header(key, path)
+    names, metadata = read_names(key, path)
     if not is_lora(names):
         raise UserError(f"{key}: {path.name} holds no LoRA; none of its {len(names)} tensors is a LoRA's")
     refuse_unknown(names, key, path)
@@ -149,22 +147,15 @@ def adapter_metadata(lora: LoraFile) -> dict[str, Any]:
 
 def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write a safetensors file so that a crash leaves nothing, or what was there, under its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
-        written = Path(folder) / path.name
-        save_file(dict(tensors), written, metadata={"format": "pt", **metadata})
-        with written.open("rb") as file:
-            os.fsync(file.fileno())
-        written.replace(path)
+    entries = {name: entry_of(tensor) for name, tensor in tensors.items()}
+    with appearing(path, overwrite=True) as written:
+        write_tensors(written, entries, {"format": "pt", **metadata}, tensors.__getitem__)
 
 
-def read_header(key: str, path: Path) -> tuple[list[str], dict[str, str]]:
+def read_names(key: str, path: Path) -> tuple[list[str], dict[str, str]]:
     """Names of the tensors in a file, and its metadata."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys()), file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{key}: cannot be read ({error})") from error
+    stored, metadata = read_header(key, path)
+    return [tensor.name for tensor in stored], metadata
 
 
 def split(name: str) -> tuple[str, str | None]:
