@@ -25,9 +25,11 @@ class EMA(L.Callback):
         self.num_updates = 0
         self.average: dict[str, Tensor] = {}
         self._live: dict[str, Tensor] | None = None
+        self._learning: list[Tensor] = []
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         saved = self.average
+        self._learning = [p.detach() for _, p in learning(module.model)]
         self.average = {name: p.detach().clone() for name, p in learning(module.model)}
         for name, value in saved.items():
             self.average[name].copy_(value)
@@ -37,9 +39,7 @@ class EMA(L.Callback):
             return
         self.num_updates = trainer.global_step
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        with torch.no_grad():
-            for name, p in learning(module.model):
-                self.average[name].lerp_(p.detach(), 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), self._learning, 1 - decay)
 
     @contextmanager
     def averaged(self, module: L.LightningModule) -> Iterator[None]:

@@ -71,7 +71,7 @@ class SDXL(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        return next(self.unet.parameters()).device
 
     @property
     def vae_factor(self) -> int:
@@ -174,7 +174,7 @@ class SDXL(nn.Module):
 
     def denoise(self, z_t_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
         """The UNet's prediction, in fp32."""
-        dtype = self.unet.dtype
+        dtype = next(self.unet.parameters()).dtype  # `unet.dtype` looks at every module, at every step
         added = {"text_embeds": cond.pooled_BP.to(dtype), "time_ids": cond.time_ids_B6}
         prediction = self.unet(z_t_BCHW.to(dtype), t_B, cond.context_BLD.to(dtype), added_cond_kwargs=added)
         return prediction.sample.float()
