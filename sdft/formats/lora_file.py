@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import sqrt
@@ -121,7 +122,8 @@ def diffusers_tensors(lora: LoraFile, dtype: torch.dtype | None) -> Iterator[tup
             raise UserError(f"diffusers has no form for {part} with DoRA in only some layers; write the kohya layout")
         for module, layer in layers.items():
             for name, tensor in layer.peft_tensors.items():
-                weight = "" if name == "lora_magnitude_vector" else ".weight"
+                # As peft writes them; but transformers 5 takes an encoder's magnitudes only by their whole name.
+                weight = "" if name == "lora_magnitude_vector" and part == "unet" else ".weight"
                 yield f"{part}.{module}.{name}{weight}", tensor.to(dtype or tensor.dtype)
 
 
@@ -153,6 +155,9 @@ def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str,
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
         written = Path(folder) / path.name
         save_file(dict(tensors), written, metadata={"format": "pt", **metadata})
+        # safetensors lets nobody else read its files: give this one the mode that any new file gets.
+        (ordinary := Path(folder) / "mode").touch()
+        shutil.copymode(ordinary, written)
         with written.open("rb") as file:
             os.fsync(file.fileno())
         written.replace(path)
