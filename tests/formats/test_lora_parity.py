@@ -198,7 +198,7 @@ def uneven(lora: LoraFile) -> LoraFile:
 
 
 def test_uneven_ranks_and_alphas_are_kept(nano: SDXL, trained: Callable, tmp_path: Path) -> None:
-    """By diffusers in its own layout, and here in both. diffusers 0.42 loses a kohya file's uneven alphas of attention."""
+    """By diffusers in its own layout, here in both: diffusers 0.42 loses uneven alphas of a kohya file's attention."""
     lora = uneven(lora_of(trained("lora_te")))
     expected = {
         name.replace("text_encoder/text_model.", "text_encoder/").replace("/", "."): layer.scale
