@@ -119,7 +119,8 @@ def diffusers_tensors(lora: LoraFile, dtype: torch.dtype | None) -> Iterator[tup
             raise UserError(f"diffusers has no form for {part} with DoRA in only some layers; write the kohya layout")
         for module, layer in layers.items():
             for name, tensor in layer.peft_tensors.items():
-                weight = "" if name == "lora_magnitude_vector" else ".weight"
+                # As peft writes them; but transformers 5 takes an encoder's magnitudes only by their whole name.
+                weight = "" if name == "lora_magnitude_vector" and part == "unet" else ".weight"
                 yield f"{part}.{module}.{name}{weight}", tensor.to(dtype or tensor.dtype)
 
 
