@@ -39,7 +39,8 @@ class ContactSheet:
         """Write the sheet as PNG."""
         font = ImageFont.load_default(13)
         line = 16
-        height = CELL + (TEXT_LINES + 1) * line + GAP
+        tallest = max(thumb.height for thumb, _, _ in self.cells)
+        height = tallest + (TEXT_LINES + 1) * line + GAP
         columns = min(COLUMNS, len(self.cells))
         num_rows = -(-len(self.cells) // columns)
         size = (columns * (CELL + GAP) + GAP, num_rows * (height + GAP) + GAP + 2 * line)
@@ -49,10 +50,10 @@ class ContactSheet:
         for place, (thumb, key, caption) in enumerate(self.cells):
             row, column = divmod(place, columns)
             x, y = GAP + column * (CELL + GAP), GAP + 2 * line + row * (height + GAP)
-            sheet.paste(thumb, (x + (CELL - thumb.width) // 2, y + CELL - thumb.height))
-            draw.text((x, y + CELL + 2), fitted(key, font), FRAME, font=font)
+            sheet.paste(thumb, (x + (CELL - thumb.width) // 2, y + tallest - thumb.height))
+            draw.text((x, y + tallest + 2), fitted(key, font), FRAME, font=font)
             for number, text in enumerate(wrapped(caption, font)):
-                draw.text((x, y + CELL + 2 + (number + 1) * line), text, INK, font=font)
+                draw.text((x, y + tallest + 2 + (number + 1) * line), text, INK, font=font)
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -64,11 +65,11 @@ class Images(L.LightningDataModule):
             raise UserError("data.cache=disk: set data.cache_dir=DIR, where what is encoded is kept")
         ((train, seen), (validation, seen_held_out)), self.skipped = only_readable([train, validation], unreadable)
         buckets = bucket_sizes(size, bucket_step) if bucket_step else ()
-        options = {"size_hw": (size, size), "seed": seed, "buckets": buckets}
-        self.pictures = Pictures(
-            train, crop=crop, flip=flip, caption_dropout=caption_dropout, hw_N2=seen.hw_N2, **options
+        pictures_of = partial(Pictures, size_hw=(size, size), seed=seed, buckets=buckets)
+        self.pictures = pictures_of(
+            train, crop=crop, flip=flip, caption_dropout=caption_dropout, hw_N2=seen.hw_N2
         )
-        self.held_out = Pictures(validation, hw_N2=seen_held_out.hw_N2, **options)
+        self.held_out = pictures_of(validation, hw_N2=seen_held_out.hw_N2)
         self.seen, self.seen_held_out = seen, seen_held_out
         if cache != "off":
             self.pictures.cacheable_variants()
@@ -163,7 +164,7 @@ class Images(L.LightningDataModule):
 
 def images_from(source: type) -> Callable[..., Images]:
     """A constructor of `Images` from the two splits of one `source`: its options are those of both."""
-    both = {}
+    both: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}
     taken = {}
     for owner, given in ((source, {"split", "loss_weight"}), (Images, {"train", "validation"})):

@@ -56,7 +56,7 @@ def cut_image(image_HWC: np.ndarray, cut: Cut) -> Tensor:
     window = image_HWC[cut.top : cut.top + h, cut.left : cut.left + w]
     if cut.flip:
         window = window[:, ::-1]
-    return torch.from_numpy(np.ascontiguousarray(window)).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(window, order="C")).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_uint8(pixels_BCHW: Tensor) -> np.ndarray:

@@ -148,7 +148,7 @@ def near_groups(hashes: dict[str, int], known: Sequence[Sequence[str]] = ()) -> 
         for a, b in combinations(values, 2):
             if (a ^ b).bit_count() <= NEAR:
                 leader[top(b)] = top(a)
-    groups = defaultdict(list)
+    groups: dict[int, list[str]] = defaultdict(list)
     for value, keys in alike.items():
         groups[top(value)] += keys
     return [keys for keys in groups.values() if len(keys) > 1]

@@ -5,17 +5,15 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-import torch
-from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_conversion_utils import (
     _convert_non_diffusers_lora_to_diffusers,
     _maybe_map_sgm_blocks_to_diffusers,
 )
-from sdxl_configs import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from sdft.formats.architecture import empty_network
 from sdft.formats.lora_keys import is_convolution, kohya_name, layer_name, layer_of, other_model
+from sdft.models.load import SDXL_BASE
 from sdft.tuning import Adapter
 
 BY_HAND = {
@@ -52,12 +50,8 @@ BLOCKS = {"input_blocks": {4: 2, 5: 2, 7: 10, 8: 10}, "output_blocks": {0: 10, 1
 
 @pytest.fixture(scope="module")
 def sdxl() -> SimpleNamespace:
-    with torch.device("meta"):
-        return SimpleNamespace(
-            unet=UNet2DConditionModel(**UNET),
-            text_encoder=CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER)),
-            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_ENCODER_2)),
-        )
+    parts = ("unet", "text_encoder", "text_encoder_2")
+    return SimpleNamespace(**{part: empty_network(part, SDXL_BASE / part) for part in parts})
 
 
 def targets(sdxl: SimpleNamespace, part: str) -> list[str]:
