@@ -119,6 +119,7 @@ def _fill(adapted: BaseTunerLayer, layer: Layer) -> None:
         else:
             held[ADAPTER].weight = tensor
     adapted.r[ADAPTER] = layer.rank or 1
+    _alphas(adapted)[ADAPTER] = layer.scale * adapted.r[ADAPTER]
     adapted.scaling[ADAPTER] = layer.scale
     adapted.train(base.training)
 
@@ -132,6 +133,10 @@ def _take_off(part_module: nn.Module) -> None:
         del part_module.peft_config
 
 
+def _alphas(adapted: BaseTunerLayer) -> dict[str, float]:
+    return adapted.lora_alpha if hasattr(adapted, "lora_alpha") else adapted.alpha
+
+
 def _layer_of(adapted: BaseTunerLayer) -> Layer:
     tensors = {}
     for name in adapted.adapter_layer_names:
@@ -141,7 +146,7 @@ def _layer_of(adapted: BaseTunerLayer) -> Layer:
             tensors[KOHYA_NAMES.get(name, name)] = tensor.detach()
     if DORA in tensors:
         tensors[DORA] = kohya_magnitude(tensors[DORA], tensors[DOWN])
-    alpha = float((adapted.lora_alpha if DOWN in tensors else adapted.alpha)[ADAPTER])
+    alpha = float(_alphas(adapted)[ADAPTER])
     layer = Layer(tensors, alpha)
     if layer.rank is None:
         # No program scales a LoKr of two whole matrices, except peft.

@@ -191,6 +191,8 @@ def refuse_unknown(names: list[str], key: str, path: Path) -> None:
 def _layer(name: str, tensors: dict[str, Tensor], alphas: Callable[[str, int | None], float]) -> Layer:
     """The checked layer of a file's tensors, in kohya's shapes."""
     alpha = tensors.pop(ALPHA, None)
+    if alpha is not None and alpha.numel() != 1:
+        raise ValueError(f"has an alpha of {alpha.numel()} numbers")
     # Some programs write linear layers as 1x1 convolutions.
     if not lora_keys.is_convolution(name):
         tensors = {suffix: t.flatten(1) if t.dim() == 4 else t for suffix, t in tensors.items()}

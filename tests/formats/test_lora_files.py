@@ -214,6 +214,7 @@ BAD = {
     "half a LoHa": ({f"{KOHYA_QUERY}.hada_w1_a": (4, 2)}, "has no hada_w1_b and no hada_w2_a and no hada_w2_b$"),
     "half a LoKr": ({f"{KOHYA_QUERY}.lokr_w1": (4, 2)}, "has no lokr_w2_a and no lokr_w2_b$"),
     "ranks differ": ({DOWN: (2, 4), UP: (4, 3)}, r"contradict each other \(lora_down.weight \[2, 4\], lora_up"),
+    "two alphas": ({DOWN: (2, 4), UP: (4, 2), f"{KOHYA_QUERY}.alpha": (2,)}, "has an alpha of 2 numbers$"),
     "magnitudes of columns": (
         {DOWN: (2, 4), UP: (6, 2), f"{KOHYA_QUERY}.dora_scale": (1, 4)},
         r"contradict each other \(dora_scale \[1, 4\]",
