@@ -26,11 +26,11 @@ def trained(tuning, dtype: dict[str, str] | None = None):
     """A module whose weights have visibly moved."""
     model = pretrained("nano", dtype=dtype).eval()
     tuning.attach(model)
-    generator = torch.Generator().manual_seed(5)
+    generator, full = torch.Generator().manual_seed(5), isinstance(tuning, Full)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for p in model.parameters():
             if p.requires_grad:
-                p += 0.05 * torch.randn(p.shape, generator=generator) * (p.abs().mean() if "lora" not in name else 1)
+                p += 0.05 * torch.randn(p.shape, generator=generator) * (p.abs().mean() if full else 1)
     return SimpleNamespace(model=model, tuning=tuning, objective=Denoising())
 
 
@@ -62,11 +62,13 @@ def test_new_words_are_read_back_with_the_lora(tmp_path: Path) -> None:
     assert 0 < max(errors.values()) < 0.01
 
 
-def test_a_frozen_base_in_bf16_is_compared_in_bf16(tmp_path: Path) -> None:
+def test_a_frozen_base_in_bf16_stays_so_and_is_compared_in_fp32(tmp_path: Path) -> None:
     module = trained(Adapter(rank=4, parts=UNET), {"unet": "bf16"})
     assert {p.dtype for p in module.model.unet.parameters() if p.requires_grad} == {torch.float32}
     _, errors = export(module, tmp_path)
-    assert max(errors.values()) < 0.05
+    assert max(errors.values()) < 0.002
+    assert module.model.unet.conv_in.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in module.model.unet.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_a_whole_model_as_folder_and_as_one_file(tmp_path: Path) -> None:
@@ -123,16 +125,20 @@ def up_and_down_of_another_layer(path: Path) -> None:
     save_file(tensors, path)
 
 
-@pytest.mark.parametrize("spoil", [wrong_alpha, one_layer_lost, up_and_down_of_another_layer])
-def test_a_file_that_is_wrong_fails_the_export(spoil: Callable, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("spoil", "options"),
+    [(wrong_alpha, {}), (one_layer_lost, {}), (up_and_down_of_another_layer, {"tolerance": 0.002})],
+)
+def test_a_file_that_is_wrong_fails_the_export(spoil: Callable, options: dict, tmp_path: Path, monkeypatch) -> None:
+    """Two of 150 layers exchanged change the prediction by half a percent of what training did: ask more closely."""
     def writes_wrong(lora, path, layout, *args):
         lora_file.write_lora_file(lora, path, layout, *args)
         if layout == "kohya":
             spoil(path)
 
     monkeypatch.setattr(exports, "write_lora_file", writes_wrong)
-    with pytest.raises(UserError, match=r"lora_kohya\.safetensors is .*% .*do not use it"):
-        export(trained(Adapter(rank=4, alpha=11, parts=UNET)), tmp_path)
+    with pytest.raises(UserError, match=r"lora_kohya\.safetensors is .*%.*do not use it"):
+        export(trained(Adapter(rank=4, alpha=11, parts=UNET)), tmp_path, **options)
 
 
 def test_a_single_file_with_a_forgotten_transpose_fails_the_export(tmp_path: Path, monkeypatch) -> None:

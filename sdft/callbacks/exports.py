@@ -32,13 +32,18 @@ class Export:
 
     dtype: of a whole model's weights; LoRA files are fp16.
     single_file: also write a whole model as one file, for ComfyUI, A1111 and kohya.
-    tolerance: how far a file's predictions may be from the trained model's, as a share of what training changed.
+    tolerance: how far a file's predictions may be from the trained model's, as a share of what training changed;
+        0.02 where not said, and 0.2 in bf16, which rounds that coarsely.
     """
 
     def __init__(
-        self, dtype: Literal["fp32", "bf16", "fp16"] = "fp32", single_file: bool = False, tolerance: Positive = 0.05
+        self,
+        dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+        single_file: bool = False,
+        tolerance: Positive | None = None,
     ):
-        self.dtype, self.single_file, self.tolerance = DTYPES[dtype], single_file, tolerance
+        self.dtype, self.single_file = DTYPES[dtype], single_file
+        self.tolerance = tolerance or (0.2 if dtype == "bf16" else 0.02)
 
     def __call__(
         self, module: L.LightningModule, folder: Path, title: str, size: int, reload: Callable[[], nn.Module]

@@ -5,6 +5,7 @@ Knows the kinds of files that training writes and one small forward pass to comp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from sdft.evaluation.subjects import with_lora, with_words
+from sdft.formats.adapter import lora_of, narrow_base
 from sdft.formats.diffusers_folder import FILES, SDXL_PARTS
 from sdft.formats.lora_file import read_lora
 from sdft.models.sdxl import SDXL
@@ -37,6 +39,9 @@ def export_errors(
     base: makes the model what it was before training, inside a `with`.
     reload: the base model anew, for the adapters to go on.
     """
+    # In fp32: rounding of activations would hide what is wrong with the weights.
+    dtypes = {part: getattr(model, part).dtype for part in FILES}
+    model.float()
     trained = probe(model, words)
     with base():
         scales = [max(rms(a - b), LEAST_EFFECT * rms(a)) for a, b in zip(trained, probe(model, words), strict=True)]
@@ -44,17 +49,20 @@ def export_errors(
     for name in written:
         if name == "words":
             continue  # read together with each LoRA
+        if name.startswith("lora") and read_lora(written[name], name).layers.keys() != lora_of(model).layers.keys():
+            errors[name] = math.inf  # one layer of many would hardly show in the prediction
+            continue
         with opened(name, written, reload) as again:
-            for part in FILES:
-                getattr(again, part).to(model.device, getattr(model, part).dtype)
             differences = zip(trained, probe(again, words), scales, strict=True)
             errors[name] = max(rms(a - b) / scale for a, b, scale in differences)
+    for part, dtype in dtypes.items():
+        narrow_base(getattr(model, part), dtype)
     return errors
 
 
 @torch.no_grad()
 def probe(model: SDXL, words: tuple[str, ...]) -> list[Tensor]:
-    """What the model says of fixed noise under a few prompts, and its picture of it, in the model's own dtypes."""
+    """What the model says of fixed noise under a few prompts, and its picture of it."""
     prompts = ["a photo of a cat", *words]
     shape = (len(prompts), model.vae.config.latent_channels, LATENT_SIDE, LATENT_SIDE)
     z_BCHW = torch.randn(shape, generator=generator(0, "parity")).to(model.device)
@@ -67,7 +75,7 @@ def probe(model: SDXL, words: tuple[str, ...]) -> list[Tensor]:
 
 @contextmanager
 def opened(name: str, written: Mapping[str, Path], reload: Callable[[], SDXL]) -> Iterator[SDXL]:
-    """The model that a file stands for, inside the `with`: read by diffusers, not by us."""
+    """The model that a file stands for in fp32, inside the `with`: read by diffusers, wherever it can."""
     if name in ("model", "single_file"):
         options = {"dtype": torch.float32, "add_watermarker": False}
         if name == "model":
@@ -76,11 +84,14 @@ def opened(name: str, written: Mapping[str, Path], reload: Callable[[], SDXL]) -
             config = str(written["model"])
             pipeline = StableDiffusionXLPipeline.from_single_file(str(written[name]), config=config, **options)
         zeros = pipeline.config.force_zeros_for_empty_prompt
-        yield SDXL(**{part: getattr(pipeline, part) for part in SDXL_PARTS}, empty_prompt="zeros" if zeros else "empty")
+        parts = {part: getattr(pipeline, part) for part in SDXL_PARTS}
+        yield SDXL(**parts, empty_prompt="zeros" if zeros else "empty")
         return
-    model = reload().eval()
+    model = reload().eval().float()
+    kinds = {layer.kind for layer in read_lora(written[name], name).layers.values()}
     with ExitStack() as stack:
-        if read_lora(written[name], name).without_diffusers_form:
+        # diffusers 0.42 knows no LoHa and LoKr, and drops the magnitudes of a DoRA with kohya's names.
+        if kinds & {"loha", "lokr"} or (name == "lora_kohya" and "dora" in kinds):
             stack.enter_context(with_lora(model, written[name], name))
         else:
             parts = {part: getattr(model, part) for part in SDXL_PARTS}

@@ -84,6 +84,16 @@ def refuse_misfit(lora: LoraFile, modules: Mapping[str, nn.Module], key: str) ->
         raise UserError(f"{key}: the LoRA does not fit the base model, which model= chooses ({told})")
 
 
+def narrow_base(part_module: nn.Module, dtype: torch.dtype) -> None:
+    """Bring the weights of a part into `dtype`; its adapters stay as they are."""
+    adapted = [module for module in part_module.modules() if isinstance(module, BaseTunerLayer)]
+    held = [getattr(layer, name) for layer in adapted for name in layer.adapter_layer_names]
+    kept = {id(p) for adapters in held for p in adapters.parameters()}
+    for p in part_module.parameters():
+        if id(p) not in kept:
+            p.data = p.data.to(dtype)
+
+
 def _inject(part_module: nn.Module, part: str, lora: LoraFile) -> None:
     own_names = {layer_name(part, name): name for name, _ in part_module.named_modules()}
     found = {own_names[f"{part}/{name}"]: layer for name, layer in lora.of_part(part).items()}

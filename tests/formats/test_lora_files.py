@@ -243,7 +243,7 @@ def test_a_truncated_file_is_refused(trained: Callable, tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in (0, 5, 1000, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"^in=x: cannot be read"):
+        with pytest.raises(UserError, match=r"^in=x: .* is cut off or no safetensors file"):
             read_lora(path, "in=x")
 
 
