@@ -25,6 +25,7 @@ UNET, ENCODERS = ["unet"], ["unet", "text_encoder", "text_encoder_2"]
 def trained(tuning, dtype: dict[str, str] | None = None):
     """A module whose weights have visibly moved."""
     model = pretrained("nano", dtype=dtype).eval()
+    torch.manual_seed(0)
     tuning.attach(model)
     generator, full = torch.Generator().manual_seed(5), isinstance(tuning, Full)
     with torch.no_grad():
@@ -118,19 +119,17 @@ def one_layer_lost(path: Path) -> None:
     save_file({name: t for name, t in load_file(path).items() if not name.startswith(f"{lost}.")}, path)
 
 
-def up_and_down_of_another_layer(path: Path) -> None:
+def queries_for_values(path: Path) -> None:
+    """What a wrong line in a table of names would do."""
     tensors = load_file(path)
-    a, b = (f"lora_unet_middle_block_1_transformer_blocks_0_attn1_to_{x}.lora_up.weight" for x in "qv")
-    tensors[a], tensors[b] = tensors[b].clone(), tensors[a].clone()
+    for name in [name for name in tensors if "attn1_to_q.lora_up" in name]:
+        other = name.replace("to_q", "to_v")
+        tensors[name], tensors[other] = tensors[other].clone(), tensors[name].clone()
     save_file(tensors, path)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "options"),
-    [(wrong_alpha, {}), (one_layer_lost, {}), (up_and_down_of_another_layer, {"tolerance": 0.002})],
-)
-def test_a_file_that_is_wrong_fails_the_export(spoil: Callable, options: dict, tmp_path: Path, monkeypatch) -> None:
-    """Two of 150 layers exchanged change the prediction by half a percent of what training did: ask more closely."""
+@pytest.mark.parametrize("spoil", [wrong_alpha, one_layer_lost, queries_for_values])
+def test_a_file_that_is_wrong_fails_the_export(spoil: Callable, tmp_path: Path, monkeypatch) -> None:
     def writes_wrong(lora, path, layout, *args):
         lora_file.write_lora_file(lora, path, layout, *args)
         if layout == "kohya":
@@ -138,7 +137,7 @@ def test_a_file_that_is_wrong_fails_the_export(spoil: Callable, options: dict, t
 
     monkeypatch.setattr(exports, "write_lora_file", writes_wrong)
     with pytest.raises(UserError, match=r"lora_kohya\.safetensors is .*%.*do not use it"):
-        export(trained(Adapter(rank=4, alpha=11, parts=UNET)), tmp_path, **options)
+        export(trained(Adapter(rank=4, alpha=11, parts=UNET)), tmp_path)
 
 
 def test_a_single_file_with_a_forgotten_transpose_fails_the_export(tmp_path: Path, monkeypatch) -> None:
