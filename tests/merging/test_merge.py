@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small_models import LAYER, LONG, SHAPES, read, tensors_of
 
 from sdft.formats.checkpoint import open_checkpoint
 from sdft.formats.lora_file import write_lora_file
@@ -27,7 +28,6 @@ from sdft.merging.merge import merge
 from sdft.merging.recipe import Step
 from sdft.models.load import NANO, pretrained
 from sdft.types import UserError
-from tests.merging.conftest import LAYER, LONG, SHAPES, read, tensors_of
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 ROOT = Path(__file__).resolve().parents[2]
@@ -247,7 +247,9 @@ def test_every_weight_that_does_not_fit_is_named(model: Model, tmp_path: Path) -
     ]
 
 
-def test_the_command(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_command(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     a, b = model("a", 0), model("b", 1)
     words = [f"a={a}", f"b={b}", f"out={tmp_path / 'out'}", "alpha=0.25"]
     monkeypatch.setattr(sys, "argv", ["sdft.merging", *words])

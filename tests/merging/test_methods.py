@@ -107,7 +107,7 @@ def test_della_keeps_larger_numbers_more_often() -> None:
     kept = apply("della", base=torch.zeros_like(delta), models=[delta], density=0.5, window=0.4, seed=3) != 0
     assert kept[:, :100].float().mean().item() == pytest.approx(0.32, abs=0.02)
     assert kept[:, -100:].float().mean().item() == pytest.approx(0.68, abs=0.02)
-    with pytest.raises(UserError, match="window=0.2: density=0.95"):
+    with pytest.raises(UserError, match=r"window=0\.2: density=0\.95"):
         apply("della", base=delta, models=[delta], density=0.95)
 
 
