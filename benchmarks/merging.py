@@ -4,8 +4,8 @@
 
 Three single files of random fp16 numbers with SDXL's names, widths times `scale`. Prints, for cold and warm page cache
 (cold: the system was asked to drop the pages, posix_fadvise), wall and CPU seconds and peak private memory (RssAnon).
-Goals: wall at most 1.2 x (cat of all inputs + cp of one), 0.5 GiB, a naive script at least 4 x slower, TIES and SLERP at
-most 2 x the weighted sum, extraction of rank 64 in 2 minutes.
+Goals: wall at most 1.2 x (cat of all inputs + cp of one), 0.5 GiB, a naive script at least 4 x slower, TIES and SLERP
+at most 2 x the weighted sum, extraction of rank 64 in 2 minutes.
 """
 
 from __future__ import annotations

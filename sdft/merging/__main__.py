@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sdft.config import build, check, verb
 from sdft.config_keys import did_you_mean
+from sdft.merging.kinds import signature_of
 from sdft.merging.recipe import METHODS, Step
 from sdft.types import UserError
 
@@ -75,8 +76,12 @@ def read_step(name: str, said: dict[str, Any]) -> Step:
     if method not in METHODS:
         guess = did_you_mean(method, METHODS) or f"; methods are {', '.join(METHODS)}"
         raise UserError(f"{name}.method={method}: there is no such method{guess}")
-    wanted = METHODS[method]
-    inputs = {key: said.pop(key) for key in list(said) if key in Step(wanted, {}).signature.inputs}
+    wanted, signature = METHODS[method], signature_of(METHODS[method])
+    known = [*signature.inputs, *signature.numbers]
+    if odd := [key for key in said if key not in known]:
+        guess = did_you_mean(odd[0], known) or f"; it takes {', '.join(known)}"
+        raise UserError(f"{name}.{odd[0]}: {method} has no such argument{guess}")
+    inputs = {key: said.pop(key) for key in signature.inputs if key in said}
     refuse_odd_inputs(f"{name}.", inputs)
     node = {"_target_": f"{wanted.__module__}.{method}", "_partial_": True, **said}
     checked = OmegaConf.create({name: node})

@@ -29,7 +29,9 @@ def nearest(matrix: Tensor, rank: int | None, energy: float | None, generator: t
         u, s, v = leading(matrix, size, generator)
     else:
         u, s, v = spectrum(matrix)
-    return cut(u, s, v, float(matrix.double().square().sum()), rank, energy)
+    # fp64 row by row: a second copy of a large matrix would be most of the memory.
+    whole = sum(float(rows.double().square().sum()) for rows in matrix.split(64))
+    return cut(u, s, v, whole, rank, energy)
 
 
 def product_nearest(pairs: Sequence[tuple[Tensor, Tensor]], rank: int | None, energy: float | None) -> Factors:

@@ -5,17 +5,21 @@ Knows which weights a LoRA can change; the decompositions are `factors`'.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from sdft import rng
+from sdft.formats.lora_file import ADAPTER_METADATA, adapter_metadata, diffusers_tensors, kohya_tensors
 from sdft.formats.lora_keys import is_convolution, kohya_name
 from sdft.formats.lora_layer import DORA, DOWN, MID, UP, Layer, LoraFile
+from sdft.formats.stream import entry_of, write_tensors
 from sdft.merging import methods
 from sdft.merging.evaluate import Blend, Read
 from sdft.merging.factors import nearest, product_nearest
@@ -142,6 +146,15 @@ def plain_factors(layer: Layer) -> list[Pair] | None:
     if UP not in held or MID in held or DORA in held:
         return None
     return [(held[UP].float().flatten(1) * layer.scale, held[DOWN].float().flatten(1))]
+
+
+def write_lora_file(lora: LoraFile, path: Path, to: str, metadata: Mapping[str, str]) -> None:
+    """Write a LoRA in the same bytes each time; safetensors' own writer puts metadata in an order of chance."""
+    tensors = dict((kohya_tensors if to == "kohya" else diffusers_tensors)(lora, None))
+    said = {"format": "pt", **metadata}
+    if to == "diffusers":
+        said[ADAPTER_METADATA] = json.dumps(adapter_metadata(lora), indent=2, sort_keys=True)
+    write_tensors(path, {name: entry_of(tensor) for name, tensor in tensors.items()}, said, tensors.__getitem__)
 
 
 def told(found: Compressed) -> Iterator[str]:

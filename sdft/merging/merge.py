@@ -18,14 +18,13 @@ from tqdm import tqdm
 
 from sdft import __version__
 from sdft.formats.checkpoint import INDEX, Checkpoint
-from sdft.formats.lora_file import write_lora_file
 from sdft.formats.lora_layer import network_metadata
 from sdft.formats.metadata import lora_metadata
 from sdft.formats.stream import HASH, appearing, sha256
 from sdft.merging.blocks import draw_blocks
 from sdft.merging.evaluate import Blend, opened
 from sdft.merging.kinds import Density, Kind
-from sdft.merging.lora_result import Compressed, compress, layers_of
+from sdft.merging.lora_result import Compressed, compress, layers_of, write_lora_file
 from sdft.merging.lora_result import told as told_of_lora
 from sdft.merging.recipe import Recipe, Step, open_recipe
 from sdft.merging.sources import Source
@@ -188,7 +187,7 @@ def write_lora(
         # hash and date are left out: one is of other bytes, with the other no two runs would agree.
         said = {key: value for key, value in lora_metadata(target.stem).items() if key not in (HASH, DATE)}
         told = said | network_metadata(found.lora) | metadata(recipe, hash_of) | {"sdft.missed": to_json(missed)}
-        write_lora_file(found.lora, written, "kohya" if to == "kohya" else "diffusers", metadata=told)
+        write_lora_file(found.lora, written, to, told)
     return found
 
 
