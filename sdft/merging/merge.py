@@ -29,7 +29,6 @@ from sdft.merging.lora_result import told as told_of_lora
 from sdft.merging.recipe import Recipe, Step, open_recipe
 from sdft.merging.sources import Source
 from sdft.merging.write import DATE, Output, copy_all_but_weights, outputs_of, plan_lines, to_json, write_outputs
-from sdft.models.load import CONFIGS, SDXL_ID, find_folder
 from sdft.types import Count, UserError
 
 Format = Literal["folder", "single_file", "kohya", "diffusers"]
@@ -47,7 +46,7 @@ def merge(
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
     rank: Count | None = None,
     energy: Density | None = None,
-    config: str = SDXL_ID,
+    config: str = "stabilityai/stable-diffusion-xl-base-1.0",
     threads: Count = 2,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -131,8 +130,12 @@ def refuse_target(target: Path, to: str, sources: Mapping[str, Source], overwrit
 
 def configs(recipe: Recipe, config: str) -> Path:
     """The folder whose configs and tokenizers the result gets: the first input that is one, else `config`."""
-    folders = (model.root for model in recipe.models if model.checkpoint.is_folder)
-    return next(folders, None) or find_folder("config", config, CONFIGS)
+    for model in recipe.models:
+        if model.checkpoint.is_folder:
+            return model.root
+    from sdft.models.load import CONFIGS, find_folder  # seconds, which other merges need not wait for
+
+    return find_folder("config", config, CONFIGS)
 
 
 def write_model(

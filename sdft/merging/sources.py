@@ -17,7 +17,7 @@ from sdft.formats.lora_file import is_lora, read_lora
 from sdft.formats.lora_layer import DORA, Layer, LoraFile
 from sdft.formats.stream import read_header
 from sdft.merging.kinds import Kind
-from sdft.models.load import NANO
+from sdft.models import nano
 from sdft.types import UserError
 
 
@@ -70,6 +70,8 @@ class Adapter:
 
 
 Source = Model | Adapter
+NANO = Path(str(nano.__file__)).parent / "weights"
+"""As in `models.load`, whose import takes longer than a merge of files."""
 
 
 def open_source(key: str, source: str) -> Source:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,16 +37,16 @@ def thresholds(blocks: Blocks, density: float, **numbers: Any) -> list[float]:
 
     Exact: magnitudes are counted by their upper bits, then sorted within the one bucket that holds the answer.
     """
-    counts, size = np.zeros((0, 0), np.int64), 0
+    # torch's bincount lets other threads run, numpy's does not.
+    counts, size = torch.zeros((), dtype=torch.int64), 0
     for tensors in blocks():
-        counted = np.stack([np.bincount((bits_of(t) >> 16).numpy(), minlength=BUCKETS) for t in tensors])
-        counts = counted if size == 0 else counts + counted
+        counts = counts + torch.stack([torch.bincount(bits_of(t) >> 16, minlength=BUCKETS) for t in tensors])
         size += tensors[0].numel()
     wanted = max(1, round(density * size))
     if wanted == size:
         return [0.0] * len(counts)
-    above = np.flip(np.flip(counts, 1).cumsum(1), 1)  # numbers in the bucket or in a larger one
-    bucket = [int(np.flatnonzero(one >= wanted)[-1]) for one in above]
+    above = counts.flip(1).cumsum(1).flip(1)  # numbers in the bucket or in a larger one
+    bucket = [int((one >= wanted).sum()) - 1 for one in above]
     inside: list[list[Tensor]] = [[] for _ in bucket]
     for tensors in blocks():
         for found, tensor, one in zip(inside, tensors, bucket, strict=True):
@@ -55,7 +54,7 @@ def thresholds(blocks: Blocks, density: float, **numbers: Any) -> list[float]:
             found.append(bits[bits >> 16 == one])
     result = []
     for i, found in enumerate(inside):
-        larger = int(above[i][bucket[i]] - counts[i][bucket[i]])
+        larger = int(above[i, bucket[i] + 1]) if bucket[i] + 1 < BUCKETS else 0
         ordered = torch.cat(found).sort(descending=True).values
         result.append(float(ordered[wanted - larger - 1].view(torch.float32)))
     return result

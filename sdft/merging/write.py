@@ -19,7 +19,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdft.formats.checkpoint import INDEX, LOGIT_SCALE, Checkpoint
-from sdft.formats.diffusers_folder import FILES, SDXL_PARTS, WEIGHT_FILES, said_of, state_prediction
 from sdft.formats.keys import Layout, place_of
 from sdft.formats.single_file import file_metadata, logit_scale, marks
 from sdft.formats.stream import CODES, DTYPES, HASH, WIDTHS, Entry, entry_of, header_bytes
@@ -56,6 +55,9 @@ class Output:
 def outputs_of(like: Checkpoint, to: str, dtype: torch.dtype | None) -> list[Output]:
     """The files of a model with the weights of `like`, in its dtypes where none is said."""
     if to == "folder":
+        # Imports diffusers: seconds, which a single file need not wait for.
+        from sdft.formats.diffusers_folder import FILES, said_of
+
         outputs = [Output(f"{part}/{file}", said_of(part, like)) for part, file in FILES.items()]
         for output in outputs:
             part = output.path.split("/")[0]
@@ -80,6 +82,8 @@ def outputs_of(like: Checkpoint, to: str, dtype: torch.dtype | None) -> list[Out
 
 def copy_all_but_weights(like: Checkpoint, folder: Path, config: Path) -> None:
     """What a folder has besides weights, from the folder `config`."""
+    from sdft.formats.diffusers_folder import SDXL_PARTS, WEIGHT_FILES, state_prediction
+
     folder.mkdir()
     shutil.copy2(config / INDEX, folder)
     for part in SDXL_PARTS:
