@@ -22,6 +22,19 @@ NEEDS = {
     "recipe/nano_untrained_full": ["experiment=nano_base"],
     "objective/weighting/debiased": ["objective=epsilon"],
 }
+MERGE_NEEDS = {
+    "linear": ["models=[x]"],
+    "geometric_median": ["models=[x]"],
+    "add_difference": ["a=x", "b=x", "c=x"],
+    "train_difference": ["a=x", "b=x", "c=x"],
+    "cosine_adaptive": ["base=x", "a=x", "b=x"],
+    **{name: ["base=x", "models=[x]"] for name in ("model_stock", "ties", "dare", "dare_ties", "della")},
+    "bake": ["base=x", "lora=x"],
+    "lora_sum": ["loras=[x]"],
+    "resize": ["lora=x"],
+    "recipe": ["file=x"],
+}
+"""The inputs of each method; a and b where not said."""
 ROOT_NEEDS = {
     "merge": ["a=x", "b=y", "out=z"],
     "formats": ["in=x", "out=y", "to=folder"],
@@ -43,6 +56,9 @@ def options() -> list[str]:
 @pytest.mark.parametrize("option", options())
 def test_every_option_composes_and_binds(option: str) -> None:
     group, _, name = option.rpartition("/")
+    if group == "merge":
+        check(compose("merge", [f"merge={name}", "out=x", *MERGE_NEEDS.get(name, ["a=x", "b=x"])]))
+        return
     words = NEEDS.get(option, [])
     if group == "recipe":
         model, tuning = name.split("_", 1)

@@ -1,24 +1,107 @@
-"""Merge two models: `python -m sdft.merging a=nano b=runs/dreamy_full/.../model alpha=0.4 out=runs/merged`."""
+"""Merge: `python -m sdft.merging a=nano b=runs/photo/model alpha=0.4 out=runs/blend`; `merge=` chooses the method."""
 
 from __future__ import annotations
 
 import json
 import re
 import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from sdft.config import build, verb
+from sdft.config import build, check, verb
+from sdft.config_keys import did_you_mean
+from sdft.merging.kinds import signature_of
+from sdft.merging.recipe import METHODS, Step
+from sdft.types import UserError
 
 
 @verb("merge")
 def main(cfg: DictConfig) -> None:
     """Merge, and say where the result lies and how to look at it."""
-    merge = build(cfg)
-    out = merge()
-    print(f"{out}: {1 - cfg.alpha:g} x {cfg.a} + {cfg.alpha:g} x {cfg.b}")
-    subjects = ", ".join(f"{name}: {plain(path)}" for name, path in (("a", cfg.a), ("b", cfg.b), ("merged", str(out))))
+    steps = read_recipe(Path(cfg.file), cfg.numbers) if "file" in cfg else {"merged": chosen_step(cfg)}
+    for line in build(cfg.write)(steps):
+        print(line)
+    if cfg.dry_run:
+        return
+    print(f"{cfg.out}: {'; '.join(map(in_words, steps.items()))}")
+    subjects = ", ".join(f"{name}: {plain(path)}" for name, path in subjects_of(steps, cfg.out).items())
     print(f"next: look at it with python eval.py subjects={shlex.quote(f'{{{subjects}}}')}")
+
+
+def chosen_step(cfg: DictConfig) -> Step:
+    """The step that `merge=` chose."""
+    method = build(cfg.method)
+    inputs: Any = OmegaConf.to_container(cfg.inputs, resolve=True)
+    refuse_odd_inputs("", inputs)
+    return Step(method.func, inputs, method.keywords)
+
+
+def read_recipe(file: Path, numbers: Mapping[str, Any]) -> dict[str, Step]:
+    """The steps of a recipe file, with some of its numbers exchanged. Raises UserError that names what is wrong."""
+    try:
+        said = OmegaConf.load(file)
+        content: Any = OmegaConf.to_container(said)
+        if not isinstance(content, dict) or not isinstance(content.get("steps"), dict):
+            raise UserError(f"file={file}: has no `steps:`, each with a method, its inputs and numbers")
+        if odd := [key for key in content if key not in ("steps", "numbers")]:
+            raise UserError(f"file={file}: unknown key '{odd[0]}'; a recipe has steps and numbers")
+        own = content.get("numbers") or {}
+        for key, number in numbers.items():
+            if key not in own:
+                raise UserError(f"numbers.{key}: {file.name} has no such number{did_you_mean(key, own)}")
+            OmegaConf.update(said, f"numbers.{key}", number)
+        resolved: Any = OmegaConf.to_container(said, resolve=True)
+    except OSError as error:
+        raise UserError(f"file={file}: cannot be read ({error.strerror}); pass a recipe, file=RECIPE.yaml") from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"file={file}: {' '.join(str(error).split())}") from error
+    return {str(name): read_step(str(name), dict(step or {})) for name, step in resolved["steps"].items()}
+
+
+def refuse_odd_inputs(prefix: str, inputs: Mapping[str, Any]) -> None:
+    """Raise UserError for an input that is no name."""
+    for key, given in inputs.items():
+        if not all(isinstance(one, str) for one in (given if isinstance(given, list) else [given])):
+            raise UserError(f"{prefix}{key}={given}: must be nano, a folder, a file or a step, or a list of them")
+
+
+def read_step(name: str, said: dict[str, Any]) -> Step:
+    """One step of a recipe file."""
+    method = said.pop("method", None)
+    if method not in METHODS:
+        guess = did_you_mean(method, METHODS) or f"; methods are {', '.join(METHODS)}"
+        raise UserError(f"{name}.method={method}: there is no such method{guess}")
+    wanted, signature = METHODS[method], signature_of(METHODS[method])
+    known = [*signature.inputs, *signature.numbers]
+    if odd := [key for key in said if key not in known]:
+        guess = did_you_mean(odd[0], known) or f"; it takes {', '.join(known)}"
+        raise UserError(f"{name}.{odd[0]}: {method} has no such argument{guess}")
+    inputs = {key: said.pop(key) for key in signature.inputs if key in said}
+    refuse_odd_inputs(f"{name}.", inputs)
+    node = {"_target_": f"{wanted.__module__}.{method}", "_partial_": True, **said}
+    checked = OmegaConf.create({name: node})
+    check(checked)
+    numbers = OmegaConf.to_container(checked[name])
+    assert isinstance(numbers, dict)
+    return Step(wanted, inputs, {str(key): number for key, number in numbers.items() if key in said})
+
+
+def subjects_of(steps: Mapping[str, Step], out: str) -> dict[str, str]:
+    """Names for the inputs and the result, to look at them side by side."""
+    paths = dict.fromkeys(one for step in steps.values() for _, one in step.named() if one not in steps)
+    return dict(zip("abcdefghijklmnopqrstuvwxyz", paths, strict=False)) | {"merged": out}
+
+
+def in_words(item: tuple[str, Step]) -> str:
+    """`merged = weighted_sum(a=nano, b=x, alpha=0.5)`."""
+    name, step = item
+    arguments = ", ".join(f"{key}={given}" for key, given in {**step.inputs, **step.numbers}.items())
+    return f"{name} = {step.method.__name__}({arguments})"
 
 
 def plain(path: str) -> str:

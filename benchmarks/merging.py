@@ -1,0 +1,137 @@
+"""Merges of SDXL's size beside `cp` and `cat` of the same bytes, and beside a script that loads everything.
+
+    python -m benchmarks.merging [FOLDER] [--scale 1.0]      # full size needs 25 GB there
+
+Three single files of random fp16 numbers with SDXL's names, widths times `scale`. Prints, for cold and warm page cache
+(cold: the system was asked to drop the pages, posix_fadvise), wall and CPU seconds and peak private memory (RssAnon).
+Goals: wall at most 1.2 x (cat of all inputs + cp of one), 0.5 GiB, a naive script at least 4 x slower, TIES and SLERP
+at most 2 x the weighted sum, extraction of rank 64 in 2 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.formats import private_kib
+from sdft.formats.architecture import PARTS, empty_network, parameter_names
+from sdft.formats.keys import place_of
+from sdft.formats.stream import Entry, write_tensors
+from sdft.models.load import SDXL_BASE
+
+NAIVE = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+*paths, out = sys.argv[1:]
+models = [load_file(path) for path in paths]
+weights = [0.6, 0.4] if len(models) == 2 else [1.0, 1.0, -1.0]
+save_file({k: sum(m[k].float() * w for m, w in zip(models, weights)).to(models[0][k].dtype) for k in models[0]}, out)
+"""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a command took."""
+
+    wall: float
+    cpu: float
+    private_gib: float
+
+    def __str__(self) -> str:
+        return f"{self.wall:7.1f} {self.cpu:7.1f} {self.private_gib:7.2f}"
+
+
+def write_random(path: Path, seed: int, scale: float) -> None:
+    """A single file in fp16 with SDXL's names, every length times `scale`; near that of seed 0, as fine-tunes are."""
+    noise, own = (torch.randn(2**22, generator=torch.Generator().manual_seed(s)) * 0.02 for s in (0, seed))
+    noise = (noise + 0.05 * own).half() if seed else noise.half()
+    entries = {}
+    for part in PARTS:
+        network = empty_network(part, SDXL_BASE / part)
+        for weight, name in parameter_names(part, network).items():
+            place = place_of(part, weight.split("/", 1)[1])
+            shape = [max(1, int(n * scale)) if n > 16 else n for n in network.get_parameter(name).shape]
+            entries[place.single] = Entry("F16", place.single_shape(tuple(shape)))
+    starts = {name: 997 * i for i, name in enumerate(entries)}
+
+    def compute(name: str) -> torch.Tensor:
+        shape = torch.Size(entries[name].shape)
+        block = noise.roll(starts[name])
+        return block.repeat(-(-shape.numel() // len(block)))[: shape.numel()].view(shape)
+
+    write_tensors(path, entries, {"format": "pt"}, compute)
+
+
+def drop_pages(*paths: Path) -> None:
+    """Ask the system to forget what it has of files."""
+    os.sync()
+    for path in paths:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def run(*command: object, quiet: bool = True) -> Figures:
+    """What a command took, its children included."""
+    before, begun, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
+    child = os.posix_spawnp(
+        str(command[0]),
+        [str(word) for word in command],
+        os.environ,
+        file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)] if quiet else [],
+    )
+    done = 0
+    while not done:
+        peak = max(peak, private_kib(child))
+        time.sleep(0.02)
+        done, status = os.waitpid(child, os.WNOHANG)
+    if status:
+        raise SystemExit(f"failed: {' '.join(map(str, command))}")
+    wall, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Figures(wall, cpu, peak / 2**20)
+
+
+def main() -> None:
+    """The table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--scale", type=float, default=1.0)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        a, b, c = (Path(folder) / f"{name}.safetensors" for name in "abc")
+        for seed, path in enumerate((a, b, c)):
+            write_random(path, seed, arguments.scale)
+        print(f"three files of {a.stat().st_size / 2**30:.2f} GiB".ljust(40) + "   wall     CPU private", flush=True)
+        out = Path(folder) / "out.safetensors"
+        merge = [sys.executable, "-m", "sdft.merging", "overwrite=true", f"out={out}"]
+        naive = [sys.executable, "-c", NAIVE]
+        jobs = {
+            "python, imports and --help": ([*merge, "--help"], []),
+            "cp of one, and sync": (["sh", "-c", f"cp {a} {out} && sync {out}"], [a]),
+            "cat of two": (["cat", a, b], [a, b]),
+            "cat of three": (["cat", a, b, c], [a, b, c]),
+            "weighted sum": ([*merge, f"a={a}", f"b={b}", "alpha=0.4"], [a, b]),
+            "weighted sum, naive": ([*naive, a, b, out], [a, b]),
+            "add-difference": ([*merge, "merge=add_difference", f"a={a}", f"b={b}", f"c={c}"], [a, b, c]),
+            "add-difference, naive": ([*naive, a, b, c, out], [a, b, c]),
+            "slerp": ([*merge, "merge=slerp", f"a={a}", f"b={b}"], [a, b]),
+            "TIES of two": ([*merge, "merge=ties", f"base={a}", f"models=[{b},{c}]"], [a, b, c]),
+            "extract, rank 64": ([*merge, "merge=extract", f"a={a}", f"b={b}", "rank=64"], [a, b]),
+        }
+        for name, (command, inputs) in jobs.items():
+            for cache in ("cold", "warm"):
+                if cache == "cold":
+                    drop_pages(*inputs)
+                print(f"{name}, {cache}".ljust(40), run(*command), flush=True)
+
+
+if __name__ == "__main__":
+    main()

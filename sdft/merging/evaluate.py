@@ -1,0 +1,146 @@
+"""The value of a recipe for one weight, piece by piece, so that memory does not grow with the model.
+
+Knows graphs, pieces and statistics; must not know what is written where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from sdft import rng
+from sdft.formats.lora_layer import DORA
+from sdft.merging.blocks import block_of, is_by_block, number_of
+from sdft.merging.kinds import Kind
+from sdft.merging.recipe import Recipe
+from sdft.merging.sources import Adapter, Model, change_of, rescaled
+from sdft.types import UserError
+
+PIECE = 2**20
+"""Numbers in a piece of a weight; random draws are made piece by piece, so results depend on it."""
+
+Read = Callable[[str], Tensor]
+
+
+@contextmanager
+def opened(recipe: Recipe) -> Iterator[Mapping[str, Read]]:
+    """A reader of weights for each model among the sources."""
+    with ExitStack() as stack:
+        yield {
+            name: stack.enter_context(source.checkpoint.opened())
+            for name, source in recipe.sources.items()
+            if isinstance(source, Model)
+        }
+
+
+class Blend:
+    """One weight of a recipe's result.
+
+    weight: `part/name`. shape: of it. readers: from `opened`.
+    """
+
+    def __init__(self, recipe: Recipe, readers: Mapping[str, Read], weight: str, shape: tuple[int, ...]):
+        self.recipe, self.readers, self.weight, self.shape = recipe, readers, weight, shape
+        self.block = block_of(weight)
+        self._read: dict[str, Tensor] = {}
+        self._changes: dict[str, Tensor] = {}
+        self._statistics: dict[str, dict[str, object]] = {}
+        self._now: dict[tuple[str, int], Tensor] = {}
+        """The values of one piece: several steps may use one of them."""
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The result from its first row to its last, in the dtype of the arithmetic."""
+        for index in range(len(self.spans)):
+            yield self.value(self.recipe.result, index)
+
+    @cached_property
+    def spans(self) -> list[slice]:
+        """The rows of each piece."""
+        rows = self.shape[0] if self.shape else 1
+        step = max(1, PIECE // max(1, torch.Size(self.shape[1:]).numel()))
+        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """Of the arithmetic: fp32, or fp64 where a model has that."""
+        found = {model.checkpoint.weights[self.weight].dtype for model in self.recipe.models}
+        return torch.float64 if "F64" in found else torch.float32
+
+    def value(self, name: str, index: int, base: str | None = None) -> Tensor:
+        """Piece `index` of a step or a source; `base` is the input that a DoRA changes."""
+        source = self.recipe.sources.get(name)
+        if isinstance(source, Adapter):
+            return self._change(name, source, index, base)
+        if (name, index) not in self._now:
+            value = self._step(name, index) if source is None else self._model(name, index)
+            if any(i != index for _, i in self._now):
+                self._now = {}
+            self._now[name, index] = value
+        return self._now[name, index]
+
+    def _model(self, name: str, index: int) -> Tensor:
+        if name not in self._read:
+            self._read[name] = self.readers[name](self.weight)
+        return self._read[name][self.spans[index]].to(self.dtype)
+
+    def _step(self, name: str, index: int) -> Tensor:
+        step = self.recipe.steps[name]
+        if name not in self._statistics:
+            blocks = partial(self._blocks, name)
+            numbers = self._numbers(name)
+            self._statistics[name] = {key: of(blocks, **numbers) for key, of in step.signature.statistics.items()}
+        arguments = self._inputs(name, index) | self._statistics[name] | self._numbers(name)
+        if step.signature.draws:
+            arguments["draw"] = partial(self._draw, index)
+        try:
+            return step.method(**arguments)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+
+    def _inputs(self, name: str, index: int) -> dict[str, object]:
+        step = self.recipe.steps[name]
+        base = step.inputs.get("base")
+        base = base if isinstance(base, str) else None
+        values: dict[str, object] = {}
+        for argument, wanted in step.signature.inputs.items():
+            given = step.inputs[argument]
+            made = []
+            for one in [given] if isinstance(given, str) else given:
+                tensor = self.value(one, index, base)
+                if wanted.kind == Kind.CHANGE and self.recipe.kind(one) == Kind.WEIGHT:
+                    assert base is not None, "a change is one of an input called base"
+                    tensor = tensor - self.value(base, index)
+                made.append(tensor)
+            values[argument] = made if wanted.many else made[0]
+        return values
+
+    def _blocks(self, name: str) -> Iterator[tuple[Tensor, ...]]:
+        for index in range(len(self.spans)):
+            inputs = self._inputs(name, index)
+            inputs.pop("base", None)
+            yield tuple(t for given in inputs.values() for t in (given if isinstance(given, list) else [given]))  # type: ignore[misc]
+
+    def _numbers(self, name: str) -> dict[str, object]:
+        given = self.recipe.steps[name].numbers
+        return {key: number_of(number, self.block) if is_by_block(number) else number for key, number in given.items()}
+
+    def _change(self, name: str, source: Adapter, index: int, base: str | None) -> Tensor:
+        span, shape = self.spans[index], self.shape
+        layer = source.layer_of(self.weight)
+        if layer is None:
+            return torch.zeros((span.stop - span.start, *shape[1:]), dtype=self.dtype)
+        if name not in self._changes:
+            self._changes[name] = change_of(layer).reshape(shape)
+        change = self._changes[name][span].to(self.dtype)
+        if DORA not in layer.tensors:
+            return change
+        assert base is not None, "a DoRA without a base is refused by the recipe"
+        return rescaled(layer, change, self.value(base, index), span.start)
+
+    def _draw(self, index: int, seed: int, number: int, shape: tuple[int, ...]) -> Tensor:
+        generator = rng.generator(seed, "merging", f"{self.weight}/{number}", index)
+        return torch.rand(tuple(shape), generator=generator)

@@ -1,0 +1,248 @@
+"""Merge: a recipe in, a model or a LoRA out, whole or not at all.
+
+Knows the order of the work: check, hash and compute side by side, write, rename. Must not know what methods do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sdft import __version__
+from sdft.formats.checkpoint import INDEX, Checkpoint
+from sdft.formats.lora_layer import network_metadata
+from sdft.formats.metadata import lora_metadata
+from sdft.formats.stream import HASH, appearing, sha256
+from sdft.merging.blocks import draw_blocks
+from sdft.merging.evaluate import Blend, opened
+from sdft.merging.kinds import Density, Kind
+from sdft.merging.lora_result import Compressed, compress, layers_of, write_lora_file
+from sdft.merging.lora_result import told as told_of_lora
+from sdft.merging.recipe import Recipe, Step, open_recipe
+from sdft.merging.sources import Source
+from sdft.merging.write import DATE, Output, copy_all_but_weights, outputs_of, plan_lines, to_json, write_outputs
+from sdft.types import Count, UserError
+
+Format = Literal["folder", "single_file", "kohya", "diffusers"]
+MODEL_FORMATS, LORA_FORMATS = ("folder", "single_file"), ("kohya", "diffusers")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+UNKNOWN = "0" * 64
+"""Keeps the place of a hash."""
+HashOf = Callable[[Path], str]
+
+
+def merge(
+    steps: Mapping[str, Step],
+    out: str,
+    to: Format | None = None,
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    rank: Count | None = None,
+    energy: Density | None = None,
+    config: str = "stabilityai/stable-diffusion-xl-base-1.0",
+    threads: Count = 2,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Iterator[str]:
+    """Write the result of a recipe to `out`; yields lines that tell what was done.
+
+    steps: the recipe. Its result is a model where it is a weight, a LoRA where it is a delta.
+    to: `folder` or `single_file` of a model, `kohya` or `diffusers` of a LoRA; where not said, a model whose `out` ends
+        in .safetensors is a single file, and a LoRA is kohya's.
+    dtype: of what is written. Where not said: of a model, those of the first model in the recipe; of a LoRA, fp16.
+    rank: of a LoRA's layers, at most. energy: the share of a change's squares that a layer keeps, by the smallest rank.
+    config: the folder or hub id that has the configs and tokenizers which a folder needs, where no input is a folder.
+    threads: the bytes written do not depend on it.
+    overwrite: replace what is at `out`.
+    dry_run: read headers only, and tell what would be written.
+
+    The same recipe gives the same bytes; each file carries the recipe and the SHA-256 of all input files.
+    Raises UserError, before any weight is read, for all that can be known from headers.
+    """
+    recipe = open_recipe(steps)
+    target = Path(out).expanduser().absolute()
+    is_lora = recipe.kind(recipe.result) == Kind.DELTA
+    to = format_of(to, target, is_lora)
+    refuse_odd_options(is_lora, rank, energy)
+    refuse_target(target, to, recipe.sources, overwrite)
+    if is_lora:
+        if dry_run:
+            yield from (f"  {name}  {list(shape)}" for name, shape in layers_of(recipe).items())
+            yield f"{target}: a LoRA of up to {len(layers_of(recipe))} layers, as {to}"
+            return
+        yield from told_of_lora(write_lora(recipe, target, to, dtype or "fp16", rank, energy, threads, overwrite))
+    else:
+        like = recipe.models[0].checkpoint
+        outputs = outputs_of(like, to, DTYPES[dtype] if dtype else None)
+        if dry_run:
+            yield from plan_lines(outputs)
+            yield from (f"reads {one.where}: {size_of(one) / 2**20:.1f} MiB" for one in recipe.sources.values())
+            return
+        folder = configs(recipe, config) if to == "folder" else None
+        write_model(recipe, target, like, outputs, folder, threads, overwrite)
+    if by_block := recipe.numbers_by_block():
+        picture = target.with_name(f"{target.stem}.blocks.png")
+        draw_blocks(by_block, picture)
+        yield f"{picture}: the numbers by block"
+
+
+def format_of(to: Format | None, target: Path, is_lora: bool) -> Format:
+    """What is written. Raises UserError where `to`, `out` and the recipe contradict each other."""
+    if to is None:
+        to = "kohya" if is_lora else "single_file" if target.suffix == ".safetensors" else "folder"
+    if (to in LORA_FORMATS) != is_lora:
+        what, formats = ("a delta, so a LoRA", LORA_FORMATS) if is_lora else ("a whole model", MODEL_FORMATS)
+        raise UserError(f"to={to}: the result is {what}; its formats are {' and '.join(formats)}")
+    if (target.suffix == ".safetensors") == (to == "folder"):
+        needed = "a folder, without .safetensors" if to == "folder" else "a file that ends in .safetensors"
+        raise UserError(f"out={target}: the result is {needed}")
+    return to
+
+
+def refuse_odd_options(is_lora: bool, rank: int | None, energy: float | None) -> None:
+    """Raise UserError for a LoRA of unknown size, and for a size of a model."""
+    if is_lora and rank is None and energy is None:
+        raise UserError("rank is not set: the result is a LoRA; pass rank=32, or energy=0.9 for ranks by layer")
+    if not is_lora and (rank is not None or energy is not None):
+        raise UserError("rank and energy are of LoRAs, and the result is a whole model; leave them out")
+
+
+def refuse_target(target: Path, to: str, sources: Mapping[str, Source], overwrite: bool) -> None:
+    """Raise UserError when `out` cannot be written, or must not be."""
+    for source in sources.values():
+        root, there = source.root.resolve(), target.resolve()
+        if there.is_relative_to(root) or root.is_relative_to(there):
+            raise UserError(f"out={target}: lies in the input {source.where}, or that in it; choose another place")
+    if not target.exists():
+        return
+    if not overwrite:
+        raise UserError(f"out={target}: exists already; pass overwrite=true to replace it")
+    if not ((target / INDEX).is_file() if to == "folder" else target.is_file()):
+        raise UserError(f"out={target}: is no model, so it is not overwritten")
+
+
+def configs(recipe: Recipe, config: str) -> Path:
+    """The folder whose configs and tokenizers the result gets: the first input that is one, else `config`."""
+    for model in recipe.models:
+        if model.checkpoint.is_folder:
+            return model.root
+    from sdft.models.load import CONFIGS, find_folder  # seconds, which other merges need not wait for
+
+    return find_folder("config", config, CONFIGS)
+
+
+def write_model(
+    recipe: Recipe,
+    target: Path,
+    like: Checkpoint,
+    outputs: list[Output],
+    config: Path | None,
+    threads: int,
+    overwrite: bool,
+) -> None:
+    """Compute and write a whole model, while the inputs are hashed."""
+    total = sum(output.num_bytes for output in outputs) + sum(map(size_of, recipe.sources.values()))
+    with (
+        appearing(target, overwrite=overwrite) as written,
+        opened(recipe) as readers,
+        tqdm(total=total, desc="merging", unit="B", unit_scale=True, leave=False) as bar,
+        hashing(recipe.sources, bar) as hash_of,
+    ):
+
+        def pieces(weight: str) -> Iterator[Tensor]:
+            return Blend(recipe, readers, weight, like.weights[weight].shape).pieces()
+
+        if config is not None:
+            copy_all_but_weights(like, written, config)
+        before = metadata(recipe, lambda file: UNKNOWN)
+        write_outputs(outputs, written, pieces, threads, before, partial(metadata, recipe, hash_of), bar)
+
+
+def write_lora(
+    recipe: Recipe,
+    target: Path,
+    to: str,
+    dtype: str,
+    rank: int | None,
+    energy: float | None,
+    threads: int,
+    overwrite: bool,
+) -> Compressed:
+    """Compute and write a LoRA."""
+    with (
+        appearing(target, overwrite=overwrite) as written,
+        opened(recipe) as readers,
+        tqdm(desc="hashing", unit="B", unit_scale=True, leave=False) as read,
+        tqdm(total=len(layers_of(recipe)), desc="layers", leave=False) as bar,
+        hashing(recipe.sources, read) as hash_of,
+    ):
+        found = compress(recipe, readers, rank, energy, DTYPES[dtype], threads, bar)
+        if not found.layers:
+            raise UserError("the result is zero in every layer of a LoRA, so there is nothing to write")
+        missed = {name: round(share, 6) for name, share in sorted(found.missed.items())}
+        # hash and date are left out: one is of other bytes, with the other no two runs would agree.
+        said = {key: value for key, value in lora_metadata(target.stem).items() if key not in (HASH, DATE)}
+        told = said | network_metadata(found.lora) | metadata(recipe, hash_of) | {"sdft.missed": to_json(missed)}
+        write_lora_file(found.lora, written, to, told)
+    return found
+
+
+@contextmanager
+def hashing(sources: Mapping[str, Source], bar: tqdm) -> Iterator[HashOf]:
+    """A function that gives the SHA-256 of an input file, which a thread of its own computes.
+
+    Reading each file from end to end, it also brings what is to be merged into the cache.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        futures = {file: pool.submit(sha256, file, bar) for source in sources.values() for file in source.files}
+        try:
+            yield lambda file: futures[file].result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def metadata(recipe: Recipe, hash_of: HashOf) -> dict[str, str]:
+    """What every file says about its making."""
+    labels = labelled(recipe.sources)
+    steps = {
+        name: {
+            "method": step.method.__name__,
+            **{key: relabelled(given, labels) for key, given in step.inputs.items()},
+            **step.numbers,
+        }
+        for name, step in recipe.steps.items()
+    }
+    inputs = {
+        labels[name]: {str(file.relative_to(source.folder)): hash_of(file) for file in source.files}
+        for name, source in recipe.sources.items()
+    }
+    told = {"steps": steps, "result": recipe.result, "inputs": inputs, "sdft": __version__}
+    return {"modelspec.merged_from": ", ".join(labels.values()), "sdft.merge": to_json(told)}
+
+
+def relabelled(given: Any, labels: Mapping[str, str]) -> Any:
+    """An input, or several, by their labels; names of steps stay."""
+    return labels.get(given, given) if isinstance(given, str) else [labels.get(one, one) for one in given]
+
+
+def labelled(sources: Mapping[str, Source]) -> dict[str, str]:
+    """What metadata calls the sources: their names without the folders above, numbered where two are alike."""
+    labels: dict[str, str] = {}
+    for name, source in sources.items():
+        plain = "nano" if name == "nano" else source.root.name
+        count = sum(label.split(" #")[0] == plain for label in labels.values())
+        labels[name] = f"{plain} #{count + 1}" if count else plain
+    return labels
+
+
+def size_of(source: Source) -> int:
+    """Bytes of an input's files."""
+    return sum(file.stat().st_size for file in source.files)
+

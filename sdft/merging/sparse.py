@@ -1,0 +1,87 @@
+"""Methods that thin deltas out before they are added to a base: TIES, DARE, DELLA.
+
+Pure functions, as in `methods`. Several models are brought together by their mean, so `alpha` is the size of a step,
+whatever their number. Must not know keys, files or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sdft.merging.kinds import Amount, Changes, Density, Draw, Weight
+from sdft.merging.methods import mean
+from sdft.merging.statistics import Thresholds
+from sdft.types import Fraction, Index, UserError
+
+
+def ties(base: Weight, models: Changes, thresholds: Thresholds, density: Density = 0.2, alpha: Amount = 1.0) -> Weight:
+    """base + alpha TIES(deltas), arXiv:2306.01708: trim, elect a sign, take the mean of those that have it.
+
+    density: the share of each delta that is kept, the largest magnitudes of the tensor.
+    """
+    kept = [delta * (delta.abs() >= threshold) for delta, threshold in zip(models, thresholds, strict=True)]
+    return torch.add(base, elected_mean(kept), alpha=alpha)
+
+
+def dare(
+    base: Weight, models: Changes, draw: Draw, density: Density = 0.5, alpha: Amount = 1.0, seed: Index = 0
+) -> Weight:
+    """base + alpha mean(DARE(delta)), arXiv:2311.03099: each is kept with the chance `density`, and divided by it."""
+    return torch.add(base, mean(dropped(models, draw, density, seed)), alpha=alpha)
+
+
+def dare_ties(
+    base: Weight, models: Changes, draw: Draw, density: Density = 0.5, alpha: Amount = 1.0, seed: Index = 0
+) -> Weight:
+    """base + alpha times the mean, by TIES' election, of deltas that DARE has thinned out."""
+    return torch.add(base, elected_mean(dropped(models, draw, density, seed)), alpha=alpha)
+
+
+def della(
+    base: Weight,
+    models: Changes,
+    draw: Draw,
+    density: Density = 0.5,
+    window: Fraction = 0.2,
+    alpha: Amount = 1.0,
+    seed: Index = 0,
+) -> Weight:
+    """base + alpha DELLA(deltas), arXiv:2406.11617: DARE that rather keeps larger numbers, then TIES' election.
+
+    The chance grows with the rank of the magnitude within its row, from density - window / 2 to density + window / 2.
+    """
+    if not 0 < density - window / 2 <= density + window / 2 <= 1:
+        raise UserError(f"window={window:g}: density={density:g} -+ window / 2 must lie above 0 and at most at 1")
+    kept = []
+    for i, delta in enumerate(models):
+        chance = (density - window / 2) + window * ranks(delta)
+        kept.append(delta / chance * (draw(seed, i, delta.shape) < chance))
+    return torch.add(base, elected_mean(kept), alpha=alpha)
+
+
+def dropped(deltas: Sequence[Tensor], draw: Draw, density: float, seed: int) -> list[Tensor]:
+    """The deltas, each number kept with the chance `density` and divided by it."""
+    return [delta / density * (draw(seed, i, delta.shape) < density) for i, delta in enumerate(deltas)]
+
+
+def elected_mean(deltas: Sequence[Tensor]) -> Tensor:
+    """The mean of the numbers, place by place, that have the sign of their sum; zeros do not count."""
+    if len(deltas) == 1:
+        return deltas[0]
+    sign = sum(deltas, torch.zeros(())).sign()
+    total, count = torch.zeros_like(sign), torch.zeros_like(sign)
+    for delta in deltas:
+        agrees = delta * sign > 0
+        total += delta * agrees
+        count += agrees
+    return total / count.clamp_min(1)
+
+
+def ranks(delta: Tensor) -> Tensor:
+    """The rank of each magnitude within its row, from 0 for the smallest to 1; a vector is one row."""
+    rows = delta.abs().reshape(1 if delta.dim() < 2 else len(delta), -1)
+    order = rows.argsort(dim=1, stable=True).argsort(dim=1)
+    return (order / max(1, rows.shape[1] - 1)).to(delta.dtype).reshape(delta.shape)

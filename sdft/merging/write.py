@@ -1,0 +1,201 @@
+"""The result of a recipe as a model on disk: every tensor at an offset that is known beforehand, threads in any order.
+
+Knows the layout of both formats of whole models; must not know how numbers are made (`evaluate`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sdft.formats.checkpoint import INDEX, LOGIT_SCALE, Checkpoint
+from sdft.formats.keys import Layout, place_of
+from sdft.formats.single_file import file_metadata, logit_scale, marks
+from sdft.formats.stream import CODES, DTYPES, HASH, WIDTHS, Entry, entry_of, header_bytes
+from sdft.types import UserError
+
+DATE = "modelspec.date"
+Pieces = Callable[[str], Iterator[Tensor]]
+"""A weight, `part/name` -> its rows in pieces."""
+
+
+@dataclass
+class Output:
+    """One file to write."""
+
+    path: str
+    """Within the folder; empty where the file is all there is."""
+    metadata: dict[str, str]
+    entries: dict[str, Entry] = field(default_factory=dict)
+    weights: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of each tensor the weights that it holds, one after the other."""
+    layouts: dict[str, Layout] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def order(self) -> list[str]:
+        """The widest dtype first, so that each tensor starts at a multiple of its dtype's size."""
+        return sorted(self.entries, key=lambda name: (-WIDTHS.get(self.entries[name].dtype, 1), name))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.num_bytes for entry in self.entries.values())
+
+
+def outputs_of(like: Checkpoint, to: str, dtype: torch.dtype | None) -> list[Output]:
+    """The files of a model with the weights of `like`, in its dtypes where none is said."""
+    if to == "folder":
+        # Imports diffusers: seconds, which a single file need not wait for.
+        from sdft.formats.diffusers_folder import FILES, said_of
+
+        outputs = [Output(f"{part}/{file}", said_of(part, like)) for part, file in FILES.items()]
+        for output in outputs:
+            part = output.path.split("/")[0]
+            for weight, view in like.weights.items():
+                if weight.startswith(f"{part}/"):
+                    name = weight.removeprefix(f"{part}/")
+                    output.entries[name] = Entry(CODES[dtype] if dtype else view.dtype, view.shape)
+                    output.weights[name] = (weight,)
+        return outputs
+    output = Output("", {key: said for key, said in file_metadata(like).items() if key not in (HASH, DATE)})
+    for weight in like.weights:
+        part, _, name = weight.partition("/")
+        place = place_of(part, name, like.num_vae_levels)
+        views = [like.weights[one] for one in place.weights]
+        code = CODES[dtype] if dtype else max((view.dtype for view in views), key=WIDTHS.__getitem__)
+        output.entries[place.single] = Entry(code, place.single_shape(views[0].shape))
+        output.weights[place.single], output.layouts[place.single] = place.weights, place.layout
+    output.constants = marks(like) | {LOGIT_SCALE: logit_scale(like, output.entries, dtype)}
+    output.entries |= {name: entry_of(tensor) for name, tensor in output.constants.items()}
+    return [output]
+
+
+def copy_all_but_weights(like: Checkpoint, folder: Path, config: Path) -> None:
+    """What a folder has besides weights, from the folder `config`."""
+    from sdft.formats.diffusers_folder import SDXL_PARTS, WEIGHT_FILES, state_prediction
+
+    folder.mkdir()
+    shutil.copy2(config / INDEX, folder)
+    for part in SDXL_PARTS:
+        shutil.copytree(config / part, folder / part, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
+    if not like.is_folder:
+        state_prediction(folder / "scheduler" / "scheduler_config.json", like)
+
+
+def write_outputs(
+    outputs: list[Output],
+    target: Path,
+    pieces: Pieces,
+    threads: int,
+    before: Mapping[str, str],
+    after: Callable[[], Mapping[str, str]],
+    bar: tqdm,
+) -> None:
+    """Write the files; `target` is the file, or the folder that has its other content already.
+
+    after: more metadata, known only at the end. before: something of the same length, to keep its place.
+    """
+    jobs, files = [], []
+    for output in outputs:
+        path = target / output.path if output.path else target
+        head = header_bytes(output.entries, output.order, output.metadata | dict(before))
+        # No buffer: threads write to the file by offsets.
+        files.append(opened := path.open("wb", buffering=0))
+        reserve(opened.fileno(), len(head) + output.num_bytes, path)
+        offset = len(head)
+        for name in output.order:
+            jobs.append(partial(write_tensor, output, name, opened.fileno(), offset, pieces, bar))
+            offset += output.entries[name].num_bytes
+    try:
+        in_threads(jobs, threads)
+        said = dict(after())
+        for output, opened in zip(outputs, files, strict=True):
+            os.pwrite(opened.fileno(), header_bytes(output.entries, output.order, output.metadata | said), 0)
+            os.fsync(opened.fileno())
+    finally:
+        for opened in files:
+            opened.close()
+
+
+def reserve(descriptor: int, num_bytes: int, path: Path) -> None:
+    """Take the space of a file on disk, so that a full disk is known before the work. Raises UserError."""
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free
+        told = f"needs {num_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} are free ({error.strerror})"
+        raise UserError(f"out: {told}; make room or choose another place") from error
+
+
+def in_threads(jobs: Sequence[Callable[[], None]], threads: int) -> None:
+    """Run all jobs, each on one core; after an error none is begun."""
+    kept = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(kept)
+
+
+@torch.no_grad()
+def write_tensor(output: Output, name: str, descriptor: int, offset: int, pieces: Pieces, bar: tqdm) -> None:
+    """Compute one tensor and write it at its place."""
+    dtype = DTYPES.get(output.entries[name].dtype)
+    if name in output.constants:
+        put(output.constants[name], descriptor, offset)
+        return
+    for weight in output.weights[name]:
+        found = pieces(weight)
+        if output.layouts.get(name) == "transposed":
+            found = iter([torch.cat(list(found)).T])
+        for piece in found:
+            narrow = piece.to(dtype)
+            if not torch.isfinite(narrow).all():
+                raise UserError(f"{weight}: {what_is_wrong(piece)}; nothing is written")
+            offset += put(narrow, descriptor, offset)
+            bar.update(narrow.nbytes)
+
+
+def what_is_wrong(piece: Tensor) -> str:
+    """Why a result is not written."""
+    if torch.isfinite(piece).all():
+        return f"comes out as {float(piece.abs().max()):g}, too large for its dtype (dtype=fp32 holds it)"
+    return "comes out as NaN or infinity, so an input is damaged there"
+
+
+def put(tensor: Tensor, descriptor: int, offset: int) -> int:
+    """Write a tensor's bytes at an offset; returns their number."""
+    content = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    written = 0
+    while written < len(content):
+        written += os.pwrite(descriptor, content[written:], offset + written)
+    return written
+
+
+def plan_lines(outputs: list[Output]) -> Iterator[str]:
+    """What would be written: one line for each tensor, and one for each file."""
+    for output in outputs:
+        for name in output.order:
+            entry = output.entries[name]
+            yield f"  {name}  {entry.dtype} {list(entry.shape)}  {entry.num_bytes} bytes"
+        yield f"{output.path or 'the file'}: {len(output.entries)} tensors, {output.num_bytes / 2**20:.1f} MiB"
+
+
+def to_json(recipe: Mapping[str, object]) -> str:
+    """The recipe as it stands in metadata."""
+    return json.dumps(recipe, sort_keys=True, ensure_ascii=False)
+
