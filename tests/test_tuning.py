@@ -349,7 +349,7 @@ class TestNewWords:
             config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": 2}))
         model = pretrained(str(tmp_path / "model"))
         Adapter(rank=2, parts=ALL_PARTS, new_words=WORDS).attach(model)
-        ids = tokenize(model.tokenizer_2, [f"a {WORD} cat"])
+        ids = tokenize(model.tokenizer_2, [f"a {WORD} cat"])[:, 0]
         assert ids[0, :5].tolist().index(model.tokenizer_2.eos_token_id) == 4
         with torch.no_grad():
             last = model.text_encoder_2.text_model(ids).last_hidden_state  # after the final layer norm

@@ -48,14 +48,20 @@ def step(mode: str, **switches) -> tuple[Tensor, Tensor]:
     return loss.detach(), torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad])
 
 
+@pytest.fixture(scope="module")
+def plain() -> dict[str, tuple[Tensor, Tensor]]:
+    """The step of each mode without any switch."""
+    return {mode: step(mode) for mode in MODES}
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
     "switches",
     [{"gradient_checkpointing": True}, {"channels_last": True}, {"attention": "eager"}, {"attention": "sliced"}],
     ids=lambda switches: "=".join(map(str, *switches.items())),
 )
-def test_the_step_is_the_same_in_every_mode(mode: str, switches: dict) -> None:
-    loss, gradients = step(mode)
+def test_the_step_is_the_same_in_every_mode(mode: str, switches: dict, plain) -> None:
+    loss, gradients = plain[mode]
     other_loss, other_gradients = step(mode, **switches)
     assert torch.allclose(loss, other_loss, rtol=1e-5)
     assert (gradients - other_gradients).norm() < 1e-4 * gradients.norm()
@@ -88,9 +94,9 @@ def test_what_learns_must_be_fp32() -> None:
 
 
 @pytest.mark.parametrize("mode", ["lora_unet", "lora_unet_te"])
-def test_adapters_are_fp32_beside_a_base_in_bf16(mode: str) -> None:
+def test_adapters_are_fp32_beside_a_base_in_bf16(mode: str, plain) -> None:
     frozen = {"unet": "bf16", "text_encoder": "bf16", "text_encoder_2": "bf16"}
-    loss, gradients = step(mode)
+    loss, gradients = plain[mode]
     other_loss, other_gradients = step(mode, dtype=frozen)
     assert other_gradients.dtype == torch.float32
     assert torch.allclose(loss, other_loss, rtol=0.05)
