@@ -63,12 +63,7 @@ def copy_as_folder(
     checkpoint: Checkpoint, folder: Path, config: Path, dtype: torch.dtype | None = None, bar: tqdm | None = None
 ) -> None:
     """Write a checkpoint of any format as `folder`; all that is no weight comes from the folder `config`."""
-    folder.mkdir()
-    shutil.copy2(config / INDEX, folder)
-    for part in SDXL_PARTS:
-        shutil.copytree(config / part, folder / part, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
-    if not checkpoint.is_folder:
-        state_prediction(folder / "scheduler" / "scheduler_config.json", checkpoint)
+    copy_all_but_weights(checkpoint, folder, config)
     with checkpoint.opened() as read:
         for part, file in FILES.items():
             entries = {
@@ -77,6 +72,16 @@ def copy_as_folder(
                 if weight.startswith(f"{part}/")
             }
             write_tensors(folder / part / file, entries, said_of(part, checkpoint), reading(read, part), bar)
+
+
+def copy_all_but_weights(checkpoint: Checkpoint, folder: Path, config: Path) -> None:
+    """What a folder has besides weights, from the folder `config`; a file says itself what it predicts."""
+    folder.mkdir()
+    shutil.copy2(config / INDEX, folder)
+    for part in SDXL_PARTS:
+        shutil.copytree(config / part, folder / part, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
+    if not checkpoint.is_folder:
+        state_prediction(folder / "scheduler" / "scheduler_config.json", checkpoint)
 
 
 def said_of(part: str, checkpoint: Checkpoint) -> dict[str, str]:

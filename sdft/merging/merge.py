@@ -28,7 +28,7 @@ from sdft.merging.lora_result import Compressed, compress, layers_of, write_lora
 from sdft.merging.lora_result import told as told_of_lora
 from sdft.merging.recipe import Recipe, Step, open_recipe
 from sdft.merging.sources import Source
-from sdft.merging.write import DATE, Output, copy_all_but_weights, outputs_of, plan_lines, to_json, write_outputs
+from sdft.merging.write import DATE, Output, outputs_of, plan_lines, to_json, write_outputs
 from sdft.types import Count, UserError
 
 Format = Literal["folder", "single_file", "kohya", "diffusers"]
@@ -160,6 +160,8 @@ def write_model(
             return Blend(recipe, readers, weight, like.weights[weight].shape).pieces()
 
         if config is not None:
+            from sdft.formats.diffusers_folder import copy_all_but_weights  # diffusers takes seconds to import
+
             copy_all_but_weights(like, written, config)
         before = metadata(recipe, lambda file: UNKNOWN)
         write_outputs(outputs, written, pieces, threads, before, partial(metadata, recipe, hash_of), bar)

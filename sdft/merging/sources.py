@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from sdft.formats.checkpoint import Checkpoint, open_checkpoint
-from sdft.formats.lora_file import is_lora, read_lora
+from sdft.formats.lora_file import is_lora, read_lora, read_names
 from sdft.formats.lora_layer import DORA, Layer, LoraFile
-from sdft.formats.stream import read_header
 from sdft.merging.kinds import Kind
-from sdft.models import nano
+from sdft.models.nano import WEIGHTS as NANO
 from sdft.types import UserError
 
 
@@ -70,15 +69,13 @@ class Adapter:
 
 
 Source = Model | Adapter
-NANO = Path(str(nano.__file__)).parent / "weights"
-"""As in `models.load`, whose import takes longer than a merge of files."""
 
 
 def open_source(key: str, source: str) -> Source:
     """The input that `source` names, from headers alone; `key` names it in errors."""
     where, path = f"{key}={source}", NANO if source == "nano" else Path(source).expanduser()
     if path.suffix == ".safetensors" and path.is_file():
-        if is_lora(tensor.name for tensor in read_header(where, path)[0]):
+        if is_lora(read_names(where, path)[0]):
             return Adapter(where, path, read_lora(path, where))
     elif path.is_file():
         raise UserError(f"{where}: is no .safetensors file; pass nano, a model folder or a .safetensors file")

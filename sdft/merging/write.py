@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdft.formats.checkpoint import INDEX, LOGIT_SCALE, Checkpoint
+from sdft.formats.checkpoint import LOGIT_SCALE, Checkpoint
 from sdft.formats.keys import Layout, place_of
-from sdft.formats.single_file import file_metadata, logit_scale, marks
+from sdft.formats.single_file import file_metadata, logit_scale, marks, single_entry
 from sdft.formats.stream import CODES, DTYPES, HASH, WIDTHS, Entry, entry_of, header_bytes
 from sdft.types import UserError
 
@@ -71,25 +71,11 @@ def outputs_of(like: Checkpoint, to: str, dtype: torch.dtype | None) -> list[Out
     for weight in like.weights:
         part, _, name = weight.partition("/")
         place = place_of(part, name, like.num_vae_levels)
-        views = [like.weights[one] for one in place.weights]
-        code = CODES[dtype] if dtype else max((view.dtype for view in views), key=WIDTHS.__getitem__)
-        output.entries[place.single] = Entry(code, place.single_shape(views[0].shape))
+        output.entries[place.single] = single_entry(like, place, dtype)
         output.weights[place.single], output.layouts[place.single] = place.weights, place.layout
     output.constants = marks(like) | {LOGIT_SCALE: logit_scale(like, output.entries, dtype)}
     output.entries |= {name: entry_of(tensor) for name, tensor in output.constants.items()}
     return [output]
-
-
-def copy_all_but_weights(like: Checkpoint, folder: Path, config: Path) -> None:
-    """What a folder has besides weights, from the folder `config`."""
-    from sdft.formats.diffusers_folder import SDXL_PARTS, WEIGHT_FILES, state_prediction
-
-    folder.mkdir()
-    shutil.copy2(config / INDEX, folder)
-    for part in SDXL_PARTS:
-        shutil.copytree(config / part, folder / part, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
-    if not like.is_folder:
-        state_prediction(folder / "scheduler" / "scheduler_config.json", like)
 
 
 def write_outputs(

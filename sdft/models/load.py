@@ -24,6 +24,7 @@ from transformers import CLIPTokenizer
 from sdft.formats.architecture import PARTS, empty_network, parameter_names, refuse_misfit
 from sdft.formats.checkpoint import INDEX, PICKLES, Checkpoint, open_checkpoint, open_vae
 from sdft.models.attention import Attention, set_attention
+from sdft.models.nano import WEIGHTS as NANO
 from sdft.models.sdxl import SDXL, EmptyPrompt
 from sdft.types import Count, UserError
 
@@ -31,7 +32,6 @@ from sdft.types import Count, UserError
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
-NANO = Path(__file__).parent / "nano" / "weights"
 SDXL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_BASE = Path(__file__).parent / "sdxl_base"
 """SDXL's configs, without weights and tokenizers."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from transformers import CLIPTokenizer
 from transformers.utils import logging
 
+from sdft.models.nano import WEIGHTS as NANO
 from sdft.types import UserError
-
-NANO = Path(__file__).parent / "nano" / "weights"
 
 
 def token_counter(weights: str) -> Callable[[str], int]:
