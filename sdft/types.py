@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any
 
+import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
@@ -22,6 +23,9 @@ Index = Annotated[int, Ge(0)]
 
 class UserError(Exception):
     """An error whose message says what is wrong and what to do; the verbs print it without a traceback."""
+
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Numbers as configs call them."""
 
 
 @dataclass

@@ -22,9 +22,7 @@ from sdft.formats.single_file import write_single_file
 from sdft.formats.stream import appearing
 from sdft.models.sdxl import SDXL
 from sdft.tuning import Adapter
-from sdft.types import Positive, UserError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from sdft.types import FLOATS, Positive, UserError
 
 
 class Export:
@@ -42,7 +40,7 @@ class Export:
         single_file: bool = False,
         tolerance: Positive | None = None,
     ):
-        self.dtype, self.single_file = DTYPES[dtype], single_file
+        self.dtype, self.single_file = FLOATS[dtype], single_file
         self.tolerance = tolerance or (0.2 if dtype == "bf16" else 0.02)
 
     def __call__(

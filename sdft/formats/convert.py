@@ -16,11 +16,10 @@ from sdft.formats.diffusers_folder import copy_as_folder
 from sdft.formats.lora_file import is_lora, read_lora, read_names, write_lora_file
 from sdft.formats.single_file import write_single_file
 from sdft.formats.stream import appearing
-from sdft.types import UserError
+from sdft.types import FLOATS, UserError
 
 MODEL_FORMATS = ("folder", "single_file")
 LORA_FORMATS = ("kohya", "diffusers")
-DTYPES = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def convert(
@@ -40,17 +39,18 @@ def convert(
     """
     if to not in (*MODEL_FORMATS, *LORA_FORMATS):
         raise UserError(f"to={to}: must be one of {', '.join((*MODEL_FORMATS, *LORA_FORMATS))}")
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in FLOATS:
         raise UserError(f"dtype={dtype}: must be one of fp32, bf16, fp16, or null to keep each weight's own")
     path, target = Path(source).expanduser(), Path(out).expanduser().absolute()
     refuse_target(target, to, path)
+    number = FLOATS[dtype] if dtype else None
     with appearing(target, overwrite=overwrite) as written:
         if holds_lora(source, path):
-            convert_lora(source, path, written, to, DTYPES[dtype])
+            convert_lora(source, path, written, to, number)
         elif to in LORA_FORMATS:
             raise UserError(f"to={to}: is a format of LoRA files, and in={source} is a whole model")
         else:
-            convert_model(source, path, written, to, config, DTYPES[dtype], allow_pickle)
+            convert_model(source, path, written, to, config, number, allow_pickle)
     return target
 
 

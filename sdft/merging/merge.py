@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,11 +28,10 @@ from sdft.merging.lora_result import told as told_of_lora
 from sdft.merging.recipe import Recipe, Step, open_recipe
 from sdft.merging.sources import Source
 from sdft.merging.write import DATE, Output, outputs_of, plan_lines, to_json, write_outputs
-from sdft.types import Count, UserError
+from sdft.types import FLOATS, Count, UserError
 
 Format = Literal["folder", "single_file", "kohya", "diffusers"]
 MODEL_FORMATS, LORA_FORMATS = ("folder", "single_file"), ("kohya", "diffusers")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UNKNOWN = "0" * 64
 """Keeps the place of a hash."""
 HashOf = Callable[[Path], str]
@@ -80,7 +78,7 @@ def merge(
         yield from told_of_lora(write_lora(recipe, target, to, dtype or "fp16", rank, energy, threads, overwrite))
     else:
         like = recipe.models[0].checkpoint
-        outputs = outputs_of(like, to, DTYPES[dtype] if dtype else None)
+        outputs = outputs_of(like, to, FLOATS[dtype] if dtype else None)
         if dry_run:
             yield from plan_lines(outputs)
             yield from (f"reads {one.where}: {size_of(one) / 2**20:.1f} MiB" for one in recipe.sources.values())
@@ -185,7 +183,7 @@ def write_lora(
         tqdm(total=len(layers_of(recipe)), desc="layers", leave=False) as bar,
         hashing(recipe.sources, read) as hash_of,
     ):
-        found = compress(recipe, readers, rank, energy, DTYPES[dtype], threads, bar)
+        found = compress(recipe, readers, rank, energy, FLOATS[dtype], threads, bar)
         if not found.layers:
             raise UserError("the result is zero in every layer of a LoRA, so there is nothing to write")
         missed = {name: round(share, 6) for name, share in sorted(found.missed.items())}

@@ -26,7 +26,7 @@ from sdft.formats.checkpoint import INDEX, PICKLES, Checkpoint, open_checkpoint,
 from sdft.models.attention import Attention, set_attention
 from sdft.models.nano import WEIGHTS as NANO
 from sdft.models.sdxl import SDXL, EmptyPrompt
-from sdft.types import Count, UserError
+from sdft.types import FLOATS, Count, UserError
 
 # Their bars count files, not bytes; `train.py` says what is being loaded.
 diffusers.utils.logging.disable_progress_bar()
@@ -35,7 +35,6 @@ transformers.utils.logging.disable_progress_bar()
 SDXL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_BASE = Path(__file__).parent / "sdxl_base"
 """SDXL's configs, without weights and tokenizers."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIGS = ("model_index.json", "*/*.json", "tokenizer*/*.txt")
 OTHER_FORMATS = ("*flax*", "*openvino*", "*onnx*")
 VARIANTS = ("*.fp16.*", "*.fp16-*", "*.non_ema.*")
@@ -75,7 +74,7 @@ def pretrained(
     """
     checkpoint = find_checkpoint(weights, variant, allow_pickle)
     folder = checkpoint.root if checkpoint.is_folder else find_folder("model.config", config, CONFIGS)
-    dtypes = {part: torch.float32 for part in PARTS} | {part: DTYPES[said] for part, said in (dtype or {}).items()}
+    dtypes = {part: torch.float32 for part in PARTS} | {part: FLOATS[said] for part, said in (dtype or {}).items()}
     configs = {part: folder / part for part in PARTS if vae is None or part != "vae"}
     networks = load_networks(f"model.weights={weights}", checkpoint, configs, dtypes)
     if vae is not None:
