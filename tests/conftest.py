@@ -10,6 +10,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # also of what tests start: workers share the cores
 
 from collections.abc import Callable, Sequence
 
@@ -35,8 +37,7 @@ SIZE = 32
 
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
-    """Two, or one where two workers share the machine."""
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
