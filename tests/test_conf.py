@@ -24,6 +24,7 @@ NEEDS = {
 }
 MERGE_NEEDS = {
     "linear": ["models=[x]"],
+    "fisher": ["models=[x]", "importances=[y]"],
     "geometric_median": ["models=[x]"],
     "add_difference": ["a=x", "b=x", "c=x"],
     "train_difference": ["a=x", "b=x", "c=x"],

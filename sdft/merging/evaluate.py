@@ -17,7 +17,7 @@ from sdft.formats.lora_layer import DORA
 from sdft.merging.blocks import block_of, is_by_block, number_of
 from sdft.merging.kinds import Kind
 from sdft.merging.recipe import Recipe
-from sdft.merging.sources import Adapter, Model, change_of, rescaled
+from sdft.merging.sources import Adapter, Held, change_of, rescaled
 from sdft.types import UserError
 
 PIECE = 2**20
@@ -28,12 +28,12 @@ Read = Callable[[str], Tensor]
 
 @contextmanager
 def opened(recipe: Recipe) -> Iterator[Mapping[str, Read]]:
-    """A reader of weights for each model among the sources."""
+    """A reader of weights for each source that holds them one by one."""
     with ExitStack() as stack:
         yield {
             name: stack.enter_context(source.checkpoint.opened())
             for name, source in recipe.sources.items()
-            if isinstance(source, Model)
+            if isinstance(source, Held)
         }
 
 
@@ -76,16 +76,22 @@ class Blend:
         if isinstance(source, Adapter):
             return self._change(name, source, index, base)
         if (name, index) not in self._now:
-            value = self._step(name, index) if source is None else self._model(name, index)
+            value = self._step(name, index) if source is None else self._held(name, source, index)
             if any(i != index for _, i in self._now):
                 self._now = {}
             self._now[name, index] = value
         return self._now[name, index]
 
-    def _model(self, name: str, index: int) -> Tensor:
+    def _held(self, name: str, source: Held, index: int) -> Tensor:
+        if self.weight not in source.checkpoint.weights:  # an importance that was not measured
+            return self._zeros(index)
         if name not in self._read:
             self._read[name] = self.readers[name](self.weight)
         return self._read[name][self.spans[index]].to(self.dtype)
+
+    def _zeros(self, index: int) -> Tensor:
+        span = self.spans[index]
+        return torch.zeros((span.stop - span.start, *self.shape[1:]), dtype=self.dtype)
 
     def _step(self, name: str, index: int) -> Tensor:
         step = self.recipe.steps[name]
@@ -129,12 +135,11 @@ class Blend:
         return {key: number_of(number, self.block) if is_by_block(number) else number for key, number in given.items()}
 
     def _change(self, name: str, source: Adapter, index: int, base: str | None) -> Tensor:
-        span, shape = self.spans[index], self.shape
-        layer = source.layer_of(self.weight)
+        span, layer = self.spans[index], source.layer_of(self.weight)
         if layer is None:
-            return torch.zeros((span.stop - span.start, *shape[1:]), dtype=self.dtype)
+            return self._zeros(index)
         if name not in self._changes:
-            self._changes[name] = change_of(layer).reshape(shape)
+            self._changes[name] = change_of(layer).reshape(self.shape)
         change = self._changes[name][span].to(self.dtype)
         if DORA not in layer.tensors:
             return change

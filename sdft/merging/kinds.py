@@ -25,6 +25,8 @@ class Kind(Enum):
     DELTA = "a delta"
     CHANGE = "a change of base"
     """Given as a delta, or as a weight from which the input `base` is taken; the method sees a delta."""
+    IMPORTANCE = "an importance"
+    """Of each number of a weight to the loss: a mean squared gradient, 0 where none was measured."""
 
 
 Weight = Annotated[Tensor, Kind.WEIGHT]
@@ -34,6 +36,7 @@ Deltas = Annotated[Sequence[Tensor], Kind.DELTA, MinLen(1)]
 Change = Annotated[Tensor, Kind.CHANGE]
 Changes = Annotated[Sequence[Tensor], Kind.CHANGE, MinLen(1)]
 TwoOrMore = Annotated[Sequence[Tensor], Kind.CHANGE, MinLen(2)]
+Importances = Annotated[Sequence[Tensor], Kind.IMPORTANCE, MinLen(1)]
 
 Preset = Literal["style", "content", "structure"]
 if TYPE_CHECKING:
@@ -61,7 +64,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class PerInput:
-    """Marks a list that has one number for each of the named inputs."""
+    """Marks a list that has one element for each of the named inputs."""
 
     inputs: str
 
@@ -104,7 +107,7 @@ def signature_of(method: Callable[..., Tensor]) -> Signature:
             statistics[name] = statistic.of
         elif name != "draw":
             numbers.append(name)
-            per_input |= {name: paired.inputs} if paired else {}
+        per_input |= {name: paired.inputs} if paired else {}
     (result,) = hints["return"].__metadata__
     return Signature(inputs, tuple(numbers), per_input, statistics, "draw" in hints, result)
 

@@ -1,4 +1,4 @@
-"""What goes into a merge: whole models and LoRAs, in any format that `formats` reads; headers first.
+"""What goes into a merge: whole models, LoRAs and importances, in any format that `formats` reads; headers first.
 
 Knows how a LoRA's layer changes a weight. Must not know methods.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sdft.formats.checkpoint import Checkpoint, open_checkpoint
+from sdft.formats.importance import open_importance
 from sdft.formats.lora_file import is_lora, read_lora, read_names
 from sdft.formats.lora_layer import DORA, Layer, LoraFile
 from sdft.merging.kinds import Kind
@@ -21,12 +22,11 @@ from sdft.types import UserError
 
 
 @dataclass(frozen=True)
-class Model:
-    """A checkpoint, whose weights are weights."""
+class Held:
+    """Tensors by the names of a model's weights."""
 
     where: str
     checkpoint: Checkpoint
-    kind = Kind.WEIGHT
 
     @property
     def root(self) -> Path:
@@ -40,6 +40,18 @@ class Model:
     @property
     def files(self) -> list[Path]:
         return sorted({view.stored.file for view in self.checkpoint.weights.values()})
+
+
+class Model(Held):
+    """A checkpoint, whose weights are weights."""
+
+    kind = Kind.WEIGHT
+
+
+class Importance(Held):
+    """How much the weights of a model matter to its loss; what was not measured is not in it."""
+
+    kind = Kind.IMPORTANCE
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ class Adapter:
         return self.lora.layers.get(weight.removesuffix(".weight")) if weight.endswith(".weight") else None
 
 
-Source = Model | Adapter
+Source = Model | Importance | Adapter
 
 
 def open_source(key: str, source: str) -> Source:
@@ -77,6 +89,8 @@ def open_source(key: str, source: str) -> Source:
     if path.suffix == ".safetensors" and path.is_file():
         if is_lora(read_names(where, path)[0]):
             return Adapter(where, path, read_lora(path, where))
+        if (importance := open_importance(where, path)) is not None:
+            return Importance(where, importance)
     elif path.is_file():
         raise UserError(f"{where}: is no .safetensors file; pass nano, a model folder or a .safetensors file")
     checkpoint = open_checkpoint(key, path)
@@ -86,7 +100,7 @@ def open_source(key: str, source: str) -> Source:
     return Model(where, checkpoint)
 
 
-def refuse_misfit(models: Sequence[Model], adapters: Sequence[Adapter]) -> None:
+def refuse_misfit(models: Sequence[Model], adapters: Sequence[Adapter], importances: Sequence[Importance]) -> None:
     """Raise UserError that names every weight in which the inputs do not fit each other."""
     if not models:
         return
@@ -108,6 +122,13 @@ def refuse_misfit(models: Sequence[Model], adapters: Sequence[Adapter]) -> None:
     shapes = {name: view.shape for name, view in first.checkpoint.weights.items()}
     for adapter in adapters:
         problems += adapter_misfits(adapter, shapes, first.where)
+    for importance in importances:
+        held = {name: view.shape for name, view in importance.checkpoint.weights.items()}
+        problems += [
+            f"{name}: {list(shape)} in {importance.where}, {list(shapes.get(name, ())) or 'nothing'} in {first.where}"
+            for name, shape in held.items()
+            if shapes.get(name) != shape
+        ]
     if problems:
         told = "\n".join(f"  {line}" for line in problems)
         raise UserError(f"the inputs do not fit each other in {len(problems)} weights:\n{told}")

@@ -60,6 +60,16 @@ def thresholds(blocks: Blocks, density: float, **numbers: Any) -> list[float]:
     return result
 
 
+def mean_importance(blocks: Blocks, **numbers: Any) -> float:
+    """The mean of all numbers of the importances, which are the second half of the inputs."""
+    total, size = 0.0, 0
+    for tensors in blocks():
+        importances = tensors[len(tensors) // 2 :]
+        total += sum(float(tensor.sum(dtype=torch.float64)) for tensor in importances)
+        size += sum(tensor.numel() for tensor in importances)
+    return total / size
+
+
 def bits_of(tensor: Tensor) -> Tensor:
     """The magnitudes' bits: int32 that sort as the fp32 magnitudes do."""
     return tensor.float().abs().reshape(-1).view(torch.int32)
@@ -97,5 +107,6 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 Gram = Annotated[Tensor, Statistic(gram)]
 GramOfDifferences = Annotated[Tensor, Statistic(gram_of_differences)]
+MeanImportance = Annotated[float, Statistic(mean_importance)]
 Thresholds = Annotated[list[float], Statistic(thresholds)]
 Turn = Annotated[tuple[Tensor, Tensor] | None, Statistic(turn)]

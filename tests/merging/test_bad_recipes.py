@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from small_models import LAYER, SHAPES, tensors_of, write_model
 
 from sdft.formats.checkpoint import Checkpoint
+from sdft.formats.importance import write_importance
 from sdft.formats.lora_file import write_lora_file
 from sdft.formats.lora_layer import DORA, DOWN, UP, Layer, LoraFile
 from sdft.merging.__main__ import main
@@ -45,7 +46,11 @@ LINES = [
     ("merge=ties base={a} models={b}", "ties takes a list of inputs"),
     ("merge=ties base={a} models=[{b}] density=0", "density=0: must be greater than 0"),
     ("merge=model_stock base={a} models=[{b}]", "model_stock needs at least 2 inputs"),
-    ("merge=linear models=[{a},{b}] shares=[1]", "shares: 1 numbers for 2 models"),
+    ("merge=linear models=[{a},{b}] shares=[1]", "shares: 1 for 2 models; one for each"),
+    ("merge=fisher models=[{a},{b}] importances=[{measured}]", "importances: 1 for 2 models; one for each"),
+    ("merge=fisher models=[{a},{b}] importances=[{a},{b}]", "is a weight, and fisher needs an importance; only"),
+    ("merge=ties base={a} models=[{measured}]", "is an importance, and ties needs a change of base"),
+    ("merge=fisher models=[{a}] importances=[{unlike}]", "conv_in.bias: [3] in importances={unlike}, [6] in"),
 ]
 RECIPES = [
     ("steps: {x: {method: tise, base: A, models: [B]}}", "x.method=tise: there is no such method; did you mean 'ties'"),
@@ -85,6 +90,9 @@ def files(tmp_path: Path) -> dict[str, Path]:
     }.items():
         made[name] = tmp_path / f"{name}.safetensors"
         write_lora_file(LoraFile({f"unet/{LAYER}": Layer(held, 2.0)}), made[name], "kohya")
+    for name, size in {"measured": 6, "unlike": 3}.items():
+        made[name] = tmp_path / f"{name}.safetensors"
+        write_importance({"unet.conv_in.bias": torch.ones(size)}, made[name])
     made["sd15"] = tmp_path / "sd15.safetensors"
     names = ("cond_stage_model.transformer.x", "model.diffusion_model.out.2.bias")
     save_file({name: torch.ones(1) for name in names}, made["sd15"])

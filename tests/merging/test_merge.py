@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from small_models import LAYER, LONG, SHAPES, read, tensors_of
 
 from sdft.formats.checkpoint import open_checkpoint
+from sdft.formats.importance import write_importance
 from sdft.formats.lora_file import write_lora_file
 from sdft.formats.lora_layer import DOWN, UP, Layer, LoraFile
 from sdft.merging import methods, sparse
@@ -165,6 +166,22 @@ def test_a_lora_is_a_change_among_models(model: Model, tmp_path: Path) -> None:
     delta = torch.stack([y - x, up @ down * 0.5])
     agree = (delta * delta.sum(0) > 0).float()
     assert torch.allclose(read(out)[weight], x + (delta * agree).sum(0) / agree.sum(0), atol=1e-5)
+
+
+def test_importance_weighs_number_by_number_and_may_be_partial(model: Model, tmp_path: Path) -> None:
+    a, b = model("a", 0), model("b", 1)
+    names = [f"unet.{LAYER}.weight", "unet.conv_in.bias"]
+    found = [{name: torch.rand(SHAPES[name.replace("unet.", "unet/")]) for name in names} for _ in "ab"]
+    files = [tmp_path / f"{i}.safetensors" for i in "ab"]
+    for importance, file in zip(found, files, strict=True):
+        write_importance(importance, file)
+    inputs = {"models": [a, b], "importances": files}
+    merged = read(run(methods.fisher, inputs, tmp_path / "out", {"floor": 0.0}))
+    x, y = tensors_of(0), tensors_of(1)
+    for name in SHAPES:
+        f, g = (one.get(name.replace("/", ".", 1), torch.ones(())).double() for one in found)
+        expected = (f * x[name].double() + g * y[name].double()) / (f + g)
+        assert torch.allclose(merged[name].double(), expected, atol=1e-6), name
 
 
 def test_nano_merges_into_a_model_that_loads(tmp_path: Path) -> None:

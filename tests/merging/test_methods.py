@@ -69,6 +69,16 @@ def test_sums_by_hand() -> None:
     assert methods.add_difference(a, b, c, 0.5).tolist() == [1.5, 1.0]
 
 
+def test_fisher_by_hand() -> None:
+    # The second number matters to the second model alone, the third to none.
+    models, importances = [t(1, 1, 1), t(5, 5, 5)], [t(3, 0, 0), t(1, 2, 0)]
+    assert apply("fisher", models=models, importances=importances, floor=0.0).tolist() == [2.0, 5.0, 3.0]
+    # floor 1 adds the mean importance, 1: shares 2/6, 3/4 and 1/2 of the second.
+    found = apply("fisher", models=models, importances=importances, floor=1.0).tolist()
+    assert found == pytest.approx([1 + 4 * 2 / 6, 1 + 4 * 3 / 4, 3.0])
+    assert apply("fisher", models=models, importances=[t(0, 0, 0)] * 2).tolist() == [3.0, 3.0, 3.0]
+
+
 def test_train_difference_by_hand() -> None:
     # learned b - c = 2 and 2; a is 1 and 0 away from b: shares 1/3 and 0.
     assert methods.train_difference(t(2, 3), t(3, 3), t(1, 1), 3.0).tolist() == pytest.approx([4.0, 3.0])
@@ -163,6 +173,7 @@ def test_clamp_by_hand() -> None:
         ("slerp", {"alpha": 0.3}),
         ("rotate", {"alpha": 0.3}),
         ("linear", {"shares": [0.3, 1.7]}),
+        ("fisher", {"importances": [random(2, 20, 10).abs(), random(3, 20, 10).abs()]}),
         ("geometric_median", {}),
         ("model_stock", {}),
         ("ties", {"density": 1.0}),
@@ -174,10 +185,12 @@ def test_merging_x_with_x_is_x(name: str, inputs: dict) -> None:
     x, base = random(0, 20, 10), random(1, 20, 10)
     signature, given = signature_of(METHODS[name]), {}
     for key, wanted in signature.inputs.items():
+        if wanted.kind == Kind.IMPORTANCE:
+            continue
         tensor = x - base if wanted.kind == Kind.CHANGE else x
         given[key] = base if key == "base" else [tensor, tensor.clone()] if wanted.many else tensor.clone()
     merged = apply(name, **given, **inputs)
-    exact = name in ("weighted_sum", "slerp", "linear", "geometric_median", "clamp")
+    exact = name in ("weighted_sum", "slerp", "linear", "fisher", "geometric_median", "clamp")
     assert torch.equal(merged, x) if exact else torch.allclose(merged, x, atol=1e-5)
 
 
