@@ -20,8 +20,9 @@ from sdft.merging.recipe import Recipe
 from sdft.merging.sources import Adapter, Held, change_of, rescaled
 from sdft.types import UserError
 
-PIECE = 2**20
-"""Numbers in a piece of a weight; random draws are made piece by piece, so results depend on it."""
+PIECE = 2**18
+"""Numbers in a piece of a weight: few enough that what is made of them stays in a core's cache. Random draws are made
+piece by piece, so results depend on it."""
 
 Read = Callable[[str], Tensor]
 
@@ -40,11 +41,13 @@ def opened(recipe: Recipe) -> Iterator[Mapping[str, Read]]:
 class Blend:
     """One weight of a recipe's result.
 
-    weight: `part/name`. shape: of it. readers: from `opened`.
+    weight: `part/name`. shape: of it. readers: from `opened`. every: 1, or only one row in so many.
     """
 
-    def __init__(self, recipe: Recipe, readers: Mapping[str, Read], weight: str, shape: tuple[int, ...]):
-        self.recipe, self.readers, self.weight, self.shape = recipe, readers, weight, shape
+    def __init__(
+        self, recipe: Recipe, readers: Mapping[str, Read], weight: str, shape: tuple[int, ...], every: int = 1
+    ):
+        self.recipe, self.readers, self.weight, self.shape, self.every = recipe, readers, weight, shape, every
         self.block = block_of(weight)
         self._read: dict[str, Tensor] = {}
         self._changes: dict[str, Tensor] = {}
@@ -61,8 +64,8 @@ class Blend:
     def spans(self) -> list[slice]:
         """The rows of each piece."""
         rows = self.shape[0] if self.shape else 1
-        step = max(1, PIECE // max(1, torch.Size(self.shape[1:]).numel()))
-        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+        step = self.every * max(1, PIECE // max(1, torch.Size(self.shape[1:]).numel()))
+        return [slice(start, min(start + step, rows), self.every) for start in range(0, rows, step)]
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -91,7 +94,7 @@ class Blend:
 
     def _zeros(self, index: int) -> Tensor:
         span = self.spans[index]
-        return torch.zeros((span.stop - span.start, *self.shape[1:]), dtype=self.dtype)
+        return torch.zeros((len(range(span.start, span.stop, self.every)), *self.shape[1:]), dtype=self.dtype)
 
     def _step(self, name: str, index: int) -> Tensor:
         step = self.recipe.steps[name]
@@ -124,7 +127,11 @@ class Blend:
             values[argument] = made if wanted.many else made[0]
         return values
 
-    def _blocks(self, name: str) -> Iterator[tuple[Tensor, ...]]:
+    def _blocks(self, name: str, sample: int | None = None) -> Iterator[tuple[Tensor, ...]]:
+        every = max(1, torch.Size(self.shape).numel() // sample) if sample else 1
+        if every > 1:
+            yield from Blend(self.recipe, self.readers, self.weight, self.shape, every)._blocks(name)
+            return
         for index in range(len(self.spans)):
             inputs = self._inputs(name, index)
             inputs.pop("base", None)
@@ -144,7 +151,7 @@ class Blend:
         if DORA not in layer.tensors:
             return change
         assert base is not None, "a DoRA without a base is refused by the recipe"
-        return rescaled(layer, change, self.value(base, index), span.start)
+        return rescaled(layer, change, self.value(base, index), span)
 
     def _draw(self, index: int, seed: int, number: int, shape: tuple[int, ...]) -> Tensor:
         generator = rng.generator(seed, "merging", f"{self.weight}/{number}", index)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from inspect import signature
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_type_hints
 
 from annotated_types import Gt, Le, MinLen
 from torch import Tensor
@@ -48,8 +48,16 @@ else:
     Amount = float | Preset | dict[str, float]
 Density = Annotated[float, Gt(0), Le(1)]
 
-Blocks = Callable[[], Iterator[tuple[Tensor, ...]]]
-"""The inputs of a method, `base` left out, piece by piece from the start of the tensor; may be asked for anew."""
+
+
+class Blocks(Protocol):
+    """The inputs of a method, `base` left out, piece by piece from the start of the tensor; may be asked for anew."""
+
+    def __call__(self, sample: int | None = None) -> Iterator[tuple[Tensor, ...]]:
+        """sample: only about so many numbers of each input, in whole rows at equal distances."""
+        ...
+
+
 Draw = Callable[[int, int, Sequence[int]], Tensor]
 """(seed, input, shape) -> numbers in [0, 1), which depend on these, on the weight's name and on the piece alone."""
 

@@ -151,7 +151,7 @@ def write_model(
         appearing(target, overwrite=overwrite) as written,
         opened(recipe) as readers,
         tqdm(total=total, desc="merging", unit="B", unit_scale=True, leave=False) as bar,
-        hashing(recipe.sources, bar) as hash_of,
+        hashing(recipe.sources, threads, bar) as hash_of,
     ):
 
         def pieces(weight: str) -> Iterator[Tensor]:
@@ -181,7 +181,7 @@ def write_lora(
         opened(recipe) as readers,
         tqdm(desc="hashing", unit="B", unit_scale=True, leave=False) as read,
         tqdm(total=len(layers_of(recipe)), desc="layers", leave=False) as bar,
-        hashing(recipe.sources, read) as hash_of,
+        hashing(recipe.sources, threads, read) as hash_of,
     ):
         found = compress(recipe, readers, rank, energy, FLOATS[dtype], threads, bar)
         if not found.layers:
@@ -195,12 +195,12 @@ def write_lora(
 
 
 @contextmanager
-def hashing(sources: Mapping[str, Source], bar: tqdm) -> Iterator[HashOf]:
-    """A function that gives the SHA-256 of an input file, which a thread of its own computes.
+def hashing(sources: Mapping[str, Source], threads: int, bar: tqdm) -> Iterator[HashOf]:
+    """A function that gives the SHA-256 of an input file, which threads of their own compute.
 
-    Reading each file from end to end, it also brings what is to be merged into the cache.
+    Reading files from end to end, they also bring what is to be merged into the cache.
     """
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         futures = {file: pool.submit(sha256, file, bar) for source in sources.values() for file in source.files}
         try:
             yield lambda file: futures[file].result()

@@ -95,7 +95,7 @@ def slerp(a: Weight, b: Weight, gram: Gram, alpha: Share = 0.5) -> Weight:
     angle = acos(max(-1.0, min(1.0, float(gram[0, 1]) / (norms[0] * norms[1])))) if all(norms) else 0.0
     if alpha in (0, 1) or sin(angle) < SMALLEST_ANGLE:
         return weighted_sum(a, b, alpha)
-    return a * (sin((1 - alpha) * angle) / sin(angle)) + b * (sin(alpha * angle) / sin(angle))
+    return torch.add(a * (sin((1 - alpha) * angle) / sin(angle)), b, alpha=sin(alpha * angle) / sin(angle))
 
 
 def model_stock(base: Weight, models: TwoOrMore, gram: Gram) -> Weight:

@@ -162,11 +162,11 @@ def change_of(layer: Layer) -> Tensor:
     return product.flatten(1) * layer.scale
 
 
-def rescaled(layer: Layer, change: Tensor, base: Tensor, first_row: int) -> Tensor:
+def rescaled(layer: Layer, change: Tensor, base: Tensor, rows: slice) -> Tensor:
     """A DoRA's change of some rows of a weight: their directions are moved, their norms are set."""
     moved = base + change
     norms = moved.flatten(1).norm(dim=1)
-    wanted = layer.tensors[DORA].flatten()[first_row : first_row + len(base)].to(base.dtype)
+    wanted = layer.tensors[DORA].flatten()[rows].to(base.dtype)
     return moved * (wanted / norms).reshape(-1, *[1] * (base.dim() - 1)) - base
 
 

@@ -35,7 +35,7 @@ def uniform(seed: int, number: int, shape: Sequence[int]) -> Tensor:
 
 def pieces_of(tensors: list[Tensor], count: int):
     """The tensors as a method's statistics see them."""
-    return lambda: zip(*(tensor.chunk(count) for tensor in tensors), strict=True)
+    return lambda sample=None: zip(*(tensor[:sample].chunk(count) for tensor in tensors), strict=True)
 
 
 def apply(name: str, *, pieces: int = 1, **arguments) -> Tensor:
@@ -215,6 +215,19 @@ def test_thresholds_are_the_exact_order_statistic(density: float, pieces: int) -
         magnitudes = np.sort(tensor.abs().numpy().ravel())[::-1]
         expected = 0.0 if density == 1.0 else magnitudes[round(density * 2000) - 1]
         assert threshold == expected
+
+
+@pytest.mark.parametrize("first_rows", [0.001, 1000.0])
+def test_thresholds_are_exact_where_a_sample_misleads(first_rows: float) -> None:
+    x = random(0, 400, 5)
+    x[:8] *= first_rows
+    found = thresholds(lambda sample=None: iter([(x[:8] if sample else x,)]), density=0.3)
+    assert found == [float(x.abs().flatten().sort(descending=True).values[599])]
+
+
+def test_thresholds_of_what_is_no_number_come_to_an_end() -> None:
+    for odd in (float("nan"), float("inf")):
+        thresholds(lambda sample=None: iter([(torch.full((5, 4), odd),)]), density=0.5)
 
 
 def test_statistics_do_not_depend_on_the_pieces() -> None:
