@@ -8,7 +8,7 @@ import pytest
 
 from sdft.config import CONF_DIR, check, compose
 
-ROOTS = {"train", "eval", "merge", "formats", "nano", "data_toy", "data_check", "data_cache", "data_shard"}
+ROOTS = {"train", "eval", "merge", "strip", "formats", "nano", "data_toy", "data_check", "data_cache", "data_shard"}
 NEEDS = {
     "data/folder": ["data.root=somewhere"],
     "data/webdataset": ["data.shards=somewhere"],
@@ -38,6 +38,7 @@ MERGE_NEEDS = {
 """The inputs of each method; a and b where not said."""
 ROOT_NEEDS = {
     "merge": ["a=x", "b=y", "out=z"],
+    "strip": ["a=x", "b=y"],
     "formats": ["in=x", "out=y", "to=folder"],
     "data_toy": ["out=x"],
     "data_check": ["data.root=x"],

@@ -38,6 +38,21 @@ def opened(recipe: Recipe) -> Iterator[Mapping[str, Read]]:
         }
 
 
+def what_is_damaged(recipe: Recipe, readers: Mapping[str, Read], weight: str) -> str:
+    """In words, the inputs that hold NaN or infinity where they say something of a weight."""
+    damaged = []
+    for name, source in recipe.sources.items():
+        if isinstance(source, Adapter):
+            layer = source.layer_of(weight)
+            held = list(layer.tensors.values()) if layer else []
+        else:
+            held = [readers[name](weight)] if weight in source.checkpoint.weights else []
+        if not all(tensor.isfinite().all() for tensor in held):
+            damaged.append(source.where)
+    said = f"{' and '.join(damaged)} is damaged, it holds" if damaged else "no input is damaged, but the numbers give"
+    return f"{weight}: {said} NaN or infinity there; nothing is written"
+
+
 class Blend:
     """One weight of a recipe's result.
 

@@ -21,13 +21,13 @@ from sdft.formats.lora_layer import network_metadata
 from sdft.formats.metadata import lora_metadata
 from sdft.formats.stream import HASH, appearing, sha256
 from sdft.merging.blocks import draw_blocks
-from sdft.merging.evaluate import Blend, opened
+from sdft.merging.evaluate import Blend, opened, what_is_damaged
 from sdft.merging.kinds import Density, Kind
 from sdft.merging.lora_result import Compressed, compress, layers_of, write_lora_file
 from sdft.merging.lora_result import told as told_of_lora
 from sdft.merging.recipe import Recipe, Step, open_recipe
 from sdft.merging.sources import Source
-from sdft.merging.write import DATE, Output, outputs_of, plan_lines, to_json, write_outputs
+from sdft.merging.write import DATE, Output, outputs_of, plan_lines, room_for, to_json, write_outputs
 from sdft.types import FLOATS, Count, UserError
 
 Format = Literal["folder", "single_file", "kohya", "diffusers"]
@@ -146,8 +146,10 @@ def write_model(
     overwrite: bool,
 ) -> None:
     """Compute and write a whole model, while the inputs are hashed."""
-    total = sum(output.num_bytes for output in outputs) + sum(map(size_of, recipe.sources.values()))
+    to_write = sum(output.num_bytes for output in outputs)
+    total = to_write + sum(map(size_of, recipe.sources.values()))
     with (
+        room_for(target, to_write),
         appearing(target, overwrite=overwrite) as written,
         opened(recipe) as readers,
         tqdm(total=total, desc="merging", unit="B", unit_scale=True, leave=False) as bar,
@@ -162,7 +164,8 @@ def write_model(
 
             copy_all_but_weights(like, written, config)
         before = metadata(recipe, lambda file: UNKNOWN)
-        write_outputs(outputs, written, pieces, threads, before, partial(metadata, recipe, hash_of), bar)
+        damage, after = partial(what_is_damaged, recipe, readers), partial(metadata, recipe, hash_of)
+        write_outputs(outputs, written, pieces, damage, threads, before, after, bar)
 
 
 def write_lora(
@@ -190,7 +193,9 @@ def write_lora(
         # hash and date are left out: one is of other bytes, with the other no two runs would agree.
         said = {key: value for key, value in lora_metadata(target.stem).items() if key not in (HASH, DATE)}
         told = said | network_metadata(found.lora) | metadata(recipe, hash_of) | {"sdft.missed": to_json(missed)}
-        write_lora_file(found.lora, written, to, told)
+        size = sum(tensor.nbytes for layer in found.layers.values() for tensor in layer.tensors.values())
+        with room_for(target, size):
+            write_lora_file(found.lora, written, to, told)
     return found
 
 

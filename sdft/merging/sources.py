@@ -5,6 +5,7 @@ Knows how a LoRA's layer changes a weight. Must not know methods.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,11 +82,14 @@ class Adapter:
 
 
 Source = Model | Importance | Adapter
+SUMMARY = "summary.json"
 
 
 def open_source(key: str, source: str) -> Source:
     """The input that `source` names, from headers alone; `key` names it in errors."""
     where, path = f"{key}={source}", NANO if source == "nano" else Path(source).expanduser()
+    if (path / SUMMARY).is_file():
+        path = left_by(where, path)
     if path.suffix == ".safetensors" and path.is_file():
         if is_lora(read_names(where, path)[0]):
             return Adapter(where, path, read_lora(path, where))
@@ -98,6 +102,18 @@ def open_source(key: str, source: str) -> Source:
         found, first = len(checkpoint.unknown), checkpoint.unknown[0]
         raise UserError(f"{where}: holds {found} tensors that SDXL does not have, for example {first}")
     return Model(where, checkpoint)
+
+
+def left_by(where: str, run: Path) -> Path:
+    """The weights that a finished run of train.py left beside its summary, so that the folder may have been moved."""
+    left = json.loads((run / SUMMARY).read_text(encoding="utf-8")).get("artifacts", {})
+    paths = [run / Path(left[kind]).name for kind in ("lora", "lora_kohya", "model") if kind in left]
+    if not paths or not paths[0].exists():
+        raise UserError(f"{where}: the run left neither a LoRA nor a model; pass a finished run, or a file")
+    if "words" in left:
+        told = "the run learned new words too, which no merge can hold"
+        raise UserError(f"{where}: {told}; to merge what else it learned, pass {paths[0]}")
+    return paths[0]
 
 
 def refuse_misfit(models: Sequence[Model], adapters: Sequence[Adapter], importances: Sequence[Importance]) -> None:
