@@ -122,16 +122,16 @@ def main() -> None:
         naive = [sys.executable, "-c", NAIVE]
         both, once = ("cold", "warm"), ("cold",)
         jobs: dict[str, tuple[list, list[Path], tuple[str, ...]]] = {
-            "python, imports and --help": ([*merge, "--help"], [], both),
+            "python, imports and --help": ([*merge, "--help"], [], once),
             "cp of one, and sync": (["sh", "-c", f"cp {a} {out} && sync {out}"], [a], both),
             "cat of two": (["cat", a, b], [a, b], both),
             "cat of three": (["cat", a, b, c], [a, b, c], both),
             "weighted sum": ([*merge, f"a={a}", f"b={b}", "alpha=0.4"], [a, b], both),
-            "slerp": ([*merge, "merge=slerp", f"a={a}", f"b={b}"], [a, b], both),
-            "add-difference": ([*merge, "merge=add_difference", f"a={a}", f"b={b}", f"c={c}"], [a, b, c], both),
-            "TIES of two": ([*merge, "merge=ties", f"base={a}", f"models=[{b},{c}]"], [a, b, c], both),
-            "extract, rank 64": ([*merge, "merge=extract", f"a={a}", f"b={b}", "rank=64"], [a, b], once),
             "weighted sum, naive": ([*naive, a, b, out], [a, b], once),
+            "slerp": ([*merge, "merge=slerp", f"a={a}", f"b={b}"], [a, b], once),
+            "TIES of two": ([*merge, "merge=ties", f"base={a}", f"models=[{b},{c}]"], [a, b, c], once),
+            "extract, rank 64": ([*merge, "merge=extract", f"a={a}", f"b={b}", "rank=64"], [a, b], once),
+            "add-difference": ([*merge, "merge=add_difference", f"a={a}", f"b={b}", f"c={c}"], [a, b, c], both),
             "add-difference, naive": ([*naive, a, b, c, out], [a, b, c], once),
         }
         for name, (command, inputs, caches) in jobs.items():

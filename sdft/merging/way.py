@@ -36,10 +36,11 @@ def way(
     """
     steps, ends = {}, {}
     for key, source in (("a", a), ("b", b)):
-        ends[key] = source
-        if open_source(key, source).kind == Kind.DELTA:
+        opened = open_source(key, source)
+        ends[key] = str(opened.root)
+        if opened.kind == Kind.DELTA:
             ends[key] = f"baked_{key}"
-            steps[ends[key]] = Step(methods.add, {"base": base, "delta": source})
+            steps[ends[key]] = Step(methods.add, {"base": base, "delta": str(opened.root)})
 
     def written(name: str, recipe: dict[str, Step]) -> tuple[str, str]:
         path = str(Path(out) / name)
