@@ -188,11 +188,8 @@ def write_tensor(
                     raise UserError(damage(weight))
                 told = f"comes out as {float(piece.abs().max()):g}, too large for its dtype (dtype=fp32 holds it)"
                 raise UserError(f"{weight}: {told}; nothing is written")
-            size = put(narrow, descriptor, offset)
-            # The disk begins at once, so that little is left for fsync; the cache is for the inputs.
-            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_DONTNEED)
-            offset += size
-            bar.update(size)
+            offset += put(narrow, descriptor, offset)
+            bar.update(narrow.nbytes)
 
 
 def put(tensor: Tensor, descriptor: int, offset: int) -> int:

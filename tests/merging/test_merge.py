@@ -82,13 +82,24 @@ def test_formats_mix_freely_and_come_out_alike(model: Model, as_file: Callable, 
     assert json.loads((back / "model_index.json").read_text())["_class_name"] == "StableDiffusionXLPipeline"
 
 
-@pytest.mark.parametrize("to", ["folder", "single_file"])
-def test_the_same_recipe_gives_the_same_bytes_whatever_the_threads(model: Model, tmp_path: Path, to: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "suffix"),
+    [
+        (sparse.dare_ties, ""),
+        (sparse.dare_ties, ".safetensors"),
+        (sparse.ties, ""),
+        (methods.model_stock, ""),
+        (methods.cosine_adaptive, ""),
+    ],
+)
+def test_the_same_recipe_gives_the_same_bytes_whatever_the_threads(
+    model: Model, tmp_path: Path, method: Callable, suffix: str
+) -> None:
     base, a, b = model("base", 0, torch.float16), model("a", 1, torch.float16), model("b", 2, torch.float16)
+    changes = {"a": a, "b": b} if method is methods.cosine_adaptive else {"models": [a, b]}
     found = []
     for i, threads in enumerate((1, 1, 2, 4)):
-        name = f"{i}/out" + (".safetensors" if to == "single_file" else "")
-        out = run(sparse.dare_ties, {"base": base, "models": [a, b]}, tmp_path / name, {"seed": 5}, threads=threads)
+        out = run(method, {"base": base, **changes}, tmp_path / f"{i}/out{suffix}", threads=threads)
         found.append(digests(out))
     assert found[0] == found[1] == found[2] == found[3]
 
@@ -201,8 +212,16 @@ def test_a_dry_run_reads_headers_alone(model: Model, tmp_path: Path) -> None:
 
 def test_nan_is_refused_and_leaves_nothing(model: Model, tmp_path: Path) -> None:
     a, b = model("a", 0), model("b", 1, **{"unet/conv_in.bias": torch.tensor([float("nan")] * 6)})
-    with pytest.raises(UserError, match=r"unet/conv_in.bias: comes out as NaN or infinity"):
+    told = rf"unet/conv_in.bias: b={b} is damaged, it holds NaN or infinity there; nothing is written"
+    with pytest.raises(UserError, match=told):
         run(methods.weighted_sum, {"a": a, "b": b}, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_nan_is_not_extracted(model: Model, tmp_path: Path) -> None:
+    a, b = model("a", 0, **{f"unet/{LAYER}.weight": torch.full((12, 8), float("inf"))}), model("b", 1)
+    with pytest.raises(UserError, match=rf"unet/{LAYER}.weight: a={a} is damaged"):
+        run(methods.difference, {"a": a, "b": b}, tmp_path / "lora.safetensors", rank=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
@@ -214,14 +233,17 @@ def test_what_fp16_cannot_hold_is_refused(model: Model, tmp_path: Path) -> None:
 
 def test_a_disk_that_is_full_is_found_before_the_work(model: Model, tmp_path: Path) -> None:
     a, b = model("a", 0), model("b", 1)
+    needed = sum(tensor.nbytes for tensor in tensors_of(0).values()) / 2**20
     kept = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, kept[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, kept[1]))
     try:
-        with pytest.raises(UserError, match=r"out: needs 0.00 GiB, .* free"):
+        with pytest.raises(UserError, match=rf"out={tmp_path}/out: needs {needed:.1f} MiB, .* free there .*make room"):
             run(methods.weighted_sum, {"a": a, "b": b}, tmp_path / "out")
+        with pytest.raises(UserError, match=rf"out={tmp_path}/l.safetensors: needs 0.0 MiB, .* free there"):
+            run(methods.difference, {"a": a, "b": b}, tmp_path / "l.safetensors", rank=4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, kept)
-    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_kill_9_leaves_nothing_under_the_final_name(model: Model, tmp_path: Path) -> None:
