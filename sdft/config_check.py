@@ -15,7 +15,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
@@ -42,7 +42,7 @@ def check(cfg: DictConfig) -> None:
     or a value of the wrong type or out of range.
     """
     for path, node in _targets(resolve(cfg)):
-        for key, number in _bind(path, node):
+        for key, number in _bind(path, node, functools.partial(_said, cfg)):
             with flag_override(cfg, ["struct", "readonly"], False):
                 OmegaConf.update(cfg, key, number)
 
@@ -89,7 +89,16 @@ def _targets(tree: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
         yield from _targets(value, join(path, key))
 
 
-def _bind(path: str, node: dict[str, Any]) -> Iterator[tuple[str, float]]:
+def _said(cfg: DictConfig, key: str) -> str:
+    """The key that the value of `key` was written under: with `method: {alpha: ${alpha}}` it is `alpha`."""
+    outer, _, last = key.rpartition(".")
+    owner = OmegaConf.select(cfg, outer) if outer else cfg
+    raw = OmegaConf.to_container(owner, resolve=False) if isinstance(owner, DictConfig) else {}
+    link = re.fullmatch(r"\$\{([\w.]+)\}", str(raw.get(last))) if isinstance(raw, dict) else None
+    return _said(cfg, link[1]) if link else key
+
+
+def _bind(path: str, node: dict[str, Any], said: Callable[[str], str]) -> Iterator[tuple[str, float]]:
     """Raises when the node does not fit its target; yields the floats written as text."""
     name = node["_target_"]
     target = locate(name, join(path, "_target_"))
@@ -107,7 +116,7 @@ def _bind(path: str, node: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for key, value in given.items():
         parameter = parameters.get(key) or next(p for p in parameters.values() if p.kind == p.VAR_KEYWORD)
         if type(value) is not type(parameter.default) or value != parameter.default:
-            yield from _fit(join(path, key), value, hints.get(parameter.name, Any), name)
+            yield from _fit(join(path, key), value, hints.get(parameter.name, Any), name, said)
 
 
 def _given(path: str, name: str, node: dict[str, Any], parameters: Any) -> dict[str, Any]:
@@ -181,7 +190,7 @@ def _hint(function: Any, hint: Any) -> Any:
         return Any
 
 
-def _fit(key: str, value: Any, hint: Any, name: str) -> Iterator[tuple[str, float]]:
+def _fit(key: str, value: Any, hint: Any, name: str, said: Callable[[str], str]) -> Iterator[tuple[str, float]]:
     adapter = _adapter(hint)
     if adapter is None or _opaque(value):
         return
@@ -194,9 +203,9 @@ def _fit(key: str, value: Any, hint: Any, name: str) -> Iterator[tuple[str, floa
         steps = _steps(value, text["loc"]) if text else []
         number = _number(_at(value, steps)) if text else None
         if number is None:
-            raise ConfigError(_complaint(key, value, problems, name)) from None
+            raise ConfigError(_complaint(said(key), value, problems, name)) from None
         yield ".".join([key, *map(str, steps)]), number
-        yield from _fit(key, _replaced(value, steps, number), hint, name)
+        yield from _fit(key, _replaced(value, steps, number), hint, name, said)
         return
     if dataclasses.is_dataclass(result) and isinstance(value, dict):
         raise ConfigError(f"{key}: needs a _target_ that builds a {type(result).__name__} ({name})")

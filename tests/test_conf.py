@@ -8,7 +8,7 @@ import pytest
 
 from sdft.config import CONF_DIR, check, compose
 
-ROOTS = {"train", "eval", "merge", "formats", "nano", "data_toy", "data_check", "data_cache", "data_shard"}
+ROOTS = {"train", "eval", "merge", "strip", "formats", "nano", "data_toy", "data_check", "data_cache", "data_shard"}
 NEEDS = {
     "data/folder": ["data.root=somewhere"],
     "data/webdataset": ["data.shards=somewhere"],
@@ -24,6 +24,7 @@ NEEDS = {
 }
 MERGE_NEEDS = {
     "linear": ["models=[x]"],
+    "fisher": ["models=[x]", "importances=[y]"],
     "geometric_median": ["models=[x]"],
     "add_difference": ["a=x", "b=x", "c=x"],
     "train_difference": ["a=x", "b=x", "c=x"],
@@ -37,6 +38,7 @@ MERGE_NEEDS = {
 """The inputs of each method; a and b where not said."""
 ROOT_NEEDS = {
     "merge": ["a=x", "b=y", "out=z"],
+    "strip": ["a=x", "b=y"],
     "formats": ["in=x", "out=y", "to=folder"],
     "data_toy": ["out=x"],
     "data_check": ["data.root=x"],

@@ -26,7 +26,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 CODES = {dtype: code for code, dtype in DTYPES.items()} | {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}
 WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 """Bytes of one number; 1 for all others."""
-CHUNK = 2**22
+CHUNK = 2**20
 HASH = "modelspec.hash_sha256"
 
 
@@ -141,10 +141,10 @@ def appearing(target: Path, key: str = "out", overwrite: bool = False) -> Iterat
 
 def sha256(file: Path, bar: tqdm | None = None) -> str:
     """The hash of a file's bytes."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while chunk := opened.read(CHUNK):
-            digest.update(chunk)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    with file.open("rb", buffering=0) as opened:
+        while size := opened.readinto(buffer):
+            digest.update(buffer[:size])
             if bar is not None:
-                bar.update(len(chunk))
+                bar.update(size)
     return digest.hexdigest()

@@ -17,34 +17,52 @@ from sdft.formats.lora_layer import DORA
 from sdft.merging.blocks import block_of, is_by_block, number_of
 from sdft.merging.kinds import Kind
 from sdft.merging.recipe import Recipe
-from sdft.merging.sources import Adapter, Model, change_of, rescaled
+from sdft.merging.sources import Adapter, Held, change_of, rescaled
 from sdft.types import UserError
 
-PIECE = 2**20
-"""Numbers in a piece of a weight; random draws are made piece by piece, so results depend on it."""
+PIECE = 2**18
+"""Numbers in a piece of a weight: few enough that what is made of them stays in a core's cache. Random draws are made
+piece by piece, so results depend on it."""
 
 Read = Callable[[str], Tensor]
 
 
 @contextmanager
 def opened(recipe: Recipe) -> Iterator[Mapping[str, Read]]:
-    """A reader of weights for each model among the sources."""
+    """A reader of weights for each source that holds them one by one."""
     with ExitStack() as stack:
         yield {
             name: stack.enter_context(source.checkpoint.opened())
             for name, source in recipe.sources.items()
-            if isinstance(source, Model)
+            if isinstance(source, Held)
         }
+
+
+def what_is_damaged(recipe: Recipe, readers: Mapping[str, Read], weight: str) -> str:
+    """In words, the inputs that hold NaN or infinity where they say something of a weight."""
+    damaged = []
+    for name, source in recipe.sources.items():
+        if isinstance(source, Adapter):
+            layer = source.layer_of(weight)
+            held = list(layer.tensors.values()) if layer else []
+        else:
+            held = [readers[name](weight)] if weight in source.checkpoint.weights else []
+        if not all(tensor.isfinite().all() for tensor in held):
+            damaged.append(source.where)
+    said = f"{' and '.join(damaged)} is damaged, it holds" if damaged else "no input is damaged, but the numbers give"
+    return f"{weight}: {said} NaN or infinity there; nothing is written"
 
 
 class Blend:
     """One weight of a recipe's result.
 
-    weight: `part/name`. shape: of it. readers: from `opened`.
+    weight: `part/name`. shape: of it. readers: from `opened`. every: 1, or only one row in so many.
     """
 
-    def __init__(self, recipe: Recipe, readers: Mapping[str, Read], weight: str, shape: tuple[int, ...]):
-        self.recipe, self.readers, self.weight, self.shape = recipe, readers, weight, shape
+    def __init__(
+        self, recipe: Recipe, readers: Mapping[str, Read], weight: str, shape: tuple[int, ...], every: int = 1
+    ):
+        self.recipe, self.readers, self.weight, self.shape, self.every = recipe, readers, weight, shape, every
         self.block = block_of(weight)
         self._read: dict[str, Tensor] = {}
         self._changes: dict[str, Tensor] = {}
@@ -61,8 +79,8 @@ class Blend:
     def spans(self) -> list[slice]:
         """The rows of each piece."""
         rows = self.shape[0] if self.shape else 1
-        step = max(1, PIECE // max(1, torch.Size(self.shape[1:]).numel()))
-        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+        step = self.every * max(1, PIECE // max(1, torch.Size(self.shape[1:]).numel()))
+        return [slice(start, min(start + step, rows), self.every) for start in range(0, rows, step)]
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -76,16 +94,22 @@ class Blend:
         if isinstance(source, Adapter):
             return self._change(name, source, index, base)
         if (name, index) not in self._now:
-            value = self._step(name, index) if source is None else self._model(name, index)
+            value = self._step(name, index) if source is None else self._held(name, source, index)
             if any(i != index for _, i in self._now):
                 self._now = {}
             self._now[name, index] = value
         return self._now[name, index]
 
-    def _model(self, name: str, index: int) -> Tensor:
+    def _held(self, name: str, source: Held, index: int) -> Tensor:
+        if self.weight not in source.checkpoint.weights:  # an importance that was not measured
+            return self._zeros(index)
         if name not in self._read:
             self._read[name] = self.readers[name](self.weight)
         return self._read[name][self.spans[index]].to(self.dtype)
+
+    def _zeros(self, index: int) -> Tensor:
+        span = self.spans[index]
+        return torch.zeros((len(range(span.start, span.stop, self.every)), *self.shape[1:]), dtype=self.dtype)
 
     def _step(self, name: str, index: int) -> Tensor:
         step = self.recipe.steps[name]
@@ -118,7 +142,11 @@ class Blend:
             values[argument] = made if wanted.many else made[0]
         return values
 
-    def _blocks(self, name: str) -> Iterator[tuple[Tensor, ...]]:
+    def _blocks(self, name: str, sample: int | None = None) -> Iterator[tuple[Tensor, ...]]:
+        every = max(1, torch.Size(self.shape).numel() // sample) if sample else 1
+        if every > 1:
+            yield from Blend(self.recipe, self.readers, self.weight, self.shape, every)._blocks(name)
+            return
         for index in range(len(self.spans)):
             inputs = self._inputs(name, index)
             inputs.pop("base", None)
@@ -129,17 +157,16 @@ class Blend:
         return {key: number_of(number, self.block) if is_by_block(number) else number for key, number in given.items()}
 
     def _change(self, name: str, source: Adapter, index: int, base: str | None) -> Tensor:
-        span, shape = self.spans[index], self.shape
-        layer = source.layer_of(self.weight)
+        span, layer = self.spans[index], source.layer_of(self.weight)
         if layer is None:
-            return torch.zeros((span.stop - span.start, *shape[1:]), dtype=self.dtype)
+            return self._zeros(index)
         if name not in self._changes:
-            self._changes[name] = change_of(layer).reshape(shape)
+            self._changes[name] = change_of(layer).reshape(self.shape)
         change = self._changes[name][span].to(self.dtype)
         if DORA not in layer.tensors:
             return change
         assert base is not None, "a DoRA without a base is refused by the recipe"
-        return rescaled(layer, change, self.value(base, index), span.start)
+        return rescaled(layer, change, self.value(base, index), span)
 
     def _draw(self, index: int, seed: int, number: int, shape: tuple[int, ...]) -> Tensor:
         generator = rng.generator(seed, "merging", f"{self.weight}/{number}", index)

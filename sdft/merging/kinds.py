@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cache
 from inspect import signature
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_type_hints
 
 from annotated_types import Gt, Le, MinLen
 from torch import Tensor
@@ -25,6 +25,8 @@ class Kind(Enum):
     DELTA = "a delta"
     CHANGE = "a change of base"
     """Given as a delta, or as a weight from which the input `base` is taken; the method sees a delta."""
+    IMPORTANCE = "an importance"
+    """Of each number of a weight to the loss: a mean squared gradient, 0 where none was measured."""
 
 
 Weight = Annotated[Tensor, Kind.WEIGHT]
@@ -34,6 +36,7 @@ Deltas = Annotated[Sequence[Tensor], Kind.DELTA, MinLen(1)]
 Change = Annotated[Tensor, Kind.CHANGE]
 Changes = Annotated[Sequence[Tensor], Kind.CHANGE, MinLen(1)]
 TwoOrMore = Annotated[Sequence[Tensor], Kind.CHANGE, MinLen(2)]
+Importances = Annotated[Sequence[Tensor], Kind.IMPORTANCE, MinLen(1)]
 
 Preset = Literal["style", "content", "structure"]
 if TYPE_CHECKING:
@@ -45,8 +48,16 @@ else:
     Amount = float | Preset | dict[str, float]
 Density = Annotated[float, Gt(0), Le(1)]
 
-Blocks = Callable[[], Iterator[tuple[Tensor, ...]]]
-"""The inputs of a method, `base` left out, piece by piece from the start of the tensor; may be asked for anew."""
+
+
+class Blocks(Protocol):
+    """The inputs of a method, `base` left out, piece by piece from the start of the tensor; may be asked for anew."""
+
+    def __call__(self, sample: int | None = None) -> Iterator[tuple[Tensor, ...]]:
+        """sample: only about so many numbers of each input, in whole rows at equal distances."""
+        ...
+
+
 Draw = Callable[[int, int, Sequence[int]], Tensor]
 """(seed, input, shape) -> numbers in [0, 1), which depend on these, on the weight's name and on the piece alone."""
 
@@ -61,7 +72,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class PerInput:
-    """Marks a list that has one number for each of the named inputs."""
+    """Marks a list that has one element for each of the named inputs."""
 
     inputs: str
 
@@ -104,7 +115,7 @@ def signature_of(method: Callable[..., Tensor]) -> Signature:
             statistics[name] = statistic.of
         elif name != "draw":
             numbers.append(name)
-            per_input |= {name: paired.inputs} if paired else {}
+        per_input |= {name: paired.inputs} if paired else {}
     (result,) = hints["return"].__metadata__
     return Signature(inputs, tuple(numbers), per_input, statistics, "draw" in hints, result)
 

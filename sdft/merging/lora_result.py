@@ -21,11 +21,12 @@ from sdft.formats.lora_keys import is_convolution, kohya_name
 from sdft.formats.lora_layer import DORA, DOWN, MID, UP, Layer, LoraFile
 from sdft.formats.stream import entry_of, write_tensors
 from sdft.merging import methods
-from sdft.merging.evaluate import Blend, Read
+from sdft.merging.evaluate import Blend, Read, what_is_damaged
 from sdft.merging.factors import nearest, product_nearest
 from sdft.merging.recipe import Recipe
 from sdft.merging.sources import Adapter
 from sdft.merging.write import in_threads
+from sdft.types import UserError
 
 SEED = 0
 """Of the random ranges of decompositions; it moves the result by less than their error."""
@@ -85,18 +86,23 @@ def compress(
     found, layers = Compressed(), layers_of(recipe)
 
     def factor(name: str, shape: tuple[int, ...]) -> None:
-        pairs = low_rank(recipe, recipe.result, name)
+        pairs, weight = low_rank(recipe, recipe.result, name), f"{name}.weight"
         if pairs is not None:
+            refuse_odd([factor for pair in pairs for factor in pair], weight)
             made = product_nearest(pairs, rank, energy) if pairs else None
         else:
-            blend = Blend(recipe, readers, f"{name}.weight", shape)
-            matrix = torch.cat(list(blend.pieces())).flatten(1).float()
+            matrix = torch.cat(list(Blend(recipe, readers, weight, shape).pieces())).flatten(1).float()
+            refuse_odd([matrix], weight)
             generator = rng.generator(SEED, "extract", name)
             made = nearest(matrix, rank, energy, generator) if matrix.any() else None
         bar.update()
         if made is not None:
             up, down, found.missed[name] = made
             found.layers[name] = layer_like(up, down, shape, dtype)
+
+    def refuse_odd(tensors: list[Tensor], weight: str) -> None:
+        if not all(torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in tensors):
+            raise UserError(what_is_damaged(recipe, readers, weight))
 
     def look(weight: str, shape: tuple[int, ...]) -> None:
         if any(piece.any() for piece in Blend(recipe, readers, weight, shape).pieces()):

@@ -21,13 +21,13 @@ from sdft.formats.lora_layer import network_metadata
 from sdft.formats.metadata import lora_metadata
 from sdft.formats.stream import HASH, appearing, sha256
 from sdft.merging.blocks import draw_blocks
-from sdft.merging.evaluate import Blend, opened
+from sdft.merging.evaluate import Blend, opened, what_is_damaged
 from sdft.merging.kinds import Density, Kind
 from sdft.merging.lora_result import Compressed, compress, layers_of, write_lora_file
 from sdft.merging.lora_result import told as told_of_lora
 from sdft.merging.recipe import Recipe, Step, open_recipe
 from sdft.merging.sources import Source
-from sdft.merging.write import DATE, Output, outputs_of, plan_lines, to_json, write_outputs
+from sdft.merging.write import DATE, Output, outputs_of, plan_lines, room_for, to_json, write_outputs
 from sdft.types import FLOATS, Count, UserError
 
 Format = Literal["folder", "single_file", "kohya", "diffusers"]
@@ -146,12 +146,14 @@ def write_model(
     overwrite: bool,
 ) -> None:
     """Compute and write a whole model, while the inputs are hashed."""
-    total = sum(output.num_bytes for output in outputs) + sum(map(size_of, recipe.sources.values()))
+    to_write = sum(output.num_bytes for output in outputs)
+    total = to_write + sum(map(size_of, recipe.sources.values()))
     with (
+        room_for(target, to_write),
         appearing(target, overwrite=overwrite) as written,
         opened(recipe) as readers,
         tqdm(total=total, desc="merging", unit="B", unit_scale=True, leave=False) as bar,
-        hashing(recipe.sources, bar) as hash_of,
+        hashing(recipe.sources, threads, bar) as hash_of,
     ):
 
         def pieces(weight: str) -> Iterator[Tensor]:
@@ -162,7 +164,8 @@ def write_model(
 
             copy_all_but_weights(like, written, config)
         before = metadata(recipe, lambda file: UNKNOWN)
-        write_outputs(outputs, written, pieces, threads, before, partial(metadata, recipe, hash_of), bar)
+        damage, after = partial(what_is_damaged, recipe, readers), partial(metadata, recipe, hash_of)
+        write_outputs(outputs, written, pieces, damage, threads, before, after, bar)
 
 
 def write_lora(
@@ -181,7 +184,7 @@ def write_lora(
         opened(recipe) as readers,
         tqdm(desc="hashing", unit="B", unit_scale=True, leave=False) as read,
         tqdm(total=len(layers_of(recipe)), desc="layers", leave=False) as bar,
-        hashing(recipe.sources, read) as hash_of,
+        hashing(recipe.sources, threads, read) as hash_of,
     ):
         found = compress(recipe, readers, rank, energy, FLOATS[dtype], threads, bar)
         if not found.layers:
@@ -190,17 +193,19 @@ def write_lora(
         # hash and date are left out: one is of other bytes, with the other no two runs would agree.
         said = {key: value for key, value in lora_metadata(target.stem).items() if key not in (HASH, DATE)}
         told = said | network_metadata(found.lora) | metadata(recipe, hash_of) | {"sdft.missed": to_json(missed)}
-        write_lora_file(found.lora, written, to, told)
+        size = sum(tensor.nbytes for layer in found.layers.values() for tensor in layer.tensors.values())
+        with room_for(target, size):
+            write_lora_file(found.lora, written, to, told)
     return found
 
 
 @contextmanager
-def hashing(sources: Mapping[str, Source], bar: tqdm) -> Iterator[HashOf]:
-    """A function that gives the SHA-256 of an input file, which a thread of its own computes.
+def hashing(sources: Mapping[str, Source], threads: int, bar: tqdm) -> Iterator[HashOf]:
+    """A function that gives the SHA-256 of an input file, which threads of their own compute.
 
-    Reading each file from end to end, it also brings what is to be merged into the cache.
+    Reading files from end to end, they also bring what is to be merged into the cache.
     """
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         futures = {file: pool.submit(sha256, file, bar) for source in sources.values() for file in source.files}
         try:
             yield lambda file: futures[file].result()

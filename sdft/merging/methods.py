@@ -14,9 +14,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from sdft.merging.kinds import Amount, Change, Delta, Deltas, PerInput, Share, TwoOrMore, Weight, Weights
-from sdft.merging.statistics import Gram, GramOfDifferences, Turn, channels_last
-from sdft.types import Positive
+from sdft.merging.kinds import Amount, Change, Delta, Deltas, Importances, PerInput, Share, TwoOrMore, Weight, Weights
+from sdft.merging.statistics import Gram, GramOfDifferences, MeanImportance, Turn, channels_last
+from sdft.types import NonNegative, Positive
 
 SMALLEST_ANGLE = 1e-3
 """Below it, an arc is its chord to seven digits."""
@@ -39,6 +39,23 @@ def linear(models: Weights, shares: Annotated[Sequence[Positive] | None, PerInpu
     shares = shares or [1.0] * len(models)
     first, total = models[0], sum(shares)
     return first + sum(((m - first) * (s / total) for m, s in zip(models[1:], shares[1:], strict=True)), zero(first))
+
+
+def fisher(
+    models: Weights,
+    importances: Annotated[Importances, PerInput("models")],
+    mean_importance: MeanImportance,
+    floor: NonNegative = 1e-3,
+) -> Weight:
+    """sum_i F_i w_i / sum_i F_i, number by number, arXiv:2111.09832: F_i is what w_i matters to the loss of model i.
+
+    floor: added to each F, as a share of its mean over the tensor and the models. Where nothing matters, the mean.
+    """
+    kept = [importance + floor * mean_importance for importance in importances]
+    total = sum(kept[1:], kept[0])
+    first = models[0]
+    shares = [torch.where(total > 0, one / total, 1 / len(models)) for one in kept[1:]]
+    return first + sum(((m - first) * share for m, share in zip(models[1:], shares, strict=True)), zero(first))
 
 
 def difference(a: Weight, b: Weight) -> Delta:
@@ -78,7 +95,7 @@ def slerp(a: Weight, b: Weight, gram: Gram, alpha: Share = 0.5) -> Weight:
     angle = acos(max(-1.0, min(1.0, float(gram[0, 1]) / (norms[0] * norms[1])))) if all(norms) else 0.0
     if alpha in (0, 1) or sin(angle) < SMALLEST_ANGLE:
         return weighted_sum(a, b, alpha)
-    return a * (sin((1 - alpha) * angle) / sin(angle)) + b * (sin(alpha * angle) / sin(angle))
+    return torch.add(a * (sin((1 - alpha) * angle) / sin(angle)), b, alpha=sin(alpha * angle) / sin(angle))
 
 
 def model_stock(base: Weight, models: TwoOrMore, gram: Gram) -> Weight:

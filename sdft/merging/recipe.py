@@ -14,7 +14,7 @@ from torch import Tensor
 from sdft.merging import methods, sparse
 from sdft.merging.blocks import is_by_block, refuse_bad_map
 from sdft.merging.kinds import Kind, Signature, signature_of
-from sdft.merging.sources import Adapter, Model, Source, open_source, refuse_misfit
+from sdft.merging.sources import Adapter, Importance, Model, Source, open_source, refuse_misfit
 from sdft.types import UserError
 
 METHODS: Mapping[str, Callable[..., Tensor]] = {
@@ -22,6 +22,7 @@ METHODS: Mapping[str, Callable[..., Tensor]] = {
     for method in (
         methods.weighted_sum,
         methods.linear,
+        methods.fisher,
         methods.difference,
         methods.add,
         methods.sum_of,
@@ -40,6 +41,11 @@ METHODS: Mapping[str, Callable[..., Tensor]] = {
     )
 }
 """All that a recipe may name."""
+REMEDIES = {
+    (Kind.WEIGHT, Kind.DELTA): "take another from it (method difference)",
+    (Kind.DELTA, Kind.WEIGHT): "add it to a model first (merge=bake, method add)",
+}
+NO_IMPORTANCE = "only `importances` of fisher are files that train.py wrote with callbacks=importance"
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Recipe:
     """By what the steps call them, in the order of their first use."""
 
     def kind(self, name: str) -> Kind:
-        """Whether a step or a source is a weight or a delta."""
+        """Whether a step or a source is a weight, a delta or an importance."""
         return self.steps[name].signature.result if name in self.steps else self.sources[name].kind
 
     @property
@@ -82,6 +88,10 @@ class Recipe:
     @property
     def adapters(self) -> list[Adapter]:
         return [source for source in self.sources.values() if isinstance(source, Adapter)]
+
+    @property
+    def importances(self) -> list[Importance]:
+        return [source for source in self.sources.values() if isinstance(source, Importance)]
 
     def numbers_by_block(self) -> dict[str, Any]:
         """`step.argument` -> numbers that differ between blocks."""
@@ -107,7 +117,7 @@ def open_recipe(steps: Mapping[str, Step]) -> Recipe:
     recipe = Recipe(steps, result, sources)
     for name, step in steps.items():
         refuse_wrong_kinds("" if alone else f"{name}.", step, recipe)
-    refuse_misfit(recipe.models, recipe.adapters)
+    refuse_misfit(recipe.models, recipe.adapters, recipe.importances)
     return recipe
 
 
@@ -131,10 +141,10 @@ def refuse_bad_arguments(prefix: str, step: Step) -> None:
             known = ", ".join(step.signature.numbers)
             raise UserError(f"{prefix}{argument}: {method} has no such number; it takes {known or 'none'}")
         refuse_bad_map(f"{prefix}{argument}", number)
-        paired = step.signature.per_input.get(argument)
-        if paired and number is not None and len(number) != len(step.inputs[paired]):
-            told = f"{len(number)} numbers for {len(step.inputs[paired])} {paired}"
-            raise UserError(f"{prefix}{argument}: {told}; give one for each")
+    for argument, paired in step.signature.per_input.items():
+        listed: Any = {**step.inputs, **step.numbers}.get(argument)
+        if listed is not None and len(listed) != len(step.inputs[paired]):
+            raise UserError(f"{prefix}{argument}: {len(listed)} for {len(step.inputs[paired])} {paired}; one for each")
 
 
 def result_of(steps: Mapping[str, Step]) -> str:
@@ -170,13 +180,11 @@ def in_order(steps: Mapping[str, Step], result: str) -> list[str]:
 
 
 def refuse_wrong_kinds(prefix: str, step: Step, recipe: Recipe) -> None:
-    """Raise UserError where a weight stands for a delta or a delta for a weight."""
+    """Raise UserError where a weight stands for a delta, a delta for a weight, or an importance for either."""
     for argument, one in step.named():
         wanted, given = step.signature.inputs[argument].kind, recipe.kind(one)
-        if wanted not in (Kind.CHANGE, given):
-            remedy = "take another from it (method difference)"
-            if given == Kind.DELTA:
-                remedy = "add it to a model first (merge=bake, method add)"
+        if given not in ((Kind.WEIGHT, Kind.DELTA) if wanted == Kind.CHANGE else (wanted,)):
+            remedy = REMEDIES.get((given, wanted), NO_IMPORTANCE)
             method = step.method.__name__
             raise UserError(f"{prefix}{argument}={one}: is {given.value}, and {method} needs {wanted.value}; {remedy}")
         source = recipe.sources.get(one)

@@ -1,10 +1,11 @@
-"""What goes into a merge: whole models and LoRAs, in any format that `formats` reads; headers first.
+"""What goes into a merge: whole models, LoRAs and importances, in any format that `formats` reads; headers first.
 
 Knows how a LoRA's layer changes a weight. Must not know methods.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sdft.formats.checkpoint import Checkpoint, open_checkpoint
+from sdft.formats.importance import open_importance
 from sdft.formats.lora_file import is_lora, read_lora, read_names
 from sdft.formats.lora_layer import DORA, Layer, LoraFile
 from sdft.merging.kinds import Kind
@@ -21,12 +23,11 @@ from sdft.types import UserError
 
 
 @dataclass(frozen=True)
-class Model:
-    """A checkpoint, whose weights are weights."""
+class Held:
+    """Tensors by the names of a model's weights."""
 
     where: str
     checkpoint: Checkpoint
-    kind = Kind.WEIGHT
 
     @property
     def root(self) -> Path:
@@ -40,6 +41,18 @@ class Model:
     @property
     def files(self) -> list[Path]:
         return sorted({view.stored.file for view in self.checkpoint.weights.values()})
+
+
+class Model(Held):
+    """A checkpoint, whose weights are weights."""
+
+    kind = Kind.WEIGHT
+
+
+class Importance(Held):
+    """How much the weights of a model matter to its loss; what was not measured is not in it."""
+
+    kind = Kind.IMPORTANCE
 
 
 @dataclass(frozen=True)
@@ -68,15 +81,20 @@ class Adapter:
         return self.lora.layers.get(weight.removesuffix(".weight")) if weight.endswith(".weight") else None
 
 
-Source = Model | Adapter
+Source = Model | Importance | Adapter
+SUMMARY = "summary.json"
 
 
 def open_source(key: str, source: str) -> Source:
     """The input that `source` names, from headers alone; `key` names it in errors."""
     where, path = f"{key}={source}", NANO if source == "nano" else Path(source).expanduser()
+    if (path / SUMMARY).is_file():
+        path = left_by(where, path)
     if path.suffix == ".safetensors" and path.is_file():
         if is_lora(read_names(where, path)[0]):
             return Adapter(where, path, read_lora(path, where))
+        if (importance := open_importance(where, path)) is not None:
+            return Importance(where, importance)
     elif path.is_file():
         raise UserError(f"{where}: is no .safetensors file; pass nano, a model folder or a .safetensors file")
     checkpoint = open_checkpoint(key, path)
@@ -86,7 +104,19 @@ def open_source(key: str, source: str) -> Source:
     return Model(where, checkpoint)
 
 
-def refuse_misfit(models: Sequence[Model], adapters: Sequence[Adapter]) -> None:
+def left_by(where: str, run: Path) -> Path:
+    """The weights that a finished run of train.py left beside its summary, so that the folder may have been moved."""
+    left = json.loads((run / SUMMARY).read_text(encoding="utf-8")).get("artifacts", {})
+    paths = [run / Path(left[kind]).name for kind in ("lora", "lora_kohya", "model") if kind in left]
+    if not paths or not paths[0].exists():
+        raise UserError(f"{where}: the run left neither a LoRA nor a model; pass a finished run, or a file")
+    if "words" in left:
+        told = "the run learned new words too, which no merge can hold"
+        raise UserError(f"{where}: {told}; to merge what else it learned, pass {paths[0]}")
+    return paths[0]
+
+
+def refuse_misfit(models: Sequence[Model], adapters: Sequence[Adapter], importances: Sequence[Importance]) -> None:
     """Raise UserError that names every weight in which the inputs do not fit each other."""
     if not models:
         return
@@ -108,6 +138,13 @@ def refuse_misfit(models: Sequence[Model], adapters: Sequence[Adapter]) -> None:
     shapes = {name: view.shape for name, view in first.checkpoint.weights.items()}
     for adapter in adapters:
         problems += adapter_misfits(adapter, shapes, first.where)
+    for importance in importances:
+        held = {name: view.shape for name, view in importance.checkpoint.weights.items()}
+        problems += [
+            f"{name}: {list(shape)} in {importance.where}, {list(shapes.get(name, ())) or 'nothing'} in {first.where}"
+            for name, shape in held.items()
+            if shapes.get(name) != shape
+        ]
     if problems:
         told = "\n".join(f"  {line}" for line in problems)
         raise UserError(f"the inputs do not fit each other in {len(problems)} weights:\n{told}")
@@ -141,11 +178,11 @@ def change_of(layer: Layer) -> Tensor:
     return product.flatten(1) * layer.scale
 
 
-def rescaled(layer: Layer, change: Tensor, base: Tensor, first_row: int) -> Tensor:
+def rescaled(layer: Layer, change: Tensor, base: Tensor, rows: slice) -> Tensor:
     """A DoRA's change of some rows of a weight: their directions are moved, their norms are set."""
     moved = base + change
     norms = moved.flatten(1).norm(dim=1)
-    wanted = layer.tensors[DORA].flatten()[first_row : first_row + len(base)].to(base.dtype)
+    wanted = layer.tensors[DORA].flatten()[rows].to(base.dtype)
     return moved * (wanted / norms).reshape(-1, *[1] * (base.dim() - 1)) - base
 
 

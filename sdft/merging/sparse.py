@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from sdft.merging.kinds import Amount, Changes, Density, Draw, Weight
 from sdft.merging.methods import mean
@@ -22,7 +23,7 @@ def ties(base: Weight, models: Changes, thresholds: Thresholds, density: Density
 
     density: the share of each delta that is kept, the largest magnitudes of the tensor.
     """
-    kept = [delta * (delta.abs() >= threshold) for delta, threshold in zip(models, thresholds, strict=True)]
+    kept = [trimmed(delta, threshold) for delta, threshold in zip(models, thresholds, strict=True)]
     return torch.add(base, elected_mean(kept), alpha=alpha)
 
 
@@ -62,6 +63,12 @@ def della(
     return torch.add(base, elected_mean(kept), alpha=alpha)
 
 
+def trimmed(delta: Tensor, threshold: float) -> Tensor:
+    """The delta without the numbers whose magnitudes do not reach the threshold."""
+    just_below = torch.nextafter(torch.tensor(threshold, dtype=delta.dtype), torch.zeros((), dtype=delta.dtype))
+    return hardshrink(delta, float(just_below))  # one pass; a mask would take four
+
+
 def dropped(deltas: Sequence[Tensor], draw: Draw, density: float, seed: int) -> list[Tensor]:
     """The deltas, each number kept with the chance `density` and divided by it."""
     return [delta / density * (draw(seed, i, delta.shape) < density) for i, delta in enumerate(deltas)]
@@ -71,13 +78,13 @@ def elected_mean(deltas: Sequence[Tensor]) -> Tensor:
     """The mean of the numbers, place by place, that have the sign of their sum; zeros do not count."""
     if len(deltas) == 1:
         return deltas[0]
-    sign = sum(deltas, torch.zeros(())).sign()
+    sign = sum(deltas[1:], deltas[0]).sign()
     total, count = torch.zeros_like(sign), torch.zeros_like(sign)
     for delta in deltas:
-        agrees = delta * sign > 0
-        total += delta * agrees
-        count += agrees
-    return total / count.clamp_min(1)
+        agreeing = (delta * sign).relu_()
+        total += agreeing
+        count += agreeing.sign_()
+    return total.mul_(sign).div_(count.clamp_min_(1))
 
 
 def ranks(delta: Tensor) -> Tensor:

@@ -6,15 +6,19 @@ which holds two matrices. Must not know keys, files or models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sdft.merging.kinds import Blocks, Statistic
 
-BUCKETS = 2**15
-"""Of magnitudes: the upper 16 bits of a positive fp32 number, its sign left out, sort as the number does."""
+SAMPLE = 2**16
+"""Numbers of a tensor that tell about where a threshold lies."""
+NEAR = 0.02
+"""A share of the numbers, to both sides of it, in which a threshold is looked for first."""
 
 
 def gram(blocks: Blocks, **numbers: Any) -> Tensor:
@@ -22,47 +26,75 @@ def gram(blocks: Blocks, **numbers: Any) -> Tensor:
     total: Tensor | float = 0.0
     for tensors in blocks():
         flat = [tensor.reshape(-1) for tensor in tensors]
-        total = total + torch.tensor([[float(torch.dot(x, y)) for y in flat] for x in flat], dtype=torch.float64)
+        upper = [[float(torch.dot(x, y)) if i <= j else 0.0 for j, y in enumerate(flat)] for i, x in enumerate(flat)]
+        total = total + torch.tensor(upper, dtype=torch.float64)
     assert isinstance(total, Tensor)
-    return total
+    return total + total.triu(1).T
 
 
 def gram_of_differences(blocks: Blocks, **numbers: Any) -> Tensor:
     """fp64 N x N: the inner products of the inputs' differences to the first one."""
-    return gram(lambda: (tuple(tensor - tensors[0] for tensor in tensors) for tensors in blocks()))
+    return gram(lambda sample=None: (tuple(tensor - tensors[0] for tensor in tensors) for tensors in blocks(sample)))
 
 
 def thresholds(blocks: Blocks, density: float, **numbers: Any) -> list[float]:
     """Of each input the magnitude that a share `density` of its numbers reaches.
 
-    Exact: magnitudes are counted by their upper bits, then sorted within the one bucket that holds the answer.
+    Exact: some rows say about where it lies, then all numbers above are counted and those near it put in order.
     """
-    # torch's bincount lets other threads run, numpy's does not.
-    counts, size = torch.zeros((), dtype=torch.int64), 0
-    for tensors in blocks():
-        counts = counts + torch.stack([torch.bincount(bits_of(t) >> 16, minlength=BUCKETS) for t in tensors])
-        size += tensors[0].numel()
-    wanted = max(1, round(density * size))
-    if wanted == size:
-        return [0.0] * len(counts)
-    above = counts.flip(1).cumsum(1).flip(1)  # numbers in the bucket or in a larger one
-    bucket = [int((one >= wanted).sum()) - 1 for one in above]
-    inside: list[list[Tensor]] = [[] for _ in bucket]
-    for tensors in blocks():
-        for found, tensor, one in zip(inside, tensors, bucket, strict=True):
-            bits = bits_of(tensor)
-            found.append(bits[bits >> 16 == one])
-    result = []
-    for i, found in enumerate(inside):
-        larger = int(above[i, bucket[i] + 1]) if bucket[i] + 1 < BUCKETS else 0
-        ordered = torch.cat(found).sort(descending=True).values
-        result.append(float(ordered[wanted - larger - 1].view(torch.float32)))
-    return result
+    rows = zip(*([magnitudes(tensor) for tensor in tensors] for tensors in blocks(SAMPLE)), strict=True)
+    samples = [np.sort(np.concatenate(parts)) for parts in rows]
+    bounds = [(at_share(sample, density + NEAR, 0.0), at_share(sample, density - NEAR, np.inf)) for sample in samples]
+    found: list[float | None] = [None] * len(samples)
+    while None in found:
+        counted = count_between(blocks, bounds)
+        for i, (size, above, near) in enumerate(counted):
+            wanted = max(1, round(density * size))
+            if wanted == size:
+                found[i] = 0.0
+            elif above < wanted <= above + len(near):
+                place = len(near) - (wanted - above)
+                found[i] = float(np.partition(near, place)[place])
+            else:  # the rows said little of the others
+                tried, bounds[i] = bounds[i], (bounds[i][1], np.inf) if wanted <= above else (0.0, bounds[i][0])
+                if bounds[i] == tried:  # NaN or infinity, which is refused where it would be written
+                    found[i] = 0.0
+    return [one for one in found if one is not None]
 
 
-def bits_of(tensor: Tensor) -> Tensor:
-    """The magnitudes' bits: int32 that sort as the fp32 magnitudes do."""
-    return tensor.float().abs().reshape(-1).view(torch.int32)
+def count_between(blocks: Blocks, bounds: Sequence[tuple[float, float]]) -> list[tuple[int, int, np.ndarray]]:
+    """Of each input: how many numbers it has, how many magnitudes lie at the upper bound or above, those between."""
+    sizes, above = [0] * len(bounds), [0] * len(bounds)
+    near: list[list[np.ndarray]] = [[] for _ in bounds]
+    for tensors in blocks():
+        for i, (tensor, (low, high)) in enumerate(zip(tensors, bounds, strict=True)):
+            found = magnitudes(tensor)
+            too_large = found >= high
+            sizes[i] += len(found)
+            above[i] += int(np.count_nonzero(too_large))
+            near[i].append(found[(found >= low) ^ too_large])
+    return [(size, count, np.concatenate(parts)) for size, count, parts in zip(sizes, above, near, strict=True)]
+
+
+def at_share(ordered: np.ndarray, share: float, beyond: float) -> float:
+    """The magnitude that a share of a sample reaches; `beyond` where there is no such share."""
+    place = len(ordered) - round(share * len(ordered))
+    return float(ordered[place]) if 0 < share < 1 and place < len(ordered) else beyond
+
+
+def magnitudes(tensor: Tensor) -> np.ndarray:
+    """In a row. numpy compares and counts many times faster than torch 2.13 does on a CPU."""
+    return tensor.reshape(-1).abs().numpy()
+
+
+def mean_importance(blocks: Blocks, **numbers: Any) -> float:
+    """The mean of all numbers of the importances, which are the second half of the inputs."""
+    total, size = 0.0, 0
+    for tensors in blocks():
+        importances = tensors[len(tensors) // 2 :]
+        total += sum(float(tensor.sum(dtype=torch.float64)) for tensor in importances)
+        size += sum(tensor.numel() for tensor in importances)
+    return total / size
 
 
 def turn(blocks: Blocks, **numbers: Any) -> tuple[Tensor, Tensor] | None:
@@ -97,5 +129,6 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 Gram = Annotated[Tensor, Statistic(gram)]
 GramOfDifferences = Annotated[Tensor, Statistic(gram_of_differences)]
+MeanImportance = Annotated[float, Statistic(mean_importance)]
 Thresholds = Annotated[list[float], Statistic(thresholds)]
 Turn = Annotated[tuple[Tensor, Tensor] | None, Statistic(turn)]

@@ -5,11 +5,13 @@ Knows the layout of both formats of whole models; must not know how numbers are 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -82,6 +84,7 @@ def write_outputs(
     outputs: list[Output],
     target: Path,
     pieces: Pieces,
+    damage: Callable[[str], str],
     threads: int,
     before: Mapping[str, str],
     after: Callable[[], Mapping[str, str]],
@@ -89,42 +92,54 @@ def write_outputs(
 ) -> None:
     """Write the files; `target` is the file, or the folder that has its other content already.
 
+    damage: of a weight that comes out as NaN or infinity, what is wrong.
     after: more metadata, known only at the end. before: something of the same length, to keep its place.
     """
     jobs, files = [], []
-    for output in outputs:
-        path = target / output.path if output.path else target
-        head = header_bytes(output.entries, output.order, output.metadata | dict(before))
-        # No buffer: threads write to the file by offsets.
-        files.append(opened := path.open("wb", buffering=0))
-        reserve(opened.fileno(), len(head) + output.num_bytes, path)
-        offset = len(head)
-        for name in output.order:
-            jobs.append(partial(write_tensor, output, name, opened.fileno(), offset, pieces, bar))
-            offset += output.entries[name].num_bytes
-    try:
+    with ExitStack() as stack:
+        for output in outputs:
+            # No buffer: threads write to the file by offsets.
+            opened = stack.enter_context((target / output.path if output.path else target).open("wb", buffering=0))
+            files.append(opened.fileno())
+            head = header_bytes(output.entries, output.order, output.metadata | dict(before))
+            # Takes the space, so that a full disk is known before the work.
+            os.posix_fallocate(opened.fileno(), 0, len(head) + output.num_bytes)
+            offset = len(head)
+            for name in output.order:
+                jobs.append(partial(write_tensor, output, name, opened.fileno(), offset, pieces, damage, bar))
+                offset += output.entries[name].num_bytes
         in_threads(jobs, threads)
         said = dict(after())
-        for output, opened in zip(outputs, files, strict=True):
-            os.pwrite(opened.fileno(), header_bytes(output.entries, output.order, output.metadata | said), 0)
-            os.fsync(opened.fileno())
-    finally:
-        for opened in files:
-            opened.close()
+        for output, descriptor in zip(outputs, files, strict=True):
+            os.pwrite(descriptor, header_bytes(output.entries, output.order, output.metadata | said), 0)
+            os.fsync(descriptor)
 
 
-def reserve(descriptor: int, num_bytes: int, path: Path) -> None:
-    """Take the space of a file on disk, so that a full disk is known before the work. Raises UserError."""
+@contextmanager
+def room_for(target: Path, num_bytes: int) -> Iterator[None]:
+    """What is written to `target` inside the `with`. Raises UserError where it does not fit on the disk."""
     try:
-        os.posix_fallocate(descriptor, 0, num_bytes)
+        yield
     except OSError as error:
-        free = shutil.disk_usage(path.parent).free
-        told = f"needs {num_bytes / 2**30:.2f} GiB, {free / 2**30:.2f} are free ({error.strerror})"
-        raise UserError(f"out: {told}; make room or choose another place") from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free = shutil.disk_usage(existing(target)).free
+        told = f"needs {in_words(num_bytes)}, {in_words(free)} are free there ({error.strerror})"
+        raise UserError(f"out={target}: {told}; make room or choose another place") from error
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
+    return next(parent for parent in path.parents if parent.is_dir())
+
+
+def in_words(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def in_threads(jobs: Sequence[Callable[[], None]], threads: int) -> None:
     """Run all jobs, each on one core; after an error none is begun."""
+    keep_freed_memory()
     kept = torch.get_num_threads()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(job) for job in jobs]
@@ -137,8 +152,25 @@ def in_threads(jobs: Sequence[Callable[[], None]], threads: int) -> None:
             torch.set_num_threads(kept)
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed for the next piece: page faults cost more than the arithmetic.
+
+    glibc does so once a block of just under 32 MiB was freed (mallopt(3), M_MMAP_THRESHOLD); elsewhere nothing happens.
+    """
+    block = torch.empty(31 * 2**20, dtype=torch.uint8)
+    del block
+
+
 @torch.no_grad()
-def write_tensor(output: Output, name: str, descriptor: int, offset: int, pieces: Pieces, bar: tqdm) -> None:
+def write_tensor(
+    output: Output,
+    name: str,
+    descriptor: int,
+    offset: int,
+    pieces: Pieces,
+    damage: Callable[[str], str],
+    bar: tqdm,
+) -> None:
     """Compute one tensor and write it at its place."""
     dtype = DTYPES.get(output.entries[name].dtype)
     if name in output.constants:
@@ -150,17 +182,14 @@ def write_tensor(output: Output, name: str, descriptor: int, offset: int, pieces
             found = iter([torch.cat(list(found)).T])
         for piece in found:
             narrow = piece.to(dtype)
-            if not torch.isfinite(narrow).all():
-                raise UserError(f"{weight}: {what_is_wrong(piece)}; nothing is written")
+            # Rounding keeps the order, so the ends speak for all; a NaN is both. Far faster than to ask each number.
+            if not torch.stack(torch.aminmax(piece)).to(dtype).isfinite().all():
+                if not piece.isfinite().all():
+                    raise UserError(damage(weight))
+                told = f"comes out as {float(piece.abs().max()):g}, too large for its dtype (dtype=fp32 holds it)"
+                raise UserError(f"{weight}: {told}; nothing is written")
             offset += put(narrow, descriptor, offset)
             bar.update(narrow.nbytes)
-
-
-def what_is_wrong(piece: Tensor) -> str:
-    """Why a result is not written."""
-    if torch.isfinite(piece).all():
-        return f"comes out as {float(piece.abs().max()):g}, too large for its dtype (dtype=fp32 holds it)"
-    return "comes out as NaN or infinity, so an input is damaged there"
 
 
 def put(tensor: Tensor, descriptor: int, offset: int) -> int:

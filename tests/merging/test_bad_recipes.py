@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from small_models import LAYER, SHAPES, tensors_of, write_model
 
 from sdft.formats.checkpoint import Checkpoint
+from sdft.formats.importance import write_importance
 from sdft.formats.lora_file import write_lora_file
 from sdft.formats.lora_layer import DORA, DOWN, UP, Layer, LoraFile
 from sdft.merging.__main__ import main
@@ -21,9 +22,10 @@ LINES = [
     ("a={a}", "b is not set: pass b=..."),
     ("a={a} b={b} c={c}", "'c' means nothing with merge=weighted_sum"),
     ("a={a} b={b} alhpa=0.3", "did you mean 'alpha'"),
-    ("a={a} b={b} alpha=1.5", "alpha=1.5: must be less than or equal to 1"),
+    ("a={a} b={b} alpha=1.5", "error: alpha=1.5: must be less than or equal to 1"),
+    ("a={a} b={b} alpha={{unet:2}}", "error: alpha.unet=2: must be less than or equal to 1"),
     ("a={a} b={b} alpha=styel", "did you mean 'style'"),
-    ("a={a} b={b} threads=0", "threads=0: must be greater than or equal to 1"),
+    ("a={a} b={b} threads=0", "error: threads=0: must be greater than or equal to 1"),
     ("a=nowhere b={b}", "a=nowhere: there is no such file or folder"),
     ("a={a} b={pickle}", "is no .safetensors file"),
     ("a={a} b={cut}", "cut.safetensors is cut off or no safetensors file"),
@@ -45,7 +47,11 @@ LINES = [
     ("merge=ties base={a} models={b}", "ties takes a list of inputs"),
     ("merge=ties base={a} models=[{b}] density=0", "density=0: must be greater than 0"),
     ("merge=model_stock base={a} models=[{b}]", "model_stock needs at least 2 inputs"),
-    ("merge=linear models=[{a},{b}] shares=[1]", "shares: 1 numbers for 2 models"),
+    ("merge=linear models=[{a},{b}] shares=[1]", "shares: 1 for 2 models; one for each"),
+    ("merge=fisher models=[{a},{b}] importances=[{measured}]", "importances: 1 for 2 models; one for each"),
+    ("merge=fisher models=[{a},{b}] importances=[{a},{b}]", "is a weight, and fisher needs an importance; only"),
+    ("merge=ties base={a} models=[{measured}]", "is an importance, and ties needs a change of base"),
+    ("merge=fisher models=[{a}] importances=[{unlike}]", "conv_in.bias: [3] in importances={unlike}, [6] in"),
 ]
 RECIPES = [
     ("steps: {x: {method: tise, base: A, models: [B]}}", "x.method=tise: there is no such method; did you mean 'ties'"),
@@ -85,6 +91,9 @@ def files(tmp_path: Path) -> dict[str, Path]:
     }.items():
         made[name] = tmp_path / f"{name}.safetensors"
         write_lora_file(LoraFile({f"unet/{LAYER}": Layer(held, 2.0)}), made[name], "kohya")
+    for name, size in {"measured": 6, "unlike": 3}.items():
+        made[name] = tmp_path / f"{name}.safetensors"
+        write_importance({"unet.conv_in.bias": torch.ones(size)}, made[name])
     made["sd15"] = tmp_path / "sd15.safetensors"
     names = ("cond_stage_model.transformer.x", "model.diffusion_model.out.2.bias")
     save_file({name: torch.ones(1) for name in names}, made["sd15"])

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from small_models import LAYER, LONG, SHAPES, read, tensors_of
 
 from sdft.formats.checkpoint import open_checkpoint
+from sdft.formats.importance import write_importance
 from sdft.formats.lora_file import write_lora_file
 from sdft.formats.lora_layer import DOWN, UP, Layer, LoraFile
 from sdft.merging import methods, sparse
@@ -81,13 +82,24 @@ def test_formats_mix_freely_and_come_out_alike(model: Model, as_file: Callable, 
     assert json.loads((back / "model_index.json").read_text())["_class_name"] == "StableDiffusionXLPipeline"
 
 
-@pytest.mark.parametrize("to", ["folder", "single_file"])
-def test_the_same_recipe_gives_the_same_bytes_whatever_the_threads(model: Model, tmp_path: Path, to: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "suffix"),
+    [
+        (sparse.dare_ties, ""),
+        (sparse.dare_ties, ".safetensors"),
+        (sparse.ties, ""),
+        (methods.model_stock, ""),
+        (methods.cosine_adaptive, ""),
+    ],
+)
+def test_the_same_recipe_gives_the_same_bytes_whatever_the_threads(
+    model: Model, tmp_path: Path, method: Callable, suffix: str
+) -> None:
     base, a, b = model("base", 0, torch.float16), model("a", 1, torch.float16), model("b", 2, torch.float16)
+    changes = {"a": a, "b": b} if method is methods.cosine_adaptive else {"models": [a, b]}
     found = []
     for i, threads in enumerate((1, 1, 2, 4)):
-        name = f"{i}/out" + (".safetensors" if to == "single_file" else "")
-        out = run(sparse.dare_ties, {"base": base, "models": [a, b]}, tmp_path / name, {"seed": 5}, threads=threads)
+        out = run(method, {"base": base, **changes}, tmp_path / f"{i}/out{suffix}", threads=threads)
         found.append(digests(out))
     assert found[0] == found[1] == found[2] == found[3]
 
@@ -167,6 +179,22 @@ def test_a_lora_is_a_change_among_models(model: Model, tmp_path: Path) -> None:
     assert torch.allclose(read(out)[weight], x + (delta * agree).sum(0) / agree.sum(0), atol=1e-5)
 
 
+def test_importance_weighs_number_by_number_and_may_be_partial(model: Model, tmp_path: Path) -> None:
+    a, b = model("a", 0), model("b", 1)
+    names = [f"unet.{LAYER}.weight", "unet.conv_in.bias"]
+    found = [{name: torch.rand(SHAPES[name.replace("unet.", "unet/")]) for name in names} for _ in "ab"]
+    files = [tmp_path / f"{i}.safetensors" for i in "ab"]
+    for importance, file in zip(found, files, strict=True):
+        write_importance(importance, file)
+    inputs = {"models": [a, b], "importances": files}
+    merged = read(run(methods.fisher, inputs, tmp_path / "out", {"floor": 0.0}))
+    x, y = tensors_of(0), tensors_of(1)
+    for name in SHAPES:
+        f, g = (one.get(name.replace("/", ".", 1), torch.ones(())).double() for one in found)
+        expected = (f * x[name].double() + g * y[name].double()) / (f + g)
+        assert torch.allclose(merged[name].double(), expected, atol=1e-6), name
+
+
 def test_nano_merges_into_a_model_that_loads(tmp_path: Path) -> None:
     a = run(methods.weighted_sum, {"a": "nano", "b": "nano"}, tmp_path / "a", {"alpha": 0.3})
     base, merged = (pretrained(str(path)).state_dict() for path in ("nano", a))
@@ -184,8 +212,16 @@ def test_a_dry_run_reads_headers_alone(model: Model, tmp_path: Path) -> None:
 
 def test_nan_is_refused_and_leaves_nothing(model: Model, tmp_path: Path) -> None:
     a, b = model("a", 0), model("b", 1, **{"unet/conv_in.bias": torch.tensor([float("nan")] * 6)})
-    with pytest.raises(UserError, match=r"unet/conv_in.bias: comes out as NaN or infinity"):
+    told = rf"unet/conv_in.bias: b={b} is damaged, it holds NaN or infinity there; nothing is written"
+    with pytest.raises(UserError, match=told):
         run(methods.weighted_sum, {"a": a, "b": b}, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_nan_is_not_extracted(model: Model, tmp_path: Path) -> None:
+    a, b = model("a", 0, **{f"unet/{LAYER}.weight": torch.full((12, 8), float("inf"))}), model("b", 1)
+    with pytest.raises(UserError, match=rf"unet/{LAYER}.weight: a={a} is damaged"):
+        run(methods.difference, {"a": a, "b": b}, tmp_path / "lora.safetensors", rank=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
@@ -197,14 +233,17 @@ def test_what_fp16_cannot_hold_is_refused(model: Model, tmp_path: Path) -> None:
 
 def test_a_disk_that_is_full_is_found_before_the_work(model: Model, tmp_path: Path) -> None:
     a, b = model("a", 0), model("b", 1)
+    needed = sum(tensor.nbytes for tensor in tensors_of(0).values()) / 2**20
     kept = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, kept[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, kept[1]))
     try:
-        with pytest.raises(UserError, match=r"out: needs 0.00 GiB, .* free"):
+        with pytest.raises(UserError, match=rf"out={tmp_path}/out: needs {needed:.1f} MiB, .* free there .*make room"):
             run(methods.weighted_sum, {"a": a, "b": b}, tmp_path / "out")
+        with pytest.raises(UserError, match=rf"out={tmp_path}/l.safetensors: needs 0.0 MiB, .* free there"):
+            run(methods.difference, {"a": a, "b": b}, tmp_path / "l.safetensors", rank=4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, kept)
-    assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_kill_9_leaves_nothing_under_the_final_name(model: Model, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def uniform(seed: int, number: int, shape: Sequence[int]) -> Tensor:
 
 def pieces_of(tensors: list[Tensor], count: int):
     """The tensors as a method's statistics see them."""
-    return lambda: zip(*(tensor.chunk(count) for tensor in tensors), strict=True)
+    return lambda sample=None: zip(*(tensor[:sample].chunk(count) for tensor in tensors), strict=True)
 
 
 def apply(name: str, *, pieces: int = 1, **arguments) -> Tensor:
@@ -67,6 +67,16 @@ def test_sums_by_hand() -> None:
     assert methods.add(a, b, 0.5).tolist() == [2.5, 5.0]
     assert methods.sum_of([a, b], [1.0, -1.0]).tolist() == [-2.0, -4.0]
     assert methods.add_difference(a, b, c, 0.5).tolist() == [1.5, 1.0]
+
+
+def test_fisher_by_hand() -> None:
+    # The second number matters to the second model alone, the third to none.
+    models, importances = [t(1, 1, 1), t(5, 5, 5)], [t(3, 0, 0), t(1, 2, 0)]
+    assert apply("fisher", models=models, importances=importances, floor=0.0).tolist() == [2.0, 5.0, 3.0]
+    # floor 1 adds the mean importance, 1: shares 2/6, 3/4 and 1/2 of the second.
+    found = apply("fisher", models=models, importances=importances, floor=1.0).tolist()
+    assert found == pytest.approx([1 + 4 * 2 / 6, 1 + 4 * 3 / 4, 3.0])
+    assert apply("fisher", models=models, importances=[t(0, 0, 0)] * 2).tolist() == [3.0, 3.0, 3.0]
 
 
 def test_train_difference_by_hand() -> None:
@@ -163,6 +173,7 @@ def test_clamp_by_hand() -> None:
         ("slerp", {"alpha": 0.3}),
         ("rotate", {"alpha": 0.3}),
         ("linear", {"shares": [0.3, 1.7]}),
+        ("fisher", {"importances": [random(2, 20, 10).abs(), random(3, 20, 10).abs()]}),
         ("geometric_median", {}),
         ("model_stock", {}),
         ("ties", {"density": 1.0}),
@@ -174,10 +185,12 @@ def test_merging_x_with_x_is_x(name: str, inputs: dict) -> None:
     x, base = random(0, 20, 10), random(1, 20, 10)
     signature, given = signature_of(METHODS[name]), {}
     for key, wanted in signature.inputs.items():
+        if wanted.kind == Kind.IMPORTANCE:
+            continue
         tensor = x - base if wanted.kind == Kind.CHANGE else x
         given[key] = base if key == "base" else [tensor, tensor.clone()] if wanted.many else tensor.clone()
     merged = apply(name, **given, **inputs)
-    exact = name in ("weighted_sum", "slerp", "linear", "geometric_median", "clamp")
+    exact = name in ("weighted_sum", "slerp", "linear", "fisher", "geometric_median", "clamp")
     assert torch.equal(merged, x) if exact else torch.allclose(merged, x, atol=1e-5)
 
 
@@ -202,6 +215,20 @@ def test_thresholds_are_the_exact_order_statistic(density: float, pieces: int) -
         magnitudes = np.sort(tensor.abs().numpy().ravel())[::-1]
         expected = 0.0 if density == 1.0 else magnitudes[round(density * 2000) - 1]
         assert threshold == expected
+
+
+@pytest.mark.parametrize("first_rows", [0.001, 1000.0])
+def test_thresholds_are_exact_where_a_sample_misleads(first_rows: float) -> None:
+    x = random(0, 400, 5)
+    x[:8] *= first_rows
+    found = thresholds(lambda sample=None: iter([(x[:8] if sample else x,)]), density=0.3)
+    assert found == [float(x.abs().flatten().sort(descending=True).values[599])]
+
+
+def test_thresholds_of_what_is_no_number_come_to_an_end() -> None:
+    for odd in (float("nan"), float("inf")):
+        full = torch.full((5, 4), odd)
+        assert len(thresholds(pieces_of([full], 1), density=0.5)) == 1
 
 
 def test_statistics_do_not_depend_on_the_pieces() -> None:

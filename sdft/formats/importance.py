@@ -1,0 +1,38 @@
+"""How much each weight of a model matters to its loss, on disk: one safetensors file with the weights' names.
+
+Knows names and bytes; must not know how importance is measured or what it is good for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from sdft.formats.checkpoint import Checkpoint, View
+from sdft.formats.keys import hub_name
+from sdft.formats.stream import appearing, entry_of, read_header, write_tensors
+
+FILE = "importance.safetensors"
+MARK = "sdft.importance"
+"""In the metadata of such a file: what was measured."""
+
+
+def write_importance(importance: Mapping[str, Tensor], path: Path) -> None:
+    """Save fp32 tensors by the names of SDXL's parameters, `unet.conv_in.weight`; the file appears whole or not."""
+    tensors = {}
+    for parameter, tensor in importance.items():
+        part, _, name = parameter.partition(".")
+        tensors[f"{part}/{hub_name(part, name)}"] = tensor
+    entries = {name: entry_of(tensor) for name, tensor in tensors.items()}
+    with appearing(path, overwrite=True) as written:
+        write_tensors(written, entries, {"format": "pt", MARK: "mean squared gradient"}, tensors.__getitem__)
+
+
+def open_importance(where: str, path: Path) -> Checkpoint | None:
+    """What a file says of weights, `part/name`, from its header alone; none where it is no such file."""
+    stored, metadata = read_header(where, path)
+    if MARK not in metadata:
+        return None
+    return Checkpoint(path, {one.name: View(one.dtype, one.shape, one) for one in stored}, [], metadata)

@@ -1,0 +1,35 @@
+"""Blend two models step by step and see it: `python -m sdft.merging.strip a=runs/dreamy b=runs/photo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+
+from sdft.config import build, verb
+from sdft.evaluation.pictures import save_grid
+
+STRIP = "strip.png"
+
+
+@verb("strip")
+def main(cfg: DictConfig) -> None:
+    """One row of pictures for each prompt, from one end to the other, all from the same noise."""
+    way, load, draw = build(cfg.way), build(cfg.model), build(cfg.draw)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names, columns = [], []
+    for name, path in way():
+        model = load(weights=path).to(device).eval()
+        precision = "bf16" if device.type == "cuda" else "fp32"
+        columns.append(draw(model, seeds=range(len(cfg.prompts)), precision=precision, progress=name))
+        names.append(name)
+        print(f"  {name:5} {path}", flush=True)
+    strip = Path(cfg.out) / STRIP
+    save_grid(strip, np.stack(columns, axis=1), list(cfg.prompts), names)
+    print(f"  strip {strip}\nnext: choose one of the blends and train on from it with model.weights=FOLDER")
+
+
+if __name__ == "__main__":
+    main()

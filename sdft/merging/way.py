@@ -1,0 +1,56 @@
+"""The way from one model to another: both ends, LoRAs or whole models, and the weighted sums between them, on disk.
+
+Knows recipes; must not know what the models draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from annotated_types import MinLen
+
+from sdft.merging import methods
+from sdft.merging.kinds import Kind
+from sdft.merging.merge import merge
+from sdft.merging.recipe import Step
+from sdft.merging.sources import open_source
+from sdft.types import Count, Fraction
+
+
+def way(
+    a: str,
+    b: str,
+    out: str,
+    alphas: Annotated[Sequence[Fraction], MinLen(1)] = (0.25, 0.5, 0.75),
+    base: str = "nano",
+    config: str = "nano",
+    threads: Count = 2,
+) -> Iterator[tuple[str, str]]:
+    """Names and places of the models on the way; each is written when it is asked for.
+
+    a, b: the ends. A LoRA is baked into `base`, so that each model of the way is a whole one.
+    alphas: the shares of b between the ends. out: the folder that they are written to.
+    config: the folder or hub id that has the configs and tokenizers, where no input is a folder.
+    """
+    steps, ends = {}, {}
+    for key, source in (("a", a), ("b", b)):
+        opened = open_source(key, source)
+        ends[key] = str(opened.root)
+        if opened.kind == Kind.DELTA:
+            ends[key] = f"baked_{key}"
+            steps[ends[key]] = Step(methods.add, {"base": base, "delta": str(opened.root)})
+
+    def written(name: str, recipe: dict[str, Step]) -> tuple[str, str]:
+        path = str(Path(out) / name)
+        list(merge(recipe, path, to="folder", config=config, threads=threads))
+        return name, path
+
+    def end(key: str) -> tuple[str, str]:
+        return written(key, {ends[key]: steps[ends[key]]}) if ends[key] in steps else (key, ends[key])
+
+    yield end("a")
+    for alpha in alphas:
+        yield written(f"{alpha:g}", {**steps, "blend": Step(methods.weighted_sum, ends, {"alpha": alpha})})
+    yield end("b")

@@ -1,0 +1,90 @@
+"""What runs leave goes into merges, what merges leave goes on: run folders, the way between two, extracted LoRAs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_models import LAYER, LONG, read, tensors_of
+
+from sdft.formats.lora_file import write_lora_file
+from sdft.formats.lora_layer import DOWN, UP, Layer, LoraFile
+from sdft.merging import methods
+from sdft.merging.merge import merge
+from sdft.merging.recipe import Step
+from sdft.merging.way import way
+from sdft.models.load import NANO, pretrained
+from sdft.sampling import Sampler, generate
+from sdft.types import UserError
+
+WEIGHT = f"unet/{LAYER}.weight"
+
+
+@pytest.fixture
+def runs(tmp_path: Path, model: Callable[..., Path]) -> dict[str, Path]:
+    """The base, and what a run left that tuned it whole and one that trained a LoRA on it; both were moved since."""
+    found = {name: tmp_path / name for name in ("full", "lora", "words")}
+    for run in found.values():
+        run.mkdir()
+    model("full/model", 1)
+    up, down = (torch.randn(shape, generator=torch.Generator().manual_seed(5)) for shape in ((12, 2), (2, 8)))
+    for name in ("lora", "words"):
+        layers = {f"unet/{LAYER}": Layer({UP: up, DOWN: down}, 2.0)}
+        write_lora_file(LoraFile(layers), found[name] / "lora.safetensors", "diffusers", torch.float32)
+    left = {"full": {"model": "old/model"}, "lora": {"lora": "old/lora.safetensors"}}
+    left["words"] = {**left["lora"], "words": "old/words.safetensors"}
+    for name, artifacts in left.items():
+        (found[name] / "summary.json").write_text(json.dumps({"artifacts": artifacts}))
+    return found | {"base": model("base", 0)}
+
+
+def test_the_way_from_a_lora_to_a_whole_model(runs: dict[str, Path], tmp_path: Path) -> None:
+    points = list(way(str(runs["lora"]), str(runs["full"]), str(tmp_path / "out"), [0.25, 1.0], str(runs["base"])))
+    assert [name for name, _ in points] == ["a", "0.25", "1", "b"]
+    assert points[-1][1] == str(runs["full"] / "model")
+    a, blend, last, b = (read(Path(path)) for _, path in points)
+    change = a[WEIGHT] - tensors_of(0)[WEIGHT]
+    assert torch.linalg.matrix_rank(change, rtol=1e-4) == 2
+    assert torch.allclose(blend[WEIGHT], 0.75 * a[WEIGHT] + 0.25 * b[WEIGHT], atol=1e-6)
+    assert torch.allclose(blend[LONG], 0.75 * tensors_of(0)[LONG] + 0.25 * tensors_of(1)[LONG], atol=1e-6)
+    assert all(torch.equal(last[name], b[name]) for name in b)
+
+
+def test_new_words_and_unfinished_runs_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    def bake(run: Path) -> None:
+        list(merge({"out": Step(methods.add, {"base": str(runs["base"]), "delta": str(run)})}, str(tmp_path / "out")))
+
+    with pytest.raises(UserError, match=r"delta=.*words: the run learned new words too.*pass .*lora.safetensors"):
+        bake(runs["words"])
+    (runs["lora"] / "lora.safetensors").unlink()
+    with pytest.raises(UserError, match="the run left neither a LoRA nor a model"):
+        bake(runs["lora"])
+
+
+def test_an_extracted_lora_draws_the_tuned_models_pictures(tmp_path: Path) -> None:
+    """nano tuned in two layers; the change as a LoRA, put back: the same pictures to a grey level."""
+    files = {name: str(tmp_path / name) for name in ("tuned", "lora.safetensors", "back", "change.safetensors")}
+    layers = {}
+    for i in (1, 2):
+        name = f"mid_block.attentions.0.transformer_blocks.0.attn{i}.to_q"
+        rows, columns = read(NANO)[f"unet/{name}.weight"].shape
+        noise = torch.Generator().manual_seed(i)
+        held = {UP: torch.randn(rows, 3, generator=noise), DOWN: 0.05 * torch.randn(3, columns, generator=noise)}
+        layers[f"unet/{name}"] = Layer(held, 3.0)
+    write_lora_file(LoraFile(layers), Path(files["change.safetensors"]), "kohya", torch.float32)
+    for out, step, options in (
+        ("tuned", Step(methods.add, {"base": "nano", "delta": files["change.safetensors"]}), {"dtype": "fp32"}),
+        ("lora.safetensors", Step(methods.difference, {"a": files["tuned"], "b": "nano"}), {"rank": 3}),
+        ("back", Step(methods.add, {"base": "nano", "delta": files["lora.safetensors"]}), {"dtype": "fp32"}),
+    ):
+        list(merge({"step": step}, files[out], **options))  # type: ignore[arg-type]
+    base, tuned, back = (
+        generate(pretrained(path).eval(), ["a photo of a cat"], [0], Sampler(steps=4), (64, 64)).astype(int)
+        for path in ("nano", files["tuned"], files["back"])
+    )
+    assert np.abs(tuned - base).max() > 10
+    assert np.abs(back - tuned).max() <= 1
