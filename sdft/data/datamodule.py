@@ -22,6 +22,7 @@ from sdft.data.cache import Cache, fingerprint
 from sdft.data.dataset import Pictures, RunOrder, Source, Variant, collate
 from sdft.data.encoding import cached_moments, cached_states, prepared
 from sdft.data.images import Crop
+from sdft.data.record import Record
 from sdft.data.scan import Unreadables, only_readable
 from sdft.data.sources import Folder, HuggingFace, Shards
 from sdft.types import Batch, Count, Fraction, Index, UserError
@@ -35,11 +36,14 @@ class Images(L.LightningDataModule):
     size: side of the square training images, in pixels; with buckets, the root of their area.
     crop, flip: where the picture is cut, and whether half of the visits see it mirrored.
     caption_dropout: share of the visits that learn the empty prompt instead of the caption.
+    encoder_dropout: shares of the visits at which the first (CLIP-L) and the second text encoder (CLIP-G) is told
+        nothing, each for itself and besides `caption_dropout`; None where they are always told the same.
     cache: `ram` encodes each picture once and keeps the posterior's mean and log variance; `disk` keeps them in
         `cache_dir` for every run to come, and the text states too where no encoder learns; `off` encodes every time.
     num_workers: processes that read pictures; 0 reads them in the training process.
     bucket_step: pictures keep their shape, in sizes of one area whose sides are multiples of this; None cuts squares.
-    cache_dir: the folder of `cache=disk`; any number of runs can share one.
+    cache_dir: the folder of `cache=disk`; any number of runs can share one. What was seen in the pictures is remembered
+        there too, or in the user's cache folder where none is named.
     unreadable: pictures that cannot be read are an `error`, all named before training, or left out (`skip`).
     """
 
@@ -58,17 +62,19 @@ class Images(L.LightningDataModule):
         bucket_step: Count | None = None,
         cache_dir: str | None = None,
         unreadable: Unreadables = "error",
+        encoder_dropout: tuple[Fraction, Fraction] | None = None,
     ):
         super().__init__()
         check_sizes(size, bucket_step)
         if cache == "disk" and cache_dir is None:
             raise UserError("data.cache=disk: set data.cache_dir=DIR, where what is encoded is kept")
-        ((train, seen), (validation, seen_held_out)), self.skipped = only_readable([train, validation], unreadable)
+        ((train, seen), (validation, seen_held_out)), self.skipped = only_readable(
+            [train, validation], unreadable, Record(cache_dir)
+        )
         buckets = bucket_sizes(size, bucket_step) if bucket_step else ()
         pictures_of = partial(Pictures, size_hw=(size, size), seed=seed, buckets=buckets)
-        self.pictures = pictures_of(
-            train, crop=crop, flip=flip, caption_dropout=caption_dropout, hw_N2=seen.hw_N2
-        )
+        dropout = {"caption_dropout": caption_dropout, "encoder_dropout": encoder_dropout or ()}
+        self.pictures = pictures_of(train, crop=crop, flip=flip, hw_N2=seen.hw_N2, **dropout)
         self.held_out = pictures_of(validation, hw_N2=seen_held_out.hw_N2)
         self.seen, self.seen_held_out = seen, seen_held_out
         if cache != "off":

@@ -147,7 +147,8 @@ class Pictures(Dataset):
     buckets: sizes (h, w); each picture is cut to the nearest shape of them, or all to `size_hw`.
     hw_N2: heights and widths of the pictures where they are known without reading them, 0 elsewhere.
 
-    `moments` replaces the pixels once the VAE has seen a variant, and `text_states` the work of the text encoders.
+    `moments` replaces the pixels once the VAE has seen a variant, and `text_states` the work of the text encoders: it
+    gives the states of the text that all encoders are told, or of one text for each.
     """
 
     def __init__(
@@ -158,15 +159,17 @@ class Pictures(Dataset):
         crop: Crop = "center",
         flip: bool = False,
         caption_dropout: Fraction = 0.0,
+        encoder_dropout: Sequence[Fraction] = (),
         buckets: Sequence[tuple[int, int]] = (),
         hw_N2: np.ndarray | None = None,
     ):
         self.source, self.size_hw, self.seed = source, size_hw, seed
-        self.crop, self.flip, self.caption_dropout = crop, flip, caption_dropout
+        self.crop, self.flip = crop, flip
+        self.caption_dropout, self.encoder_dropout = caption_dropout, encoder_dropout
         self.hw_N2 = np.zeros((len(source.keys), 2), np.int32) if hw_N2 is None else hw_N2
         self.targets = [nearest_bucket(self._hw(i), buckets) for i in range(len(source.keys))] if buckets else None
         self.moments: Mapping[Variant, Tensor] = {}
-        self.text_states: Callable[[str], States] | None = None
+        self.text_states: Callable[[Sequence[str]], States] | None = None
 
     def _hw(self, index: int) -> tuple[int, int]:
         h, w = self.hw_N2[index].tolist()
@@ -188,10 +191,18 @@ class Pictures(Dataset):
         draws = Draws(self.seed, [self.source.keys[index]], [visit])
         flip = self.flip and bool(draws.uniform("flip") < 0.5)
         dropped = bool(draws.uniform("caption dropout") < self.caption_dropout)
-        return self.variant(index, flip, draws, dropped) | {"visits": visit, "dropped_B": dropped}
+        purposes = [f"caption dropout of encoder {place}" for place in range(len(self.encoder_dropout))]
+        shares = zip(purposes, self.encoder_dropout, strict=True)
+        silent = [bool(draws.uniform(purpose) < share) for purpose, share in shares]
+        return self.variant(index, flip, draws, dropped, silent) | {"visits": visit}
 
-    def variant(self, index: int, flip: bool, draws: Draws | None = None, dropped: bool = False) -> dict:
-        """One sample as it is cut, with pixels or, where they are known, moments."""
+    def variant(
+        self, index: int, flip: bool, draws: Draws | None = None, dropped: bool = False, silent: Sequence[bool] = ()
+    ) -> dict:
+        """One sample as it is cut, with pixels or, where they are known, moments.
+
+        dropped, silent: whether all text encoders, and which of them, are told nothing.
+        """
         sample = self.source[index]
         moments = self.moments.get((index, flip))
         known_hw = tuple(self.hw_N2[index].tolist())
@@ -207,8 +218,11 @@ class Pictures(Dataset):
             "time_ids_B6": torch.tensor(told.time_ids_6, dtype=torch.float32),
             "loss_weight_B": sample.loss_weight,
         }
+        if silent:
+            example["dropped_BE"] = torch.tensor(silent)
         if self.text_states is not None:
-            example["context_BLD"], example["pooled_BP"] = self.text_states("" if dropped else caption)
+            told = ["" if dropped or nothing else caption for nothing in silent or (False,)]
+            example["context_BLD"], example["pooled_BP"] = self.text_states(told)
         if moments is None:
             return example | {"pixels_BCHW": cut_image(image, cut)}
         return example | {"moments_BCHW": moments}

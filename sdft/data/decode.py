@@ -34,10 +34,12 @@ class Encoded:
 
     name: what errors call it: the path of its file, or its shard and member.
     read: gives the bytes of the file.
+    stamp: gives words that change whenever the bytes do, without reading them; None where there are none.
     """
 
     name: str
     read: Callable[[], bytes]
+    stamp: Callable[[], str | None] = lambda: None
 
     def content(self) -> bytes:
         """The bytes of the file. Raises Unreadable."""

@@ -102,8 +102,8 @@ def cached_states(
     rank: int,
     world_size: int,
     barrier: Callable[[], None],
-) -> Callable[[str], States]:
-    """The states of a caption; those that no run has made yet are made now, each by one rank."""
+) -> Callable[[Sequence[str]], States]:
+    """The states of a caption, or of one for each encoder; what no run has made yet is made now, each by one rank."""
     encoder = fingerprint(*encoders)
     addresses = {caption: digest([ids(caption), encoder]) for caption in captions}
     missing = set(own(cache.missing(f"{address}.pooled" for address in addresses.values()), rank, world_size))
@@ -118,7 +118,17 @@ def cached_states(
     cache.flush()
     barrier()
     cache.refresh()
-    return lambda caption: (cache[f"{addresses[caption]}.context"], cache[f"{addresses[caption]}.pooled"])
+    widths = [encoder.config.hidden_size for encoder in encoders]
+
+    def states(told: Sequence[str]) -> States:
+        contexts = {text: cache[f"{addresses[text]}.context"] for text in dict.fromkeys(told)}
+        pooled_P = cache[f"{addresses[told[-1]]}.pooled"]
+        if len(contexts) == 1:
+            return contexts[told[0]], pooled_P
+        parts = [contexts[text].split(widths, dim=-1)[place] for place, text in enumerate(told)]
+        return torch.cat(parts, dim=-1), pooled_P
+
+    return states
 
 
 def own(addresses: Sequence[str], rank: int, world_size: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from transformers import CLIPTokenizer
 from transformers.utils import logging
@@ -11,14 +12,19 @@ from sdft.models.nano import WEIGHTS as NANO
 from sdft.types import UserError
 
 
-def token_counter(weights: str) -> Callable[[str], int]:
-    """Counts tokens, start and end included, as the first tokenizer of `weights` does.
+def token_counter(weights: str, config: str) -> Callable[[str], int]:
+    """Counts tokens, start and end included, as both tokenizers of a model do: they differ in the padding alone.
 
-    weights: `nano`, a hub id or a diffusers folder.
+    weights: as `models.load.pretrained` takes it; config: what has the tokenizers where `weights` is one file.
     """
     logging.set_verbosity_error()  # it warns of long captions, which are what is being counted
+    file = Path(weights).expanduser().is_file()
+    key, source = ("model.config", config) if file else ("model.weights", weights)
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(NANO if weights == "nano" else weights, subfolder="tokenizer")
+        tokenizer = CLIPTokenizer.from_pretrained(NANO if source == "nano" else source, subfolder="tokenizer")
     except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer={weights}: not found; pass a diffusers folder, a hub id, nano or null") from error
+        raise UserError(
+            f"{key}={source}: its tokenizer is not there; pass {key}=FOLDER or a hub id that was fetched before, or "
+            "model=null to count no tokens"
+        ) from error
     return lambda caption: len(tokenizer(caption).input_ids)

@@ -127,13 +127,16 @@ class TestContent:
                 assert torch.equal(kept[name], later[name]), name
 
     @pytest.mark.parametrize("empty_prompt", ["zeros", "empty"])
-    def test_dropped_captions_are_conditioned_as_if_encoded(self, empty_prompt, root, tmp_path, tiny_model) -> None:
+    @pytest.mark.parametrize("encoder_dropout", [None, (0.4, 0.4)])
+    def test_dropped_captions_are_conditioned_as_if_encoded(
+        self, encoder_dropout, empty_prompt, root: Path, tmp_path: Path, tiny_model
+    ) -> None:
         model = tiny_model(empty_prompt=empty_prompt)
-        data = images(root, tmp_path / "c", caption_dropout=0.5)
+        data = images(root, tmp_path / "c", caption_dropout=0.4, encoder_dropout=encoder_dropout)
         prepare(model, data)
-        batch = collate([data.pictures[i, visit] for i in range(5) for visit in range(2)])
-        assert batch.dropped_B.any()
-        assert not batch.dropped_B.all()
+        batch = collate([data.pictures[i, visit] for i in range(5) for visit in range(4)])
+        silent = {tuple(row) for row in batch.silent_BE.tolist()}
+        assert len(silent) == (4 if encoder_dropout else 2)
         cached = model.condition(batch)
         batch.context_BLD = batch.pooled_BP = None
         live = model.condition(batch)

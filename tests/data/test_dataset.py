@@ -84,6 +84,22 @@ class TestPictures:
         assert abs(dropped.mean() - 0.1) < 0.027
         assert abs(np.corrcoef(flipped, dropped)[0, 1]) < 0.09
 
+    def test_single_encoders_are_told_nothing_at_their_shares(self, tiny_source) -> None:
+        """2000 draws: 0.3 and 0.1 within four standard deviations (0.041 and 0.027), independent of each other and of
+        the joint dropout, which is what it is without them."""
+        options = {"size_hw": (32, 32), "seed": 4, "caption_dropout": 0.2}
+        joint = Pictures(tiny_source(5, hw=(32, 32)), **options)
+        each = Pictures(tiny_source(5, hw=(32, 32)), **options, encoder_dropout=(0.3, 0.1))
+        drawn = []
+        for item in [(i, visit) for i in range(5) for visit in range(400)]:
+            example = each[item]
+            drawn.append([example["dropped_B"], *example.pop("dropped_BE").tolist()])
+            assert_same_example(example, joint[item])
+        shares, together = np.mean(drawn, axis=0), np.corrcoef(np.array(drawn).T)
+        assert abs(shares[1] - 0.3) < 0.041
+        assert abs(shares[2] - 0.1) < 0.027
+        assert np.abs(together - np.eye(3)).max() < 0.09
+
     def test_a_flip_tells_the_model_where_it_was_cut(self, tiny_source) -> None:
         """32 x 40 into 32 x 32: the centre crop lies at left 4 either way."""
         pictures = Pictures(tiny_source(1), (32, 32), seed=0)

@@ -19,7 +19,7 @@ from sdft.types import Fraction, NonNegative, UserError
 class HuggingFace:
     """Rows of a data set that hold a picture and a caption.
 
-    name: a hub id or a local folder, as `datasets.load_dataset` takes it.
+    name: a hub id, or a folder: of pictures with a table, or one that `save_to_disk` has written.
     split: `train`, `validation` or `all`: parts of the rows of `subset`, chosen by row.
     subset: the split of the data set that the rows come from.
     config: the data set's own configuration, where it has several.
@@ -68,8 +68,14 @@ def load(name: str, config: str | None, subset: str, image: str, text: str) -> S
         raise UserError(
             "data=huggingface needs the library 'datasets', which is not installed: pip install -e '.[datasets]'"
         ) from None
+    folder = Path(name).expanduser()
+    saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
     try:
-        rows = datasets.load_dataset(name, config, split=subset)
+        if saved:
+            rows = datasets.load_from_disk(folder)
+            rows = rows[subset] if isinstance(rows, datasets.DatasetDict) else rows
+        else:
+            rows = datasets.load_dataset(str(folder) if folder.is_dir() else name, config, split=subset)
     except Exception as error:  # every kind of network, format and permission trouble comes through here
         raise UserError(f"data.name={name}: cannot be loaded ({' '.join(str(error).split())})") from error
     for key, column in (("image", image), ("text", text)):

@@ -18,6 +18,7 @@ from sdft.data.captions import Captions, Tags, checked_template, checked_texts
 from sdft.data.dataset import Sample
 from sdft.data.decode import Encoded
 from sdft.data.problems import listed
+from sdft.data.record import stamp_of
 from sdft.data.sources import metadata
 from sdft.data.sources.folder import IMAGE_SUFFIXES
 from sdft.data.sources.splits import Split, places_of
@@ -61,6 +62,7 @@ class Shards:
         self.loss_weight, self.tags = loss_weight, tags
         self.template = checked_template("data.caption", caption)
         self.files = [local(url, cache_dir) for url in expand(shards)]
+        self._stamps = [stamp_of(file) for file in self.files]
         placed = [(number, entry) for number, file in enumerate(self.files) for entry in entries_of(file)]
         self._check(placed, default_caption)
         keys = [entry.key for _, entry in placed]
@@ -74,7 +76,12 @@ class Shards:
         """The picture as its shard holds it."""
         number, entry = self._placed[index]
         file = self.files[number]
-        return Encoded(f"{file}:{entry.member}", lambda: read_range(file, entry.offset, entry.size))
+        stamp = self._stamps[number]
+        return Encoded(
+            f"{file}:{entry.member}",
+            lambda: read_range(file, entry.offset, entry.size),
+            lambda: f"{stamp} {entry.offset} {entry.size}" if stamp else None,
+        )
 
     def __getitem__(self, index: int) -> Sample:
         _, entry = self._placed[index]
