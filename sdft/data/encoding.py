@@ -56,6 +56,24 @@ class CachedMoments(Mapping[Variant, Tensor]):
         return len(self.addresses)
 
 
+class CachedStates:
+    """Text states, read from the cache: of one text that all encoders are told, or of one for each.
+
+    widths: channels of the context that each encoder gives; the last one gives the pooled vector.
+    """
+
+    def __init__(self, cache: Cache, addresses: Mapping[str, str], widths: Sequence[int]):
+        self.cache, self.addresses, self.widths = cache, addresses, widths
+
+    def __call__(self, told: Sequence[str]) -> States:
+        contexts = {text: self.cache[f"{self.addresses[text]}.context"] for text in dict.fromkeys(told)}
+        pooled_P = self.cache[f"{self.addresses[told[-1]]}.pooled"]
+        if len(contexts) == 1:
+            return contexts[told[0]], pooled_P
+        parts = [contexts[text].split(list(self.widths), dim=-1)[place] for place, text in enumerate(told)]
+        return torch.cat(parts, dim=-1), pooled_P
+
+
 def cached_moments(
     cache: Cache,
     encoder: str,
@@ -102,8 +120,8 @@ def cached_states(
     rank: int,
     world_size: int,
     barrier: Callable[[], None],
-) -> Callable[[Sequence[str]], States]:
-    """The states of a caption, or of one for each encoder; what no run has made yet is made now, each by one rank."""
+) -> CachedStates:
+    """The states of every caption; those that no run has made yet are made now, each by one rank."""
     encoder = fingerprint(*encoders)
     addresses = {caption: digest([ids(caption), encoder]) for caption in captions}
     missing = set(own(cache.missing(f"{address}.pooled" for address in addresses.values()), rank, world_size))
@@ -118,17 +136,7 @@ def cached_states(
     cache.flush()
     barrier()
     cache.refresh()
-    widths = [encoder.config.hidden_size for encoder in encoders]
-
-    def states(told: Sequence[str]) -> States:
-        contexts = {text: cache[f"{addresses[text]}.context"] for text in dict.fromkeys(told)}
-        pooled_P = cache[f"{addresses[told[-1]]}.pooled"]
-        if len(contexts) == 1:
-            return contexts[told[0]], pooled_P
-        parts = [contexts[text].split(widths, dim=-1)[place] for place, text in enumerate(told)]
-        return torch.cat(parts, dim=-1), pooled_P
-
-    return states
+    return CachedStates(cache, addresses, [encoder.config.hidden_size for encoder in encoders])
 
 
 def own(addresses: Sequence[str], rank: int, world_size: int) -> list[str]:

@@ -27,7 +27,7 @@ class Stream(L.Callback):
     def __init__(self, folder: Path):
         self.folder, self.told, self.asked = folder, [], []
 
-    def setup(self, trainer: L.Trainer, *_) -> None:
+    def setup(self, trainer: L.Trainer, module: Finetuning, stage: str) -> None:
         torch.set_num_threads(1)  # a fork does not have the threads of its parent
 
     def on_train_start(self, trainer: L.Trainer, module: Finetuning) -> None:
@@ -46,9 +46,24 @@ class Stream(L.Callback):
         torch.save(list(zip(self.told, self.asked, strict=True)), self.folder / f"rank{trainer.global_rank}")
 
 
+class Killed(Exception):
+    pass
+
+
+class KillAt(L.Callback):
+    """Ends a run before its step number `step`."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_) -> None:
+        if trainer.global_step == self.step:
+            raise Killed
+
+
 def run(
-    source: Source, others: Source, model, folder: Path, batches: tuple[int, int, int], workers: int = 0,
-    max_steps: int = 4, resume: Path | None = None,
+    source: Source, others: Source, model, folder: Path, batches: tuple[int, int, int], *callbacks: L.Callback,
+    workers: int = 0, resume: Path | None = None,
 ) -> list:  # fmt: skip
     """The samples of a run in their order. batches: size, how many are accumulated, and on how many ranks."""
     batch_size, accumulate, ranks = batches
@@ -57,9 +72,9 @@ def run(
     module = Finetuning(model(), Adapter(rank=2), Denoising(), partial(adamw, lr=1e-3), constant, seed=7)
     folder.mkdir(exist_ok=True)
     whole = trainer(
-        max_steps, accumulate_grad_batches=accumulate, accelerator="cpu", devices=ranks, progress_bar=False,
+        4, accumulate_grad_batches=accumulate, accelerator="cpu", devices=ranks, progress_bar=False,
         strategy="ddp_fork" if ranks > 1 else "auto", run_dir=str(folder),
-        callbacks=[Stream(folder), last_checkpoint(str(folder), every=2)],
+        callbacks=[*callbacks, Stream(folder), last_checkpoint(str(folder), every=2)],
     )  # fmt: skip
     whole.fit(module, data, ckpt_path=resume, weights_only=False)
     parts = [torch.load(folder / f"rank{rank}", weights_only=False) for rank in range(ranks)]
@@ -90,6 +105,7 @@ def test_a_run_learns_the_same_however_it_is_fed(name: str, sources, tiny_source
     assert_same(learn(tmp_path / "accumulated", (2, 4, 1), workers=1), straight)
     assert_same(learn(tmp_path / "workers", (8, 1, 1), workers=4), straight)
     assert_same(learn(tmp_path / "ranks", (4, 1, 2)), straight)
-    assert_same(learn(tmp_path / "resumed", (4, 2, 1), max_steps=2), straight[:16])
+    with pytest.raises(Killed):
+        learn(tmp_path / "resumed", (4, 2, 1), KillAt(2))
     last = tmp_path / "resumed" / "checkpoints" / "last.ckpt"
     assert_same(learn(tmp_path / "resumed", (4, 2, 1), workers=1, resume=last), straight[16:])

@@ -122,14 +122,14 @@ def test_a_dropped_caption_is_the_absent_negative_prompt(empty_prompt: str) -> N
 @torch.no_grad()
 @pytest.mark.parametrize("empty_prompt", ["zeros", "empty"])
 def test_one_encoder_can_be_told_nothing(empty_prompt: str) -> None:
-    """The first, of 64 channels, gives half of the context; the second the other half and the pooled vector."""
+    """Of the 128 channels of the context the first gives 48; the second gives the others and the pooled vector."""
     model = pretrained("nano", empty_prompt=empty_prompt)
     batch = batch_of([(64, 64, 0, 0, 64, 64)] * 2)
     said, nothing = model.condition(batch), model.condition(batch_of([(64, 64, 0, 0, 64, 64)] * 2, dropped=(0, 1)))
     batch.dropped_BE = torch.tensor([[True, False], [False, True]])
     cond = model.condition(batch)
-    first = torch.cat([nothing.context_BLD[0, :, :64], said.context_BLD[0, :, 64:]], dim=-1)
-    second = torch.cat([said.context_BLD[1, :, :64], nothing.context_BLD[1, :, 64:]], dim=-1)
+    first = torch.cat([nothing.context_BLD[0, :, :48], said.context_BLD[0, :, 48:]], dim=-1)
+    second = torch.cat([said.context_BLD[1, :, :48], nothing.context_BLD[1, :, 48:]], dim=-1)
     torch.testing.assert_close(cond.context_BLD, torch.stack([first, second]), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(cond.pooled_BP, torch.stack([said.pooled_BP[0], nothing.pooled_BP[1]]))
     assert not torch.equal(said.context_BLD, nothing.context_BLD)
