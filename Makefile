@@ -9,7 +9,7 @@ train: setup
 	$(RUN) train.py experiment=dreamy_style
 
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $${WORKERS:-2} --dist worksteal
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -69,7 +69,8 @@ def probe(model: SDXL, words: tuple[str, ...]) -> list[Tensor]:
     side = float(LATENT_SIDE * model.vae_factor)
     time_ids_B6 = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts), device=model.device)
     t_B = torch.full((len(prompts),), 500, device=model.device)
-    prediction = model.denoise(z_BCHW, t_B, Conditioning(*model.encode_prompts(prompts), time_ids_B6))
+    context_BLD, pooled_BP = model.encode_prompts(prompts)
+    prediction = model.denoise(z_BCHW, t_B, Conditioning(context_BLD, pooled_BP, time_ids_B6))
     return [prediction, model.decode(z_BCHW[:1])]
 
 

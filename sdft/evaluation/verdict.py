@@ -17,6 +17,7 @@ from torch import nn
 
 from sdft.data.dataset import Pictures, Source, batches
 from sdft.data.images import to_uint8
+from sdft.data.sources.toy import ToyWorld
 from sdft.data.toy.scenes import SUBJECTS
 from sdft.evaluation.adherence import Judge, load_judge
 from sdft.evaluation.pictures import save_grid
@@ -97,18 +98,19 @@ class StyleVerdict:
         pictures = Pictures(self.reference, (self.size, self.size), seed=0)
         real, through = [], []
         for batch in batches(pictures, range(len(self.reference.keys)), self.sampler.batch_size):
-            pixels = batch.pixels_BCHW.to(model.device)
-            real.append(to_uint8(pixels))
-            through.append(to_uint8(model.decode(model.encode_images(batch.to(model.device)))))
+            batch = batch.to(model.device)
+            assert batch.pixels_BCHW is not None
+            real.append(to_uint8(batch.pixels_BCHW))
+            through.append(to_uint8(model.decode(model.encode_images(batch))))
         return np.concatenate(real), np.concatenate(through)
 
     def _adherence(self, before: np.ndarray, tuned: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
         if self.judge is None:
             return {}
-        scenes = hasattr(self.reference, "scene")
-        judge = load_judge(str(NANO / "clip") if self.judge == "nano" else self.judge, SUBJECTS if scenes else None)
-        if scenes:
-            subjects = [self.reference.scene(index).subject for index in range(self.num_images)]
+        scene = getattr(self.reference, "scene", None)
+        judge = load_judge(str(NANO / "clip") if self.judge == "nano" else self.judge, SUBJECTS if scene else None)
+        if scene:
+            subjects = [scene(index).subject for index in range(self.num_images)]
             return {
                 "adherence": judge.subject_accuracy(tuned, subjects),
                 "adherence_base": judge.subject_accuracy(before, subjects),
@@ -133,6 +135,7 @@ class AutoencoderVerdict:
             pictures = Pictures(source, (self.size, self.size), seed=0)
             psnr, shown = [], []
             for batch in batches(pictures, range(len(source.keys)), 16):
+                assert batch.pixels_BCHW is not None
                 x = batch.pixels_BCHW.to(vae.device)
                 y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
                 psnr += (6.0206 - 10 * (y - x).square().mean(dim=(1, 2, 3)).log10()).tolist()
@@ -147,7 +150,7 @@ class AutoencoderVerdict:
 class JudgeVerdict:
     """How often a CLIP names the subject of held-out pictures."""
 
-    def __init__(self, references: dict[str, Source], words: Sequence[str]):
+    def __init__(self, references: dict[str, ToyWorld], words: Sequence[str]):
         self.references, self.tokenizer = references, tokenizer(words, "<|endoftext|>")
 
     def __call__(self, clip: nn.Module, base: Base, folder: Path) -> dict[str, float]:

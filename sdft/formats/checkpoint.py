@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sdft.formats.foreign import refuse_other_architecture
 from sdft.formats.keys import PREFIXES, Place, hub_name, place_at
 from sdft.formats.stream import CODES, DTYPES, Entry, Stored, read_header
 from sdft.types import UserError
@@ -262,32 +263,6 @@ def _pickle(where: str, root: Path) -> Checkpoint:
     checkpoint = _single_file(where, root, stored, {})
     checkpoint.pickled = tensors
     return checkpoint
-
-
-def refuse_other_architecture(where: str, names: list[str]) -> None:
-    """Raise UserError that says what a single file is, when it is not SDXL."""
-
-    def has(*starts: str) -> bool:
-        return any(name.startswith(starts) for name in names)
-
-    unet, encoders = PREFIXES["unet"], (PREFIXES["text_encoder"], PREFIXES["text_encoder_2"])
-    if has(f"{unet}label_emb.") and all(has(encoder) for encoder in encoders):
-        return
-    if not names:
-        what = "an empty file"
-    elif any("lora_" in name for name in names):
-        what = "a LoRA, which goes on top of a model"
-    elif has(f"{unet}double_blocks.", "double_blocks.", f"{unet}joint_blocks."):
-        what = "a Flux or Stable Diffusion 3 model"
-    elif has("conditioner.embedders.0.model."):
-        what = "an SDXL refiner, which lacks the first text encoder"
-    elif has("cond_stage_model."):
-        what = "a Stable Diffusion 1 or 2 model"
-    elif has(unet):
-        what = "a UNet without SDXL's text encoders"
-    else:
-        what = f"something else, whose first tensor is {names[0]!r}"
-    raise UserError(f"{where}: is {what}; pass a whole SDXL checkpoint")
 
 
 def refuse_odd_numbers(where: str, checkpoint: Checkpoint) -> None:

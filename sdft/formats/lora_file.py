@@ -55,15 +55,17 @@ def read_lora(path: Path, key: str) -> LoraFile:
     if not is_lora(names):
         raise UserError(f"{key}: {path.name} holds no LoRA; none of its {len(names)} tensors is a LoRA's")
     refuse_unknown(names, key, path)
-    alphas, layers = _told_alphas(metadata, key), {}
+    alphas = _told_alphas(metadata, key)
+    layers: dict[str, dict[str, Tensor]] = {}
     with safe_open(path, framework="pt") as file:
         for name in names:
             module, suffix = split(name)
+            assert suffix is not None  # refuse_unknown has listed those without
             layer = lora_keys.layer_of(module)
-            tensors = layers.setdefault(layer, {})
-            if SUFFIXES[suffix] in tensors:
-                raise UserError(f"{key}: {path.name} holds {SUFFIXES[suffix]} of {layer} twice, once as {name}")
-            tensors[SUFFIXES[suffix]] = file.get_tensor(name)
+            tensors, tensor = layers.setdefault(layer, {}), SUFFIXES[suffix]
+            if tensor in tensors:
+                raise UserError(f"{key}: {path.name} holds {tensor} of {layer} twice, once as {name}")
+            tensors[tensor] = file.get_tensor(name)
     found, wrong = {}, []
     for name, tensors in layers.items():
         try:
@@ -126,7 +128,7 @@ def diffusers_tensors(lora: LoraFile, dtype: torch.dtype | None) -> Iterator[tup
 
 def adapter_metadata(lora: LoraFile) -> dict[str, Any]:
     """What diffusers makes its peft configuration of: ranks and alphas besides the most common one are patterns."""
-    told = {}
+    told: dict[str, Any] = {}
     for part in lora_keys.PARTS:
         # transformers 5 left `text_model.` out of encoder 1's names; peft takes the rest of a name in both versions.
         short = {module.removeprefix("text_model."): layer for module, layer in lora.of_part(part).items()}

@@ -131,6 +131,7 @@ class SDXL(nn.Module):
         if batch.moments_BCHW is not None:
             _, channels, h, w = batch.moments_BCHW.shape
             return channels // 2, h, w
+        assert batch.pixels_BCHW is not None
         *_, h, w = batch.pixels_BCHW.shape
         return self.vae.config.latent_channels, h // self.vae_factor, w // self.vae_factor
 

@@ -144,11 +144,12 @@ def untrained(words: Sequence[str], vae: str, seed: int) -> SDXL:
     """A nano with random UNet and encoders around the trained VAE of folder `vae`; the same seed, the same weights."""
     if not Path(vae, "config.json").is_file():
         raise UserError(f"model.vae={vae}: no VAE there; train one with python train.py experiment=nano_vae")
-    tokenizers = [tokenizer(words, "<|endoftext|>"), tokenizer(words, "!")]
+    one, two = tokenizer(words, "<|endoftext|>"), tokenizer(words, "!")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = (unet(), AutoencoderKL.from_pretrained(vae), *text_encoders(tokenizers))
-    return SDXL(*parts, *tokenizers, scheduler())
+        denoiser, autoencoder = unet(), AutoencoderKL.from_pretrained(vae)
+        encoder, encoder_2 = text_encoders([one, two])
+    return SDXL(denoiser, autoencoder, encoder, encoder_2, one, two, scheduler())
 
 
 def untrained_autoencoder(seed: int) -> AutoencoderKL:

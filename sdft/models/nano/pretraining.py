@@ -37,6 +37,7 @@ class Reconstruction:
 
     def __call__(self, vae: AutoencoderKL, batch: Batch, draws: Draws) -> LossReport:
         """The loss of each image, and its PSNR in dB."""
+        assert batch.pixels_BCHW is not None
         x = batch.pixels_BCHW
         posterior = vae.encode(x).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
@@ -76,6 +77,7 @@ class Contrastive:
 
     def __call__(self, clip: CLIPModel, batch: Batch, draws: Draws) -> LossReport:
         """The mean of the two cross entropies, and how often the right text comes first."""
+        assert batch.pixels_BCHW is not None
         x = batch.pixels_BCHW
         x = x + self.noise * draws.normal("pixel noise", x.shape[1:]).to(x)
         blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
