@@ -170,7 +170,7 @@ class Cache:
 def checksum(tensor: Tensor) -> str:
     """XXH3 of the bytes, type and shape of a tensor: 64 bits, as fast as memory."""
     found = xxhash.xxh3_64(tensor.flatten().view(torch.uint8).numpy())
-    found.update(f"{tensor.dtype} {tuple(tensor.shape)}")
+    found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     return found.hexdigest()
 
 

@@ -98,9 +98,10 @@ def only_readable(
         left.append((source, found))
     if broken and unreadable == "error":
         raise UserError(f"data: {told(broken)}, or set data.unreadable=skip")
-    if any(not source.keys for source, _ in left):
-        more = ", or hold out more (data.held_out)" if any(source.keys for source, _ in left) else ""
-        raise UserError(f"data: no picture is left to learn from, or none held out to judge by: {told(broken)}{more}")
+    if not left[0][0].keys:
+        raise UserError(f"data: no picture is left to learn from: {told(broken)}")
+    if not left[-1][0].keys:
+        raise UserError(f"data: none is left of those held out to judge by: {told(broken)}, or raise data.held_out")
     return left, broken
 
 

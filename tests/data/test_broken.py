@@ -195,6 +195,14 @@ class TestAllAtOnce:
         with pytest.raises(UserError, match="no picture is left"):
             folder(str(tmp_path), batch_size=2, size=32, default_caption="x", unreadable="skip")
 
+    def test_skipping_all_that_is_held_out_says_so(self, tmp_path: Path) -> None:
+        good(tmp_path, "a b c d e f")
+        held_out = Folder(str(tmp_path), "validation").keys
+        for name in held_out:
+            (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(UserError, match=rf"none is left of those held out to judge by: .*{held_out[0]}.*held_out"):
+            folder(str(tmp_path), batch_size=2, size=32, unreadable="skip")
+
     def test_every_missing_caption_is_listed(self, root: Path) -> None:
         for name in "abc":
             (root / f"{name}.txt").unlink()

@@ -28,7 +28,8 @@ class Stream(L.Callback):
         self.folder, self.told, self.asked = folder, [], []
 
     def setup(self, trainer: L.Trainer, module: Finetuning, stage: str) -> None:
-        torch.set_num_threads(1)  # a fork does not have the threads of its parent
+        if trainer.world_size > 1:
+            torch.set_num_threads(1)  # a fork does not have the threads of its parent
 
     def on_train_start(self, trainer: L.Trainer, module: Finetuning) -> None:
         def keep(unet: torch.nn.Module, given: tuple) -> None:
