@@ -2,9 +2,9 @@
 
 An address is the SHA-256 of its ingredients: bytes of the picture, transform, VAE; text as the tokenizers read it,
 encoders. What changes gets another address, so nothing stale can be found. Shards are written whole or not at all, any
-number of processes may write at once, and every entry is checked whenever it is read.
+number of processes may write at once, and every entry is checked when a process first reads it.
 
-Entries are read by position: in the random order of a run, a mapped file costs a page fault for every few pages.
+Entries are read by position, not from mapped files: in the random order of a run these wait for every few pages.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,13 +35,15 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Numbers as safetensors calls them."""
 
 
-class Header(NamedTuple):
-    """What stands before the tensors of a shard."""
+class Place(NamedTuple):
+    """Where an entry lies in its shard, and what it is."""
 
-    begin: int
-    """of the tensors, in bytes"""
-    entries: dict[str, Any]
-    checksums: dict[str, str]
+    first: int
+    size: int
+    """in bytes"""
+    dtype: torch.dtype
+    shape: list[int]
+    checksum: str
 
 
 class Cache:
@@ -60,8 +62,10 @@ class Cache:
         self.refresh()
 
     def _forget(self) -> None:
-        self._headers: dict[int, Header] = {}
+        self._opened: dict[int, dict[str, Place]] = {}
         self._files: dict[int, FileIO] = {}
+        self._sound: set[str] = set()
+        self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files, for a worker that is no fork."""
@@ -74,7 +78,7 @@ class Cache:
             if shard not in known:
                 self._shards.append(shard)
                 number = len(self._shards) - 1
-                self._places.update(dict.fromkeys(self._header(number).entries, number))
+                self._places.update(dict.fromkeys(self._open(number), number))
 
     def __len__(self) -> int:
         return len(self._places)
@@ -88,15 +92,24 @@ class Cache:
 
     def __getitem__(self, address: str) -> Tensor:
         """An entry. Raises UserError with its shard where its bytes are not what was written."""
+        if self._process != os.getpid():
+            self._forget()  # a worker opens and checks for itself
         number = self._places[address]
-        begin, entries, checksums = self._header(number)
-        entry = entries[address]
-        first, end = entry["data_offsets"]
-        content = self._read(number, begin + first, end - first)
-        tensor = torch.from_numpy(content).view(DTYPES[entry["dtype"]]).view(entry["shape"])
-        if checksums.get(address) != checksum(tensor):
-            raise self._damaged(number, address)
-        return tensor
+        place = self._open(number)[address]
+        content = self._read(number, place)
+        if address not in self._sound:
+            if place.checksum != checksum(content):
+                raise self._damaged(number, address)
+            self._sound.add(address)
+        return torch.from_numpy(content).view(place.dtype).view(place.shape)
+
+    def expect(self, addresses: Iterable[str]) -> None:
+        """Entries that will be read next: a disk brings many at once sooner than one after the other."""
+        for address in addresses:
+            if address not in self._sound:
+                number = self._places[address]
+                place = self._open(number)[address]
+                os.posix_fadvise(self._file(number).fileno(), place.first, place.size, os.POSIX_FADV_WILLNEED)
 
     def put(self, address: str, tensor: Tensor) -> None:
         """Keep an entry; it is on disk after `flush`, or when enough have come together."""
@@ -112,7 +125,7 @@ class Cache:
         name = digest(sorted(self._pending))[:24]
         target = self.folder / f"{name}.safetensors"
         partial = self.folder / f".{name}.{os.getpid()}.partial"
-        content = save(self._pending, {address: checksum(tensor) for address, tensor in self._pending.items()})
+        content = save(self._pending, {address: described(tensor) for address, tensor in self._pending.items()})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:
@@ -130,31 +143,43 @@ class Cache:
         self._pending, self._pending_bytes = {}, 0
         self.refresh()
 
-    def _header(self, number: int) -> Header:
-        if number not in self._headers:
+    def _open(self, number: int) -> dict[str, Place]:
+        """The entries of a shard. What is written in its header is checked by safetensors."""
+        if number not in self._opened:
             shard = self._shards[number]
             try:
-                with safe_open(shard, framework="pt") as checked:  # that the header and the file fit each other
+                with safe_open(shard, framework="pt") as checked:
                     checksums = checked.metadata() or {}
                 with shard.open("rb") as file:
-                    size = int.from_bytes(file.read(8), "little")
-                    entries = json.loads(file.read(size))
+                    begin = int.from_bytes(file.read(8), "little")
+                    header = json.loads(file.read(begin))
             except (SafetensorError, OSError) as error:
                 raise self._damaged(number, str(error)) from error
-            entries.pop("__metadata__", None)
-            self._headers[number] = Header(8 + size, entries, checksums)
-        return self._headers[number]
+            header.pop("__metadata__", None)
+            places = {}
+            for address, entry in header.items():
+                first, end = entry["data_offsets"]
+                dtype, shape = entry["dtype"], entry["shape"]
+                found, _, said = checksums.get(address, "").partition(" ")
+                if said != kind(dtype, shape):
+                    raise self._damaged(number, address)
+                places[address] = Place(8 + begin + first, end - first, DTYPES[dtype], shape, found)
+            self._opened[number] = places
+        return self._opened[number]
 
-    def _read(self, number: int, first: int, size: int) -> np.ndarray:
+    def _file(self, number: int) -> FileIO:
         file = self._files.get(number)
         if file is None:
             if len(self._files) == MOST_OPEN:
                 self._files.pop(next(iter(self._files))).close()
             file = self._files[number] = self._shards[number].open("rb", buffering=0)
-        content = np.empty(size, np.uint8)
-        done = 0
-        while done < size:
-            more = os.preadv(file.fileno(), [memoryview(content)[done:]], first + done)
+        return file
+
+    def _read(self, number: int, place: Place) -> np.ndarray:
+        file, content = self._file(number), np.empty(place.size, np.uint8)
+        done = os.preadv(file.fileno(), [content.data], place.first)
+        while done < place.size:
+            more = os.preadv(file.fileno(), [content[done:].data], place.first + done)
             if not more:
                 raise self._damaged(number, "it ends too early")
             done += more
@@ -167,11 +192,20 @@ class Cache:
         )
 
 
-def checksum(tensor: Tensor) -> str:
-    """XXH3 of the bytes, type and shape of a tensor: 64 bits, as fast as memory."""
-    found = xxhash.xxh3_64(tensor.flatten().view(torch.uint8).numpy())
-    found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    return found.hexdigest()
+def checksum(content: np.ndarray) -> str:
+    """XXH3 of bytes: 64 bits, as fast as memory."""
+    return xxhash.xxh3_64_hexdigest(content.data)
+
+
+def described(tensor: Tensor) -> str:
+    """The checksum and kind of an entry that is written."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    return f"{checksum(tensor.flatten().view(torch.uint8).numpy())} {kind(names[tensor.dtype], tensor.shape)}"
+
+
+def kind(dtype: str, shape: Sequence[int]) -> str:
+    """What stands behind the checksum of an entry, as nothing else in the file checks it."""
+    return f"{dtype} {'x'.join(map(str, shape))}"
 
 
 def digest(ingredients: object) -> str:

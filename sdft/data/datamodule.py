@@ -20,7 +20,7 @@ from tqdm import tqdm
 from sdft.data.buckets import bucket_sizes
 from sdft.data.cache import Cache, fingerprint
 from sdft.data.dataset import Pictures, RunOrder, Source, Variant, collate
-from sdft.data.encoding import cached_moments, cached_states, prepared
+from sdft.data.encoding import Ranks, cached_moments, cached_states, prepared
 from sdft.data.images import Crop
 from sdft.data.record import Record
 from sdft.data.scan import Unreadables, only_readable
@@ -73,8 +73,10 @@ class Images(L.LightningDataModule):
         )
         buckets = bucket_sizes(size, bucket_step) if bucket_step else ()
         pictures_of = partial(Pictures, size_hw=(size, size), seed=seed, buckets=buckets)
-        dropout = {"caption_dropout": caption_dropout, "encoder_dropout": encoder_dropout or ()}
-        self.pictures = pictures_of(train, crop=crop, flip=flip, hw_N2=seen.hw_N2, **dropout)
+        self.pictures = pictures_of(
+            train, crop=crop, flip=flip, caption_dropout=caption_dropout, encoder_dropout=encoder_dropout or (),
+            hw_N2=seen.hw_N2,
+        )  # fmt: skip
         self.held_out = pictures_of(validation, hw_N2=seen_held_out.hw_N2)
         self.seen, self.seen_held_out = seen, seen_held_out
         if cache != "off":
@@ -128,11 +130,11 @@ class Images(L.LightningDataModule):
 
         With `cache=disk` the moments are looked up by picture, cut and `vae`, and only missing ones are encoded.
         """
-        kept = (self.store, fingerprint(vae)) if self.store is not None and vae is not None else None
+        encoder = fingerprint(vae) if self.store is not None and vae is not None else None
         for pictures, seen in ((self.pictures, self.seen), (self.held_out, self.seen_held_out)):
             make = _encoder(pictures, encode, device, batch_size)
-            if kept:
-                pictures.moments = cached_moments(*kept, pictures, seen, make, *self._ranks())
+            if self.store is not None and encoder is not None:
+                pictures.moments = cached_moments(self.store, encoder, pictures, seen, make, self._ranks())
             else:
                 pictures.moments = dict(make(pictures.cacheable_variants()))
 
@@ -143,6 +145,8 @@ class Images(L.LightningDataModule):
 
         encode: captions -> context B x L x D and pooled B x P; ids: what the encoders read of a caption.
         """
+        if self.store is None:
+            return False
         captions: dict[str, None] = {"": None}
         for pictures in (self.pictures, self.held_out):
             for index in range(len(pictures.source.keys)):
@@ -151,15 +155,14 @@ class Images(L.LightningDataModule):
                 if every is None:
                     return False
                 captions.update(dict.fromkeys(every))
-        states = cached_states(self.store, list(captions), encode, ids, encoders, *self._ranks())
+        states = cached_states(self.store, list(captions), encode, ids, encoders, self._ranks())
         self.pictures.text_states = self.held_out.text_states = states
         return True
 
-    def _ranks(self) -> tuple[int, int, Callable[[], None]]:
-        """Rank, number of ranks, and what waits until all are there."""
+    def _ranks(self) -> Ranks:
         if self.trainer is None:
-            return 0, 1, lambda: None
-        return self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.barrier
+            return Ranks()
+        return Ranks(self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.barrier)
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches_done": self.trainer.global_step * self.trainer.accumulate_grad_batches}
@@ -177,7 +180,7 @@ def images_from(source: type) -> Callable[..., Images]:
         parameters = inspect.signature(owner).parameters
         taken[owner] = [name for name in parameters if name not in given]
         both |= {name: parameters[name] for name in taken[owner]}
-        hints |= typing.get_type_hints(owner.__init__, include_extras=True)
+        hints |= typing.get_type_hints(owner.__init__, include_extras=True)  # type: ignore[misc]
     ordered = sorted(both.values(), key=lambda parameter: parameter.default is not parameter.empty)
 
     def build(*args: Any, **kwargs: Any) -> Images:

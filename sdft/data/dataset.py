@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -141,6 +141,35 @@ States = tuple[Tensor, Tensor]
 """Text states of one caption: context L x D, pooled P."""
 
 
+@runtime_checkable
+class Expects(Protocol):
+    """Something kept on disk that reads sooner what it was told of before."""
+
+    def expect(self, names: Sequence[Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What is drawn for one visit of a sample; without draws it is as validation sees it.
+
+    dropped, silent: whether all text encoders, and which of them, are told nothing.
+    """
+
+    index: int
+    flip: bool
+    draws: Draws | None = None
+    dropped: bool = False
+    silent: Sequence[bool] = ()
+
+    def caption(self, sample: Sample) -> str:
+        """The caption that this visit would learn."""
+        return sample.captions.told(self.draws) if sample.captions and self.draws else sample.caption
+
+    def told(self, sample: Sample) -> list[str]:
+        """What the text encoders are told, all of them or each."""
+        return ["" if self.dropped or nothing else self.caption(sample) for nothing in self.silent or (False,)]
+
+
 class Pictures(Dataset):
     """Cuts and captions of a source.
 
@@ -187,45 +216,54 @@ class Pictures(Dataset):
         return dict(sorted(found.items()))
 
     def __getitem__(self, item: tuple[int, int]) -> dict:
-        index, visit = item
+        return self.__getitems__([item])[0]
+
+    def __getitems__(self, items: Sequence[tuple[int, int]]) -> list[dict]:
+        """A batch. What is kept of its samples is asked for before the first is read."""
+        visits = [self._visit(*item) for item in items]
+        if isinstance(self.moments, Expects):
+            self.moments.expect([(visit.index, visit.flip) for visit in visits])
+        if isinstance(self.text_states, Expects):
+            self.text_states.expect([text for visit in visits for text in visit.told(self.source[visit.index])])
+        return [self._example(visit) | {"visits": item[1]} for visit, item in zip(visits, items, strict=True)]
+
+    def _visit(self, index: int, visit: int) -> Visit:
         draws = Draws(self.seed, [self.source.keys[index]], [visit])
         flip = self.flip and bool(draws.uniform("flip") < 0.5)
         dropped = bool(draws.uniform("caption dropout") < self.caption_dropout)
         purposes = [f"caption dropout of encoder {place}" for place in range(len(self.encoder_dropout))]
         shares = zip(purposes, self.encoder_dropout, strict=True)
         silent = [bool(draws.uniform(purpose) < share) for purpose, share in shares]
-        return self.variant(index, flip, draws, dropped, silent) | {"visits": visit}
+        return Visit(index, flip, draws, dropped, silent)
 
-    def variant(
-        self, index: int, flip: bool, draws: Draws | None = None, dropped: bool = False, silent: Sequence[bool] = ()
-    ) -> dict:
-        """One sample as it is cut, with pixels or, where they are known, moments.
+    def variant(self, index: int, flip: bool) -> dict:
+        """One sample with its plain caption and the crop of validation."""
+        return self._example(Visit(index, flip))
 
-        dropped, silent: whether all text encoders, and which of them, are told nothing.
-        """
-        sample = self.source[index]
-        moments = self.moments.get((index, flip))
-        known_hw = tuple(self.hw_N2[index].tolist())
-        image = sample.image_HWC if moments is None or not known_hw[0] else None
-        cut = self.cut(index, known_hw if image is None else image.shape[:2], flip, draws)
-        told = replace(cut, original_hw=sample.original_hw) if sample.original_hw else cut
-        caption = sample.captions.told(draws) if sample.captions and draws else sample.caption
+    def _example(self, visit: Visit) -> dict:
+        """One sample as it is cut, with pixels or, where they are known, moments."""
+        index, sample = visit.index, self.source[visit.index]
+        moments = self.moments.get((index, visit.flip))
+        h, w = self.hw_N2[index].tolist()
+        image = sample.image_HWC if moments is None or not h else None
+        cut = self.cut(index, (h, w) if image is None else image.shape[:2], visit.flip, visit.draws)
+        original_cut = replace(cut, original_hw=sample.original_hw) if sample.original_hw else cut
         example = {
             "keys": sample.key,
             "visits": 0,
-            "captions": caption,
-            "dropped_B": dropped,
-            "time_ids_B6": torch.tensor(told.time_ids_6, dtype=torch.float32),
+            "captions": visit.caption(sample),
+            "dropped_B": visit.dropped,
+            "time_ids_B6": torch.tensor(original_cut.time_ids_6, dtype=torch.float32),
             "loss_weight_B": sample.loss_weight,
         }
-        if silent:
-            example["dropped_BE"] = torch.tensor(silent)
+        if visit.silent:
+            example["dropped_BE"] = torch.tensor(visit.silent)
         if self.text_states is not None:
-            told = ["" if dropped or nothing else caption for nothing in silent or (False,)]
-            example["context_BLD"], example["pooled_BP"] = self.text_states(told)
-        if moments is None:
-            return example | {"pixels_BCHW": cut_image(image, cut)}
-        return example | {"moments_BCHW": moments}
+            example["context_BLD"], example["pooled_BP"] = self.text_states(visit.told(sample))
+        if moments is not None:
+            return example | {"moments_BCHW": moments}
+        assert image is not None
+        return example | {"pixels_BCHW": cut_image(image, cut)}
 
     def cut(self, index: int, hw: tuple[int, int], flip: bool, draws: Draws | None = None) -> Cut:
         """How a picture of the size `hw` is cut on a visit."""
@@ -243,7 +281,7 @@ class Pictures(Dataset):
 
 def collate(examples: Sequence[dict]) -> Batch:
     """Examples of one size as a batch."""
-    columns = {name: [example[name] for example in examples] for name in examples[0]}
+    columns: dict[str, Any] = {name: [example[name] for example in examples] for name in examples[0]}
     for name, values in columns.items():
         if name.split("_")[-1].startswith("B"):
             columns[name] = torch.stack([torch.as_tensor(value) for value in values])

@@ -22,7 +22,8 @@ from sdft.data.sources.splits import Part, encoded
 from sdft.types import UserError
 
 Unreadables = Literal["error", "skip"]
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 ENOUGH_FOR_A_BAR = 512
 
 
@@ -88,11 +89,12 @@ def only_readable(
     sources: list[Source], unreadable: Unreadables, record: Record
 ) -> tuple[list[tuple[Source, Scan]], list[tuple[str, str]]]:
     """Each source without what cannot be read, and what that was. With `error`, one UserError names all of it."""
-    left, broken = [], []
+    left: list[tuple[Source, Scan]] = []
+    broken: list[tuple[str, str]] = []
     for source in sources:
         found = scan(source, record)
         if found.problems:
-            broken += found.problems.values()
+            broken += [found.problems[place] for place in sorted(found.problems)]
             good = [place for place in range(len(source.keys)) if place not in found.problems]
             source, found = Part(source, good), found.part(good)
         left.append((source, found))

@@ -58,8 +58,9 @@ def test_own_pictures_are_looked_at_cached_and_learned(tmp_path: Path, monkeypat
 
     told = run(commands.check, monkeypatch, capsys, *common, f"out={tmp_path}/sheets")
     assert "18, and 0 that cannot be read" in told
-    assert "sizes            64 to 256 wide, 64 to 256 high" in told
-    sizes = {line.split("  ")[1].strip(): int(line.split()[3]) for line in told.splitlines() if line[:5] == "     "}
+    assert "sizes            80 to 256 wide, 64 to 256 high" in told
+    rows = [line.split() for line in told.splitlines() if line.startswith("     ")]
+    sizes = {f"{w} x {h}": int(num) for w, _, h, num, _ in rows}
     # 250 x 100 is 2.5 : 1, nearer to 80 x 48 than to 128 x 32; 80 x 64 and 201 x 199 are nearer to a square.
     assert sizes == {"80 x 48": 6, "64 x 64": 9, "48 x 80": 3}
     assert {file.name for file in (tmp_path / "sheets").iterdir()} == {"80x48.png", "64x64.png", "48x80.png"}

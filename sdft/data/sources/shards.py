@@ -27,7 +27,7 @@ from sdft.types import Fraction, NonNegative, UserError
 INDEX_SUFFIX = ".index.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """Where a sample lies in its shard, and what it is called there."""
 
@@ -108,11 +108,11 @@ class Shards:
 
 def expand(shards: str) -> list[str]:
     """Every path or command of a brace pattern."""
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         return [url for pattern in shards.split("::") for url in braceexpand(pattern)]
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise UserError(f"data.shards={shards}: a brace is not closed ({error})") from error
 
 
@@ -160,7 +160,10 @@ def entries_of(file: Path) -> list[Entry]:
     try:
         kept = json.loads(index.read_text(encoding="utf-8"))
         if kept["of"] == stamp:
-            return [Entry(*place, tuple(texts), tuple(weights)) for *place, texts, weights in kept["samples"]]
+            return [
+                Entry(key, member, offset, size, tuple(texts), tuple(weights))
+                for key, member, offset, size, texts, weights in kept["samples"]
+            ]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none, an old one or a broken one: the shard itself is read
     entries = read_shard(file)
