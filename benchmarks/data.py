@@ -2,7 +2,7 @@
 the cache beside the encoder alone, and starts and memory as a set grows. Prints ratios; everything is made in a
 temporary folder (TMPDIR says where) and removed after.
 
-    python -m benchmarks.data [pictures=5000] [side=1024] [cached=1000] [built=24] [samples=100000]
+    python -m benchmarks.data [pictures=5000] [side=1024] [cached=1000] [built=4] [samples=100000]
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sdft.data.encoding import prepared
 from sdft.data.sharding import write_shards
 from sdft.data.sources import Folder, Shards
 
-OPTIONS = {"pictures": 5000, "side": 1024, "cached": 1000, "built": 24, "samples": 100_000}
+OPTIONS = {"pictures": 5000, "side": 1024, "cached": 1000, "built": 4, "samples": 100_000}
 NUM_ROUNDS = 3
 PARTS = {"moments": (8, 128, 128), "context": (77, 2048), "pooled": (1280,)}
 """What is kept of one captioned picture of 1024 x 1024 by SDXL: mean and log variance, and the text states."""
@@ -108,9 +108,12 @@ def reading(place: Path, num: int) -> None:
                         break
 
     def in_a_run(cache: Cache) -> None:
-        for first in range(0, num, BATCH):
-            batch = [f"{i:08x}.{name}" for i in order[first : first + BATCH] for name in parts]
-            cache.expect(batch)
+        """Each batch is expected while the one before is read: the work of a step would come in between."""
+        batches = [order[first : first + BATCH] for first in range(0, num, BATCH)]
+        addresses = [[f"{i:08x}.{name}" for i in batch for name in parts] for batch in batches]
+        cache.expect(addresses[0])
+        for batch, following in zip(addresses, [*addresses[1:], []], strict=True):
+            cache.expect(following)
             for address in batch:
                 _ = cache[address]
 

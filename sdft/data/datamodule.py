@@ -14,7 +14,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from sdft.data.buckets import bucket_sizes
@@ -104,7 +104,7 @@ class Images(L.LightningDataModule):
         )
         return DataLoader(
             self.pictures,
-            batch_sampler=order,
+            batch_sampler=Ahead(order, self.pictures.expect),
             collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=False,
@@ -169,6 +169,26 @@ class Images(L.LightningDataModule):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._batches_done = state["batches_done"]
+
+
+class Ahead(Sampler[list[tuple[int, int]]]):
+    """The batches of an order; `expect` is told of each one batch before it is read."""
+
+    def __init__(self, order: RunOrder, expect: Callable[[list[tuple[int, int]]], None]):
+        self.order, self.expect = order, expect
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        waiting = None
+        for batch in self.order:
+            self.expect(batch)
+            if waiting is not None:
+                yield waiting
+            waiting = batch
+        if waiting is not None:
+            yield waiting
 
 
 def images_from(source: type) -> Callable[..., Images]:

@@ -22,7 +22,7 @@ from sdft.data.captions import Captions
 from sdft.data.decode import Encoded
 from sdft.data.images import Crop, Cut, cut_image, plan_cut
 from sdft.rng import Draws, generator
-from sdft.types import Batch, Count, Fraction, UserError
+from sdft.types import Batch, Fraction, UserError
 
 
 @dataclass(frozen=True)
@@ -216,16 +216,15 @@ class Pictures(Dataset):
         return dict(sorted(found.items()))
 
     def __getitem__(self, item: tuple[int, int]) -> dict:
-        return self.__getitems__([item])[0]
+        return self._example(self._visit(*item)) | {"visits": item[1]}
 
-    def __getitems__(self, items: Sequence[tuple[int, int]]) -> list[dict]:
-        """A batch. What is kept of its samples is asked for before the first is read."""
+    def expect(self, items: Sequence[tuple[int, int]]) -> None:
+        """Samples that will be read soon: what is kept of them on disk is fetched meanwhile."""
         visits = [self._visit(*item) for item in items]
         if isinstance(self.moments, Expects):
             self.moments.expect([(visit.index, visit.flip) for visit in visits])
         if isinstance(self.text_states, Expects):
             self.text_states.expect([text for visit in visits for text in visit.told(self.source[visit.index])])
-        return [self._example(visit) | {"visits": item[1]} for visit, item in zip(visits, items, strict=True)]
 
     def _visit(self, index: int, visit: int) -> Visit:
         draws = Draws(self.seed, [self.source.keys[index]], [visit])
@@ -287,9 +286,3 @@ def collate(examples: Sequence[dict]) -> Batch:
             columns[name] = torch.stack([torch.as_tensor(value) for value in values])
     columns["loss_weight_B"] = columns["loss_weight_B"].float()
     return Batch(**columns)
-
-
-def batches(pictures: Pictures, indices: Sequence[int], batch_size: Count) -> Iterator[Batch]:
-    """Consecutive batches of the unflipped, undropped samples: for validation and for filling a cache."""
-    for first in range(0, len(indices), batch_size):
-        yield collate([pictures.variant(index, flip=False) for index in indices[first : first + batch_size]])

@@ -157,6 +157,20 @@ class TestContent:
         for a, b in zip(examples(data), expected, strict=True):
             assert torch.equal(a["moments_BCHW"], b["moments_BCHW"])
 
+    def test_what_is_expected_is_what_is_read(self, root: Path, tmp_path: Path, model, monkeypatch) -> None:
+        data = images(root, tmp_path / "c", flip=True, caption_dropout=0.3, encoder_dropout=(0.3, 0.3))
+        prepare(model, data)
+        items = [(index, visit) for index in range(5) for visit in range(6)]
+        told, asked, read = [], set(), Cache._read
+        monkeypatch.setattr(Cache, "_read", lambda *place: told.append(place[1:]) or read(*place))
+        data.pictures.expect(items)
+        assert not told
+        monkeypatch.setattr(os, "posix_fadvise", lambda _, first, size, __: asked.add((first, size)))
+        data.store._sound.clear()
+        data.pictures.expect(items)
+        _ = [data.pictures[item] for item in items]
+        assert {(place.first, place.size) for _, place in told} == asked
+
     def test_a_folder_is_needed(self, root: Path, tiny_source) -> None:
         with pytest.raises(UserError, match=r"data.cache=disk: set data.cache_dir=DIR"):
             Images(tiny_source(2), tiny_source(2), 2, 32, cache="disk")

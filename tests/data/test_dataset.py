@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from sdft.data.datamodule import Images, folder
-from sdft.data.dataset import Pictures, RunOrder, Sample, batches, collate
+from sdft.data.dataset import Pictures, RunOrder, Sample, collate
 from sdft.data.sources import Folder, Mix, ToyWorld, held_out_keys
 from sdft.types import UserError
 
@@ -113,7 +113,7 @@ class TestPictures:
         assert [key for batch in seen for key in batch.keys] == [f"held out/{i}" for i in range(4)]
         assert [len(batch) for batch in seen] == [3, 1]
         assert not any(batch.dropped_B.any() for batch in seen)
-        upright = torch.cat([batch.pixels_BCHW for batch in batches(data.held_out, range(4), 4)])
+        upright = torch.stack([data.held_out.variant(i, flip=False)["pixels_BCHW"] for i in range(4)])
         assert torch.equal(torch.cat([batch.pixels_BCHW for batch in seen]), upright)
 
     def test_a_batch_holds_what_its_words_say(self, tiny_source) -> None:

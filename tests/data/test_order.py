@@ -7,7 +7,7 @@ from itertools import chain, islice
 
 import pytest
 
-from sdft.data.datamodule import Images, folder
+from sdft.data.datamodule import Ahead, Images, folder
 from sdft.data.dataset import RunOrder, bucket_turns
 from sdft.types import UserError
 
@@ -84,6 +84,15 @@ def test_a_folder_with_buckets_feeds_a_run(sources) -> None:
         h, w = batch.pixels_BCHW.shape[2:]
         assert batch.time_ids_B6[:, 4:].tolist() == [[h, w]] * len(batch)
     assert {*data.pictures.targets, *data.held_out.targets} == {(64, 64), (48, 80), (80, 48)}
+
+
+def test_a_batch_is_expected_one_batch_before_it_is_read() -> None:
+    order, events = RunOrder(5, 2, 0, 0, 3), []
+    for batch in Ahead(order, lambda batch: events.append(("expect", batch))):
+        events.append(("read", batch))
+    a, b, c = order
+    assert events == [("expect", a), ("expect", b), ("read", a), ("expect", c), ("read", b), ("read", c)]
+    assert len(Ahead(order, print)) == 3
 
 
 @pytest.mark.parametrize("step", [24, 48])
