@@ -8,7 +8,7 @@ stopped, whatever the workers, the ranks, or how a step's batch is divided among
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,7 +22,7 @@ from sdft.data.captions import Captions
 from sdft.data.decode import Encoded
 from sdft.data.images import Crop, Cut, cut_image, plan_cut
 from sdft.rng import Draws, generator
-from sdft.types import Batch, Fraction, UserError
+from sdft.types import Batch, Count, Fraction, UserError
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,12 @@ class Expects(Protocol):
     def expect(self, names: Sequence[Any]) -> None: ...
 
 
+class TextStates(Expects, Protocol):
+    """The states of one text that all encoders are told, or of one for each."""
+
+    def __call__(self, told: Sequence[str]) -> States: ...
+
+
 @dataclass(frozen=True)
 class Visit:
     """What is drawn for one visit of a sample; without draws it is as validation sees it.
@@ -176,8 +182,7 @@ class Pictures(Dataset):
     buckets: sizes (h, w); each picture is cut to the nearest shape of them, or all to `size_hw`.
     hw_N2: heights and widths of the pictures where they are known without reading them, 0 elsewhere.
 
-    `moments` replaces the pixels once the VAE has seen a variant, and `text_states` the work of the text encoders: it
-    gives the states of the text that all encoders are told, or of one text for each.
+    `moments` replaces the pixels once the VAE has seen a variant, and `text_states` the work of the text encoders.
     """
 
     def __init__(
@@ -198,7 +203,7 @@ class Pictures(Dataset):
         self.hw_N2 = np.zeros((len(source.keys), 2), np.int32) if hw_N2 is None else hw_N2
         self.targets = [nearest_bucket(self._hw(i), buckets) for i in range(len(source.keys))] if buckets else None
         self.moments: Mapping[Variant, Tensor] = {}
-        self.text_states: Callable[[Sequence[str]], States] | None = None
+        self.text_states: TextStates | None = None
 
     def _hw(self, index: int) -> tuple[int, int]:
         h, w = self.hw_N2[index].tolist()
@@ -220,19 +225,19 @@ class Pictures(Dataset):
 
     def expect(self, items: Sequence[tuple[int, int]]) -> None:
         """Samples that will be read soon: what is kept of them on disk is fetched meanwhile."""
+        if not isinstance(self.moments, Expects):
+            return  # nothing is on disk, the text states neither
         visits = [self._visit(*item) for item in items]
-        if isinstance(self.moments, Expects):
-            self.moments.expect([(visit.index, visit.flip) for visit in visits])
-        if isinstance(self.text_states, Expects):
+        self.moments.expect([(visit.index, visit.flip) for visit in visits])
+        if self.text_states is not None:
             self.text_states.expect([text for visit in visits for text in visit.told(self.source[visit.index])])
 
     def _visit(self, index: int, visit: int) -> Visit:
         draws = Draws(self.seed, [self.source.keys[index]], [visit])
         flip = self.flip and bool(draws.uniform("flip") < 0.5)
         dropped = bool(draws.uniform("caption dropout") < self.caption_dropout)
-        purposes = [f"caption dropout of encoder {place}" for place in range(len(self.encoder_dropout))]
-        shares = zip(purposes, self.encoder_dropout, strict=True)
-        silent = [bool(draws.uniform(purpose) < share) for purpose, share in shares]
+        shares = enumerate(self.encoder_dropout)
+        silent = [bool(draws.uniform(f"caption dropout of encoder {place}") < share) for place, share in shares]
         return Visit(index, flip, draws, dropped, silent)
 
     def variant(self, index: int, flip: bool) -> dict:
@@ -286,3 +291,9 @@ def collate(examples: Sequence[dict]) -> Batch:
             columns[name] = torch.stack([torch.as_tensor(value) for value in values])
     columns["loss_weight_B"] = columns["loss_weight_B"].float()
     return Batch(**columns)
+
+
+def batches(pictures: Pictures, indices: Sequence[int], batch_size: Count) -> Iterator[Batch]:
+    """Consecutive batches of the unflipped, undropped samples: for validation and for filling a cache."""
+    for first in range(0, len(indices), batch_size):
+        yield collate([pictures.variant(index, flip=False) for index in indices[first : first + batch_size]])

@@ -11,6 +11,8 @@ from PIL import Image
 
 from sdft.data import __main__ as commands
 from sdft.data.survey import NEAR, difference_hash, near_groups
+from sdft.models.tokens import token_counter
+from sdft.types import UserError
 
 
 def run(command: str, capsys, monkeypatch, *words: str) -> str:
@@ -55,6 +57,17 @@ def test_check_tells_what_there_is(root: Path, tmp_path: Path, capsys, monkeypat
     sheets = {file.name: Image.open(file).size for file in (tmp_path / "sheets").iterdir()}
     assert sheets.keys() == {"80x48.png", "64x64.png", "48x80.png"}
     assert sheets["80x48.png"][0] > 2 * sheets["64x64.png"][0], "three pictures stand beside each other"
+
+
+def test_check_counts_what_the_chosen_model_reads(root: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    words = [f"data.root={root}", f"out={tmp_path}/sheets", "size=64", "data.bucket_step=16"]
+    told = run("check", capsys, monkeypatch, *words, "model=sdxl", "model.weights=nano", "model.prompt_chunks=9")
+    assert "over 677 tokens  none" in told
+    assert "tokens" not in run("check", capsys, monkeypatch, *words, "model=null")
+    (tmp_path / "one.safetensors").touch()
+    for weights, key in (("nowhere", "model.weights=nowhere"), (f"{tmp_path}/one.safetensors", "model.config=nowhere")):
+        with pytest.raises(UserError, match=f"{key}: its tokenizer is not there; pass .* or model=null"):
+            token_counter(weights, "nowhere")
 
 
 def test_a_cache_is_filled_once(root: Path, tmp_path: Path, capsys, monkeypatch) -> None:
