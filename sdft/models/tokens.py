@@ -25,6 +25,6 @@ def token_counter(weights: str, config: str) -> Callable[[str], int]:
     except (OSError, ValueError) as error:
         raise UserError(
             f"{key}={source}: its tokenizer is not there; pass {key}=FOLDER or a hub id that was fetched before, or "
-            "model=null to count no tokens"
+            "~model to count no tokens"
         ) from error
     return lambda caption: len(tokenizer(caption).input_ids)

@@ -239,7 +239,7 @@ def test_a_disk_that_fills_while_caching_is_told_and_the_build_goes_on(tiny_sour
         data.encode_once(model.encode_moments, model.device, vae=model.vae)
     assert not list((tmp_path / "c").glob("*.partial")) + list((tmp_path / "c").glob("*.safetensors"))
     data.encode_once(model.encode_moments, model.device, vae=model.vae)
-    assert len(data.store) == 8
+    assert len(data.store) == 6, "the two that are held out are the same pictures"
 
 
 def test_a_disk_that_fills_while_sharding_is_told_and_leaves_nothing_half(tmp_path: Path) -> None:

@@ -63,10 +63,10 @@ def test_check_counts_what_the_chosen_model_reads(root: Path, tmp_path: Path, ca
     words = [f"data.root={root}", f"out={tmp_path}/sheets", "size=64", "data.bucket_step=16"]
     told = run("check", capsys, monkeypatch, *words, "model=sdxl", "model.weights=nano", "model.prompt_chunks=9")
     assert "over 677 tokens  none" in told
-    assert "tokens" not in run("check", capsys, monkeypatch, *words, "model=null")
+    assert "tokens" not in run("check", capsys, monkeypatch, *words, "~model")
     (tmp_path / "one.safetensors").touch()
     for weights, key in (("nowhere", "model.weights=nowhere"), (f"{tmp_path}/one.safetensors", "model.config=nowhere")):
-        with pytest.raises(UserError, match=f"{key}: its tokenizer is not there; pass .* or model=null"):
+        with pytest.raises(UserError, match=f"{key}: its tokenizer is not there; pass .* or ~model"):
             token_counter(weights, "nowhere")
 
 
