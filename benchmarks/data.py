@@ -2,7 +2,7 @@
 the cache beside the encoder alone, and starts and memory as a set grows. Prints ratios; everything is made in a
 temporary folder (TMPDIR says where) and removed after.
 
-    python -m benchmarks.data [pictures=5000] [side=1024] [cached=1000] [built=4] [samples=100000]
+    python -m benchmarks.data [pictures=5000] [side=1024] [cached=1000] [built=16] [samples=100000]
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from sdft.data.encoding import prepared
 from sdft.data.sharding import write_shards
 from sdft.data.sources import Folder, Shards
 
-OPTIONS = {"pictures": 5000, "side": 1024, "cached": 1000, "built": 4, "samples": 100_000}
+OPTIONS = {"pictures": 5000, "side": 1024, "cached": 1000, "built": 16, "samples": 100_000}
 NUM_ROUNDS = 3
 PARTS = {"moments": (8, 128, 128), "context": (77, 2048), "pooled": (1280,)}
 """What is kept of one captioned picture of 1024 x 1024 by SDXL: mean and log variance, and the text states."""
@@ -150,7 +150,7 @@ def forget(files: Sequence[Path]) -> None:
 
 
 def building(root: Path, num: int) -> None:
-    """Filling the cache against the encoder alone on pixels that are already there: nano's VAE at 1024 x 1024."""
+    """Filling the cache against the encoder alone on pixels that are already there: nano's VAE at 512 x 512."""
     from sdft.models.load import pretrained
 
     model = pretrained("nano")
@@ -158,7 +158,7 @@ def building(root: Path, num: int) -> None:
     some.mkdir()
     for file in [f for i in range(num) for f in (root / f"{i:05d}.jpg", root / f"{i:05d}.txt")]:
         (some / file.name).symlink_to(file)
-    data = folder(str(some), batch_size=4, size=1024, cache="disk", cache_dir=str(root.parent / "built"))
+    data = folder(str(some), batch_size=4, size=512, cache="disk", cache_dir=str(root.parent / "built"))
     ready = [
         group
         for pictures in (data.pictures, data.held_out)

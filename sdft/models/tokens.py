@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import CLIPTokenizer
 from transformers.utils import logging
 
-from sdft.models.nano import WEIGHTS as NANO
+from sdft.models.load import find_folder
 from sdft.types import UserError
 
 
@@ -20,11 +20,8 @@ def token_counter(weights: str, config: str) -> Callable[[str], int]:
     logging.set_verbosity_error()  # it warns of long captions, which are what is being counted
     file = Path(weights).expanduser().is_file()
     key, source = ("model.config", config) if file else ("model.weights", weights)
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(NANO if source == "nano" else source, subfolder="tokenizer")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{key}={source}: its tokenizer is not there; pass {key}=FOLDER or a hub id that was fetched before, or "
-            "~model to count no tokens"
-        ) from error
+    folder = find_folder(key, source, ("tokenizer/*",)) / "tokenizer"
+    if not folder.is_dir():  # transformers would make up a tokenizer
+        raise UserError(f"{key}={source}: has no folder 'tokenizer'; pass another, or ~model to count no tokens")
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
     return lambda caption: len(tokenizer(caption).input_ids)

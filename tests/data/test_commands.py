@@ -64,10 +64,13 @@ def test_check_counts_what_the_chosen_model_reads(root: Path, tmp_path: Path, ca
     told = run("check", capsys, monkeypatch, *words, "model=sdxl", "model.weights=nano", "model.prompt_chunks=9")
     assert "over 677 tokens  none" in told
     assert "tokens" not in run("check", capsys, monkeypatch, *words, "~model")
-    (tmp_path / "one.safetensors").touch()
-    for weights, key in (("nowhere", "model.weights=nowhere"), (f"{tmp_path}/one.safetensors", "model.config=nowhere")):
-        with pytest.raises(UserError, match=f"{key}: its tokenizer is not there; pass .* or ~model"):
-            token_counter(weights, "nowhere")
+    file = tmp_path / "one.safetensors"
+    file.touch()
+    for weights, key in (("no/where", "model.weights=no/where"), (str(file), "model.config=no/one")):
+        with pytest.raises(UserError, match=f"{key}: not found on this machine"):
+            token_counter(weights, "no/one")
+    with pytest.raises(UserError, match=f"model.weights={tmp_path}: has no folder 'tokenizer'; pass .* or ~model"):
+        token_counter(str(tmp_path), "nano")
 
 
 def test_a_cache_is_filled_once(root: Path, tmp_path: Path, capsys, monkeypatch) -> None:
