@@ -1,17 +1,23 @@
 """What reading costs: decoding beside a plain Pillow loop, the latent cache beside reading the same bytes, the build of
-the cache beside the encoder alone, and memory as a set grows. Prints ratios.
+the cache beside the encoder alone, and starts and memory as a set grows. Prints ratios; everything is made in a
+temporary folder (TMPDIR says where) and removed after.
 
-    python -m benchmarks.data [pictures=200] [side=1024]
+    python -m benchmarks.data [pictures=5000] [side=1024] [cached=1000] [built=16] [samples=100000]
 """
 
 from __future__ import annotations
 
+import gc
+import io
+import itertools
+import os
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,109 +30,196 @@ from sdft.data.encoding import prepared
 from sdft.data.sharding import write_shards
 from sdft.data.sources import Folder, Shards
 
+OPTIONS = {"pictures": 5000, "side": 1024, "cached": 1000, "built": 16, "samples": 100_000}
 NUM_ROUNDS = 3
-ENTRY = (8, 128, 128)
-"""Mean and log variance of a picture of 1024 x 1024."""
+PARTS = {"moments": (8, 128, 128), "context": (77, 2048), "pooled": (1280,)}
+"""What is kept of one captioned picture of 1024 x 1024 by SDXL: mean and log variance, and the text states."""
+DIFFERENT = 100
+BATCH = 8
 
 
-def seconds(work: Callable[[], object]) -> float:
+def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     """Of one call."""
-    begun = time.perf_counter()
+    begun = clock()
     work()
-    return time.perf_counter() - begun
+    return clock() - begun
 
 
 def write_pictures(root: Path, num: int, side: int) -> None:
-    """JPEGs of noise over a ramp: about as many bytes as photographs have."""
+    """JPEGs of noise over a ramp, about as many bytes as photographs have: DIFFERENT pictures, each file its own."""
     g = np.random.default_rng(0)
     ramp = np.linspace(0, 200, side)[:, None, None]
-    for i in range(num):
+    drawn = []
+    for _ in range(min(num, DIFFERENT)):
         coarse = Image.fromarray(g.integers(0, 56, (side // 4, side // 4, 3), dtype=np.uint8)).resize((side, side))
-        Image.fromarray((ramp + np.asarray(coarse)).astype(np.uint8)).save(root / f"{i:05d}.jpg", quality=92)
+        file = io.BytesIO()
+        Image.fromarray((ramp + np.asarray(coarse)).astype(np.uint8)).save(file, "JPEG", quality=92)
+        drawn.append(file.getvalue())
+    for i in range(num):
+        content = drawn[i % len(drawn)]
+        comment = b"\xff\xfe" + (10).to_bytes(2, "big") + f"{i:08d}".encode()
+        (root / f"{i:05d}.jpg").write_bytes(content[:2] + comment + content[2:])
         (root / f"{i:05d}.txt").write_text("a picture")
 
 
 def decoding(root: Path, num: int) -> None:
-    """Folder and shards against a loop that opens, converts and copies; one core each."""
+    """Folder and shards against a loop that opens, converts and copies: seconds of one core, 50 pictures in turn."""
     stored = Folder(str(root), "all")
-    shards = write_shards(stored, root.parent / "shards", per_shard=max(1, num // 4))
+    shards = write_shards(stored, root.parent / "shards", per_shard=1000)
     sharded = Shards("::".join(map(str, shards)), "all")
-    plain = [
-        lambda: [np.asarray(Image.open(file).convert("RGB")) for file in sorted(root.glob("*.jpg"))],
-        lambda: [stored[i].image_HWC for i in range(num)],
-        lambda: [sharded[i].image_HWC for i in range(num)],
+    files = [root / key for key in stored.keys]
+    ways: list[Callable[[int], object]] = [
+        lambda i: np.asarray(Image.open(files[i]).convert("RGB")),
+        lambda i: stored[i].image_HWC,
+        lambda i: sharded[i].image_HWC,
     ]
-    rounds = [[seconds(work) for work in plain] for _ in range(NUM_ROUNDS)]
-    loop, of_folder, of_shards = (statistics.median(times) for times in zip(*rounds, strict=True))
+    spent = [0.0, 0.0, 0.0]
+    for first in range(0, num, 50):
+        places = range(first, min(first + 50, num))
+        for way, work in enumerate(ways):
+            spent[way] += seconds(lambda work=work, places=places: [work(i) for i in places], time.process_time)
+    loop, of_folder, of_shards = spent
     rates = f"Pillow {num / loop:.1f}, folder {num / of_folder:.1f}, shards {num / of_shards:.1f}"
-    print(f"decoded a second, one core: {rates}")
+    print(f"{num} pictures decoded, a second of one core: {rates}")
     print(f"  as a fraction of the Pillow loop: folder {loop / of_folder:.2f}, shards {loop / of_shards:.2f}")
 
 
-def reading(folder_: Path, num: int) -> None:
-    """Entries of SDXL's size in random order, first checked and then again, against the files read from end to end."""
-    cache = Cache(folder_)
-    addresses = [f"{i:08x}" for i in range(num)]
-    for address in addresses:
-        cache.put(address, torch.rand(ENTRY))
-    cache.flush()
-    order = [addresses[i] for i in np.random.default_rng(1).permutation(num)]
-    files = sorted(folder_.glob("*.safetensors"))
-    fractions = []
-    for _ in range(NUM_ROUNDS):
-        opened = Cache(folder_)
-        plain = seconds(lambda: [file.read_bytes() for file in files])
-        checked = seconds(lambda cache=opened: [cache[address].sum() for address in order])
-        again = seconds(lambda cache=opened: [cache[address].sum() for address in order])
-        fractions.append((plain / checked, plain / again, num / checked, num / again))
-    first, later, rate, later_rate = (statistics.median(column) for column in zip(*fractions, strict=True))
-    print(f"cache, samples a second: first reading {rate:.0f}, later {later_rate:.0f}")
-    print(f"  as a fraction of reading the same bytes in sequence: first {first:.2f}, later {later:.2f} (goal: 0.8)")
+def reading(place: Path, num: int) -> None:
+    """Samples of SDXL's size in random order against the same files from end to end, in pieces of the same size.
+
+    Warm: the system has all of it in memory. Cold: it was told to forget the files. What is read for the first time is
+    checked.
+    """
+    written = Cache(place)
+    parts = {name: torch.rand(shape) for name, shape in PARTS.items()}
+    for i in range(num):
+        for name, tensor in parts.items():
+            written.put(f"{i:08x}.{name}", tensor + i)
+    written.flush()
+    files = sorted(place.glob("*.safetensors"))
+    order = np.random.default_rng(1).permutation(num).tolist()
+    sizes = [tensor.nbytes for tensor in parts.values()]
+
+    def in_sequence() -> None:
+        for path in files:
+            with path.open("rb", buffering=0) as file:
+                for size in itertools.cycle(sizes):
+                    if not file.read(size):
+                        break
+
+    def in_a_run(cache: Cache) -> None:
+        """Each batch is expected while the one before is read: the work of a step would come in between."""
+        batches = [order[first : first + BATCH] for first in range(0, num, BATCH)]
+        addresses = [[f"{i:08x}.{name}" for i in batch for name in parts] for batch in batches]
+        cache.expect(addresses[0])
+        for batch, following in zip(addresses, [*addresses[1:], []], strict=True):
+            cache.expect(following)
+            for address in batch:
+                _ = cache[address]
+
+    def times(before: Callable[[], object], opened: Callable[[], Cache]) -> tuple[float, float]:
+        gc.collect()
+        cache = opened()
+        before()
+        plain = seconds(in_sequence)
+        before()
+        return plain, seconds(lambda: in_a_run(cache))
+
+    read = Cache(place)
+    in_a_run(read)
+    ways = {
+        "again, warm": (lambda: None, lambda: read),
+        "first, warm": (lambda: None, lambda: Cache(place)),
+        "first, cold": (lambda: forget(files), lambda: Cache(place)),
+    }
+    for state, (before, opened) in ways.items():
+        pairs = [times(before, opened) for _ in range(NUM_ROUNDS)]
+        plain, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
+        gigabytes = num * sum(sizes) / 1e9
+        print(
+            f"cache, {state}: {num / ours:.0f} samples a second, {gigabytes / ours:.1f} GB/s, {plain / ours:.2f} of "
+            f"reading the same bytes in sequence (goal: 0.8)"
+        )
+
+
+def forget(files: Sequence[Path]) -> None:
+    """Ask the system to drop what it holds of some files."""
+    for path in files:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def building(root: Path, num: int) -> None:
-    """Filling the cache against the encoder alone on pixels that are already there."""
+    """Filling the cache against the encoder alone on pixels that are already there: nano's VAE at 512 x 512."""
     from sdft.models.load import pretrained
 
     model = pretrained("nano")
-    data = folder(str(root), batch_size=4, size=512, cache="disk", cache_dir=str(root.parent / "built"), held_out=0.0)
-    ready = list(prepared(data.pictures, data.pictures.cacheable_variants(), 4))
-    alone = seconds(lambda: [model.encode_moments(pixels) for _, pixels in ready])
+    some = root.parent / "some"
+    some.mkdir()
+    for file in [f for i in range(num) for f in (root / f"{i:05d}.jpg", root / f"{i:05d}.txt")]:
+        (some / file.name).symlink_to(file)
+    data = folder(str(some), batch_size=4, size=512, cache="disk", cache_dir=str(root.parent / "built"))
+    ready = [
+        group
+        for pictures in (data.pictures, data.held_out)
+        for _, group in prepared(pictures, pictures.cacheable_variants(), 4)
+    ]
+    alone = seconds(lambda: [model.encode_moments(pixels) for pixels in ready])
     device = torch.device("cpu")
     whole = seconds(lambda: data.encode_once(model.encode_moments, device, batch_size=4, vae=model.vae))
-    fraction = alone * num / (num - 1) / whole  # one picture is held out, and encoded as well
-    print(f"cache build: {num / whole:.1f} pictures a second, {fraction:.2f} of the encoder alone (goal: 0.95)")
+    again = seconds(lambda: [model.encode_moments(pixels) for pixels in ready])
+    fraction = (alone + again) / 2 / whole
+    print(f"cache build: {num / whole:.2f} pictures a second, {fraction:.2f} of the encoder alone (goal: 0.95)")
 
 
-def memory(num: int) -> float:
-    """Peak MiB of a process that indexes `num` synthetic samples and reads a few batches."""
-    script = f"""
-import numpy as np, resource
-from sdft.data.dataset import Pictures, RunOrder, Sample
-class Synthetic:
-    keys = [f"shard/{{i:08d}}" for i in range({num})]
-    def __getitem__(self, i): return Sample(self.keys[i], np.zeros((64, 64, 3), np.uint8), "a picture")
-pictures = Pictures(Synthetic(), (64, 64), 0)
-for items in RunOrder({num}, 8, 0, 0, 4):
-    for item in items: pictures[item]
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+START = """
+import resource, sys, time
+begun = time.monotonic()
+from sdft.data.datamodule import shards
+imported = time.monotonic()
+data = shards(sys.argv[1], batch_size=8, size=64, cache="off", cache_dir=sys.argv[2])
+started = time.monotonic()
+for batch in data.val_dataloader():
+    break
+for index in range(64):
+    data.pictures[index, 0]
+print(started - imported, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
-    return float(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+
+
+def starting(place: Path, num: int) -> None:
+    """Seconds and peak memory of a first and a second start from one shard of small pictures."""
+    place.mkdir()
+    shard = place / "0.tar"
+    with tarfile.open(shard, "w") as tar:
+        for i in range(num):
+            file = io.BytesIO()
+            Image.fromarray(np.full((8, 8, 3), i % 251, np.uint8)).save(file, "PNG")
+            for name, content in ((f"{i:07d}.png", file.getvalue()), (f"{i:07d}.txt", b"a picture %d" % i)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    time.sleep(3)  # a file just written has no stamp yet
+    command = [sys.executable, "-c", START, str(shard), str(place)]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(2)]
+    told = [f"{float(spent):.1f} s, {float(peak):.0f} MiB" for spent, peak in runs]
+    print(f"start with {num} samples: first {told[0]}; second {told[1]}")
 
 
 def main() -> None:
     """Every comparison."""
-    options = {"pictures": 200, "side": 1024} | {k: int(v) for k, v in (word.split("=") for word in sys.argv[1:])}
+    options = OPTIONS | {k: int(v) for k, v in (word.split("=") for word in sys.argv[1:])}
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
+        os.environ["XDG_CACHE_HOME"] = place
         root = Path(place) / "in"
         root.mkdir()
+        reading(Path(place) / "cache", options["cached"])
         write_pictures(root, options["pictures"], options["side"])
+        building(root, options["built"])
         decoding(root, options["pictures"])
-        reading(Path(place) / "cache", options["pictures"])
-        building(root, options["pictures"])
-    small, large = memory(1000), memory(100_000)
-    print(f"peak memory: {small:.0f} MiB with 1,000 samples, {large:.0f} MiB with 100,000")
+        for num in (1000, options["samples"]):
+            starting(Path(place) / f"of {num}", num)
 
 
 if __name__ == "__main__":

@@ -51,9 +51,17 @@ class Batch:
     context_BLD: Tensor | None = None
     pooled_BP: Tensor | None = None
     """Text states of the captions, of the empty string where dropped; None when the encoders read them anew."""
+    dropped_BE: Tensor | None = None
+    """bool: text encoders that see the empty conditioning while the other reads on; None where none ever does."""
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def silent_BE(self) -> Tensor:
+        """bool: which text encoders see the empty conditioning; E is 1 where that is always all or none of them."""
+        all_B1 = self.dropped_B[:, None]
+        return all_B1 if self.dropped_BE is None else all_B1 | self.dropped_BE
 
     def to(self, device: Any) -> Batch:
         """The same batch with its tensors on `device`."""

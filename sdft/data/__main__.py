@@ -40,10 +40,12 @@ def check(cfg: DictConfig) -> None:
         sheets[cut.target_hw].add(image, cut, sample.key, sample.caption)
 
     parts = [(data.pictures, data.seen), (data.held_out, data.seen_held_out)]
-    counter = token_counter(cfg.tokenizer) if cfg.tokenizer else None
+    model = cfg.get("model")
+    counter = token_counter(model.weights, model.config) if model else None
     found = survey(parts, look, partial(tqdm, desc="looking", unit="picture"), counter)
     found.broken = data.skipped
-    print("\n".join(found.lines(cfg.caption.format(caption=MISSING))))
+    most_tokens = 75 * model.prompt_chunks + 2 if model else 0
+    print("\n".join(found.lines(cfg.caption.format(caption=MISSING), most_tokens)))
     for (h, w), sheet in sorted(sheets.items()):
         num = found.target_hw.count((h, w))
         sheet.save(Path(cfg.out) / f"{w}x{h}.png", f"{w} x {h}: {len(sheet.cells)} of {num} pictures")

@@ -14,14 +14,15 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from sdft.data.buckets import bucket_sizes
 from sdft.data.cache import Cache, fingerprint
 from sdft.data.dataset import Pictures, RunOrder, Source, Variant, collate
-from sdft.data.encoding import cached_moments, cached_states, prepared
+from sdft.data.encoding import Ranks, cached_moments, cached_states, prepared
 from sdft.data.images import Crop
+from sdft.data.record import Record
 from sdft.data.scan import Unreadables, only_readable
 from sdft.data.sources import Folder, HuggingFace, Shards
 from sdft.types import Batch, Count, Fraction, Index, UserError
@@ -35,11 +36,14 @@ class Images(L.LightningDataModule):
     size: side of the square training images, in pixels; with buckets, the root of their area.
     crop, flip: where the picture is cut, and whether half of the visits see it mirrored.
     caption_dropout: share of the visits that learn the empty prompt instead of the caption.
+    encoder_dropout: shares of the visits at which the first (CLIP-L) and the second text encoder (CLIP-G) is told
+        nothing, each for itself and besides `caption_dropout`; None where they are always told the same.
     cache: `ram` encodes each picture once and keeps the posterior's mean and log variance; `disk` keeps them in
         `cache_dir` for every run to come, and the text states too where no encoder learns; `off` encodes every time.
     num_workers: processes that read pictures; 0 reads them in the training process.
     bucket_step: pictures keep their shape, in sizes of one area whose sides are multiples of this; None cuts squares.
-    cache_dir: the folder of `cache=disk`; any number of runs can share one.
+    cache_dir: the folder of `cache=disk`; any number of runs can share one. What was seen in the pictures is remembered
+        there too, or in the user's cache folder where none is named.
     unreadable: pictures that cannot be read are an `error`, all named before training, or left out (`skip`).
     """
 
@@ -58,17 +62,21 @@ class Images(L.LightningDataModule):
         bucket_step: Count | None = None,
         cache_dir: str | None = None,
         unreadable: Unreadables = "error",
+        encoder_dropout: tuple[Fraction, Fraction] | None = None,
     ):
         super().__init__()
         check_sizes(size, bucket_step)
         if cache == "disk" and cache_dir is None:
             raise UserError("data.cache=disk: set data.cache_dir=DIR, where what is encoded is kept")
-        ((train, seen), (validation, seen_held_out)), self.skipped = only_readable([train, validation], unreadable)
+        ((train, seen), (validation, seen_held_out)), self.skipped = only_readable(
+            [train, validation], unreadable, Record(cache_dir)
+        )
         buckets = bucket_sizes(size, bucket_step) if bucket_step else ()
         pictures_of = partial(Pictures, size_hw=(size, size), seed=seed, buckets=buckets)
         self.pictures = pictures_of(
-            train, crop=crop, flip=flip, caption_dropout=caption_dropout, hw_N2=seen.hw_N2
-        )
+            train, crop=crop, flip=flip, caption_dropout=caption_dropout, encoder_dropout=encoder_dropout or (),
+            hw_N2=seen.hw_N2,
+        )  # fmt: skip
         self.held_out = pictures_of(validation, hw_N2=seen_held_out.hw_N2)
         self.seen, self.seen_held_out = seen, seen_held_out
         if cache != "off":
@@ -96,7 +104,7 @@ class Images(L.LightningDataModule):
         )
         return DataLoader(
             self.pictures,
-            batch_sampler=order,
+            batch_sampler=Ahead(order, self.pictures.expect),
             collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=False,
@@ -122,11 +130,11 @@ class Images(L.LightningDataModule):
 
         With `cache=disk` the moments are looked up by picture, cut and `vae`, and only missing ones are encoded.
         """
-        kept = (self.store, fingerprint(vae)) if self.store is not None and vae is not None else None
+        encoder = fingerprint(vae) if self.store is not None and vae is not None else None
         for pictures, seen in ((self.pictures, self.seen), (self.held_out, self.seen_held_out)):
             make = _encoder(pictures, encode, device, batch_size)
-            if kept:
-                pictures.moments = cached_moments(*kept, pictures, seen, make, *self._ranks())
+            if self.store is not None and encoder is not None:
+                pictures.moments = cached_moments(self.store, encoder, pictures, seen, make, self._ranks())
             else:
                 pictures.moments = dict(make(pictures.cacheable_variants()))
 
@@ -137,6 +145,8 @@ class Images(L.LightningDataModule):
 
         encode: captions -> context B x L x D and pooled B x P; ids: what the encoders read of a caption.
         """
+        if self.store is None:
+            return False
         captions: dict[str, None] = {"": None}
         for pictures in (self.pictures, self.held_out):
             for index in range(len(pictures.source.keys)):
@@ -145,21 +155,40 @@ class Images(L.LightningDataModule):
                 if every is None:
                     return False
                 captions.update(dict.fromkeys(every))
-        states = cached_states(self.store, list(captions), encode, ids, encoders, *self._ranks())
+        states = cached_states(self.store, list(captions), encode, ids, encoders, self._ranks())
         self.pictures.text_states = self.held_out.text_states = states
         return True
 
-    def _ranks(self) -> tuple[int, int, Callable[[], None]]:
-        """Rank, number of ranks, and what waits until all are there."""
+    def _ranks(self) -> Ranks:
         if self.trainer is None:
-            return 0, 1, lambda: None
-        return self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.barrier
+            return Ranks()
+        return Ranks(self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.barrier)
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches_done": self.trainer.global_step * self.trainer.accumulate_grad_batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._batches_done = state["batches_done"]
+
+
+class Ahead(Sampler[list[tuple[int, int]]]):
+    """The batches of an order; `expect` is told of each one batch before it is read."""
+
+    def __init__(self, order: RunOrder, expect: Callable[[list[tuple[int, int]]], None]):
+        self.order, self.expect = order, expect
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        waiting = None
+        for batch in self.order:
+            self.expect(batch)
+            if waiting is not None:
+                yield waiting
+            waiting = batch
+        if waiting is not None:
+            yield waiting
 
 
 def images_from(source: type) -> Callable[..., Images]:
@@ -171,7 +200,7 @@ def images_from(source: type) -> Callable[..., Images]:
         parameters = inspect.signature(owner).parameters
         taken[owner] = [name for name in parameters if name not in given]
         both |= {name: parameters[name] for name in taken[owner]}
-        hints |= typing.get_type_hints(owner.__init__, include_extras=True)
+        hints |= typing.get_type_hints(owner.__init__, include_extras=True)  # type: ignore[misc]
     ordered = sorted(both.values(), key=lambda parameter: parameter.default is not parameter.empty)
 
     def build(*args: Any, **kwargs: Any) -> Images:

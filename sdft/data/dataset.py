@@ -8,9 +8,9 @@ stopped, whatever the workers, the ranks, or how a step's batch is divided among
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -141,6 +141,41 @@ States = tuple[Tensor, Tensor]
 """Text states of one caption: context L x D, pooled P."""
 
 
+@runtime_checkable
+class Expects(Protocol):
+    """Something kept on disk that reads sooner what it was told of before."""
+
+    def expect(self, names: Sequence[Any]) -> None: ...
+
+
+class TextStates(Expects, Protocol):
+    """The states of one text that all encoders are told, or of one for each."""
+
+    def __call__(self, told: Sequence[str]) -> States: ...
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What is drawn for one visit of a sample; without draws it is as validation sees it.
+
+    dropped, silent: whether all text encoders, and which of them, are told nothing.
+    """
+
+    index: int
+    flip: bool
+    draws: Draws | None = None
+    dropped: bool = False
+    silent: Sequence[bool] = ()
+
+    def caption(self, sample: Sample) -> str:
+        """The caption that this visit would learn."""
+        return sample.captions.told(self.draws) if sample.captions and self.draws else sample.caption
+
+    def told(self, sample: Sample) -> list[str]:
+        """What the text encoders are told, all of them or each."""
+        return ["" if self.dropped or nothing else self.caption(sample) for nothing in self.silent or (False,)]
+
+
 class Pictures(Dataset):
     """Cuts and captions of a source.
 
@@ -158,15 +193,17 @@ class Pictures(Dataset):
         crop: Crop = "center",
         flip: bool = False,
         caption_dropout: Fraction = 0.0,
+        encoder_dropout: Sequence[Fraction] = (),
         buckets: Sequence[tuple[int, int]] = (),
         hw_N2: np.ndarray | None = None,
     ):
         self.source, self.size_hw, self.seed = source, size_hw, seed
-        self.crop, self.flip, self.caption_dropout = crop, flip, caption_dropout
+        self.crop, self.flip = crop, flip
+        self.caption_dropout, self.encoder_dropout = caption_dropout, encoder_dropout
         self.hw_N2 = np.zeros((len(source.keys), 2), np.int32) if hw_N2 is None else hw_N2
         self.targets = [nearest_bucket(self._hw(i), buckets) for i in range(len(source.keys))] if buckets else None
         self.moments: Mapping[Variant, Tensor] = {}
-        self.text_states: Callable[[str], States] | None = None
+        self.text_states: TextStates | None = None
 
     def _hw(self, index: int) -> tuple[int, int]:
         h, w = self.hw_N2[index].tolist()
@@ -184,34 +221,53 @@ class Pictures(Dataset):
         return dict(sorted(found.items()))
 
     def __getitem__(self, item: tuple[int, int]) -> dict:
-        index, visit = item
+        return self._example(self._visit(*item)) | {"visits": item[1]}
+
+    def expect(self, items: Sequence[tuple[int, int]]) -> None:
+        """Samples that will be read soon: what is kept of them on disk is fetched meanwhile."""
+        if not isinstance(self.moments, Expects):
+            return  # nothing is on disk, the text states neither
+        visits = [self._visit(*item) for item in items]
+        self.moments.expect([(visit.index, visit.flip) for visit in visits])
+        if self.text_states is not None:
+            self.text_states.expect([text for visit in visits for text in visit.told(self.source[visit.index])])
+
+    def _visit(self, index: int, visit: int) -> Visit:
         draws = Draws(self.seed, [self.source.keys[index]], [visit])
         flip = self.flip and bool(draws.uniform("flip") < 0.5)
         dropped = bool(draws.uniform("caption dropout") < self.caption_dropout)
-        return self.variant(index, flip, draws, dropped) | {"visits": visit, "dropped_B": dropped}
+        shares = enumerate(self.encoder_dropout)
+        silent = [bool(draws.uniform(f"caption dropout of encoder {place}") < share) for place, share in shares]
+        return Visit(index, flip, draws, dropped, silent)
 
-    def variant(self, index: int, flip: bool, draws: Draws | None = None, dropped: bool = False) -> dict:
+    def variant(self, index: int, flip: bool) -> dict:
+        """One sample with its plain caption and the crop of validation."""
+        return self._example(Visit(index, flip))
+
+    def _example(self, visit: Visit) -> dict:
         """One sample as it is cut, with pixels or, where they are known, moments."""
-        sample = self.source[index]
-        moments = self.moments.get((index, flip))
-        known_hw = tuple(self.hw_N2[index].tolist())
-        image = sample.image_HWC if moments is None or not known_hw[0] else None
-        cut = self.cut(index, known_hw if image is None else image.shape[:2], flip, draws)
-        told = replace(cut, original_hw=sample.original_hw) if sample.original_hw else cut
-        caption = sample.captions.told(draws) if sample.captions and draws else sample.caption
+        index, sample = visit.index, self.source[visit.index]
+        moments = self.moments.get((index, visit.flip))
+        h, w = self.hw_N2[index].tolist()
+        image = sample.image_HWC if moments is None or not h else None
+        cut = self.cut(index, (h, w) if image is None else image.shape[:2], visit.flip, visit.draws)
+        original_cut = replace(cut, original_hw=sample.original_hw) if sample.original_hw else cut
         example = {
             "keys": sample.key,
             "visits": 0,
-            "captions": caption,
-            "dropped_B": dropped,
-            "time_ids_B6": torch.tensor(told.time_ids_6, dtype=torch.float32),
+            "captions": visit.caption(sample),
+            "dropped_B": visit.dropped,
+            "time_ids_B6": torch.tensor(original_cut.time_ids_6, dtype=torch.float32),
             "loss_weight_B": sample.loss_weight,
         }
+        if visit.silent:
+            example["dropped_BE"] = torch.tensor(visit.silent)
         if self.text_states is not None:
-            example["context_BLD"], example["pooled_BP"] = self.text_states("" if dropped else caption)
-        if moments is None:
-            return example | {"pixels_BCHW": cut_image(image, cut)}
-        return example | {"moments_BCHW": moments}
+            example["context_BLD"], example["pooled_BP"] = self.text_states(visit.told(sample))
+        if moments is not None:
+            return example | {"moments_BCHW": moments}
+        assert image is not None
+        return example | {"pixels_BCHW": cut_image(image, cut)}
 
     def cut(self, index: int, hw: tuple[int, int], flip: bool, draws: Draws | None = None) -> Cut:
         """How a picture of the size `hw` is cut on a visit."""
@@ -229,7 +285,7 @@ class Pictures(Dataset):
 
 def collate(examples: Sequence[dict]) -> Batch:
     """Examples of one size as a batch."""
-    columns = {name: [example[name] for example in examples] for name in examples[0]}
+    columns: dict[str, Any] = {name: [example[name] for example in examples] for name in examples[0]}
     for name, values in columns.items():
         if name.split("_")[-1].startswith("B"):
             columns[name] = torch.stack([torch.as_tensor(value) for value in values])

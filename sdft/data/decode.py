@@ -34,10 +34,12 @@ class Encoded:
 
     name: what errors call it: the path of its file, or its shard and member.
     read: gives the bytes of the file.
+    stamp: gives words that change whenever the bytes do, without reading them; None where there are none.
     """
 
     name: str
     read: Callable[[], bytes]
+    stamp: Callable[[], str | None] = lambda: None
 
     def content(self) -> bytes:
         """The bytes of the file. Raises Unreadable."""
@@ -146,6 +148,8 @@ def _srgb(picture: Image.Image, profile: bytes) -> Image.Image:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if picture.mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
             return picture
-        return ImageCms.profileToProfile(picture, source, SRGB, outputMode="RGB")
+        shown = ImageCms.profileToProfile(picture, source, SRGB, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError) as error:
         raise Unreadable(f"its colour profile does not fit it: {str(error).strip()}") from error
+    assert shown is not None  # it is where a picture is changed in place
+    return shown

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,16 @@ PIXELS_AT_ONCE = 4 * 1024 * 1024
 TRANSFORM = "cover, lanczos, [-1, 1]"
 """Says how pixels are made from a picture and a cut: a change of `images.cut_image` needs another word here."""
 CAPTIONS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who shares the work."""
+
+    rank: int = 0
+    world_size: int = 1
+    barrier: Callable[[], None] = lambda: None
+    """waits until all are there"""
 
 
 def prepared(
@@ -49,11 +60,36 @@ class CachedMoments(Mapping[Variant, Tensor]):
     def __getitem__(self, variant: Variant) -> Tensor:
         return self.cache[self.addresses[variant]]
 
+    def expect(self, variants: Sequence[Variant]) -> None:
+        self.cache.expect(self.addresses[variant] for variant in variants)
+
     def __iter__(self) -> Iterator[Variant]:
         return iter(self.addresses)
 
     def __len__(self) -> int:
         return len(self.addresses)
+
+
+class CachedStates:
+    """Text states, read from the cache: of one text that all encoders are told, or of one for each.
+
+    widths: channels of the context that each encoder gives; the last one gives the pooled vector.
+    """
+
+    def __init__(self, cache: Cache, addresses: Mapping[str, str], widths: Sequence[int]):
+        self.cache, self.addresses, self.widths = cache, addresses, widths
+
+    def expect(self, texts: Sequence[str]) -> None:
+        addresses = [self.addresses[text] for text in texts]
+        self.cache.expect(f"{address}.{part}" for address in addresses for part in ("context", "pooled"))
+
+    def __call__(self, told: Sequence[str]) -> States:
+        contexts = {text: self.cache[f"{self.addresses[text]}.context"] for text in dict.fromkeys(told)}
+        pooled_P = self.cache[f"{self.addresses[told[-1]]}.pooled"]
+        if len(contexts) == 1:
+            return contexts[told[0]], pooled_P
+        parts = [contexts[text].split(list(self.widths), dim=-1)[place] for place, text in enumerate(told)]
+        return torch.cat(parts, dim=-1), pooled_P
 
 
 def cached_moments(
@@ -62,9 +98,7 @@ def cached_moments(
     pictures: Pictures,
     seen: Scan,
     make: Callable[[Sequence[Variant]], Iterator[tuple[Variant, Tensor]]],
-    rank: int,
-    world_size: int,
-    barrier: Callable[[], None],
+    ranks: Ranks,
 ) -> CachedMoments:
     """The moments of every variant; those that no run has made yet are made now, each by one rank.
 
@@ -73,11 +107,11 @@ def cached_moments(
     variants = pictures.cacheable_variants()
     addresses = {variant: moments_address(pictures, seen, variant, encoder) for variant in variants}
     variant_of = {address: variant for variant, address in addresses.items()}
-    mine = own(cache.missing(addresses.values()), rank, world_size)
+    mine = own(cache.missing(addresses.values()), ranks)
     for variant, moments in make([variant_of[address] for address in mine]):
         cache.put(addresses[variant], moments)
     cache.flush()
-    barrier()
+    ranks.barrier()
     cache.refresh()
     return CachedMoments(cache, addresses)
 
@@ -99,14 +133,12 @@ def cached_states(
     encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
     ids: Callable[[str], Any],
     encoders: Sequence[nn.Module],
-    rank: int,
-    world_size: int,
-    barrier: Callable[[], None],
-) -> Callable[[str], States]:
-    """The states of a caption; those that no run has made yet are made now, each by one rank."""
+    ranks: Ranks,
+) -> CachedStates:
+    """The states of every caption; those that no run has made yet are made now, each by one rank."""
     encoder = fingerprint(*encoders)
     addresses = {caption: digest([ids(caption), encoder]) for caption in captions}
-    missing = set(own(cache.missing(f"{address}.pooled" for address in addresses.values()), rank, world_size))
+    missing = set(own(cache.missing(f"{address}.pooled" for address in addresses.values()), ranks))
     mine = [caption for caption, address in addresses.items() if f"{address}.pooled" in missing]
     for first in tqdm(range(0, len(mine), CAPTIONS_AT_ONCE), desc="captions", disable=len(mine) < 512, leave=False):
         group = mine[first : first + CAPTIONS_AT_ONCE]
@@ -116,11 +148,11 @@ def cached_states(
             cache.put(f"{addresses[caption]}.context", context_LD)
             cache.put(f"{addresses[caption]}.pooled", pooled_P)
     cache.flush()
-    barrier()
+    ranks.barrier()
     cache.refresh()
-    return lambda caption: (cache[f"{addresses[caption]}.context"], cache[f"{addresses[caption]}.pooled"])
+    return CachedStates(cache, addresses, [encoder.config.hidden_size for encoder in encoders])
 
 
-def own(addresses: Sequence[str], rank: int, world_size: int) -> list[str]:
+def own(addresses: Sequence[str], ranks: Ranks) -> list[str]:
     """Those that one rank makes: by address, so that it does not matter what another has already written."""
-    return [address for address in addresses if int(address[:8], 16) % world_size == rank]
+    return [address for address in addresses if int(address[:8], 16) % ranks.world_size == ranks.rank]

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -16,11 +17,13 @@ from tqdm import tqdm
 from sdft.data.dataset import Source
 from sdft.data.decode import Encoded, Unreadable, examine
 from sdft.data.problems import listed
+from sdft.data.record import Record, Seen
 from sdft.data.sources.splits import Part, encoded
 from sdft.types import UserError
 
 Unreadables = Literal["error", "skip"]
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 ENOUGH_FOR_A_BAR = 512
 
 
@@ -35,52 +38,72 @@ class Scan:
     problems: dict[int, tuple[str, str]] = field(default_factory=dict)
     """position -> (name of the picture, what is wrong with it)"""
 
+    def add(self, place: int, name: str, seen: Seen) -> None:
+        """One picture that was looked at."""
+        self.digests[place] = seen.digest
+        if seen.problem:
+            self.problems[place] = (name, seen.problem)
+        else:
+            self.hw_N2[place] = seen.h, seen.w
+
     def part(self, places: list[int]) -> Scan:
         """The same of some of the pictures."""
         return Scan(self.hw_N2[places], {i: self.digests[p] for i, p in enumerate(places) if p in self.digests})
 
 
-def scan(source: Source) -> Scan:
-    """Reads and decodes every stored picture."""
+def scan(source: Source, record: Record) -> Scan:
+    """Reads and decodes every stored picture that `record` does not know."""
     num = len(source.keys)
     found = Scan(np.zeros((num, 2), np.int32))
-    if not hasattr(source, "encoded"):
-        return found
-    looks = in_threads(_look, ((place, encoded(source, place)) for place in range(num)))
-    for place, picture, digest, result in tqdm(
-        looks, desc="reading pictures", unit="picture", total=num, leave=False, disable=num < ENOUGH_FOR_A_BAR
-    ):
-        if digest:
-            found.digests[place] = digest
+    unknown = []
+    for place in range(num):
+        picture = encoded(source, place)
+        if picture is None:
+            continue
+        if known := record.find(picture.stamp()):
+            found.add(place, picture.name, known)
+        else:
+            unknown.append((place, picture))
+    looks = in_threads(partial(_look, record), unknown)
+    bar = partial(tqdm, desc="reading pictures", unit="picture", disable=len(unknown) < ENOUGH_FOR_A_BAR, leave=False)
+    for place, name, stamp, result in bar(looks, total=len(unknown)):
         if isinstance(result, Unreadable):
-            found.problems[place] = (picture.name, str(result))
-        elif result:
-            found.hw_N2[place] = result
+            found.problems[place] = (name, str(result))
+        else:
+            found.add(place, name, result)
+            record.keep(stamp, result)
+    record.flush()
     return found
 
 
-def readable(source: Source, unreadable: Unreadables = "error") -> Source:
-    """The source without its unreadable pictures; with `error`, any such picture is a UserError."""
-    ((left, _),), _ = only_readable([source], unreadable)
+def readable(source: Source, unreadable: Unreadables = "error", cache_dir: str | None = None) -> Source:
+    """The source without its unreadable pictures; with `error`, any such picture is a UserError.
+
+    cache_dir: where it is remembered what was seen in them; the user's cache folder where that is None.
+    """
+    ((left, _),), _ = only_readable([source], unreadable, Record(cache_dir))
     return left
 
 
 def only_readable(
-    sources: list[Source], unreadable: Unreadables
+    sources: list[Source], unreadable: Unreadables, record: Record
 ) -> tuple[list[tuple[Source, Scan]], list[tuple[str, str]]]:
     """Each source without what cannot be read, and what that was. With `error`, one UserError names all of it."""
-    left, broken = [], []
+    left: list[tuple[Source, Scan]] = []
+    broken: list[tuple[str, str]] = []
     for source in sources:
-        found = scan(source)
+        found = scan(source, record)
         if found.problems:
-            broken += found.problems.values()
+            broken += [found.problems[place] for place in sorted(found.problems)]
             good = [place for place in range(len(source.keys)) if place not in found.problems]
             source, found = Part(source, good), found.part(good)
         left.append((source, found))
     if broken and unreadable == "error":
         raise UserError(f"data: {told(broken)}, or set data.unreadable=skip")
-    if any(not source.keys for source, _ in left):
-        raise UserError(f"data: no picture is left to learn from, or none held out to judge by, since {told(broken)}")
+    if not left[0][0].keys:
+        raise UserError(f"data: no picture is left to learn from: {told(broken)}")
+    if not left[-1][0].keys:
+        raise UserError(f"data: none is left of those held out to judge by: {told(broken)}, or raise data.held_out")
     return left, broken
 
 
@@ -93,17 +116,21 @@ def told(broken: list[tuple[str, str]]) -> str:
     return f"{len(broken)} files cannot be read as pictures: {named}; repair or remove them"
 
 
-def _look(item: tuple[int, Encoded | None]) -> tuple:
+def _look(record: Record, item: tuple[int, Encoded]) -> tuple[int, str, str | None, Seen | Unreadable]:
+    """(position, name, stamp, what is seen). Bytes that cannot be had are Unreadable, and perhaps there next time."""
     place, picture = item
-    if picture is None:
-        return place, None, None, None
-    digest = None
+    stamp = picture.stamp()
     try:
         content = picture.content()
-        digest = hashlib.sha256(content).hexdigest()
-        return place, picture, digest, examine(content)
     except Unreadable as error:
-        return place, picture, digest, error
+        return place, picture.name, stamp, error
+    digest = hashlib.sha256(content).hexdigest()
+    if known := record.find(digest):
+        return place, picture.name, stamp, known
+    try:
+        return place, picture.name, stamp, Seen(digest, *examine(content), "")
+    except Unreadable as error:
+        return place, picture.name, stamp, Seen(digest, 0, 0, str(error))
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T], ahead: int = 32) -> Iterator[R]:

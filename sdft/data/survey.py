@@ -17,7 +17,6 @@ from PIL import Image
 from sdft.data.dataset import Pictures
 from sdft.data.scan import Scan
 
-MOST_TOKENS = 77
 NEAR = 4
 """Bits of 64 in which the difference hashes of near-duplicates may differ."""
 MOST_NAMED = 5
@@ -41,14 +40,17 @@ class Survey:
     near_duplicates: list[list[str]] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)
 
-    def lines(self, missing: str | None = None) -> list[str]:
-        """The summary, a line for each thing worth knowing. `missing` is what stands for an absent caption."""
+    def lines(self, missing: str | None = None, most_tokens: int = 77) -> list[str]:
+        """The summary, a line for each thing worth knowing.
+
+        missing: what stands for an absent caption; most_tokens: what the model reads of one, start and end included.
+        """
         h, w = (sorted(sides) for sides in zip(*self.original_hw, strict=True))
         words = [len(caption.split()) for caption in self.captions]
         large = [key for key, factor in zip(self.keys, self.enlarged, strict=True) if factor > 1]
         cropped = [key for key, share in zip(self.keys, self.kept, strict=True) if share < 0.75]
         bare = [key for key, caption in zip(self.keys, self.captions, strict=True) if caption == missing]
-        long = [key for key, count in zip(self.keys, self.tokens, strict=False) if count > MOST_TOKENS]
+        long = [key for key, count in zip(self.keys, self.tokens, strict=False) if count > most_tokens]
         found = [
             f"pictures         {len(self.keys)}, and {len(self.broken)} that cannot be read",
             *(f"  {name} ({problem})" for name, problem in self.broken),
@@ -63,7 +65,7 @@ class Survey:
             f"without caption  {counted(bare)}",
         ]
         if self.tokens:
-            found.append(f"over {MOST_TOKENS} tokens   {counted(long)}")
+            found.append(f"{f'over {most_tokens} tokens':16} {counted(long)}{', cut off there' if long else ''}")
         return [*found, "training sizes, width x height:", *self._histogram()]
 
     def _histogram(self) -> list[str]:

@@ -141,16 +141,20 @@ class SDXL(nn.Module):
         return [ids_1NL[0].tolist() for ids_1NL in ids]
 
     @present("text_encoder", "text_encoder_2")
-    def encode_prompts(self, captions: Sequence[str], dropped_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def encode_prompts(self, captions: Sequence[str], dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(context_BLD, pooled_BP). Both encoders give their penultimate layer, without the final norm.
 
         Each chunk of a long prompt is encoded by itself and L is their sum; the first chunk gives the pooled vector.
+        dropped: bool, B, or B x E where an encoder can be told nothing while the other is.
         """
-        if dropped_B is not None and self.empty_prompt == "empty":
-            captions = ["" if dropped else text for text, dropped in zip(captions, dropped_B.tolist(), strict=True)]
+        silent_BE = None if dropped is None else dropped.reshape(len(captions), -1).expand(-1, 2)
         contexts = []
-        for tokenizer, encoder in self.context_encoders:
-            ids_BNL = tokenize(tokenizer, captions, self.prompt_chunks).to(encoder.device)
+        for place, (tokenizer, encoder) in enumerate(self.context_encoders):
+            texts = captions
+            if silent_BE is not None and self.empty_prompt == "empty":
+                silent = silent_BE[:, place].tolist()
+                texts = ["" if nothing else text for text, nothing in zip(captions, silent, strict=True)]
+            ids_BNL = tokenize(tokenizer, texts, self.prompt_chunks).to(encoder.device)
             states = encoder(ids_BNL.flatten(0, 1), output_hidden_states=True)
             contexts.append(states.hidden_states[-2].unflatten(0, ids_BNL.shape[:2]).flatten(1, 2))
         # `text_embeds` will not do: where the config says eos_token_id=2, as SDXL's does, transformers pools at the
@@ -159,18 +163,25 @@ class SDXL(nn.Module):
         last_BLP = states.last_hidden_state.unflatten(0, ids_BNL.shape[:2])[:, 0]
         at_eos_BP = last_BLP[torch.arange(len(captions), device=encoder.device), first_eos_B]
         context_BLD, pooled_BP = torch.cat(contexts, dim=-1), encoder.text_projection(at_eos_BP)
-        if dropped_B is not None and self.empty_prompt == "zeros":
-            kept_B = (~dropped_B).to(context_BLD)
-            context_BLD, pooled_BP = context_BLD * kept_B[:, None, None], pooled_BP * kept_B[:, None]
-        return context_BLD, pooled_BP
+        if silent_BE is None:
+            return context_BLD, pooled_BP
+        return self._silenced(context_BLD, pooled_BP, silent_BE)
+
+    def _silenced(self, context_BLD: Tensor, pooled_BP: Tensor, silent_BE: Tensor) -> tuple[Tensor, Tensor]:
+        """Zeros for what silent encoders say, where `empty_prompt` asks for them; the last one gives the pooled."""
+        if self.empty_prompt == "empty":
+            return context_BLD, pooled_BP
+        kept_BE = (~silent_BE).to(context_BLD).expand(-1, 2)
+        widths = [encoder.config.hidden_size for _, encoder in self.context_encoders]
+        kept_BD = torch.cat([kept_BE[:, e, None].expand(-1, width) for e, width in enumerate(widths)], dim=1)
+        return context_BLD * kept_BD[:, None], pooled_BP * kept_BE[:, 1:]
 
     def condition(self, batch: Batch) -> Conditioning:
         """Everything the UNet is told about a batch."""
         if batch.context_BLD is None:
-            context_BLD, pooled_BP = self.encode_prompts(batch.captions, batch.dropped_B)
+            context_BLD, pooled_BP = self.encode_prompts(batch.captions, batch.silent_BE)
         else:
-            kept_B = (~batch.dropped_B | (self.empty_prompt == "empty")).to(batch.context_BLD)
-            context_BLD, pooled_BP = batch.context_BLD * kept_B[:, None, None], batch.pooled_BP * kept_B[:, None]
+            context_BLD, pooled_BP = self._silenced(batch.context_BLD, batch.pooled_BP, batch.silent_BE)
         return Conditioning(context_BLD, pooled_BP, batch.time_ids_B6)
 
     def denoise(self, z_t_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:

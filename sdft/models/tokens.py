@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from transformers import CLIPTokenizer
 from transformers.utils import logging
 
-from sdft.models.nano import WEIGHTS as NANO
+from sdft.models.load import find_folder
 from sdft.types import UserError
 
 
-def token_counter(weights: str) -> Callable[[str], int]:
-    """Counts tokens, start and end included, as the first tokenizer of `weights` does.
+def token_counter(weights: str, config: str) -> Callable[[str], int]:
+    """Counts tokens, start and end included, as both tokenizers of a model do: they differ in the padding alone.
 
-    weights: `nano`, a hub id or a diffusers folder.
+    weights: as `models.load.pretrained` takes it; config: what has the tokenizers where `weights` is one file.
     """
     logging.set_verbosity_error()  # it warns of long captions, which are what is being counted
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(NANO if weights == "nano" else weights, subfolder="tokenizer")
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer={weights}: not found; pass a diffusers folder, a hub id, nano or null") from error
+    file = Path(weights).expanduser().is_file()
+    key, source = ("model.config", config) if file else ("model.weights", weights)
+    folder = find_folder(key, source, ("tokenizer/*",)) / "tokenizer"
+    if not folder.is_dir():  # transformers would make up a tokenizer
+        raise UserError(f"{key}={source}: has no folder 'tokenizer'; pass another, or ~model to count no tokens")
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
     return lambda caption: len(tokenizer(caption).input_ids)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import io
+import resource
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from PIL import Image
 
 from sdft.data.datamodule import Images, folder, shards
 from sdft.data.scan import readable
+from sdft.data.sharding import write_shards
 from sdft.data.sources import Folder
 from sdft.types import UserError
 
@@ -195,6 +198,14 @@ class TestAllAtOnce:
         with pytest.raises(UserError, match="no picture is left"):
             folder(str(tmp_path), batch_size=2, size=32, default_caption="x", unreadable="skip")
 
+    def test_skipping_all_that_is_held_out_says_so(self, tmp_path: Path) -> None:
+        good(tmp_path, "a b c d e f")
+        held_out = Folder(str(tmp_path), "validation").keys
+        for name in held_out:
+            (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(UserError, match=rf"none is left of those held out to judge by: .*{held_out[0]}.*held_out"):
+            folder(str(tmp_path), batch_size=2, size=32, unreadable="skip")
+
     def test_every_missing_caption_is_listed(self, root: Path) -> None:
         for name in "abc":
             (root / f"{name}.txt").unlink()
@@ -208,3 +219,32 @@ def test_a_cache_folder_that_is_a_file_is_told(tiny_source, tiny_model, tmp_path
     data = Images(tiny_source(2), tiny_source(2), 2, 32, cache="disk", cache_dir=str(tmp_path / "c"))
     with pytest.raises(UserError, match=rf"data\.cache_dir: {tmp_path}/c/.* cannot be written"):
         data.encode_once(model.encode_moments, model.device, vae=model.vae)
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file may grow past `room` bytes: the call fails as it does on a full disk, with another word for it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_disk_that_fills_while_caching_is_told_and_the_build_goes_on(tiny_source, tiny_model, tmp_path: Path) -> None:
+    model = tiny_model()
+    data = Images(tiny_source(6), tiny_source(2, "held out"), 2, 32, cache="disk", cache_dir=str(tmp_path / "c"))
+    with full_disk(3000), pytest.raises(UserError, match=rf"{tmp_path}/c/.* cannot be written \(File too large\)"):
+        data.encode_once(model.encode_moments, model.device, vae=model.vae)
+    assert not list((tmp_path / "c").glob("*.partial")) + list((tmp_path / "c").glob("*.safetensors"))
+    data.encode_once(model.encode_moments, model.device, vae=model.vae)
+    assert len(data.store) == 6, "the two that are held out are the same pictures"
+
+
+def test_a_disk_that_fills_while_sharding_is_told_and_leaves_nothing_half(tmp_path: Path) -> None:
+    good(tmp_path / "in")
+    source = Folder(str(tmp_path / "in"), "all")
+    with full_disk(4096), pytest.raises(UserError, match=r"000000\.tar cannot be written \(File too large\)"):
+        write_shards(source, tmp_path / "out", per_shard=2)
+    assert not list((tmp_path / "out").iterdir())

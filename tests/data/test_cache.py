@@ -21,7 +21,7 @@ from sdft.data.cache import Cache, checksum, fingerprint
 from sdft.data.captions import Tags
 from sdft.data.datamodule import Images
 from sdft.data.dataset import collate
-from sdft.data.encoding import cached_moments
+from sdft.data.encoding import Ranks, cached_moments
 from sdft.data.sources import Folder
 from sdft.module import Finetuning
 from sdft.objective import Denoising
@@ -127,13 +127,16 @@ class TestContent:
                 assert torch.equal(kept[name], later[name]), name
 
     @pytest.mark.parametrize("empty_prompt", ["zeros", "empty"])
-    def test_dropped_captions_are_conditioned_as_if_encoded(self, empty_prompt, root, tmp_path, tiny_model) -> None:
+    @pytest.mark.parametrize("encoder_dropout", [None, (0.4, 0.4)])
+    def test_dropped_captions_are_conditioned_as_if_encoded(
+        self, encoder_dropout, empty_prompt, root: Path, tmp_path: Path, tiny_model
+    ) -> None:
         model = tiny_model(empty_prompt=empty_prompt)
-        data = images(root, tmp_path / "c", caption_dropout=0.5)
+        data = images(root, tmp_path / "c", caption_dropout=0.4, encoder_dropout=encoder_dropout)
         prepare(model, data)
-        batch = collate([data.pictures[i, visit] for i in range(5) for visit in range(2)])
-        assert batch.dropped_B.any()
-        assert not batch.dropped_B.all()
+        batch = collate([data.pictures[i, visit] for i in range(5) for visit in range(4)])
+        silent = {tuple(row) for row in batch.silent_BE.tolist()}
+        assert len(silent) == (4 if encoder_dropout else 2)
         cached = model.condition(batch)
         batch.context_BLD = batch.pooled_BP = None
         live = model.condition(batch)
@@ -153,6 +156,20 @@ class TestContent:
             file.unlink()
         for a, b in zip(examples(data), expected, strict=True):
             assert torch.equal(a["moments_BCHW"], b["moments_BCHW"])
+
+    def test_what_is_expected_is_what_is_read(self, root: Path, tmp_path: Path, model, monkeypatch) -> None:
+        data = images(root, tmp_path / "c", flip=True, caption_dropout=0.3, encoder_dropout=(0.3, 0.3))
+        prepare(model, data)
+        items = [(index, visit) for index in range(5) for visit in range(6)]
+        told, asked, read = [], set(), Cache._read
+        monkeypatch.setattr(Cache, "_read", lambda *place: told.append(place[1:]) or read(*place))
+        data.pictures.expect(items)
+        assert not told
+        monkeypatch.setattr(os, "posix_fadvise", lambda _, first, size, __: asked.add((first, size)))
+        data.store._sound.clear()
+        data.pictures.expect(items)
+        _ = [data.pictures[item] for item in items]
+        assert {(place.first, place.size) for _, place in told} == asked
 
     def test_a_folder_is_needed(self, root: Path, tiny_source) -> None:
         with pytest.raises(UserError, match=r"data.cache=disk: set data.cache_dir=DIR"):
@@ -188,7 +205,7 @@ class TestRuns:
                 made[number] += variants
                 return [(v, torch.full((2,), float(v[0] + 10 * v[1]))) for v in variants]
 
-            parts = (data.pictures, data.seen, make, number, 3, barrier.wait)
+            parts = (data.pictures, data.seen, make, Ranks(number, 3, barrier.wait))
             found[number] = cached_moments(Cache(tmp_path / "c"), "vae", *parts)
 
         threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
@@ -305,4 +322,4 @@ def test_a_fingerprint_sees_every_weight(tiny_model) -> None:
     assert fingerprint(one) == fingerprint(two)
     list(two.parameters())[-1].data[0] += 1e-7
     assert fingerprint(one) != fingerprint(two)
-    assert checksum(torch.zeros(4)) != checksum(torch.zeros(5))
+    assert checksum(np.zeros(4)) != checksum(np.zeros(5))

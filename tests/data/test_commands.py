@@ -11,6 +11,8 @@ from PIL import Image
 
 from sdft.data import __main__ as commands
 from sdft.data.survey import NEAR, difference_hash, near_groups
+from sdft.models.tokens import token_counter
+from sdft.types import UserError
 
 
 def run(command: str, capsys, monkeypatch, *words: str) -> str:
@@ -57,14 +59,29 @@ def test_check_tells_what_there_is(root: Path, tmp_path: Path, capsys, monkeypat
     assert sheets["80x48.png"][0] > 2 * sheets["64x64.png"][0], "three pictures stand beside each other"
 
 
+def test_check_counts_what_the_chosen_model_reads(root: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    words = [f"data.root={root}", f"out={tmp_path}/sheets", "size=64", "data.bucket_step=16"]
+    told = run("check", capsys, monkeypatch, *words, "model=sdxl", "model.weights=nano", "model.prompt_chunks=9")
+    assert "over 677 tokens  none" in told
+    assert "tokens" not in run("check", capsys, monkeypatch, *words, "~model")
+    file = tmp_path / "one.safetensors"
+    file.touch()
+    for weights, key in (("no/where", "model.weights=no/where"), (str(file), "model.config=no/one")):
+        with pytest.raises(UserError, match=f"{key}: not found on this machine"):
+            token_counter(weights, "no/one")
+    with pytest.raises(UserError, match=f"model.weights={tmp_path}: has no folder 'tokenizer'; pass .* or ~model"):
+        token_counter(str(tmp_path), "nano")
+
+
 def test_a_cache_is_filled_once(root: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     words = [f"data.root={root}", f"out={tmp_path}/cache", "data.default_caption=x", "data.unreadable=skip"]
     told = run("cache", capsys, monkeypatch, *words)
     # Five pictures, two of them the same; four captions with the empty one, two tensors each.
     assert f"12 entries in {tmp_path}/cache" in told
-    before = sorted((file.name, file.stat().st_mtime_ns) for file in (tmp_path / "cache").iterdir())
+    before = sorted((file.name, file.stat().st_mtime_ns) for file in (tmp_path / "cache").glob("*.safetensors"))
+    assert before
     run("cache", capsys, monkeypatch, *words)
-    assert sorted((file.name, file.stat().st_mtime_ns) for file in (tmp_path / "cache").iterdir()) == before
+    assert sorted((f.name, f.stat().st_mtime_ns) for f in (tmp_path / "cache").glob("*.safetensors")) == before
 
 
 def test_shard_refuses_what_is_broken_and_writes_the_rest(root: Path, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from sdft.data.datamodule import Images, folder
-from sdft.data.dataset import Pictures, RunOrder, Sample, batches, collate
+from sdft.data.dataset import Pictures, RunOrder, Sample, collate
 from sdft.data.sources import Folder, Mix, ToyWorld, held_out_keys
 from sdft.types import UserError
 
@@ -84,6 +84,22 @@ class TestPictures:
         assert abs(dropped.mean() - 0.1) < 0.027
         assert abs(np.corrcoef(flipped, dropped)[0, 1]) < 0.09
 
+    def test_single_encoders_are_told_nothing_at_their_shares(self, tiny_source) -> None:
+        """2000 draws: 0.3 and 0.1 within four standard deviations (0.041 and 0.027), independent of each other and of
+        the joint dropout, which is what it is without them."""
+        options = {"size_hw": (32, 32), "seed": 4, "caption_dropout": 0.2}
+        joint = Pictures(tiny_source(5, hw=(32, 32)), **options)
+        each = Pictures(tiny_source(5, hw=(32, 32)), **options, encoder_dropout=(0.3, 0.1))
+        drawn = []
+        for item in [(i, visit) for i in range(5) for visit in range(400)]:
+            example = each[item]
+            drawn.append([example["dropped_B"], *example.pop("dropped_BE").tolist()])
+            assert_same_example(example, joint[item])
+        shares, together = np.mean(drawn, axis=0), np.corrcoef(np.array(drawn).T)
+        assert abs(shares[1] - 0.3) < 0.041
+        assert abs(shares[2] - 0.1) < 0.027
+        assert np.abs(together - np.eye(3)).max() < 0.09
+
     def test_a_flip_tells_the_model_where_it_was_cut(self, tiny_source) -> None:
         """32 x 40 into 32 x 32: the centre crop lies at left 4 either way."""
         pictures = Pictures(tiny_source(1), (32, 32), seed=0)
@@ -97,7 +113,7 @@ class TestPictures:
         assert [key for batch in seen for key in batch.keys] == [f"held out/{i}" for i in range(4)]
         assert [len(batch) for batch in seen] == [3, 1]
         assert not any(batch.dropped_B.any() for batch in seen)
-        upright = torch.cat([batch.pixels_BCHW for batch in batches(data.held_out, range(4), 4)])
+        upright = torch.stack([data.held_out.variant(i, flip=False)["pixels_BCHW"] for i in range(4)])
         assert torch.equal(torch.cat([batch.pixels_BCHW for batch in seen]), upright)
 
     def test_a_batch_holds_what_its_words_say(self, tiny_source) -> None:

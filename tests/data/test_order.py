@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from itertools import chain, islice
 
-import numpy as np
 import pytest
-from PIL import Image
-from torch.utils.data import DataLoader
 
-from sdft.data.buckets import bucket_sizes
-from sdft.data.captions import Tags
-from sdft.data.datamodule import Images, folder
-from sdft.data.dataset import Pictures, RunOrder, bucket_turns, collate
-from sdft.data.scan import scan
-from sdft.data.sharding import write_shards
-from sdft.data.sources import Folder, Mix, Shards
+from sdft.data.datamodule import Ahead, Images, folder
+from sdft.data.dataset import RunOrder, bucket_turns
 from sdft.types import UserError
 
 BUCKETS = {"wide": list(range(0, 7)), "high": list(range(7, 10)), "square": [10]}
@@ -85,74 +77,22 @@ class TestBuckets:
         assert list(RunOrder(7, 2, 3, 0, 20, accumulate=5, buckets={"": range(7)})) == plain
 
 
-@pytest.fixture(scope="module")
-def pictures_of(tmp_path_factory):
-    """The same nine pictures of mixed shapes as a folder, as shards and in a mix."""
-    root = tmp_path_factory.mktemp("pictures")
-    g = np.random.default_rng(0)
-    for i, hw in enumerate([(40, 60), (60, 40), (48, 48)] * 3):
-        Image.fromarray(g.integers(0, 256, (*hw, 3), dtype=np.uint8)).save(root / f"{i}.png")
-        (root / f"{i}.txt").write_text(f"tag {i}, red, round, big")
-    tags = Tags(shuffle=True, keep_first=1, drop=0.2)
-    write_shards(Folder(str(root), "all"), root.parent / "shards", per_shard=4)
-    stored = Folder(str(root), "all", tags=tags)
-    sharded = Shards(str(root.parent / "shards" / "{000000..000002}.tar"), "all", tags=tags)
-    sources = {"folder": stored, "shards": sharded, "mix": Mix({"a": stored, "b": sharded}, repeats={"a": 2})}
-
-    def build(name: str) -> Pictures:
-        source = sources[name]
-        options = {"crop": "random", "flip": True, "caption_dropout": 0.3, "buckets": bucket_sizes(64, 16)}
-        return Pictures(source, (64, 64), seed=5, hw_N2=scan(source).hw_N2, **options)
-
-    return build
-
-
-def told(batch) -> list[tuple]:
-    """Everything about each sample of a batch, in bytes."""
-    tensors = (batch.pixels_BCHW, batch.time_ids_B6, batch.dropped_B, batch.loss_weight_B)
-    return [
-        (key, visit, caption, *(tensor[i].numpy().tobytes() for tensor in tensors))
-        for i, (key, visit, caption) in enumerate(zip(batch.keys, batch.visits, batch.captions, strict=True))
-    ]
-
-
-def read(
-    pictures: Pictures, batch_size: int, accumulate: int, workers: int = 0, start: int = 0, world: int = 1
-) -> list[tuple]:
-    """Every sample of 4 optimiser steps of 4, in order."""
-    buckets = {f"{h}x{w}": indices for (h, w), indices in pictures.by_size().items()}
-    found = []
-    for rank in range(world):
-        order = RunOrder(
-            0, batch_size, 5, start * accumulate, 4 * accumulate, rank, world, accumulate=accumulate, buckets=buckets
-        )
-        loader = DataLoader(pictures, batch_sampler=order, collate_fn=collate, num_workers=workers)
-        found.append([told(batch) for batch in loader])
-    return [sample for parts in zip(*found, strict=True) for part in parts for sample in part]
-
-
-@pytest.mark.parametrize("name", ["folder", "shards", "mix"])
-def test_a_run_reads_the_same_samples_whatever_reads_them(name: str, pictures_of) -> None:
-    """Workers, accumulation, ranks, a resume: keys, crops, captions and pixels are the same bytes."""
-    pictures = pictures_of(name)
-    assert len(pictures.by_size()) == 3
-    straight = read(pictures, 4, 1)
-    assert len(straight) == 16
-    assert read(pictures, 1, 4) == straight
-    assert read(pictures, 2, 1, world=2) == straight
-    assert read(pictures, 4, 1, start=3) == straight[12:]
-    assert read(pictures, 2, 2, workers=1) == straight
-    if name == "mix":
-        assert read(pictures, 4, 1, workers=4) == straight
-
-
-def test_a_folder_with_buckets_feeds_a_run(pictures_of, tmp_path) -> None:
-    root = pictures_of("folder").source.root
+def test_a_folder_with_buckets_feeds_a_run(sources) -> None:
+    root = sources["folder"].root
     data = folder(str(root), batch_size=2, size=64, bucket_step=16, held_out=0.4)
     for batch in data.val_dataloader():
         h, w = batch.pixels_BCHW.shape[2:]
         assert batch.time_ids_B6[:, 4:].tolist() == [[h, w]] * len(batch)
     assert {*data.pictures.targets, *data.held_out.targets} == {(64, 64), (48, 80), (80, 48)}
+
+
+def test_a_batch_is_expected_one_batch_before_it_is_read() -> None:
+    order, events = RunOrder(5, 2, 0, 0, 3), []
+    for batch in Ahead(order, lambda batch: events.append(("expect", batch))):
+        events.append(("read", batch))
+    a, b, c = order
+    assert events == [("expect", a), ("expect", b), ("read", a), ("expect", c), ("read", b), ("read", c)]
+    assert len(Ahead(order, print)) == 3
 
 
 @pytest.mark.parametrize("step", [24, 48])

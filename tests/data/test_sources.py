@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,9 @@ import pytest
 from PIL import Image
 
 from sdft.data.captions import Tags
+from sdft.data.scan import readable
 from sdft.data.sharding import sample_names, write_shards
-from sdft.data.sources import Folder, Mix, Shards, metadata
-from sdft.data.sources import huggingface as hub
+from sdft.data.sources import Folder, HuggingFace, Mix, Shards, metadata
 from sdft.data.sources.shards import INDEX_SUFFIX, expand
 from sdft.rng import Draws
 from sdft.types import UserError
@@ -99,20 +101,28 @@ class TestTables:
         with pytest.raises(UserError, match=rf"data\.root: .*metadata\.jsonl {complaint}|data\.root: .*{complaint}"):
             Folder(str(tmp_path), "all", default_caption="x")
 
-    def test_a_parquet_table_needs_pyarrow(self, tmp_path: Path) -> None:
-        """Where pyarrow is there, the same rows are read from a real file."""
+    def test_a_parquet_table(self, tmp_path: Path) -> None:
+        import pyarrow
+        from pyarrow import parquet
+
         write_folder(tmp_path)
-        try:
-            import pyarrow as pa
-            from pyarrow import parquet
-        except ImportError:
-            (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
-            with pytest.raises(UserError, match=r"metadata\.parquet needs pyarrow.*pip install -e '\.\[datasets\]'"):
-                Folder(str(tmp_path), "all")
-            return
-        table = pa.table({"file_name": ["a.png", "b.png", "c.png"], "text": ["x", "y", "z"]})
-        parquet.write_table(table, tmp_path / "metadata.parquet")
-        assert Folder(str(tmp_path), "all")[1].caption == "y"
+        columns = {"file_name": ["a.png", "b.png", "c.png"], "text": [["x"], ["y", "ja"], ["z"]], "stars": [1, 2, 3]}
+        parquet.write_table(pyarrow.table(columns), tmp_path / "metadata.parquet")
+        source = Folder(str(tmp_path), "all")
+        assert [source[i].captions.texts for i in range(3)] == [("x",), ("y", "ja"), ("z",)]
+        parquet.write_table(pyarrow.table({"file_name": ["a.png"], "text": [3]}), tmp_path / "metadata.parquet")
+        with pytest.raises(UserError, match=r"metadata\.parquet row 1 has a caption that is neither text nor a list"):
+            Folder(str(tmp_path), "all")
+        (tmp_path / "metadata.parquet").write_bytes(b"PAR1 and no more")
+        with pytest.raises(UserError, match=r"metadata\.parquet is no parquet table \(.*\); repair or remove it"):
+            Folder(str(tmp_path), "all")
+
+    def test_a_parquet_table_needs_pyarrow(self, tmp_path: Path, monkeypatch) -> None:
+        write_folder(tmp_path)
+        (tmp_path / "metadata.parquet").write_bytes(b"PAR1")
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(UserError, match=r"metadata\.parquet needs pyarrow.*pip install -e '\.\[datasets\]'"):
+            Folder(str(tmp_path), "all")
 
 
 class TestShards:
@@ -180,31 +190,79 @@ class TestShards:
 
 
 class TestHub:
-    """The adapter, on rows as `datasets` gives them; the library itself is an extra."""
+    """The real library, on data sets that lie on this machine."""
 
-    def test_rows_become_samples(self, monkeypatch, tmp_path: Path) -> None:
-        (tmp_path / "b.png").write_bytes(png(2))
-        rows = [
-            {"image": {"bytes": png(1), "path": None}, "text": "one"},
-            {"image": {"bytes": None, "path": str(tmp_path / "b.png")}, "text": ["two", "zwei"]},
-            {"image": Image.new("RGB", (12, 10), (3, 0, 0)), "text": "three"},
-        ]
-        monkeypatch.setattr(hub, "load", lambda *_: rows)
-        source = hub.HuggingFace("some/set", "all", caption="{caption}.")
-        assert source.keys == ["train/00000000", "train/00000001", "train/00000002"]
-        assert [source[i].caption for i in range(3)] == ["one.", "two.", "three."]
-        assert [int(source[i].image_HWC[0, 0, 0]) for i in range(3)] == [1, 2, 3]
-        assert source[1].captions.every == ("two.", "zwei.")
+    @pytest.fixture(autouse=True)
+    def _own_cache(self, monkeypatch, tmp_path: Path) -> None:
+        import datasets
 
-    def test_rows_without_captions_are_all_named(self) -> None:
-        rows = [{"text": "x"}, {"text": None}, {"text": "  "}]
-        with pytest.raises(UserError, match=r"data.name=s: row 1 has no caption.*, row 2 has an empty caption; choose"):
-            hub.captions_of("s", rows, "text")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+        datasets.disable_progress_bars()
+
+    def test_a_folder_of_pictures(self, tmp_path: Path) -> None:
+        write_folder(tmp_path / "set", "a deep/b c")
+        rows = [{"file_name": f"{name}.png", "text": f"of {name}"} for name in ("c", "a", "deep/b")]
+        (tmp_path / "set" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        source = HuggingFace(str(tmp_path / "set"), "all", caption="{caption}.")
+        assert source.keys == [f"train/{i:08d}" for i in range(3)]
+        # The library orders files by name; png() draws the place among a, b, c as a shade of red.
+        found = {source[i].caption: int(source[i].image_HWC[0, 0, 0]) for i in range(3)}
+        assert found == {"of a.": 0, "of deep/b.": 1, "of c.": 2}
+        parts = [HuggingFace(str(tmp_path / "set"), split, held_out=0.4).keys for split in ("train", "validation")]
+        assert sorted(chain(*parts)) == source.keys
+
+    def test_a_saved_data_set_with_other_columns(self, tmp_path: Path) -> None:
+        """Its pictures lie inside it; several captions a row."""
+        import datasets
+
+        write_folder(tmp_path / "in", "a b")
+        columns = {"photo": [str(tmp_path / "in" / f"{name}.png") for name in "ab"], "said": [["x"], ["two", "zwei"]]}
+        rows = datasets.Dataset.from_dict(columns).cast_column("photo", datasets.Image())
+        datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "many")
+        rows.save_to_disk(tmp_path / "one")
+        for file in (tmp_path / "in").iterdir():
+            file.unlink()
+        for name in ("many", "one"):
+            source = HuggingFace(str(tmp_path / name), "all", subset="test", image="photo", text="said")
+            assert [int(source[i].image_HWC[0, 0, 0]) for i in range(2)] == [0, 1]
+            assert source[1].captions.every == ("two", "zwei")
+
+    @pytest.mark.parametrize(
+        ("options", "complaint"),
+        [
+            ({"text": "words"}, r"data\.text=words: .* has the columns image, text, number"),
+            ({"image": "number"}, r"data\.image=number: this column of .* holds no pictures"),
+            ({"subset": "tset"}, r"data\.name=.*: cannot be loaded \(.*tset"),
+            ({}, r"data\.name=.*: row 1 has no caption.*, row 2 has an empty caption; choose data\.text=COLUMN"),
+        ],
+    )
+    def test_what_is_wrong_with_a_data_set_is_told(self, options, complaint: str, tmp_path: Path) -> None:
+        self.saved(tmp_path, [png(), png(), png()], ["x", None, " "])
+        with pytest.raises(UserError, match=complaint):
+            HuggingFace(str(tmp_path / "set"), "all", **options)
+
+    def test_rows_without_a_picture_are_named(self, tmp_path: Path) -> None:
+        self.saved(tmp_path, [png(), None, b"x", png()], ["x"] * 4)
+        with pytest.raises(UserError, match=r"2 files cannot be read .*set row 1 \(the row has no picture\), .*row 2"):
+            readable(HuggingFace(str(tmp_path / "set"), "all"))
+
+    def saved(self, tmp_path: Path, pictures: list, texts: list) -> None:
+        import datasets
+
+        rows = [{"bytes": content, "path": None} if content else None for content in pictures]
+        columns = {"image": rows, "text": texts, "number": list(range(len(rows)))}
+        features = {"image": datasets.Image(), "text": datasets.Value("string"), "number": datasets.Value("int32")}
+        set_ = datasets.Dataset.from_dict(columns, datasets.Features(features))
+        datasets.DatasetDict({"train": set_}).save_to_disk(tmp_path / "set")
+
+    def test_nothing_there_is_told(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=r"data\.name=.*nowhere: cannot be loaded \("):
+            HuggingFace(str(tmp_path / "nowhere"), "all")
 
     def test_without_the_library_the_extra_is_named(self, monkeypatch) -> None:
-        monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+        monkeypatch.setitem(sys.modules, "datasets", None)
         with pytest.raises(UserError, match=r"needs the library 'datasets'.*pip install -e '\.\[datasets\]'"):
-            hub.HuggingFace("some/set", "all")
+            HuggingFace("some/set", "all")
 
 
 class TestMix:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from sdft.data.captions import Captions, Tags, checked_template, checked_texts
 from sdft.data.dataset import Sample
 from sdft.data.decode import Encoded
 from sdft.data.problems import listed
+from sdft.data.record import stamp_of
 from sdft.data.sources import metadata
 from sdft.data.sources.splits import Split, places_of
 from sdft.types import Fraction, NonNegative, UserError
@@ -50,7 +52,7 @@ class Folder:
     def encoded(self, index: int) -> Encoded:
         """The picture as its file holds it."""
         file = self.root / self.keys[index]
-        return Encoded(str(file), file.read_bytes)
+        return Encoded(str(file), file.read_bytes, partial(stamp_of, file))
 
     def __getitem__(self, index: int) -> Sample:
         captions = Captions(*self._texts[index], self.template, self.tags)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,14 @@ from sdft.data.sources import metadata
 from sdft.data.sources.splits import Split, places_of
 from sdft.types import Fraction, NonNegative, UserError
 
+SAVED = ("state.json", "dataset_dict.json")
+"""What `save_to_disk` leaves in a folder."""
+
 
 class HuggingFace:
     """Rows of a data set that hold a picture and a caption.
 
-    name: a hub id or a local folder, as `datasets.load_dataset` takes it.
+    name: a hub id, or a folder: of pictures with a table, or one that `save_to_disk` has written.
     split: `train`, `validation` or `all`: parts of the rows of `subset`, chosen by row.
     subset: the split of the data set that the rows come from.
     config: the data set's own configuration, where it has several.
@@ -60,29 +62,36 @@ class HuggingFace:
         return Sample(self.keys[index], self.encoded(index), captions.plain, self.loss_weight, captions=captions)
 
 
-def load(name: str, config: str | None, subset: str, image: str, text: str) -> Sequence[Mapping[str, Any]]:
-    """The rows of a data set, their pictures not decoded."""
+def load(name: str, config: str | None, subset: str, image: str, text: str) -> Any:
+    """The rows of a data set (`datasets.Dataset`), their pictures not decoded."""
     try:
         import datasets
     except ImportError:
         raise UserError(
             "data=huggingface needs the library 'datasets', which is not installed: pip install -e '.[datasets]'"
         ) from None
+    folder = Path(name).expanduser()
     try:
-        rows = datasets.load_dataset(name, config, split=subset)
+        if any((folder / file).is_file() for file in SAVED):
+            saved = datasets.load_from_disk(folder)
+            rows = saved[subset] if isinstance(saved, datasets.DatasetDict) else saved
+        else:
+            rows = datasets.load_dataset(str(folder) if folder.is_dir() else name, config, split=subset)
     except Exception as error:  # every kind of network, format and permission trouble comes through here
         raise UserError(f"data.name={name}: cannot be loaded ({' '.join(str(error).split())})") from error
     for key, column in (("image", image), ("text", text)):
         if column not in rows.column_names:
             raise UserError(f"data.{key}={column}: {name} has the columns {', '.join(rows.column_names)}")
-    return rows.cast_column(image, datasets.Image(decode=False))
+    try:
+        return rows.cast_column(image, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's are kinds of these
+        raise UserError(f"data.image={image}: this column of {name} holds no pictures") from error
 
 
-def captions_of(name: str, rows: Sequence[Mapping[str, Any]], column: str) -> list[metadata.Texts]:
+def captions_of(name: str, rows: Mapping[str, Sequence[Any]], column: str) -> list[metadata.Texts]:
     """The captions of every row. Raises UserError with every row that has none."""
     found, wrong = [], []
-    values = rows[column] if hasattr(rows, "column_names") else [row[column] for row in rows]
-    for place, value in enumerate(values):
+    for place, value in enumerate(rows[column]):
         try:
             found.append(metadata.texts_of({"text": value}))
         except ValueError as error:
@@ -92,15 +101,8 @@ def captions_of(name: str, rows: Sequence[Mapping[str, Any]], column: str) -> li
     return found
 
 
-def stored(value: Any) -> bytes:
-    """The bytes of a picture as a row holds it: undecoded, a path, or a picture."""
-    if isinstance(value, Mapping):
-        return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
-    if isinstance(value, bytes):
-        return value
-    save: Callable[..., None] | None = getattr(value, "save", None)
-    if save is None:
-        raise OSError(f"a column of {type(value).__name__} holds no picture")
-    file = io.BytesIO()
-    save(file, "PNG")
-    return file.getvalue()
+def stored(value: Mapping[str, Any] | None) -> bytes:
+    """The bytes of a picture as a row holds it, which may be the path of a file."""
+    if value is None:
+        raise OSError("the row has no picture")
+    return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()

@@ -95,4 +95,8 @@ def parquet_rows(table: Path) -> list[Mapping[str, Any]]:
             f"data.root: {table} needs pyarrow, which is not installed: pip install -e '.[datasets]', or write the "
             "table as metadata.jsonl"
         ) from None
-    return parquet.read_table(table).to_pylist()
+    try:
+        return parquet.read_table(table).to_pylist()
+    except (ValueError, OSError) as error:  # pyarrow's errors are kinds of these
+        told = " ".join(str(error).split())
+        raise UserError(f"data.root: {table} is no parquet table ({told}); repair or remove it") from error

@@ -18,6 +18,7 @@ from sdft.data.captions import Captions, Tags, checked_template, checked_texts
 from sdft.data.dataset import Sample
 from sdft.data.decode import Encoded
 from sdft.data.problems import listed
+from sdft.data.record import stamp_of
 from sdft.data.sources import metadata
 from sdft.data.sources.folder import IMAGE_SUFFIXES
 from sdft.data.sources.splits import Split, places_of
@@ -26,7 +27,7 @@ from sdft.types import Fraction, NonNegative, UserError
 INDEX_SUFFIX = ".index.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """Where a sample lies in its shard, and what it is called there."""
 
@@ -61,6 +62,7 @@ class Shards:
         self.loss_weight, self.tags = loss_weight, tags
         self.template = checked_template("data.caption", caption)
         self.files = [local(url, cache_dir) for url in expand(shards)]
+        self._stamps = [stamp_of(file) for file in self.files]
         placed = [(number, entry) for number, file in enumerate(self.files) for entry in entries_of(file)]
         self._check(placed, default_caption)
         keys = [entry.key for _, entry in placed]
@@ -74,7 +76,12 @@ class Shards:
         """The picture as its shard holds it."""
         number, entry = self._placed[index]
         file = self.files[number]
-        return Encoded(f"{file}:{entry.member}", lambda: read_range(file, entry.offset, entry.size))
+        stamp = self._stamps[number]
+        return Encoded(
+            f"{file}:{entry.member}",
+            lambda: read_range(file, entry.offset, entry.size),
+            lambda: f"{stamp} {entry.offset} {entry.size}" if stamp else None,
+        )
 
     def __getitem__(self, index: int) -> Sample:
         _, entry = self._placed[index]
@@ -101,11 +108,11 @@ class Shards:
 
 def expand(shards: str) -> list[str]:
     """Every path or command of a brace pattern."""
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         return [url for pattern in shards.split("::") for url in braceexpand(pattern)]
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise UserError(f"data.shards={shards}: a brace is not closed ({error})") from error
 
 
@@ -153,7 +160,10 @@ def entries_of(file: Path) -> list[Entry]:
     try:
         kept = json.loads(index.read_text(encoding="utf-8"))
         if kept["of"] == stamp:
-            return [Entry(*place, tuple(texts), tuple(weights)) for *place, texts, weights in kept["samples"]]
+            return [
+                Entry(key, member, offset, size, tuple(texts), tuple(weights))
+                for key, member, offset, size, texts, weights in kept["samples"]
+            ]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none, an old one or a broken one: the shard itself is read
     entries = read_shard(file)
