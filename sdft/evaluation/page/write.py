@@ -30,12 +30,12 @@ SCRIPTS = ("elements", "pictures", "grid", "enlarge", "tables", "charts", "bradl
 
 LONGEST = 256
 """Side of an embedded picture at most, in pixels; the page loads the full file, by its path, when it is enlarged."""
-PIXELS = 75_000_000
-"""Of all embedded pictures together. More than 1,144 pictures are embedded smaller, so that a page stays below 45 MB:
-a pixel takes 0.1 to 0.4 bytes in WebP of this quality, and a third more in base64."""
+PIXELS = 70_000_000
+"""Of all embedded pictures together. More than 1,068 are embedded smaller, so that a page stays at about 40 MB:
+a pixel takes 0.1 to 0.4 bytes in WebP of this quality, and base64 a third more."""
 QUALITY = 78
 LOSSLESS = 4
-"""How many times more a pixel takes without loss: a picture so much smaller than the others' limit is embedded whole."""
+"""How many times more a pixel takes without loss: a picture so much smaller than the limit is embedded whole."""
 
 
 def write_page(path: Path, results: Results) -> None:
