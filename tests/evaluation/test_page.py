@@ -322,6 +322,9 @@ def test_a_heat_map_leads_to_its_pictures(open_page, tmp_path: Path) -> None:
     assert page.locator("#grid tbody th").all_text_contents() == ["4", "16"]
     assert page.locator("#grid thead th").all_text_contents() == ["0.0001", "0.001"]
     assert len(shown(page)) == 4
+    # Rank and rate tell the subjects apart; their names would only repeat them.
+    groups = page.locator("#filters > div").evaluate_all("all => all.map(group => group.getAttribute('aria-label'))")
+    assert groups == ["Filter by prompt", "Filter by rank", "Filter by optimizer.lr"]
     cells = page.locator(".heat")
     assert [text.split()[0] for text in cells.all_inner_texts()] == ["0.000", "0.200", "0.400", "0.600"]
     assert "best" in cells.nth(3).inner_text()

@@ -80,7 +80,7 @@ function buildFilters() {
   at("filters").replaceChildren(...tellingAxes.map((name) => {
     const chips = axes.get(name).values.map((value) => chip(name, value));
     return make("div", { className: "chips", role: "group", "aria-label": `Filter by ${name}` },
-      make("span", { className: "note" }, name), chips);
+      make("span", { className: "note" }, name), make("div", {}, chips));
   }));
 }
 

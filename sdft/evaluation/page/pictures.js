@@ -24,7 +24,7 @@ for (const name of new Set(results.subjects.flatMap((subject) => Object.keys(sub
   const values = [...new Set(results.subjects.map(varied))];
   if (values.every(Number.isFinite)) values.sort((a, b) => a - b);
   // A sweep may vary the seed of training, while the pictures have seeds of their own.
-  addAxis(axes.has(name) ? `${name} of the subject` : name, values, (picture) => varied(subjects.get(picture.subject)));
+  addAxis(axes.has(name) ? `subject's ${name}` : name, values, (picture) => varied(subjects.get(picture.subject)));
 }
 
 function addAxis(name, values, of) {

@@ -115,10 +115,13 @@ function showScores() {
   if (rated.length === 0) return at("scores").replaceChildren();
   const ends = rated.flatMap(({ low, high }) => [low, high]);
   const percent = (score) => `${Math.round(100 * logistic(score))} %`;
-  const rows = rated.map(({ subject, score, low, high, preferred, votes }) => [subject, `${percent(score)} (${percent(low)} to ${percent(high)})`,
-    whisker({ value: score, low, high }, Math.min(...ends), Math.max(...ends)), `${written(preferred)} of ${votes}`]);
-  const chance = "chance to be preferred to an average subject (95 %)";
-  return at("scores").replaceChildren(plainTable(["subject", chance, "", "preferred, draws as half"], rows));
+  const rows = rated.map(({ subject, score, low, high, preferred, votes }) => {
+    const line = whisker({ value: score, low, high }, Math.min(...ends), Math.max(...ends));
+    const interval = make("small", {}, `${percent(low)} to ${percent(high)}`);
+    return [subject, make("div", {}, make("b", {}, percent(score)), line, interval), `${written(preferred)} of ${votes}`];
+  });
+  return at("scores").replaceChildren(plainTable(["subject", "chance to win", "votes won"], rows), make("p", { className: "note" },
+    "Chance to be preferred to an average subject, with its 95 % interval; no preference is half a vote for each."));
 }
 
 function exported() {
