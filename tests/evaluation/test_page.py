@@ -361,7 +361,7 @@ def test_a_blind_vote_is_kept_and_exported(open_page, report: Path) -> None:
     for given in exported["votes"]:
         assert given["left"]["subject"] != given["right"]["subject"]
         assert (report.parent / given["left"]["path"]).is_file()
-    assert sum(score["preferred"] for score in exported["scores"]) == 5
+    assert sum(score["won"] for score in exported["scores"]) == 5
     assert page.locator("#scores tbody tr").count() == len(exported["scores"])
     page.reload()
     assert votes_in(page)["votes"] == exported["votes"]

@@ -4,8 +4,8 @@
  * wins[i][j]: how often i was preferred to j; a vote without preference counts half for each.
  * Gives {score, low, high} for each: log-strengths around their mean, with Wald intervals of 95 %.
  *
- * i is preferred to j with probability 1 / (1 + exp(s_j - s_i)). To the log-likelihood comes one draw of each against an
- * opponent of strength 0: without it, one who won every vote so far would be infinitely strong.
+ * i is preferred to j with probability 1 / (1 + exp(s_j - s_i)). To the log-likelihood comes one draw of each against
+ * an opponent of strength 0: without it, one who won every vote so far would be infinitely strong.
  */
 function bradleyTerry(wins) {
   const strengths = wins.map(() => 0);

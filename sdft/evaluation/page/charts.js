@@ -5,10 +5,13 @@ const MANY = 12;
 /** A dot with its interval on a line from `low` to `high`. */
 function whisker(estimate, low, high) {
   const x = (value) => (high > low ? 3 + (94 * (value - low)) / (high - low) : 50);
-  const line = Number.isFinite(estimate.low) && Number.isFinite(estimate.high)
-    ? [draw("line", { x1: x(estimate.low), x2: x(estimate.high), y1: 5, y2: 5, class: "interval" })] : [];
-  const dot = Number.isFinite(estimate.value) ? [draw("circle", { cx: x(estimate.value), cy: 5, r: 3, class: "dot" })] : [];
-  return draw("svg", { viewBox: "0 0 100 10", class: "whisker", "aria-hidden": "true" }, line, dot);
+  const bar = hasInterval(estimate) ? [line("interval", x(estimate.low), 5, x(estimate.high), 5)] : [];
+  const dot = draw("circle", { cx: x(estimate.value), cy: 5, r: 3, class: "dot" });
+  return draw("svg", { viewBox: "0 0 100 10", class: "whisker", "aria-hidden": "true" }, bar, dot);
+}
+
+function line(name, x1, y1, x2, y2) {
+  return draw("line", { class: name, x1, y1, x2, y2 });
 }
 
 function showTradeoff() {
@@ -17,7 +20,6 @@ function showTradeoff() {
   const points = tradeoffPoints(tradeoff);
   if (points.length === 0) return;
   at("tradeoff").hidden = false;
-  at("tradeoff-note").textContent = "Filled: no other subject is better in both. Ringed: the one to keep. Lines are 95 % intervals.";
   // Drawn in real pixels and anew for each width, so that its letters stay readable on a phone.
   new ResizeObserver(([{ contentRect }]) => {
     if (contentRect.width > 0) at("plot").replaceChildren(tradeoffPlot(tradeoff, points, contentRect.width));
@@ -25,9 +27,14 @@ function showTradeoff() {
 }
 
 function tradeoffPoints({ x, y, front, recommended }) {
-  return [...subjects.keys()]
-    .map((name) => ({ name, x: figureOf(name, x), y: figureOf(name, y), front: front.includes(name), kept: name === recommended }))
-    .filter((point) => Number.isFinite(point.x?.value) && Number.isFinite(point.y?.value));
+  const point = (name) => ({
+    name,
+    x: figureOf(name, x),
+    y: figureOf(name, y),
+    front: front.includes(name),
+    kept: name === recommended,
+  });
+  return [...subjects.keys()].map(point).filter((point) => Number.isFinite(point.x?.value) && Number.isFinite(point.y?.value));
 }
 
 function tradeoffPlot(tradeoff, points, width) {
@@ -38,14 +45,18 @@ function tradeoffPlot(tradeoff, points, width) {
   const front = points.filter((point) => point.front).sort((a, b) => a.x.value - b.x.value);
   const path = front.map((point) => `${across.to(point.x.value)},${up.to(point.y.value)}`).join(" ");
   const best = front.map(({ name }) => name).join(", ");
-  const svg = draw("svg", { width, height, role: "img", "aria-label": `${labelOf(tradeoff.y)} against ${labelOf(tradeoff.x)}; on the front: ${best}` },
+  const said = `${labelOf(tradeoff.y)} against ${labelOf(tradeoff.x)}; on the front: ${best}`;
+  return draw("svg", { width, height, role: "img", "aria-label": said },
     axisLines(across, up, frame),
-    draw("text", { x: (frame.left + frame.right) / 2, y: height - 10, class: "axis-name", "text-anchor": "middle" }, labelOf(tradeoff.x, true)),
-    draw("text", { class: "axis-name", "text-anchor": "middle", transform: `translate(14 ${(frame.top + frame.bottom) / 2}) rotate(-90)` }, labelOf(tradeoff.y, true)),
+    axisName(labelOf(tradeoff.x, true), `translate(${(frame.left + frame.right) / 2} ${height - 10})`),
+    axisName(labelOf(tradeoff.y, true), `translate(14 ${(frame.top + frame.bottom) / 2}) rotate(-90)`),
     draw("polyline", { points: path, class: "front" }),
-    points.map((point) => mark(point, across, up)));
-  svg.append(...labels(points, across, up, frame));
-  return svg;
+    points.map((point) => mark(point, across, up)),
+    labels(points, across, up, frame));
+}
+
+function axisName(text, transform) {
+  return draw("text", { class: "axis-name", "text-anchor": "middle", transform }, text);
 }
 
 function labelOf(name, direction = false) {
@@ -73,12 +84,12 @@ function axisLines(across, up, frame) {
   const lines = [];
   for (const tick of across.ticks) {
     const x = across.to(tick);
-    lines.push(draw("line", { x1: x, x2: x, y1: frame.top, y2: frame.bottom, class: "ruled" }),
+    lines.push(line("ruled", x, frame.top, x, frame.bottom),
       draw("text", { x, y: frame.bottom + 18, "text-anchor": "middle", class: "tick" }, fixed(tick, across.digits)));
   }
   for (const tick of up.ticks) {
     const y = up.to(tick);
-    lines.push(draw("line", { x1: frame.left, x2: frame.right, y1: y, y2: y, class: "ruled" }),
+    lines.push(line("ruled", frame.left, y, frame.right, y),
       draw("text", { x: frame.left - 8, y: y + 4, "text-anchor": "end", class: "tick" }, fixed(tick, up.digits)));
   }
   return lines;
@@ -87,11 +98,12 @@ function axisLines(across, up, frame) {
 function mark(point, across, up) {
   const [x, y] = [across.to(point.x.value), up.to(point.y.value)];
   const bars = [];
-  if (Number.isFinite(point.x.low)) bars.push(draw("line", { x1: across.to(point.x.low), x2: across.to(point.x.high), y1: y, y2: y, class: "interval" }));
-  if (Number.isFinite(point.y.low)) bars.push(draw("line", { x1: x, x2: x, y1: up.to(point.y.low), y2: up.to(point.y.high), class: "interval" }));
+  if (hasInterval(point.x)) bars.push(line("interval", across.to(point.x.low), y, across.to(point.x.high), y));
+  if (hasInterval(point.y)) bars.push(line("interval", x, up.to(point.y.low), x, up.to(point.y.high)));
   const ring = point.kept ? [draw("circle", { cx: x, cy: y, r: 10, class: "kept" })] : [];
   const title = draw("title", {}, `${point.name}: ${fixed(point.x.value, 4)}, ${fixed(point.y.value, 4)}`);
-  return draw("g", { class: point.front ? "point" : "point beaten" }, bars, ring, draw("circle", { cx: x, cy: y, r: 5, class: "dot" }), title);
+  const dot = draw("circle", { cx: x, cy: y, r: 5, class: "dot" });
+  return draw("g", { class: point.front ? "point" : "point beaten" }, bars, ring, dot, title);
 }
 
 /** Names beside their dots, the kept one and the front first; one that finds no free place is told by its tooltip. */
@@ -106,12 +118,13 @@ function labels(points, across, up, frame) {
     const text = point.name.length > 24 ? `${point.name.slice(0, 23)}…` : point.name;
     const wide = text.length * 7.4;
     const [right, left] = [x + 8, x - 8 - wide];
-    const tries = [[right, y - 22], [left, y - 22], [right, y + 8], [left, y + 8], [right, y - 38], [left, y - 38], [right, y + 24], [left, y + 24]];
-    const free = tries.map(([start, top]) => box(start, top, wide, 14)).find((area) =>
-      area.left >= frame.left && area.right <= frame.right && area.top >= 0 && !taken.some((other) => overlap(area, other)));
+    const tries = [-22, 8, -38, 24].flatMap((off) => [box(right, y + off, wide, 14), box(left, y + off, wide, 14)]);
+    const inside = (area) => area.left >= frame.left && area.right <= frame.right && area.top >= 0;
+    const free = tries.find((area) => inside(area) && !taken.some((other) => overlap(area, other)));
     if (!free) continue;
     taken.push(free);
-    placed.push(draw("text", { x: free.left, y: free.top + 12, class: point.kept ? "label kept-label" : "label" }, text));
+    const name = point.kept ? "label kept-label" : "label";
+    placed.push(draw("text", { x: free.left, y: free.top + 12, class: name }, text));
   }
   return placed;
 }
@@ -142,18 +155,21 @@ function heatMap(map) {
   const square = (row, column) => {
     const cell = map.cells.find((one) => one.row === row && one.column === column);
     if (!cell || !Number.isFinite(cell.value)) return make("td", { className: "empty" }, NONE);
-    const interval = Number.isFinite(cell.low) ? `${fixed(cell.low, digits)} to ${fixed(cell.high, digits)}` : "";
     const button = make("button", { type: "button", className: "heat", title: "Show its pictures" },
-      make("b", {}, fixed(cell.value, digits)), cell.value === best ? [" ", make("span", { className: "best" }, "best")] : null,
-      make("small", {}, interval));
+      make("b", {}, fixed(cell.value, digits)), cell.value === best ? bestMark() : null,
+      make("small", {}, interval(cell, digits)));
     // Half of the colour at most: the figures stay readable on it in both themes.
     const heat = high > low ? (cell.value - low) / (high - low) : 0.5;
     button.style.setProperty("--heat", `${Math.round(5 + 45 * heat)}%`);
     button.addEventListener("click", () => showOnly([[map.row_name, row], [map.column_name, column]]));
     return make("td", {}, button);
   };
-  const caption = make("caption", { title: metric.meaning }, make("b", {}, metric.label), ` ${ARROWS[metric.better] ?? ""}`);
-  const head = make("tr", {}, make("th", {}, `${map.row_name} ↓ ${map.column_name} →`), columns.map((c) => make("th", { scope: "col" }, written(c))));
-  const body = order("row").map((row) => make("tr", {}, make("th", { scope: "row" }, written(row)), columns.map((column) => square(row, column))));
-  return make("div", { className: "wide" }, make("table", { className: "map" }, caption, make("thead", {}, head), make("tbody", {}, body)));
+  const direction = ` ${ARROWS[metric.better] ?? ""}`;
+  const head = make("tr", {}, make("th", {}, `${map.row_name} ↓ ${map.column_name} →`),
+    columns.map((column) => make("th", { scope: "col" }, written(column))));
+  const body = order("row").map((row) => make("tr", {}, make("th", { scope: "row" }, written(row)),
+    columns.map((column) => square(row, column))));
+  return make("div", { className: "wide" }, make("table", { className: "map" },
+    make("caption", { title: metric.meaning }, make("b", {}, metric.label), direction),
+    make("thead", {}, head), make("tbody", {}, body)));
 }

@@ -77,8 +77,11 @@ function duration(seconds) {
   return minutes < 60 ? `${minutes} min` : `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
-/** An estimate in words: the value and, where there is one, its interval. */
-function ranged(estimate, digits) {
-  if (!Number.isFinite(estimate.low) || !Number.isFinite(estimate.high)) return fixed(estimate.value, digits);
-  return `${fixed(estimate.value, digits)} (${fixed(estimate.low, digits)} to ${fixed(estimate.high, digits)})`;
+function hasInterval({ low, high }) {
+  return Number.isFinite(low) && Number.isFinite(high);
+}
+
+/** "0.28 to 0.32", or nothing where one number is all there is. */
+function interval(estimate, digits) {
+  return hasInterval(estimate) ? `${fixed(estimate.low, digits)} to ${fixed(estimate.high, digits)}` : "";
 }

@@ -41,8 +41,9 @@ function buildGridControls() {
   const size = make("input", { type: "range", min: 48, max: 512, step: 8, value: fittingSize() });
   size.addEventListener("input", () => setSize(Number(size.value)));
   setSize(Number(size.value));
-  const measured = [...metrics.values()].filter(({ name }) => results.pictures.some((p) => Object.hasOwn(p.figures, name)));
-  const figure = choice("Shown figure", [[null, "none"], ...measured.map(({ name, label }) => [name, label])], layout.figure, (name) => {
+  const isMeasured = ({ name }) => results.pictures.some((picture) => Object.hasOwn(picture.figures, name));
+  const measured = [...metrics.values()].filter(isMeasured).map(({ name, label }) => [name, label]);
+  const figure = choice("Shown figure", [[null, "none"], ...measured], layout.figure, (name) => {
     layout.figure = name;
     showGrid();
   });
@@ -125,9 +126,11 @@ function showGrid() {
 function gridTable(rows, columns, cells) {
   const inside = tellingAxes.filter((name) => name !== layout.rows && name !== layout.columns);
   const open = inside.filter((name) => usedValues(name).length > 1);
-  const heading = (value, scope) => make("th", { scope }, make("div", { dir: "auto", title: written(value) }, written(value)));
+  const heading = (value, scope) =>
+    make("th", { scope }, make("div", { dir: "auto", title: written(value) }, written(value)));
   const corner = layout.rows === null ? [] : [make("td", { className: "corner" })];
-  const head = layout.columns === null ? [] : [make("thead", {}, make("tr", {}, corner, columns.map((value) => heading(value, "col"))))];
+  const headings = columns.map((value) => heading(value, "col"));
+  const head = layout.columns === null ? [] : [make("thead", {}, make("tr", {}, corner, headings))];
   const body = rows.map((row) => make("tr", {},
     layout.rows === null ? [] : heading(row, "row"),
     columns.map((column) => cell(cells.get(row)?.get(column) ?? [], open)),

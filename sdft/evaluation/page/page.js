@@ -29,21 +29,23 @@ function showLead() {
   document.title = results.title;
   at("title").textContent = results.title;
   const { recommended, reason } = results.tradeoff ?? {};
+  const say = (...words) => at("lead").append(make("p", { className: "verdict" }, ...words));
   if (recommended) {
-    at("lead").append(make("p", { className: "verdict" }, "Keep ", make("b", { dir: "auto" }, recommended), "."),
-      make("p", { dir: "auto" }, reason));
+    say("Keep ", make("b", { dir: "auto" }, recommended), ".");
+    at("lead").append(make("p", { dir: "auto" }, reason));
   } else if (results.verdicts.length > 0) {
     const found = results.verdicts.filter((verdict) => judged(verdict).kind !== "same").length;
-    at("lead").append(make("p", { className: "verdict" }, `${found} of ${results.verdicts.length} differences can be told from chance.`));
+    say(`${found} of ${results.verdicts.length} differences can be told from chance.`);
   } else {
     const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
-    at("lead").append(make("p", { className: "verdict" }, `${count(results.pictures.length, "picture")} of ${count(subjects.size, "subject")}.`));
+    say(`${count(results.pictures.length, "picture")} of ${count(subjects.size, "subject")}.`);
   }
 }
 
 function listContents() {
   const shown = [...document.querySelectorAll("main > section:not([hidden])")];
-  at("contents").replaceChildren(...shown.map((section) => make("a", { href: `#${section.id}` }, section.querySelector("h2").textContent)));
+  at("contents").replaceChildren(...shown.map((section) =>
+    make("a", { href: `#${section.id}` }, section.querySelector("h2").textContent)));
 }
 
 setTheme(kept(THEME) ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));

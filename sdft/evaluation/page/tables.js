@@ -14,8 +14,13 @@ function bestOf(metric, values) {
   return metric.better === "higher" ? Math.max(...known) : Math.min(...known);
 }
 
+function bestMark() {
+  return [" ", make("span", { className: "best" }, "best")];
+}
+
 function showFigures() {
-  const measured = [...metrics.values()].filter(({ name }) => [...subjects.keys()].some((subject) => figureOf(subject, name)));
+  const isMeasured = ({ name }) => [...subjects.keys()].some((subject) => figureOf(subject, name));
+  const measured = [...metrics.values()].filter(isMeasured);
   const keysOf = (field) => [...new Set(results.subjects.flatMap((subject) => Object.keys(subject[field])))];
   const columns = [
     ...keysOf("varied").map(variedColumn),
@@ -49,12 +54,10 @@ function metricColumn(metric) {
   const cell = (subject) => {
     const estimate = figureOf(subject.name, metric.name);
     if (!Number.isFinite(estimate?.value)) return [NONE];
-    const number = make("b", {}, fixed(estimate.value, digits));
-    const interval = Number.isFinite(estimate.low) ? `${fixed(estimate.low, digits)} to ${fixed(estimate.high, digits)}` : "";
     return [
-      make("div", {}, number, estimate.value === best ? [" ", make("span", { className: "best" }, "best")] : null),
+      make("div", {}, make("b", {}, fixed(estimate.value, digits)), estimate.value === best ? bestMark() : null),
       whisker(estimate, Math.min(...ends), Math.max(...ends)),
-      make("small", {}, interval),
+      make("small", {}, interval(estimate, digits)),
     ];
   };
   return { label: metric.label, hint: ARROWS[metric.better] ?? "", title: metric.meaning, value, cell };
@@ -74,8 +77,9 @@ function sortableTable(columns) {
     });
     return heading;
   });
-  const fill = (rows) => body.replaceChildren(...rows.map((subject) => make("tr", {},
-    make("th", { scope: "row", dir: "auto" }, subject.name), columns.map(({ cell }) => make("td", {}, cell(subject))))));
+  const row = (subject) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, subject.name),
+    columns.map(({ cell }) => make("td", {}, cell(subject))));
+  const fill = (ordered) => body.replaceChildren(...ordered.map(row));
   fill(results.subjects);
   return make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "subject"), headings)), body);
 }
@@ -104,13 +108,15 @@ function showVerdicts() {
   at("verdicts").hidden = false;
   const lines = results.verdicts.map((verdict) => {
     const { sign, word, kind } = judged(verdict);
-    return make("li", {}, make("span", { className: `sign ${kind}`, title: word, role: "img", "aria-label": word }, sign),
-      make("span", { dir: "auto" }, verdict.sentence));
+    const look = { className: `sign ${kind}`, title: word, role: "img", "aria-label": word };
+    return make("li", {}, make("span", look, sign), make("span", { dir: "auto" }, verdict.sentence));
   });
   const heads = ["subject", "against", "figure", "difference", "p (Holm)", "effect size", "would have shown", "pairs"];
   const rows = results.verdicts.map((v) => {
     const digits = decimals([v.difference.value, v.difference.low, v.difference.high]);
-    return [v.subject, v.baseline, metrics.get(v.metric)?.label ?? v.metric, ranged(v.difference, digits), fixed(v.p, 3),
+    const ends = interval(v.difference, digits);
+    const difference = fixed(v.difference.value, digits) + (ends && ` (${ends})`);
+    return [v.subject, v.baseline, metrics.get(v.metric)?.label ?? v.metric, difference, fixed(v.p, 3),
       fixed(v.effect, 2), fixed(v.detectable, digits), v.num_pairs];
   });
   at("verdict-list").replaceChildren(
@@ -131,5 +137,6 @@ function plainTable(heads, rows) {
 function showAbout() {
   const rows = results.subjects.map(({ name, kind, source }) => [name, kind, source]);
   at("subjects").replaceChildren(plainTable(["subject", "what", "from"], rows));
-  at("shared").replaceChildren(...terms(Object.entries(results.settings).map(([name, value]) => [name, written(value)])));
+  const shared = Object.entries(results.settings).map(([name, value]) => [name, written(value)]);
+  at("shared").replaceChildren(...terms(shared));
 }

@@ -1,7 +1,9 @@
 // The blind vote: which pairs are asked, what was answered, what follows from it.
 
 const STORE = `sdft vote ${results.id}`;
-const KEYS = { 1: "left", ArrowLeft: "left", 2: "right", ArrowRight: "right", 0: "tie", ArrowUp: "tie", ArrowDown: "skip" };
+const KEYS = {
+  1: "left", ArrowLeft: "left", 2: "right", ArrowRight: "right", 0: "tie", ArrowUp: "tie", ArrowDown: "skip",
+};
 
 /** Numbers of two pictures, as they stood, and the choice: left, right, tie or skip. */
 let votes = storedVotes();
@@ -31,7 +33,7 @@ function pairName(one, other) {
   return one < other ? `${one} ${other}` : `${other} ${one}`;
 }
 
-/** All pairs of subjects on each place among the shown pictures that were not asked yet, shuffled and turned at random. */
+/** Pairs of subjects on the same place, among the shown pictures, not asked yet; shuffled and turned at random. */
 function pairsToAsk() {
   const asked = new Set(votes.map(({ left, right }) => pairName(left, right)));
   const shown = new Set(shownPictures());
@@ -58,7 +60,8 @@ function startVoting() {
 function ask() {
   const pair = waiting.at(-1);
   const done = pair === undefined;
-  at("ballot-count").textContent = done ? "Every pair has been asked." : `${votes.length} answered, ${waiting.length} to go`;
+  const progress = `${votes.length} answered, ${waiting.length} to go`;
+  at("ballot-count").textContent = done ? "Every pair has been asked." : progress;
   at("undo").disabled = votes.length === 0;
   for (const button of at("ballot").querySelectorAll("[data-choice]")) button.disabled = done;
   // The buttons are off, and keys only reach what has the focus.
@@ -92,7 +95,8 @@ function undo() {
 
 /** Scores of the subjects that were voted on, the best first. */
 function scores() {
-  const names = [...subjects.keys()].filter((name) => counted().some(({ left, right }) => subjectOf(left) === name || subjectOf(right) === name));
+  const voted = new Set(counted().flatMap(({ left, right }) => [subjectOf(left), subjectOf(right)]));
+  const names = [...subjects.keys()].filter((name) => voted.has(name));
   const wins = names.map(() => names.map(() => 0));
   for (const { left, right, choice } of counted()) {
     const [i, j] = [names.indexOf(subjectOf(left)), names.indexOf(subjectOf(right))];
@@ -100,9 +104,11 @@ function scores() {
     wins[j][i] += { left: 0, right: 1, tie: 0.5 }[choice];
   }
   const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
-  return bradleyTerry(wins)
-    .map((score, i) => ({ subject: names[i], ...score, preferred: sum(wins[i]), votes: sum(wins[i]) + sum(wins.map((row) => row[i])) }))
-    .sort((a, b) => b.score - a.score);
+  const rated = bradleyTerry(wins).map((score, i) => {
+    const [won, lost] = [sum(wins[i]), sum(wins.map((row) => row[i]))];
+    return { subject: names[i], ...score, won, votes: won + lost };
+  });
+  return rated.sort((a, b) => b.score - a.score);
 }
 
 const subjectOf = (index) => results.pictures[index].subject;
@@ -115,13 +121,16 @@ function showScores() {
   if (rated.length === 0) return at("scores").replaceChildren();
   const ends = rated.flatMap(({ low, high }) => [low, high]);
   const percent = (score) => `${Math.round(100 * logistic(score))} %`;
-  const rows = rated.map(({ subject, score, low, high, preferred, votes }) => {
-    const line = whisker({ value: score, low, high }, Math.min(...ends), Math.max(...ends));
-    const interval = make("small", {}, `${percent(low)} to ${percent(high)}`);
-    return [subject, make("div", {}, make("b", {}, percent(score)), line, interval), `${written(preferred)} of ${votes}`];
+  const rows = rated.map(({ subject, score, low, high, won, votes }) => {
+    const chance = make("div", {}, make("b", {}, percent(score)),
+      whisker({ value: score, low, high }, Math.min(...ends), Math.max(...ends)),
+      make("small", {}, `${percent(low)} to ${percent(high)}`));
+    return [subject, chance, `${written(won)} of ${votes}`];
   });
-  return at("scores").replaceChildren(plainTable(["subject", "chance to win", "votes won"], rows), make("p", { className: "note" },
-    "Chance to be preferred to an average subject, with its 95 % interval; no preference is half a vote for each."));
+  const note = "Chance to be preferred to an average subject, with its 95 % interval; "
+    + "no preference is half a vote for each.";
+  return at("scores").replaceChildren(plainTable(["subject", "chance to win", "votes won"], rows),
+    make("p", { className: "note" }, note));
 }
 
 function exported() {
@@ -130,7 +139,8 @@ function exported() {
     comparison: results.title,
     id: results.id,
     exported: new Date().toISOString(),
-    votes: votes.map(({ left, right, choice }) => ({ axes: results.pictures[left].axes, left: side(left), right: side(right), choice })),
+    votes: votes.map(({ left, right, choice }) =>
+      ({ axes: results.pictures[left].axes, left: side(left), right: side(right), choice })),
     scores: counted().length > 0 ? scores() : [],
   };
 }
@@ -156,8 +166,11 @@ function buildVote() {
     made.addEventListener("click", act);
     return made;
   };
-  at("vote-buttons").replaceChildren(button("start", "Start voting", startVoting), button("export", "Export as JSON", exportVotes),
-    button("forget", "Forget the votes", forgetVotes));
+  at("vote-buttons").replaceChildren(
+    button("start", "Start voting", startVoting),
+    button("export", "Export as JSON", exportVotes),
+    button("forget", "Forget the votes", forgetVotes),
+  );
   at("undo").addEventListener("click", undo);
   at("ballot-close").addEventListener("click", () => at("ballot").close());
   at("ballot").addEventListener("close", showScores);
