@@ -34,7 +34,8 @@ function tradeoffPoints({ x, y, front, recommended }) {
     front: front.includes(name),
     kept: name === recommended,
   });
-  return [...subjects.keys()].map(point).filter((point) => Number.isFinite(point.x?.value) && Number.isFinite(point.y?.value));
+  const isMeasured = ({ x, y }) => Number.isFinite(x?.value) && Number.isFinite(y?.value);
+  return [...subjects.keys()].map(point).filter(isMeasured);
 }
 
 function tradeoffPlot(tradeoff, points, width) {
