@@ -1,0 +1,64 @@
+// Puts the page together: title, verdict, theme, sections. Runs last.
+
+const THEME = "sdft theme";
+
+function kept(name) {
+  try {
+    return localStorage.getItem(name);
+  } catch {
+    return null;
+  }
+}
+
+function setTheme(theme) {
+  document.documentElement.dataset.theme = theme;
+  const other = theme === "dark" ? "light" : "dark";
+  at("theme").textContent = other === "dark" ? "Dark" : "Light";
+  at("theme").setAttribute("aria-label", `Switch to the ${other} theme`);
+  at("theme").onclick = () => {
+    setTheme(other);
+    try {
+      localStorage.setItem(THEME, other);
+    } catch {
+      // It lasts until the page closes.
+    }
+  };
+}
+
+function showLead() {
+  document.title = results.title;
+  at("title").textContent = results.title;
+  const { recommended, reason } = results.tradeoff ?? {};
+  const say = (...words) => at("lead").append(make("p", { className: "verdict" }, ...words));
+  if (recommended) {
+    say("Keep ", make("b", { dir: "auto" }, recommended), ".");
+    at("lead").append(make("p", { dir: "auto" }, reason));
+  } else if (results.verdicts.length > 0) {
+    const found = results.verdicts.filter((verdict) => judged(verdict).kind !== "same").length;
+    say(`${found} of ${results.verdicts.length} differences can be told from chance.`);
+  } else {
+    const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
+    say(`${count(results.pictures.length, "picture")} of ${count(subjects.size, "subject")}.`);
+  }
+}
+
+function listContents() {
+  const shown = [...document.querySelectorAll("main > section:not([hidden])")];
+  at("contents").replaceChildren(...shown.map((section) =>
+    make("a", { href: `#${section.id}` }, section.querySelector("h2").textContent)));
+}
+
+setTheme(kept(THEME) ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
+showLead();
+buildGridControls();
+buildFilters();
+showGrid();
+listenToGrid();
+listenToEnlarged();
+showFigures();
+showVerdicts();
+showTradeoff();
+showHeatMaps();
+buildVote();
+showAbout();
+listContents();

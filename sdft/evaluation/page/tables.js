@@ -1,0 +1,142 @@
+// The tables: figures with their intervals and costs, differences in words, what was compared.
+
+const LEVEL = 0.05;
+const ARROWS = { higher: "↑ higher is better", lower: "↓ lower is better" };
+
+function figureOf(subject, metric) {
+  return figures.get(subject)?.get(metric);
+}
+
+/** The highest or lowest value, whichever is better; null where neither direction is. */
+function bestOf(metric, values) {
+  const known = values.filter(Number.isFinite);
+  if (known.length < 2 || metric.better === null) return null;
+  return metric.better === "higher" ? Math.max(...known) : Math.min(...known);
+}
+
+function bestMark() {
+  return [" ", make("span", { className: "best" }, "best")];
+}
+
+function showFigures() {
+  const isMeasured = ({ name }) => [...subjects.keys()].some((subject) => figureOf(subject, name));
+  const measured = [...metrics.values()].filter(isMeasured);
+  const keysOf = (field) => [...new Set(results.subjects.flatMap((subject) => Object.keys(subject[field])))];
+  const columns = [
+    ...keysOf("varied").map(variedColumn),
+    ...measured.map(metricColumn),
+    ...keysOf("cost").map(costColumn),
+  ];
+  if (columns.length === 0) return;
+  at("figures").hidden = false;
+  at("figure-table").replaceChildren(sortableTable(columns));
+  at("meanings").replaceChildren(...terms(measured.map(({ label, meaning, better }) =>
+    [label, `${meaning} ${better ? `${ARROWS[better]}.` : "Neither direction is better."}`])));
+}
+
+/** A column: its heading, the value of a subject to sort by, and the cell that shows it. */
+function variedColumn(name) {
+  const value = (subject) => (Object.hasOwn(subject.varied, name) ? subject.varied[name] : null);
+  return { label: name, hint: "", value, cell: (subject) => [written(value(subject))] };
+}
+
+function costColumn(name) {
+  const value = (subject) => (Object.hasOwn(subject.cost, name) ? subject.cost[name] : null);
+  return { label: name, hint: "cost", value, cell: (subject) => [cost(name, value(subject))] };
+}
+
+function metricColumn(metric) {
+  const row = results.subjects.map(({ name }) => figureOf(name, metric.name)).filter((estimate) => estimate);
+  const ends = row.flatMap(({ value, low, high }) => [value, low, high]).filter(Number.isFinite);
+  const digits = decimals(ends);
+  const best = bestOf(metric, row.map(({ value }) => value));
+  const value = ({ name }) => figureOf(name, metric.name)?.value ?? null;
+  const cell = (subject) => {
+    const estimate = figureOf(subject.name, metric.name);
+    if (!Number.isFinite(estimate?.value)) return [NONE];
+    return [
+      make("div", {}, make("b", {}, fixed(estimate.value, digits)), estimate.value === best ? bestMark() : null),
+      whisker(estimate, Math.min(...ends), Math.max(...ends)),
+      make("small", {}, interval(estimate, digits)),
+    ];
+  };
+  return { label: metric.label, hint: ARROWS[metric.better] ?? "", title: metric.meaning, value, cell };
+}
+
+/** A table of the subjects; a click on a heading sorts by it, the next one turns the order round. */
+function sortableTable(columns) {
+  const body = make("tbody");
+  const headings = columns.map((column) => {
+    const button = make("button", { type: "button", className: "sort", title: column.title ?? "" }, column.label);
+    const heading = make("th", { scope: "col" }, button, make("small", {}, column.hint));
+    button.addEventListener("click", () => {
+      const order = heading.getAttribute("aria-sort") === "descending" ? "ascending" : "descending";
+      for (const other of headings) other.removeAttribute("aria-sort");
+      heading.setAttribute("aria-sort", order);
+      fill([...results.subjects].sort(byValue(column.value, order)));
+    });
+    return heading;
+  });
+  const row = (subject) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, subject.name),
+    columns.map(({ cell }) => make("td", {}, cell(subject))));
+  const fill = (ordered) => body.replaceChildren(...ordered.map(row));
+  fill(results.subjects);
+  return make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "subject"), headings)), body);
+}
+
+/** What is missing comes last in both orders. */
+function byValue(value, order) {
+  const sign = order === "descending" ? -1 : 1;
+  return (one, other) => {
+    const [a, b] = [value(one), value(other)];
+    if (a === null || b === null) return (a === null) - (b === null);
+    return sign * (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
+  };
+}
+
+/** How a difference is to be taken: a sign that does not need its colour, and the word for it. */
+function judged(verdict) {
+  const better = metrics.get(verdict.metric)?.better ?? null;
+  if (verdict.p === null || verdict.p >= LEVEL) return { sign: "=", word: "no detectable difference", kind: "same" };
+  if (better === null) return { sign: "≠", word: "different", kind: "other" };
+  const gained = verdict.difference.value > 0 === (better === "higher");
+  return gained ? { sign: "▲", word: "better", kind: "better" } : { sign: "▼", word: "worse", kind: "worse" };
+}
+
+function showVerdicts() {
+  if (results.verdicts.length === 0) return;
+  at("verdicts").hidden = false;
+  const lines = results.verdicts.map((verdict) => {
+    const { sign, word, kind } = judged(verdict);
+    const look = { className: `sign ${kind}`, title: word, role: "img", "aria-label": word };
+    return make("li", {}, make("span", look, sign), make("span", { dir: "auto" }, verdict.sentence));
+  });
+  const heads = ["subject", "against", "figure", "difference", "p (Holm)", "effect size", "would have shown", "pairs"];
+  const rows = results.verdicts.map((v) => {
+    const digits = decimals([v.difference.value, v.difference.low, v.difference.high]);
+    const ends = interval(v.difference, digits);
+    const difference = fixed(v.difference.value, digits) + (ends && ` (${ends})`);
+    return [v.subject, v.baseline, metrics.get(v.metric)?.label ?? v.metric, difference, fixed(v.p, 3),
+      fixed(v.effect, 2), fixed(v.detectable, digits), v.num_pairs];
+  });
+  at("verdict-list").replaceChildren(
+    make("ul", { className: "verdicts" }, lines),
+    make("details", {}, make("summary", {}, "The numbers behind the sentences"),
+      make("div", { className: "wide" }, plainTable(heads, rows))),
+  );
+}
+
+/** Rows of text; the first of each row is its heading. */
+function plainTable(heads, rows) {
+  const line = ([first, ...rest]) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, written(first)),
+    rest.map((item) => make("td", { dir: "auto" }, item instanceof Node ? item : written(item))));
+  return make("table", {}, make("thead", {}, make("tr", {}, heads.map((head) => make("th", { scope: "col" }, head)))),
+    make("tbody", {}, rows.map(line)));
+}
+
+function showAbout() {
+  const rows = results.subjects.map(({ name, kind, source }) => [name, kind, source]);
+  at("subjects").replaceChildren(plainTable(["subject", "what", "from"], rows));
+  const shared = Object.entries(results.settings).map(([name, value]) => [name, written(value)]);
+  at("shared").replaceChildren(...terms(shared));
+}
