@@ -34,7 +34,8 @@ def way(
     alphas: the shares of b between the ends. out: the folder that they are written to.
     config: the folder or hub id that has the configs and tokenizers, where no input is a folder.
     """
-    steps, ends = {}, {}
+    steps: dict[str, Step] = {}
+    ends: dict[str, str] = {}
     for key, source in (("a", a), ("b", b)):
         opened = open_source(key, source)
         ends[key] = str(opened.root)

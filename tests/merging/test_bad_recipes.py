@@ -23,7 +23,6 @@ LINES = [
     ("a={a} b={b} c={c}", "'c' means nothing with merge=weighted_sum"),
     ("a={a} b={b} alhpa=0.3", "did you mean 'alpha'"),
     ("a={a} b={b} alpha=1.5", "error: alpha=1.5: must be less than or equal to 1"),
-    ("a={a} b={b} alpha={{unet:2}}", "error: alpha.unet=2: must be less than or equal to 1"),
     ("a={a} b={b} alpha=styel", "did you mean 'style'"),
     ("a={a} b={b} threads=0", "error: threads=0: must be greater than or equal to 1"),
     ("a=nowhere b={b}", "a=nowhere: there is no such file or folder"),

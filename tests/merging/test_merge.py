@@ -232,15 +232,16 @@ def test_what_fp16_cannot_hold_is_refused(model: Model, tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_full_is_found_before_the_work(model: Model, tmp_path: Path) -> None:
-    a, b = model("a", 0), model("b", 1)
-    needed = sum(tensor.nbytes for tensor in tensors_of(0).values()) / 2**20
+    wide = f"unet/{LAYER}.weight"  # of rank 64 in fp16: 0.37 MiB
+    a, b = (model(name, i, **{wide: torch.randn(1500, 1500)}) for i, name in enumerate("ab"))
+    needed = sum(tensor.nbytes for tensor in read(a).values()) / 2**20
     kept = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, kept[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, kept[1]))
     try:
         with pytest.raises(UserError, match=rf"out={tmp_path}/out: needs {needed:.1f} MiB, .* free there .*make room"):
             run(methods.weighted_sum, {"a": a, "b": b}, tmp_path / "out")
-        with pytest.raises(UserError, match=rf"out={tmp_path}/l.safetensors: needs 0.0 MiB, .* free there"):
-            run(methods.difference, {"a": a, "b": b}, tmp_path / "l.safetensors", rank=4)
+        with pytest.raises(UserError, match=rf"out={tmp_path}/l.safetensors: needs 0.4 MiB, .* free there"):
+            run(methods.difference, {"a": a, "b": b}, tmp_path / "l.safetensors", rank=64)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, kept)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

@@ -73,7 +73,7 @@ def test_an_extracted_lora_draws_the_tuned_models_pictures(tmp_path: Path) -> No
         name = f"mid_block.attentions.0.transformer_blocks.0.attn{i}.to_q"
         rows, columns = read(NANO)[f"unet/{name}.weight"].shape
         noise = torch.Generator().manual_seed(i)
-        held = {UP: torch.randn(rows, 3, generator=noise), DOWN: 0.05 * torch.randn(3, columns, generator=noise)}
+        held = {UP: torch.randn(rows, 3, generator=noise), DOWN: 0.3 * torch.randn(3, columns, generator=noise)}
         layers[f"unet/{name}"] = Layer(held, 3.0)
     write_lora_file(LoraFile(layers), Path(files["change.safetensors"]), "kohya", torch.float32)
     for out, step, options in (
@@ -86,5 +86,5 @@ def test_an_extracted_lora_draws_the_tuned_models_pictures(tmp_path: Path) -> No
         generate(pretrained(path).eval(), ["a photo of a cat"], [0], Sampler(steps=4), (64, 64)).astype(int)
         for path in ("nano", files["tuned"], files["back"])
     )
-    assert np.abs(tuned - base).max() > 10
+    assert np.abs(tuned - base).max() > 5
     assert np.abs(back - tuned).max() <= 1
