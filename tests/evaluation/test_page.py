@@ -349,6 +349,7 @@ def test_a_blind_vote_is_kept_and_exported(open_page, report: Path) -> None:
     page.get_by_role("button", name="Start voting").click()
     ballot = page.locator("#ballot")
     assert page.locator("#ballot-count").text_content() == "0 answered, 18 to go"
+    on_the_left = int(page.locator("#ballot-left").get_attribute("data-index"))
     vote(page, "1")
     assert not any(f" {name} " in f" {ballot.inner_text()} " for name in COLOURS)
     assert not any(name in ballot.inner_html() for name in ("tuned", "images/"))
@@ -358,6 +359,7 @@ def test_a_blind_vote_is_kept_and_exported(open_page, report: Path) -> None:
     page.keyboard.press("Escape")
     exported = votes_in(page)
     assert [vote["choice"] for vote in exported["votes"]] == ["left", "right", "tie", "left", "right"]
+    assert exported["votes"][0]["left"]["path"] == compared(report.parent).pictures[on_the_left].path
     for given in exported["votes"]:
         assert given["left"]["subject"] != given["right"]["subject"]
         assert (report.parent / given["left"]["path"]).is_file()
