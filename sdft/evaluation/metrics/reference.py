@@ -36,7 +36,7 @@ class StyleDistance:
             sides = [min(image.shape[:2]) for image in (*drawn.images, *reference)]
             self._ruler = Ruler(reference, side=max(min(*sides, MOST_PIXELS), PATCH * max(SCALES)))
             self._target = ordered(self._ruler.reference)
-        ruler, responses = self._ruler, self._ruler.responses(drawn.images)
+        responses = self._ruler.responses(drawn.images)
         return jackknife(
             lambda rows: between(ordered({name: r[rows] for name, r in responses.items()}), self._target).d,
             drawn.units,
@@ -79,7 +79,7 @@ class SetDistance:
         if min(len(seen), len(reference)) < self.least:
             raise UserError(
                 f"metrics.{self.metric.name}: {len(seen)} pictures and {len(reference)} references, "
-                f"needs at least {self.least} of each; draw more seeds, or leave it out with ~metrics.{self.metric.name}"
+                f"needs at least {self.least} of each; set more seeds, or leave it out by ~metrics.{self.metric.name}"
             )
         return jackknife(lambda rows: self._of(seen[rows], reference), drawn.units)
 
