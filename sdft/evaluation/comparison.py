@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from annotated_types import MinLen
@@ -104,7 +104,7 @@ class Comparison:
             for key, name in self.given.items()
         }
         judge = None if self.judge is None else load_judge(str(NANO / "clip") if self.judge == "nano" else self.judge)
-        return Lab(base, judge, **read)
+        return Lab(base, judge, read["reference"], read["training"], read["held_out"])
 
     def measured(self, lab: Lab) -> tuple[list[Measure], list[str]]:
         """The metrics whose needs are met, and what is said of the others."""
@@ -116,7 +116,7 @@ class Comparison:
 def draw(comparison: Comparison, subjects: Sequence[Subject], models: Models, place: Place = Place()) -> list[Drawn]:
     """All pictures, by contestant; those of other ranks may still be missing, except on rank 0."""
     wanted = comparison.cells(subjects)
-    precision = "bf16" if models.device.type == "cuda" else "fp32"
+    precision: Literal["bf16", "fp32"] = "bf16" if models.device.type == "cuda" else "fp32"
     gallery = Gallery(comparison.run_dir / "pictures", models, precision, comparison.sampler.batch_size)
     gallery.fill(wanted, place)
     found: dict[str, list[Cell]] = {}

@@ -63,7 +63,8 @@ class Models:
             return
         with ExitStack() as stack:
             model = self.base if subject.weights in (None, self.base_weights) else self._of_its_own(subject)
-            loras = [(read_lora(worn.lora, subject.key), worn.scale * scale) for worn in subject.loras]
+            paths = [(worn.lora, worn.scale * scale) for worn in subject.worn if worn.lora is not None]
+            loras = [(read_lora(path, subject.key), strength) for path, strength in paths]
             if any(strength for _, strength in loras):
                 stack.enter_context(sampled_as_trained(model, [lora for lora, _ in loras], subject.key))
                 stack.enter_context(lora_on(model, stacked(loras, subject.key), subject.key))

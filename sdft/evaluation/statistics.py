@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy import stats
@@ -72,14 +73,15 @@ def compare(a: np.ndarray, b: np.ndarray, of: Sequence[Hashable], num_comparison
 
 
 def sign_flip(d: np.ndarray) -> float:
-    """p of the mean of `d` being 0, over all patterns of signs or 4999 random ones; 1 with too few to tell."""
+    """p of the mean of `d` being 0, over all patterns of signs or 4999 random ones; 1 with too few to tell.
+
+    The same as scipy's `permutation_test`, which takes a thousand times as long over all patterns.
+    """
     if len(d) < LEAST or not np.any(d):
         return 1.0
-    return float(
-        stats.permutation_test(
-            (d,), np.mean, permutation_type="samples", n_resamples=RESAMPLES, vectorized=True, rng=_rng("signs")
-        ).pvalue
-    )
+    sums = np.abs(_signs(len(d)) @ d)
+    # As large as the one that was seen, rounding aside; the first pattern is the one that was seen.
+    return float(np.mean(sums >= sums[0] * (1 - 1e-12)))
 
 
 def detectable(spread: float, n: int, num_comparisons: int = 1) -> float:
@@ -118,6 +120,15 @@ def jackknife(statistic: Callable[[np.ndarray], float], of: Sequence[Hashable], 
     error = np.sqrt((g - 1) / g * np.square(left - left.mean()).sum())
     reach = float(stats.t(g - 1).ppf(1 - LEVEL / 2) * error)
     return Estimate(value, value - reach, value + reach)
+
+
+@lru_cache
+def _signs(n: int) -> np.ndarray:
+    """Patterns of signs, P x n: all of them for n up to 12, else random ones; the first is all positive."""
+    if n <= 12:
+        return 1.0 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    random = _rng("signs").choice([-1.0, 1.0], (RESAMPLES, n))
+    return np.concatenate([np.ones((1, n)), random])
 
 
 def _with_interval(means: np.ndarray) -> Estimate:

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from sdft.evaluation.results import Compared, Estimate, HeatMap, Metric, Results, Value
-from sdft.evaluation.subjects import SUMMARY, Subject, read_subjects
+from sdft.evaluation.subjects import Subject, read_subjects
 from sdft.types import UserError
 
 REPEATS = "seed"
@@ -48,7 +48,7 @@ def subjects_of(jobs: Sequence[Job]) -> list[Subject]:
     found = []
     for job in finished:
         values = {short[key]: number(job.said[key]) for key in varied if key in job.said}
-        (subject,) = read_subjects({job.folder.name: str(job.folder)}) if (job.folder / SUMMARY).is_file() else ()
+        (subject,) = read_subjects({job.folder.name: str(job.folder)})
         name = ", ".join(f"{key} {value}" for key, value in values.items()) or job.folder.name
         found.append(replace(subject, name=name, varied=values))
     if len({subject.name for subject in found}) < len(found):

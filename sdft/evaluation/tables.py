@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from sdft.evaluation.pictures import save_grid
-from sdft.evaluation.results import Estimate, Results
+from sdft.evaluation.results import Estimate, Picture, Results
 
 MOST_ROWS, MOST_COLUMNS = 40, 24
 """Of the sheet: what can be looked at."""
@@ -59,7 +59,9 @@ def as_json(results: Results) -> dict[str, Any]:
 
 def write_sheet(path: Path, results: Results) -> None:
     """One picture of all: a row a subject, a column a prompt, seed and setting; the first of them where many."""
-    folder, rows, columns = path.parent, {}, {}
+    folder = path.parent
+    rows: dict[str, dict[tuple, Picture]] = {}
+    columns: dict[tuple, str] = {}
     for picture in results.pictures:
         key = tuple(picture.axes.items())
         columns.setdefault(key, _title(picture.axes, results))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sdft.evaluation.gallery import Gallery, Place, write_picture
 from sdft.evaluation.grid import Axes, Cell, cells
@@ -87,9 +87,9 @@ def test_after_a_full_disk_the_same_pictures_come(models: Models, wanted: list[C
     gallery(tmp_path / "whole", models).fill(wanted)
     stopped = gallery(tmp_path / "stopped", models)
     stopped.fill(wanted[:BATCH])
-    with pytest.raises(UserError, match=r"cannot be written to \(File too large\); the pictures drawn so far are kept"):
-        with file_limit(200):
-            stopped.fill(wanted)
+    told = r"cannot be written to \(File too large\); the pictures drawn so far are kept"
+    with pytest.raises(UserError, match=told), file_limit(200):
+        stopped.fill(wanted)
     kept = contents(tmp_path / "stopped")
     assert len(kept) == BATCH
     stopped.fill(wanted)
@@ -167,6 +167,16 @@ def test_loras_have_strengths_and_stack(models: Models, lora: Path) -> None:
     assert torch.equal(predicted(found["once"], 0.0), base)
     assert not torch.equal(predicted(found["once"], 0.5), once)
     assert found["halves"].kind == "2 LoRAs"
+
+
+def test_a_lora_that_learned_v_is_sampled_so_and_leaves_the_schedule(models: Models, lora: Path) -> None:
+    tensors = load_file(lora)
+    for zero_snr in ("True", "False"):
+        save_file(tensors, lora, {"ss_v_parameterization": "True", "ss_zero_terminal_snr": zero_snr})
+        with models.open(*read_subjects({"mine": str(lora)})) as model:
+            assert model.scheduler.config.prediction_type == "v_prediction"
+            assert model.scheduler.config.rescale_betas_zero_snr == (zero_snr == "True")
+        assert models.base.scheduler.config.prediction_type == "epsilon"
 
 
 def test_wrong_parts_of_a_subject_are_named(lora: Path) -> None:

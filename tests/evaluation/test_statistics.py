@@ -23,15 +23,15 @@ OF = units([f"prompt {i}" for i in range(PROMPTS) for _ in range(SEEDS)], list(r
 
 @pytest.mark.parametrize("num_subjects", [1, 3])
 def test_a_subject_against_itself_under_other_seeds_is_different_in_at_most_one_case_of_twenty(num_subjects) -> None:
-    """1000 comparisons of three subjects with a baseline, Holm-corrected: any of them wrong counts as wrong."""
+    """Of 1000 comparisons; of three subjects with one baseline, Holm-corrected, any wrong one counts."""
     rng, wrong = np.random.default_rng(1), 0
-    for _ in range(1000 // num_subjects):
+    for _ in range(1000):
         ps = []
         for _ in range(num_subjects):
             a, b = paired(rng)
             ps.append(sign_flip(a.reshape(PROMPTS, SEEDS).mean(1) - b.reshape(PROMPTS, SEEDS).mean(1)))
         wrong += min(holm(ps)) < LEVEL
-    assert wrong <= 0.05 * (1000 // num_subjects) + 1.7 * np.sqrt(0.05 * 0.95 * (1000 // num_subjects))
+    assert wrong <= 50
 
 
 def test_prompts_that_differ_in_their_shift_do_not_pass_for_many_witnesses() -> None:
@@ -79,7 +79,11 @@ def test_a_difference_by_hand() -> None:
     assert found.p == pytest.approx(2 / 64)
     assert found.difference.value == 3.5
     assert found.effect == pytest.approx(3.5 / np.sqrt(3.5))
-    assert found.p == pytest.approx(stats.wilcoxon(np.arange(1.0, 7.0)).pvalue)
+    uneven = np.array([0.3, -0.1, 0.8, 0.2, 0.5, -0.4, 0.9])
+    independent = stats.permutation_test((uneven,), np.mean, permutation_type="samples", n_resamples=np.inf)
+    assert sign_flip(uneven) == pytest.approx(independent.pvalue)
+    many = np.random.default_rng(0).normal(0.3, 1, 40)
+    assert sign_flip(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.02)
 
 
 def test_too_few_pairs_say_nothing() -> None:
