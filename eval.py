@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from sdft.config import build, verb
 from sdft.evaluation.comparison import Comparison, draw, measure, weighed
 from sdft.evaluation.gallery import Place
-from sdft.evaluation.metrics.measure import Drawn
 from sdft.evaluation.models import Models
 from sdft.evaluation.report import write_page
 from sdft.evaluation.results import Results
@@ -40,14 +39,13 @@ def main(cfg: DictConfig) -> None:
     subjects = sweep_subjects(cfg, jobs) if comparison.sweep else comparison.read_subjects()
     wanted = comparison.cells(subjects)
     baseline = next(c.contestant for c in wanted if c.subject.name == (comparison.baseline or subjects[0].name))
-    lab = comparison.open_lab(Drawn(baseline, [], [], lambda: models.open(subjects[0])))
+    lab = comparison.open_lab()
     measures, left_out = comparison.measured(lab)
     models = Models(comparison.model, cfg.model.get("weights"), find_device(), revive)
     drawn = draw(comparison, subjects, models, place)
     if place.rank > 0:
         return
-    lab.base = next(one for one in drawn if one.name == baseline)
-    results = measure(comparison, drawn, lab, measures)
+    results = measure(comparison, drawn, baseline, lab, measures)
     if jobs:
         results = with_trained(results, trained_figures(jobs, subjects))
         results = replace(results, heat_maps=heat_maps(results.subjects, results.metrics, results.figures))

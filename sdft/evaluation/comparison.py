@@ -6,6 +6,7 @@ Knows the order of things; what each of them is, is the other files' to know. Mu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -96,15 +97,15 @@ class Comparison:
         """The grid."""
         return cells(subjects, self.prompts, range(self.seeds), self.sampler, self.size, self.axes, self.compete)
 
-    def open_lab(self, base: Drawn) -> Lab:
-        """What metrics compare with. Raises UserError for what is named and not there."""
+    def open_lab(self) -> Lab:
+        """What metrics compare with, but for the baseline's pictures. Raises UserError for what is not there."""
         side = self.size if isinstance(self.size, int) else max(self.size)
         read = {
             key: read_source(key, name, side, LEAST_REFERENCES if key == "reference" else 1)
             for key, name in self.given.items()
         }
         judge = None if self.judge is None else load_judge(str(NANO / "clip") if self.judge == "nano" else self.judge)
-        return Lab(base, judge, read["reference"], read["training"], read["held_out"])
+        return Lab(judge, read["reference"], read["training"], read["held_out"])
 
     def measured(self, lab: Lab) -> tuple[list[Measure], list[str]]:
         """The metrics whose needs are met, and what is said of the others."""
@@ -133,9 +134,15 @@ def draw(comparison: Comparison, subjects: Sequence[Subject], models: Models, pl
     ]
 
 
-def measure(comparison: Comparison, drawn: Sequence[Drawn], lab: Lab, measures: Sequence[Measure]) -> Results:
-    """Figures of every picture and subject, and how each differs from the baseline."""
-    pictures, figures, of_pictures = [], {}, {}
+def measure(
+    comparison: Comparison, drawn: Sequence[Drawn], baseline: str, lab: Lab, measures: Sequence[Measure]
+) -> Results:
+    """Figures of every picture and subject, and how each differs from the baseline, one of the contestants."""
+    base = next(one for one in drawn if one.name == baseline)
+    lab = replace(lab, base=base)
+    pictures: list[Picture] = []
+    figures: dict[str, dict[str, Estimate]] = {}
+    of_pictures: dict[str, dict[str, np.ndarray]] = {}
     for one in drawn:
         found = {m.metric.name: m(one, lab) for m in measures}
         of_pictures[one.name] = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
@@ -162,7 +169,7 @@ def measure(comparison: Comparison, drawn: Sequence[Drawn], lab: Lab, measures: 
         metrics=metrics,
         pictures=pictures,
         figures=figures,
-        verdicts=[v for m in metrics for v in verdicts(m, drawn, lab.base, of_pictures)],
+        verdicts=[v for m in metrics for v in verdicts(m, drawn, base, of_pictures)],
         heat_maps=heat_maps(compared, metrics, figures),
     )
 

@@ -132,7 +132,7 @@ def cells(
     found = []
     for subject in subjects:
         for point in _points(subject, values, compete):
-            told = {name: _value(point[name], subject) for name in shown if point[name] is not None}
+            told = {name: _value(point[name]) for name in shown if point[name] is not None}
             varied = {name: value for name, value in told.items() if name in compete}
             other = {name: value for name, value in told.items() if name not in compete}
             contestant = " ".join([subject.name, *(f"{name} {_short(value)}" for name, value in varied.items())])
@@ -209,7 +209,7 @@ def _hashable(value):
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
-def _value(value, subject: Subject) -> Value:
+def _value(value) -> Value:
     """As tables and pages show it."""
     return f"{value[1]}x{value[0]}" if isinstance(value, tuple) else value
 

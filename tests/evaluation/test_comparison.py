@@ -54,7 +54,7 @@ def compared(folder: Path, shifts: dict[str, float]):
             paths.append(folder / "pictures" / f"{name}{i}.png")
             write_picture(paths[-1], image.round().astype(np.uint8))
         drawn.append(Drawn(name, own, PictureFiles(paths), None))
-    return comparison, drawn, measure(comparison, drawn, Lab(drawn[0]), [Brightness(), Colourfulness()])
+    return comparison, drawn, measure(comparison, drawn, "base", Lab(), [Brightness(), Colourfulness()])
 
 
 def test_verdicts_say_what_differs_and_what_could_not_be_seen(tmp_path: Path) -> None:

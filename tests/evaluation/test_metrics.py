@@ -43,7 +43,7 @@ def drawn(images: Sequence[np.ndarray], prompts: Sequence[str] | None = None, se
 
 
 def lab(**given) -> Lab:
-    return Lab(drawn([]) if "base" not in given else given.pop("base"), **given)
+    return Lab(**given)
 
 
 def mean(figures) -> float:
@@ -123,7 +123,7 @@ def test_diversity_and_drift_by_hand() -> None:
     np.testing.assert_allclose(likeness.Diversity()(one, lab(base=base)), [0.2, 0.2], rtol=1e-5)
     np.testing.assert_allclose(likeness.Drift()(one, lab(base=base)), [0, 0.2], atol=1e-6)
     assert np.isnan(likeness.Diversity()(drawn([black, grey]), lab(base=base))).all()
-    assert np.isnan(likeness.Drift()(base, lab(base=base))).all()
+    assert np.isnan(likeness.Drift()(base, lab(base=base))).all()  # it is what is compared with
 
 
 class Features(nn.Module):

@@ -46,6 +46,9 @@ class Drift:
         self.extractor = extractor or PIXELS
 
     def __call__(self, drawn: Drawn, lab: Lab) -> np.ndarray:
+        assert lab.base is not None
+        if drawn is lab.base:
+            return np.full(len(drawn.cells), np.nan)
         place = {cell.pair: i for i, cell in enumerate(lab.base.cells)}
         own, base = drawn.seen_by(self.extractor), lab.base.seen_by(self.extractor)
         partners = [place.get(cell.pair) for cell in drawn.cells]

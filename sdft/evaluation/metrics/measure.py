@@ -84,11 +84,11 @@ class Lab:
     held_out: captioned pictures for the loss.
     """
 
-    base: Drawn
     judge: Judge | None = None
     reference: Source | None = None
     training: Source | None = None
     held_out: Source | None = None
+    base: Drawn | None = None
     _seen: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     def lacks(self, needs: Sequence[Need]) -> list[str]:

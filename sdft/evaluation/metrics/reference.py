@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -33,8 +34,8 @@ class StyleDistance:
         if self._ruler is None:
             assert lab.reference is not None
             reference = SourcePictures(lab.reference)
-            sides = [min(image.shape[:2]) for image in (*drawn.images, *reference)]
-            self._ruler = Ruler(reference, side=max(min(*sides, MOST_PIXELS), PATCH * max(SCALES)))
+            smallest = min(min(image.shape[:2]) for image in itertools.chain(drawn.images, reference))
+            self._ruler = Ruler(reference, side=max(min(smallest, MOST_PIXELS), PATCH * max(SCALES)))
             self._target = ordered(self._ruler.reference)
         responses = self._ruler.responses(drawn.images)
         return jackknife(
