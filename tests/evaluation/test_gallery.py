@@ -17,7 +17,9 @@ from sdft.evaluation.gallery import Gallery, Place, write_picture
 from sdft.evaluation.grid import Axes, Cell, cells
 from sdft.evaluation.models import Models
 from sdft.evaluation.subjects import Subject, read_subjects
+from sdft.models.sdxl import SDXL
 from sdft.sampling import Sampler
+from sdft.tuning import Adapter, learning
 from sdft.types import UserError
 
 PROMPTS = ["a red cat", "кот 🐈", "neon lines"]
@@ -177,6 +179,36 @@ def test_a_lora_that_learned_v_is_sampled_so_and_leaves_the_schedule(models: Mod
             assert model.scheduler.config.prediction_type == "v_prediction"
             assert model.scheduler.config.rescale_betas_zero_snr == (zero_snr == "True")
         assert models.base.scheduler.config.prediction_type == "epsilon"
+
+
+def test_checkpoints_of_a_run_are_opened_on_one_model(tiny_model, tmp_path: Path) -> None:
+    """The average where the run kept one; the final step is the run's result, drawn from its file."""
+    opened = []
+
+    def revive(run: Path) -> SDXL:
+        opened.append(tiny_model())
+        Adapter(rank=2).attach(opened[-1])
+        return opened[-1]
+
+    (tmp_path / "checkpoints").mkdir()
+    learned = {name: p.detach() for name, p in learning(revive(tmp_path))}
+    for step, callbacks in ((50, {"EMA": {"average": {k: v + 1 for k, v in learned.items()}}}), (100, {})):
+        state = {f"model.{name}": value + 2 for name, value in learned.items()}
+        file = tmp_path / "checkpoints" / f"step_{step:06d}.ckpt"
+        torch.save({"state_dict": state, "callbacks": callbacks, "global_step": step}, file)
+    run = Subject("run", str(tmp_path), run=tmp_path, num_steps=150)
+    models = Models(lambda weights="nano": tiny_model(), "nano", torch.device("cpu"), revive)
+    assert run.steps == (50, 100, 150)
+    for step, added in ((50, 1), (100, 2)):
+        with models.open(run, step=step) as model:
+            for name, p in learning(model):
+                assert torch.equal(p, learned[name] + added)
+    assert len(opened) == 2, "one for this test, one for all checkpoints"
+    assert models.identity(run, 1.0, 50) != models.identity(run, 1.0, 100)
+    torch.save({"state_dict": {}, "callbacks": {}}, tmp_path / "checkpoints" / "step_000120.ckpt")
+    told = r"subjects\.run=.*step_000120\.ckpt holds other weights"
+    with pytest.raises(UserError, match=told), models.open(run, step=120):
+        pass
 
 
 def test_wrong_parts_of_a_subject_are_named(lora: Path) -> None:
