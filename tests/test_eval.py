@@ -220,3 +220,57 @@ def test_the_verb(run: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     assert all(Image.open(out / line["path"]).size == (32, 32) for line in lines)
     assert Image.open(out / "grid.png").width > 2 * 128
     assert ALERT not in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_sweep_becomes_one_comparison(
+    run: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import eval as verb
+
+    for number, rank in enumerate((4, 8, 16)):
+        job = tmp_path / "sweep" / str(number)
+        (job / ".hydra").mkdir(parents=True)
+        (job / ".hydra" / "overrides.yaml").write_text(f"- experiment=dreamy_style\n- rank={rank}\n")
+        if rank == 16:
+            continue  # did not finish
+        (job / "lora.safetensors").write_bytes((run[0] / "lora.safetensors").read_bytes())
+        summary = {"artifacts": {"lora": "lora.safetensors"}, "style_gain": rank / 10, "train_seconds": 60}
+        (job / "summary.json").write_text(json.dumps(summary))
+    words = ["prompts=[a photo of a cat]", "sampler.steps=1", "size=32", f"run_dir={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", f"sweep={tmp_path / 'sweep'}", *words])
+    verb.main()
+    told = capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(s["name"], s["varied"]) for s in results["subjects"]] == [
+        ("base", {}), ("rank 4", {"rank": 4}), ("rank 8", {"rank": 8})
+    ]  # fmt: skip
+    assert results["subjects"][1]["cost"]["seconds"] == 60
+    assert results["figures"]["rank 8"]["style_gain"]["value"] == 0.8
+    # Both jobs have the same LoRA: one picture for both.
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2
+    assert f"left out: {tmp_path / 'sweep' / '2'} did not finish" in told
+    assert "cannot show a difference in prompt adherence" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "say what to compare"),
+        (["subjects={base: nano}", "reference=nowhere"], "reference=nowhere: there is no such folder"),
+        (["subjects={base: nano}", "prompts=nowhere.txt"], "prompts=nowhere.txt: cannot be read"),
+        (["sweep=nowhere"], "sweep=nowhere: there is no such folder"),
+        (["subjects={base: nano}", "size=30"], "both sides must be multiples of"),
+    ],
+)
+def test_wrong_commands_are_told_in_a_sentence(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import eval as verb
+
+    monkeypatch.setattr(sys, "argv", ["eval.py", *words, f"run_dir={tmp_path}"])
+    with pytest.raises(SystemExit) as stopped:
+        verb.main()
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert told in message
