@@ -18,6 +18,7 @@ from sdft.evaluation.gallery import Place
 from sdft.evaluation.models import Models
 from sdft.evaluation.report import write_page
 from sdft.evaluation.results import Results
+from sdft.evaluation.statistics import LEVEL
 from sdft.evaluation.subjects import Subject
 from sdft.evaluation.sweeps import Job, heat_maps, subjects_of, trained_figures, with_trained
 from sdft.evaluation.tables import terminal_table, write_sheet, write_tables
@@ -119,9 +120,10 @@ def tell(results: Results, written: Sequence[Path], left_out: Sequence[str], why
     """What came out and where it lies."""
     if results.metrics:
         print(f"\n{terminal_table(results)}\n")
-    better = {metric.name for metric in results.metrics if metric.better}
+    # What was seen, and what a recommendation rests on; the page has the others too.
+    directed = {metric.name for metric in results.metrics if metric.better}
     for verdict in results.verdicts:
-        if verdict.metric in better:
+        if verdict.metric in directed and (verdict.p < LEVEL or verdict.metric == results.metrics[0].name):
             print(verdict.sentence)
     if results.tradeoff:
         print(f"keep {results.tradeoff.recommended}: {results.tradeoff.reason}")

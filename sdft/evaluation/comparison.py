@@ -211,6 +211,8 @@ def sentence(one: Drawn, baseline: str, metric, d: Difference, p: float, num_pai
         where = f"{where}, which speaks of these prompts only"
     if np.isinf(d.detectable):
         return f"{one.name}: {pairs} cannot show a difference in {metric.label}; draw at least 6 (seeds= or prompts=)."
+    if d.detectable == 0 and d.difference.value == 0:
+        return f"{one.name}: {metric.label} is the same as {baseline}'s in all {pairs}."
     if p >= LEVEL:
         return (
             f"{one.name}: no detectable difference from {baseline} in {metric.label} {where} (p = {p:.2g}); "

@@ -81,6 +81,8 @@ def test_few_pairs_are_said_to_be_few() -> None:
     assert sentence(one, "base", X, few, 1.0, 1) == (
         "mine: 1 pair cannot show a difference in keeping; draw at least 6 (seeds= or prompts=)."
     )
+    none = Difference(Estimate(0.0, 0.0, 0.0), 1.0, 0.0, 0.0, 8)
+    assert sentence(one, "base", X, none, 1.0, 8) == "mine: keeping is the same as base's in all 8 pairs."
 
 
 def test_tables_hold_everything_and_the_sheet_shows_it(tmp_path: Path) -> None:
