@@ -12,7 +12,7 @@ FIGURES = {"style_gain": "style gain", "adherence": "adherence", "train_seconds"
 
 def print_table(sweep_dir: Path) -> None:
     """One row a job, the best style gain first; a job without a figure shows a dash."""
-    rows = [_row(job) for job in sorted(sweep_dir.iterdir(), key=_order) if (job / ".hydra").is_dir()]
+    rows = [{"said": said, "folder": job.name} | summary for job, said, summary in jobs_of(sweep_dir)]
     varied = sorted({key for row in rows for key in row["said"]}, key=lambda key: [*rows[0]["said"], key].index(key))
     varied = [key for key in varied if len({row["said"].get(key) for row in rows}) > 1]
     rows.sort(key=_gain, reverse=True)
@@ -26,10 +26,17 @@ def print_table(sweep_dir: Path) -> None:
     print(f"\n{table}\n\nwritten to {sweep_dir / 'table.txt'}")
 
 
-def _row(job: Path) -> dict:
-    said = dict(word.split("=", 1) for word in yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text()) or [])
-    summary = job / "summary.json"
-    return {"said": said, "folder": job.name} | (json.loads(summary.read_text()) if summary.is_file() else {})
+def jobs_of(sweep_dir: Path) -> list[tuple[Path, dict[str, str], dict]]:
+    """Folder, what was said, and summary of each job in order; no summary where a job did not finish."""
+    found = []
+    for job in sorted(sweep_dir.iterdir(), key=_order):
+        if not (job / ".hydra").is_dir():
+            continue
+        words = yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
+        summary = job / "summary.json"
+        told = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+        found.append((job, dict(word.split("=", 1) for word in words), told))
+    return found
 
 
 def _order(job: Path) -> tuple[int, str]:

@@ -61,6 +61,9 @@ def test_every_option_composes_and_binds(option: str) -> None:
     if group == "merge":
         check(compose("merge", [f"merge={name}", "out=x", *MERGE_NEEDS.get(name, ["a=x", "b=x"])]))
         return
+    if group in ("eval", "metrics"):
+        check(compose("eval", [f"{group}={name}", *ROOT_NEEDS["eval"]]))
+        return
     words = NEEDS.get(option, [])
     if group == "recipe":
         model, tuning = name.split("_", 1)
@@ -71,6 +74,11 @@ def test_every_option_composes_and_binds(option: str) -> None:
         check(compose("eval", [f"model={tuning}", *ROOT_NEEDS["eval"]]))
     else:
         check(compose("train", words))
+
+
+@pytest.mark.parametrize("word", ["sampler=lcm", "logger=wandb", "model=sdxl", "metrics=[default,loss]"])
+def test_a_comparison_takes_groups_of_training(word: str) -> None:
+    check(compose("eval", [word, *ROOT_NEEDS["eval"]]))
 
 
 @pytest.mark.parametrize("root", sorted(ROOTS))

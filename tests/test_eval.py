@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sdft.config import ConfigError, check, compose
-from sdft.evaluation.report import Row, thumbnail, write_report
-from sdft.evaluation.subjects import Comparison, Models, Subject, read_subjects, with_lora, with_words
+from sdft.evaluation.models import Models, with_lora, with_words
+from sdft.evaluation.subjects import Subject, Worn, read_subjects
 from sdft.formats.adapter import write_lora, write_words
 from sdft.models.load import pretrained
 from sdft.models.sdxl import SDXL
@@ -82,7 +81,8 @@ def test_a_run_draws_what_its_model_drew_and_leaves_no_trace(run: tuple[Path, np
     folder, expected = run
     before, plain = list(traces(models.base)), picture(models.base)
     (subject,) = read_subjects({"mine": str(folder)})
-    assert subject == Subject("mine", str(folder), None, folder / "lora.safetensors", folder / "words.safetensors")
+    assert subject.worn == (Worn(folder / "lora.safetensors", folder / "words.safetensors"),)
+    assert (subject.name, subject.source, subject.weights) == ("mine", str(folder), None)
     with models.open(subject) as model:
         drawn = picture(model)
     # The factors are stored in fp16, so a byte may differ here and there.
@@ -103,7 +103,7 @@ def test_the_new_words_matter_by_themselves(run: tuple[Path, np.ndarray], base: 
 
 def test_a_lora_file_goes_on_the_base(run: tuple[Path, np.ndarray], models: Models) -> None:
     (subject,) = read_subjects({"file": str(run[0] / "lora.safetensors")})
-    assert (subject.kind, subject.lora) == ("LoRA", run[0] / "lora.safetensors")
+    assert (subject.kind, subject.worn) == ("LoRA", (Worn(run[0] / "lora.safetensors"),))
     with models.open(subject) as model:
         assert model is models.base
         assert any("lora_" in name for name, _ in model.text_encoder_2.named_parameters())
@@ -181,8 +181,11 @@ def test_wrong_subjects_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "subjects is not set: pass subjects="),
         (["subjects={base: 3}"], r"subjects\.base=3: must be a valid string"),
+        (["subjects={base: nano}", "axes.sampler=[eulr]"], "did you mean 'euler'"),
+        (["subjects={base: nano}", "axes.steps=[0]"], "greater than or equal to 1"),
+        (["subjects={base: nano}", "compete=[scal]"], "did you mean 'scale'"),
+        (["subjects={base: nano}", "metrics=[defalt]"], "did you mean 'default'"),
         (["subjects={base: nano}", "seeds=0"], "seeds=0: must be greater than or equal to 1"),
         (["subjects={base: nano}", "prompts=[]"], "prompts=.*at least 1"),
         (["subjects={base: nano}", "prompt=[a]"], "did you mean 'prompts'"),
@@ -192,51 +195,6 @@ def test_wrong_subjects_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_config_refuses(words: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         check(compose("eval", words))
-
-
-class Page(HTMLParser):
-    """The tags, addresses and visible text of a page."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.addresses, self.texts = set[str](), list[str](), list[str]()
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset")]
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-
-
-def test_the_report_shows_what_users_wrote_as_text_and_needs_nothing_else(tmp_path: Path) -> None:
-    prompts = [ALERT, '"><img src=x onerror=alert(1)>']
-    comparison = Comparison({}, pretrained, prompts, Sampler(negative=ALERT), str(tmp_path), seeds=2, size=32)
-    images = np.zeros((4, 32, 32, 3), np.uint8)
-    rows = [Row(Subject("base", "nano", weights="nano"), images), Row(Subject("mine", ALERT, ALERT), images)]
-    write_report(tmp_path / "report.html", comparison, rows)
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert "script" not in page.tags
-    assert text.count("<img") == 8
-    assert all(address.startswith("data:") for address in page.addresses)
-    assert "http://" not in text
-    assert "https://" not in text
-    assert {f"{ALERT} (seed 0)", f"{prompts[1]} (seed 1)", ALERT} <= set(page.texts)
-    assert "prefers-color-scheme: dark" in text
-    assert 'name="viewport"' in text
-
-
-def test_thumbnails_are_small_and_small_pictures_whole() -> None:
-    import base64
-    import io
-
-    def size(h: int, w: int) -> tuple[int, int]:
-        return Image.open(io.BytesIO(base64.b64decode(thumbnail(np.zeros((h, w, 3), np.uint8))))).size
-
-    assert size(64, 48) == (48, 64)
-    assert size(1024, 512) == (192, 384)
 
 
 def test_the_verb(run: tuple[Path, np.ndarray], tmp_path: Path) -> None:
@@ -257,8 +215,62 @@ def test_the_verb(run: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     assert [(line["subject"], line["prompt"]) for line in lines] == [
         (name, prompt) for name in ("base", "mine") for prompt in ("a photo of a cat", ALERT)
     ]
-    assert set(lines[0]) == {"subject", "prompt", "seed", "sampler", "cfg", "steps", "path", "clip_score"}
-    assert all(-1 <= float(line["clip_score"]) <= 1 for line in lines)
+    assert {"subject", "prompt", "seed", "sampler", "cfg", "steps", "path", "adherence", "sharpness"} <= set(lines[0])
+    assert all(-1 <= float(line["adherence"]) <= 1 for line in lines)
     assert all(Image.open(out / line["path"]).size == (32, 32) for line in lines)
     assert Image.open(out / "grid.png").width > 2 * 128
-    assert "script" not in Page((out / "report.html").read_text(encoding="utf-8")).tags
+    assert ALERT not in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_sweep_becomes_one_comparison(
+    run: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import eval as verb
+
+    for number, rank in enumerate((4, 8, 16)):
+        job = tmp_path / "sweep" / str(number)
+        (job / ".hydra").mkdir(parents=True)
+        (job / ".hydra" / "overrides.yaml").write_text(f"- experiment=dreamy_style\n- rank={rank}\n")
+        if rank == 16:
+            continue  # did not finish
+        (job / "lora.safetensors").write_bytes((run[0] / "lora.safetensors").read_bytes())
+        summary = {"artifacts": {"lora": "lora.safetensors"}, "style_gain": rank / 10, "train_seconds": 60}
+        (job / "summary.json").write_text(json.dumps(summary))
+    words = ["prompts=[a photo of a cat]", "sampler.steps=1", "size=32", f"run_dir={tmp_path / 'out'}"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", f"sweep={tmp_path / 'sweep'}", *words])
+    verb.main()
+    told = capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(s["name"], s["varied"]) for s in results["subjects"]] == [
+        ("base", {}), ("rank 4", {"rank": 4}), ("rank 8", {"rank": 8})
+    ]  # fmt: skip
+    assert results["subjects"][1]["cost"]["seconds"] == 60
+    assert results["figures"]["rank 8"]["style_gain"]["value"] == 0.8
+    # Both jobs have the same LoRA: one picture for both.
+    assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2
+    assert f"left out: {tmp_path / 'sweep' / '2'} did not finish" in told
+    assert "cannot show a difference in prompt adherence" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "say what to compare"),
+        (["subjects={base: nano}", "reference=nowhere"], "reference=nowhere: there is no such folder"),
+        (["subjects={base: nano}", "prompts=nowhere.txt"], "prompts=nowhere.txt: cannot be read"),
+        (["sweep=nowhere"], "sweep=nowhere: there is no such folder"),
+        (["subjects={base: nano}", "size=30"], "both sides must be multiples of"),
+    ],
+)
+def test_wrong_commands_are_told_in_a_sentence(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import eval as verb
+
+    monkeypatch.setattr(sys, "argv", ["eval.py", *words, f"run_dir={tmp_path}"])
+    with pytest.raises(SystemExit) as stopped:
+        verb.main()
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert told in message

@@ -54,7 +54,7 @@ FENCES = {
     "transformers": ("sdft.models", "sdft.sampling", "sdft.evaluation", "sdft.formats"),
     "webdataset": ("sdft.data.sources",),
     "datasets": ("sdft.data.sources",),
-    "pyarrow": ("sdft.data.sources",),
+    "pyarrow": ("sdft.data.sources", "sdft.evaluation.tables"),
     "wandb": ("sdft.callbacks.tracking",),
     "xformers": ("sdft.models",),
     "safetensors": ("sdft.formats", "sdft.merging", "sdft.data.cache"),

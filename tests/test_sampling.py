@@ -7,7 +7,9 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from sdft.data.images import to_uint8
 from sdft.models.sdxl import SDXL
+from sdft.objective import NoiseSchedule
 from sdft.rng import generator
 from sdft.sampling import SCHEDULERS, Sampler, generate
 from sdft.types import UserError
@@ -43,6 +45,33 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(name: str, model: SDXL) -> N
     turned = generate(model, PROMPTS[::-1], seeds[::-1], Sampler(name, 4, batch_size=2), SIZE_HW)[::-1]
     assert largest_difference(alone, together) <= ONE_STEP_OF_A_BYTE
     assert largest_difference(alone, turned) <= ONE_STEP_OF_A_BYTE
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    ("prediction", "zero_snr"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
+)
+def test_every_sampler_finds_what_a_perfect_model_knows(name: str, prediction: str, zero_snr: bool, tiny_model) -> None:
+    """A model of a world with one picture, z0 = 0.5: its exact prediction leads from any noise to that picture."""
+    model, schedule = tiny_model(), NoiseSchedule(zero_snr)
+    model.expect(prediction, zero_snr)
+
+    def denoise(z_t, t_B, cond):
+        t = np.interp(t_B.numpy().astype(float), np.arange(1000), (schedule.s / schedule.a).clamp(max=2**12).log())
+        s = torch.tensor(np.exp(t) / np.sqrt(1 + np.exp(2 * t)))[:, None, None, None].float()
+        a = (1 - s**2).sqrt().clamp(min=1e-6)
+        eps = (z_t - a * 0.5) / s
+        return eps if prediction == "epsilon" else a * eps - s * 0.5
+
+    model.denoise = denoise
+    pictures = generate(model, PROMPTS[:2], [0, 1], Sampler(name, steps=12, cfg=3.0), SIZE_HW)
+    known = to_uint8(model.decode(torch.full((1, 4, 8, 12), 0.5)))
+    assert largest_difference(pictures, np.repeat(known, 2, axis=0)) <= 3
+
+
+def test_a_sampler_that_cannot_take_so_many_steps_says_so(model: SDXL) -> None:
+    with pytest.raises(UserError, match=r"sampler\.steps=2000: lcm cannot do that"):
+        generate(model, PROMPTS[:1], [0], Sampler("lcm", 2000), SIZE_HW)
 
 
 def test_the_same_call_gives_the_same_bytes(model: SDXL) -> None:

@@ -92,6 +92,8 @@ def write_adapter(module: L.LightningModule, folder: Path, said: dict[str, Any])
     """The LoRA as each program wants it, and the new words."""
     lora, written = lora_of(module.model), {}
     metadata = lora_metadata(**said) | network_metadata(lora)
+    if getattr(module.objective, "zero_terminal_snr", False):
+        metadata["ss_zero_terminal_snr"] = "True"  # as kohya's trainer calls it; without it, pictures come out grey
     if not lora.without_diffusers_form:
         written["lora"] = folder / "lora.safetensors"
         write_lora_file(lora, written["lora"], "diffusers", torch.float16, metadata)

@@ -52,6 +52,25 @@ def finish(trainer: L.Trainer, summary: dict[str, Any]) -> None:
             logger.experiment.finish()
 
 
+def log_comparison(logger: Any, results: Any, folder: Path) -> None:
+    """A table of every picture with its settings and figures, the figures of each subject, and the sheet."""
+    if not isinstance(logger, WandbLogger):
+        return
+    import wandb
+
+    metrics = [metric.name for metric in results.metrics]
+    axes = list(results.axes)
+    table = wandb.Table(columns=["subject", *axes, "picture", *metrics])
+    for picture in results.pictures:
+        told = [picture.axes.get(axis) for axis in axes]
+        shown = wandb.Image(str(folder / picture.path))
+        table.add_data(picture.subject, *told, shown, *(picture.figures.get(name) for name in metrics))
+    logger.experiment.log({"pictures": table, "grid": wandb.Image(str(folder / "grid.png"))})
+    for subject, own in results.figures.items():
+        logger.experiment.summary.update({f"{subject}/{name}": figure.value for name, figure in own.items()})
+    logger.experiment.finish()
+
+
 def git_state() -> dict[str, Any]:
     """The commit of the code and whether files differ from it; empty outside a git checkout."""
 

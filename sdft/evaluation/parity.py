@@ -14,7 +14,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from sdft.evaluation.subjects import with_lora, with_words
+from sdft.evaluation.models import with_lora, with_words
 from sdft.formats.adapter import lora_of, narrow_base
 from sdft.formats.diffusers_folder import FILES, SDXL_PARTS
 from sdft.formats.lora_file import read_lora

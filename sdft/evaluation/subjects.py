@@ -1,76 +1,40 @@
-"""Who is compared: models of their own, or the base model with a LoRA and new words on it.
+"""Who is compared: models of their own, or the base model with LoRAs and new words on it.
 
-Knows the files that training, merging and other programs leave, and how to put adapters on a model and take them off
-again without a trace. Must not know how pictures are scored or shown.
+Knows the files that training, merging and other programs leave. Must not know how models are opened, nor how pictures
+are scored or shown.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
-import torch
-from annotated_types import MinLen
-
-from sdft.formats.adapter import lora_on, read_words
-from sdft.formats.lora_file import is_lora, read_lora, read_names
-from sdft.models.sdxl import SDXL
-from sdft.sampling import Sampler
-from sdft.types import Count, UserError
+from sdft.evaluation.results import Value
+from sdft.formats.lora_file import is_lora, read_names
+from sdft.types import UserError
 
 SUMMARY = "summary.json"
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 EXAMPLE = "subjects='{base: nano, mine: RUN_FOLDER}'"
+FINAL = -1
+"""The step of training at which a run ended."""
+
+Part = str | Mapping[str, str | float]
+Source = Part | Sequence[Part]
+"""`nano`, a hub id, a folder, a file; `{lora: RUN_OR_FILE, scale: 0.7}`; or a list: a model and LoRAs on it."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """What every subject is asked to draw."""
+class Worn:
+    """A LoRA, and new words, on a model."""
 
-    prompt: str
-    seed: int
-
-
-class Comparison:
-    """Every subject draws every prompt from the same seeds.
-
-    subjects: name -> `nano`, a hub id, a diffusers folder, a single-file checkpoint, a run folder of `train.py`, or a
-        LoRA file. Names become folders.
-    model: loads the base model; called with `weights`, another one.
-    prompts: what is drawn.
-    sampler: how it is drawn.
-    seeds: pictures of each prompt; they start from the seeds 0, 1, ...
-    size: side of the pictures, in pixels.
-    judge: folder or hub id of a CLIP that scores the pictures; `nano` is the shipped one; none scores nothing.
-    run_dir: where everything is written.
-    """
-
-    def __init__(
-        self,
-        subjects: Mapping[str, str],
-        model: Callable[..., SDXL],
-        prompts: Annotated[Sequence[str], MinLen(1)],
-        sampler: Sampler,
-        run_dir: str,
-        seeds: Count = 1,
-        size: Count = 64,
-        judge: str | None = None,
-    ):
-        self.subjects, self.model, self.sampler, self.judge = dict(subjects), model, sampler, judge
-        self.prompts, self.seeds, self.size, self.run_dir = list(prompts), seeds, size, Path(run_dir)
-
-    @property
-    def questions(self) -> list[Question]:
-        """Each prompt with each seed."""
-        return [Question(prompt, seed) for prompt in self.prompts for seed in range(self.seeds)]
+    lora: Path | None = None
+    words: Path | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,8 +45,13 @@ class Subject:
     source: str
     weights: str | None = None
     """Of a model of its own; none for the base model."""
-    lora: Path | None = None
-    words: Path | None = None
+    worn: tuple[Worn, ...] = ()
+    run: Path | None = None
+    """The folder of `train.py`."""
+    num_steps: int | None = None
+    """Of the run."""
+    cost: Mapping[str, float] = field(default_factory=dict)
+    varied: Mapping[str, Value] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -90,24 +59,73 @@ class Subject:
         return f"subjects.{self.name}={self.source}"
 
     @property
+    def loras(self) -> list[Worn]:
+        """What has a strength."""
+        return [worn for worn in self.worn if worn.lora is not None]
+
+    @property
     def kind(self) -> str:
         """In words, for the report."""
-        if self.weights is not None:
-            return "model"
-        return " and ".join(what for what, path in (("LoRA", self.lora), ("new words", self.words)) if path)
+        whats = ["model"] if self.weights is not None else []
+        whats += ["LoRA" if len(self.loras) == 1 else f"{len(self.loras)} LoRAs"] if self.loras else []
+        whats += ["new words"] if any(worn.words for worn in self.worn) else []
+        return " and ".join(whats)
+
+    @property
+    def checkpoints(self) -> dict[int, Path]:
+        """Those that the run kept on its way, by step."""
+        found = self.run.glob("checkpoints/step_*.ckpt") if self.run else ()
+        return {int(path.stem.removeprefix("step_")): path for path in sorted(found)}
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Where the run can be looked at: its checkpoints and its end; none where it kept no checkpoints."""
+        kept = self.checkpoints
+        return tuple(sorted({*kept, self.num_steps})) if kept and self.num_steps else ()
 
 
-def read_subjects(sources: Mapping[str, str]) -> list[Subject]:
+def read_subjects(sources: Mapping[str, Source]) -> list[Subject]:
     """What each source is, found without loading weights. Raises UserError that names the subject."""
     if not sources:
         raise UserError(f"subjects is empty: say what to compare, as in {EXAMPLE}")
     for name in sources:
         if not re.fullmatch(r"\w[\w.-]*", name):
-            raise UserError(f"subjects.{name}: names become folders; use letters, digits, dots, dashes and underscores")
+            raise UserError(f"subjects.{name}: use letters, digits, dots, dashes and underscores in names")
     return [_subject(name, source) for name, source in sources.items()]
 
 
-def _subject(name: str, source: str) -> Subject:
+def _subject(name: str, source: Source) -> Subject:
+    """One subject of all its parts."""
+    parts = [source] if isinstance(source, str | Mapping) else list(source)
+    if not parts:
+        raise UserError(f"subjects.{name} is an empty list: give a model, LoRAs, or both")
+    found = [_part(name, part) for part in parts]
+    told = " + ".join(subject.source for subject in found)
+    models = [subject for subject in found if subject.weights is not None]
+    if len(models) > 1:
+        raise UserError(f"subjects.{name}={told}: has {len(models)} models; blend them with python -m sdft.merging")
+    if len(found) == 1:
+        return found[0]
+    worn = tuple(worn for subject in found for worn in subject.worn)
+    return Subject(name, told, models[0].weights if models else None, worn)
+
+
+def _part(name: str, source: Part) -> Subject:
+    if isinstance(source, str):
+        return _place(name, source)
+    if unknown := set(source) - {"lora", "scale"}:
+        raise UserError(f"subjects.{name}.{sorted(unknown)[0]}: a part is {{lora: RUN_OR_FILE, scale: 0.7}} or a path")
+    lora, scale = source.get("lora"), source.get("scale", 1.0)
+    if not isinstance(lora, str) or not isinstance(scale, int | float):
+        raise UserError(f"subjects.{name}: a part needs the path of a LoRA and a number: {{lora: FILE, scale: 0.7}}")
+    found = _place(name, lora)
+    if not found.loras:
+        raise UserError(f"subjects.{name}.lora={lora}: is {found.kind or 'no LoRA'}, not a LoRA, and has no scale")
+    worn = tuple(Worn(worn.lora, worn.words, float(scale)) for worn in found.worn)
+    return Subject(name, f"{lora} x {scale:g}", None, worn, cost=found.cost)
+
+
+def _place(name: str, source: str) -> Subject:
     path, key = Path(source).expanduser(), f"subjects.{name}={source}"
     if source == "nano":
         return Subject(name, source, weights=source)
@@ -132,10 +150,18 @@ def _run(name: str, source: str, folder: Path) -> Subject:
     for kind in ("lora", "lora_kohya", "words", "model"):
         if kind in paths and not paths[kind].exists():
             raise UserError(f"{key}: the run's {kind}, {paths[kind]}, is missing")
+    written = paths.get("lora", paths.get("lora_kohya", paths.get("model")))
+    told = {"seconds": what.get("train_seconds"), "parameters": what.get("num_trained_parameters")}
+    cost = {name: float(value) for name, value in told.items() if value is not None}
+    if written is not None:
+        files = [written] if written.is_file() else [file for file in written.rglob("*") if file.is_file()]
+        cost["bytes"] = float(sum(file.stat().st_size for file in files))
+    run, steps = folder, what.get("num_steps")
     if lora := paths.get("lora", paths.get("lora_kohya")):
-        return Subject(name, source, lora=lora, words=paths.get("words"))
+        worn = (Worn(lora, paths.get("words")),)
+        return Subject(name, source, None, worn, run, steps, cost)
     if "model" in paths and (paths["model"] / "model_index.json").is_file():
-        return Subject(name, source, weights=str(paths["model"]))
+        return Subject(name, source, str(paths["model"]), (), run, steps, cost)
     raise UserError(f"{key}: the run left neither a LoRA nor a whole SDXL model")
 
 
@@ -145,75 +171,7 @@ def _file(name: str, source: str, path: Path) -> Subject:
         raise UserError(f"{key}: is no .safetensors file; of a run, pass its folder")
     names, _ = read_names(key, path)
     if is_lora(names):
-        return Subject(name, source, lora=path)
+        return Subject(name, source, worn=(Worn(path),), cost={"bytes": float(path.stat().st_size)})
     if any(tensor.startswith("model.diffusion_model.") for tensor in names):
-        return Subject(name, source, weights=source)
+        return Subject(name, source, weights=source, cost={"bytes": float(path.stat().st_size)})
     raise UserError(f"{key}: is neither an SDXL checkpoint nor a LoRA")
-
-
-class Models:
-    """Opens subjects. The base model is loaded once, when it is first needed, and leaves every subject as it came.
-
-    load: the base model without arguments, another with `weights`.
-    base_weights: of the base model; none where it has no weights of its own.
-    """
-
-    def __init__(self, load: Callable[..., SDXL], base_weights: str | None, device: torch.device):
-        self._load, self.base_weights, self._device = load, base_weights, device
-
-    @cached_property
-    def base(self) -> SDXL:
-        """The model that LoRAs go on."""
-        return self._load().to(self._device).eval()
-
-    @contextmanager
-    def open(self, subject: Subject) -> Iterator[SDXL]:
-        """The subject's model, inside the `with`."""
-        if subject.weights not in (None, self.base_weights):
-            yield self._own(subject)
-            return
-        with ExitStack() as stack:
-            if subject.lora is not None:
-                stack.enter_context(with_lora(self.base, subject.lora, subject.key))
-            if subject.words is not None:
-                stack.enter_context(with_words(self.base, subject.words, subject.key))
-            yield self.base
-
-    def _own(self, subject: Subject) -> SDXL:
-        if self.base_weights is None:
-            raise UserError(f"{subject.key}: choose a model that takes weights, such as model=nano or model=sdxl")
-        try:
-            return self._load(weights=subject.weights).to(self._device).eval()
-        except UserError as error:
-            raise UserError(str(error).replace("model.weights", f"subjects.{subject.name}")) from error
-
-
-@contextmanager
-def with_lora(model: SDXL, path: Path, key: str = "lora") -> Iterator[None]:
-    """The model with a LoRA at full strength inside the `with`; afterwards it has its own modules and bits again."""
-    with lora_on(model, read_lora(path, key), key):
-        yield
-
-
-@contextmanager
-def with_words(model: SDXL, path: Path, key: str = "words") -> Iterator[None]:
-    """The model with learned words inside the `with`; afterwards it has its own tokenizers and tables again."""
-    words, rows = read_words(path, key)
-    tokenizers = model.tokenizer, model.tokenizer_2
-    tables = [encoder.get_input_embeddings() for _, encoder in model.context_encoders]
-    model.tokenizer, model.tokenizer_2 = (copy.deepcopy(tokenizer) for tokenizer in tokenizers)
-    try:
-        try:
-            model.add_words({word: word for word in words})
-        except UserError as error:
-            raise UserError(f"{key}: the base model knows one of the words {words} already") from error
-        for name, row_ND in model.word_rows.items():
-            if row_ND.shape != rows[name].shape:
-                shapes = f"{list(rows[name].shape)} in the file, {list(row_ND.shape)} in the base model"
-                raise UserError(f"{key}: {name} of {path.name} does not fit: {shapes}")
-            row_ND.data.copy_(rows[name])
-        yield
-    finally:
-        model.tokenizer, model.tokenizer_2 = tokenizers
-        for (_, encoder), table in zip(model.context_encoders, tables, strict=True):
-            encoder.set_input_embeddings(table)

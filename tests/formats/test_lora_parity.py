@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdft.evaluation.subjects import with_lora
+from sdft.evaluation.models import with_lora
 from sdft.formats.adapter import lora_of, write_lora
 from sdft.formats.lora_file import write_lora_file
 from sdft.formats.lora_layer import Layer, LoraFile

@@ -1,0 +1,51 @@
+"""Several LoRAs, each at a strength, as one.
+
+Knows the algebra of stacking. Must not know files or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from sdft.formats.lora_layer import DOWN, MID, UP, Layer, LoraFile
+from sdft.types import UserError
+
+
+def stacked(loras: Sequence[tuple[LoraFile, float]], key: str) -> LoraFile:
+    """The sum of the changes, each times its strength; exact, with the sum of the ranks.
+
+    Raises UserError for what has no such form: a DoRA at another strength than 1, and stacks of other kinds.
+    """
+    loras = [(lora, strength) for lora, strength in loras if strength]
+    if len(loras) == 1:
+        lora, strength = loras[0]
+        return LoraFile({name: scaled(layer, strength, key) for name, layer in lora.layers.items()}, lora.metadata)
+    found: dict[str, Layer] = {}
+    for lora, strength in loras:
+        for name, layer in lora.layers.items():
+            layer = scaled(layer, strength, key)
+            found[name] = added(found[name], layer, key) if name in found else layer
+    return LoraFile(found)
+
+
+def scaled(layer: Layer, strength: float, key: str) -> Layer:
+    """A layer whose change is so many times as large."""
+    if strength == 1:
+        return layer
+    if layer.kind == "dora":
+        raise UserError(f"{key}: a DoRA has no strength but 1; bake it into the model with python -m sdft.merging")
+    if layer.rank is None:  # nobody scales a LoKr of two whole matrices by its alpha
+        return replace(layer, tensors={**layer.tensors, "lokr_w1": layer.tensors["lokr_w1"] * strength})
+    return replace(layer, alpha=layer.alpha * strength)
+
+
+def added(a: Layer, b: Layer, key: str) -> Layer:
+    """(up_a down_a) s_a + (up_b down_b) s_b as one product of longer factors."""
+    if not {a.kind, b.kind} <= {"lora", "locon"} or MID in a.tensors or MID in b.tensors:
+        raise UserError(f"{key}: {a.kind} and {b.kind} cannot be stacked; merge them with python -m sdft.merging")
+    down = torch.cat([a.tensors[DOWN].float(), b.tensors[DOWN].float()])
+    up = torch.cat([a.tensors[UP].float() * a.scale, b.tensors[UP].float() * b.scale], dim=1)
+    return Layer({DOWN: down, UP: up}, alpha=float(len(down)))

@@ -1,0 +1,241 @@
+"""Pictures on disk: made once, the same alone and in the grid, after a stop and on several ranks."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sdft.evaluation.gallery import Gallery, Place, write_picture
+from sdft.evaluation.grid import Axes, Cell, cells
+from sdft.evaluation.models import Models
+from sdft.evaluation.subjects import Subject, read_subjects
+from sdft.models.sdxl import SDXL
+from sdft.sampling import Sampler
+from sdft.tuning import Adapter, learning
+from sdft.types import UserError
+
+PROMPTS = ["a red cat", "кот 🐈", "neon lines"]
+LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+BATCH = 4
+
+
+@pytest.fixture
+def models(tiny_model) -> Models:
+    models = Models(lambda weights="nano": tiny_model(), "nano", torch.device("cpu"))
+    models.base = tiny_model()
+    return models
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Path:
+    random = torch.Generator().manual_seed(0)
+    tensors = {f"{LAYER}.lora_{x}.weight": torch.randn(shape, generator=random) for x, shape in
+               (("A", (2, 24)), ("B", (24, 2)))}  # fmt: skip
+    save_file(tensors, tmp_path / "lora.safetensors")
+    return tmp_path / "lora.safetensors"
+
+
+@pytest.fixture
+def wanted(lora: Path) -> list[Cell]:
+    subjects = read_subjects({"base": "nano", "mine": str(lora)})
+    return cells(subjects, PROMPTS, [0, 1], Sampler("euler_a", 2, 3.0), 32, Axes(cfg=[1, 3]))
+
+
+def gallery(folder: Path, models: Models) -> Gallery:
+    return Gallery(folder, models, "fp32", BATCH)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def pixels(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_a_cell_is_the_same_alone_and_in_the_grid(models: Models, wanted: list[Cell], tmp_path: Path) -> None:
+    """Within one step of a byte: a matrix product of another batch size may add in another order."""
+    whole, alone = gallery(tmp_path / "whole", models), gallery(tmp_path / "alone", models)
+    whole.fill(wanted)
+    assert len(contents(tmp_path / "whole")) == len(wanted) == 24
+    for cell in (wanted[3], wanted[-1]):
+        alone.fill([cell])
+        assert alone.path(cell).name == whole.path(cell).name
+        assert np.abs(pixels(alone.path(cell)) - pixels(whole.path(cell))).max() <= 1
+    assert np.abs(pixels(whole.path(wanted[3])) - pixels(whole.path(wanted[15]))).max() > 3
+
+
+def test_what_is_there_is_not_drawn_again(models: Models, wanted: list[Cell], tmp_path: Path) -> None:
+    drawn = gallery(tmp_path / "pictures", models)
+    drawn.fill(wanted[:6])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
+    drawn.fill(wanted)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    drawn.models.open = None  # type: ignore[method-assign, assignment]
+    drawn.fill(wanted)
+
+
+def test_after_a_full_disk_the_same_pictures_come(models: Models, wanted: list[Cell], tmp_path: Path) -> None:
+    gallery(tmp_path / "whole", models).fill(wanted)
+    stopped = gallery(tmp_path / "stopped", models)
+    stopped.fill(wanted[:BATCH])
+    told = r"cannot be written to \(File too large\); the pictures drawn so far are kept"
+    with pytest.raises(UserError, match=told), file_limit(200):
+        stopped.fill(wanted)
+    kept = contents(tmp_path / "stopped")
+    assert len(kept) == BATCH
+    stopped.fill(wanted)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+def test_ranks_share_the_work_and_draw_the_same(models: Models, wanted: list[Cell], tmp_path: Path) -> None:
+    gallery(tmp_path / "one", models).fill(wanted)
+    two = gallery(tmp_path / "two", models)
+    two.fill(wanted, Place(1, 2))
+    half = contents(tmp_path / "two")
+    assert len(wanted) * 0.3 < len(half) < len(wanted) * 0.7
+    two.fill(wanted, Place(0, 2))
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("told", "place"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "4"}, Place(1, 4)),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3"}, Place(2, 3)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "3"}, Place()),
+        ({}, Place()),
+    ],
+)
+def test_torchrun_and_srun_say_who_this_is(told: dict[str, str], place: Place, monkeypatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert Place.of_process() == place
+
+
+def test_a_picture_is_named_by_what_it_was_made_from(models: Models, wanted: list[Cell], lora: Path) -> None:
+    drawn, cell = gallery(Path("x"), models), wanted[-1]
+    name = drawn.path(cell)
+    changed = [
+        replace(cell, setting=replace(cell.setting, seed=7)),
+        replace(cell, setting=replace(cell.setting, negative="x")),
+        replace(cell, setting=replace(cell.setting, size_hw=(32, 48))),
+        replace(cell, scale=0.5),
+        replace(cell, subject=wanted[0].subject),
+    ]
+    assert len({name, *map(drawn.path, changed)}) == 6
+    assert drawn.path(replace(cell, contestant="another name", axes={})) == name
+    assert drawn.path(replace(cell, scale=0.0)) == drawn.path(replace(cell, subject=wanted[0].subject))
+    base = replace(cell, subject=wanted[0].subject)
+    assert drawn.path(replace(base, scale=0.3)) == drawn.path(base)
+    assert Gallery(Path("x"), models, "bf16", BATCH).path(cell) != name
+
+
+def test_loras_have_strengths_and_stack(models: Models, lora: Path) -> None:
+    """Twice at a half is once; at strength 0 it is the base, at -1 it takes away what 1 gives."""
+    sources = {
+        "once": str(lora),
+        "halves": [{"lora": str(lora), "scale": 0.5}, {"lora": str(lora), "scale": 0.5}],
+        "off": {"lora": str(lora), "scale": 0.0},
+        "none": [{"lora": str(lora), "scale": 1.0}, {"lora": str(lora), "scale": -1.0}],
+    }
+    found = {s.name: s for s in read_subjects(sources)}
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def predicted(subject: Subject, scale: float = 1.0) -> torch.Tensor:
+        from sdft.types import Conditioning
+
+        with models.open(subject, scale) as model, torch.no_grad():
+            context, pooled = model.encode_prompts(["a red cat"])
+            return model.denoise(x, torch.tensor([500]), Conditioning(context, pooled, torch.ones(1, 6)))
+
+    base, once = predicted(Subject("base", "nano", "nano")), predicted(found["once"])
+    assert (once - base).abs().max() > 1e-3
+    torch.testing.assert_close(predicted(found["halves"]), once, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(predicted(found["none"]), base, rtol=1e-4, atol=1e-6)
+    assert torch.equal(predicted(found["off"]), base)
+    assert torch.equal(predicted(found["once"], 0.0), base)
+    assert not torch.equal(predicted(found["once"], 0.5), once)
+    assert found["halves"].kind == "2 LoRAs"
+
+
+def test_a_lora_that_learned_v_is_sampled_so_and_leaves_the_schedule(models: Models, lora: Path) -> None:
+    tensors = load_file(lora)
+    for zero_snr in ("True", "False"):
+        save_file(tensors, lora, {"ss_v_parameterization": "True", "ss_zero_terminal_snr": zero_snr})
+        with models.open(*read_subjects({"mine": str(lora)})) as model:
+            assert model.scheduler.config.prediction_type == "v_prediction"
+            assert model.scheduler.config.rescale_betas_zero_snr == (zero_snr == "True")
+        assert models.base.scheduler.config.prediction_type == "epsilon"
+
+
+def test_checkpoints_of_a_run_are_opened_on_one_model(tiny_model, tmp_path: Path) -> None:
+    """The average where the run kept one; the final step is the run's result, drawn from its file."""
+    opened = []
+
+    def revive(run: Path) -> SDXL:
+        opened.append(tiny_model())
+        Adapter(rank=2).attach(opened[-1])
+        return opened[-1]
+
+    (tmp_path / "checkpoints").mkdir()
+    learned = {name: p.detach() for name, p in learning(revive(tmp_path))}
+    for step, callbacks in ((50, {"EMA": {"average": {k: v + 1 for k, v in learned.items()}}}), (100, {})):
+        state = {f"model.{name}": value + 2 for name, value in learned.items()}
+        file = tmp_path / "checkpoints" / f"step_{step:06d}.ckpt"
+        torch.save({"state_dict": state, "callbacks": callbacks, "global_step": step}, file)
+    run = Subject("run", str(tmp_path), run=tmp_path, num_steps=150)
+    models = Models(lambda weights="nano": tiny_model(), "nano", torch.device("cpu"), revive)
+    assert run.steps == (50, 100, 150)
+    for step, added in ((50, 1), (100, 2)):
+        with models.open(run, step=step) as model:
+            for name, p in learning(model):
+                assert torch.equal(p, learned[name] + added)
+    assert len(opened) == 2, "one for this test, one for all checkpoints"
+    assert models.identity(run, 1.0, 50) != models.identity(run, 1.0, 100)
+    torch.save({"state_dict": {}, "callbacks": {}}, tmp_path / "checkpoints" / "step_000120.ckpt")
+    told = r"subjects\.run=.*step_000120\.ckpt holds other weights"
+    with pytest.raises(UserError, match=told), models.open(run, step=120):
+        pass
+
+
+def test_wrong_parts_of_a_subject_are_named(lora: Path) -> None:
+    for source, told in [
+        ([], "is an empty list"),
+        ({"lora": str(lora), "strength": 1}, r"mine\.strength: a part is"),
+        ({"scale": 1}, "needs the path of a LoRA"),
+        ({"lora": "nano", "scale": 1}, "is model, not a LoRA"),
+        (["nano", "nano"], "has 2 models; blend them"),
+    ]:
+        with pytest.raises(UserError, match=rf"^subjects\.mine.*{told}"):
+            read_subjects({"mine": source})
+
+
+def test_a_picture_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    with pytest.raises(UserError, match="cannot be written to"), file_limit(500):
+        write_picture(tmp_path / "a.png", image)
+    assert list(tmp_path.iterdir()) == []
+
+
+@contextmanager
+def file_limit(num_bytes: int) -> Iterator[None]:
+    """No file can grow beyond this, as on a full disk."""
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, kept[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
