@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from sdft.models.attention import refuse_device
 from sdft.models.sdxl import SDXL
 from sdft.rng import Draws, seed_of
+from sdft.shards import clip_gradients
 from sdft.tuning import learning, part_of
 from sdft.types import Batch, UserError
 
 VALIDATION_SEED = 0
+ENCODER_PARTS = ("embeddings", "encoder", "final_layer_norm", "text_projection")
+"""What a text encoder is divided by, where weights are divided; transformers knows the whole of it by its exact class,
+which dividing it would change."""
 
 
 class Step(NamedTuple):
@@ -83,7 +87,9 @@ class Finetuning(L.LightningModule):
             return
         if not isinstance(model, SDXL):
             raise UserError("strategy=fsdp divides SDXL only; choose strategy=ddp to train a part of nano")
-        divide([model.unet, *([model.text_encoder, model.text_encoder_2] if self.encoders_stay() else [])])
+        encoders = (model.text_encoder, model.text_encoder_2) if self.encoders_stay() else ()
+        named = (pair for encoder in encoders for pair in encoder.named_modules())
+        divide([model.unet, *(part for name, part in named if name.split(".")[-1] in ENCODER_PARTS)])
 
     def encoders_stay(self) -> bool:
         """Whether each step reads captions anew: encoders learn, or their states are not kept on disk."""
@@ -110,6 +116,12 @@ class Finetuning(L.LightningModule):
         optimizer = self.optimizer(self.tuning.groups(self.model))
         schedule = self.lr_schedule(optimizer, num_steps=self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if gradient_clip_val:
+            clip_gradients((p for group in optimizer.param_groups for p in group["params"]), gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what learns; everything else comes from `model.weights` again."""

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from sdft.tuning import divided_like, learning, put, whole
+from sdft.shards import divided_like, whole
+from sdft.tuning import learning, put
 from sdft.types import Count, UserError
 
 UNITS = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")
@@ -117,7 +118,7 @@ class Shards(SaveTogether, ModelParallelStrategy):
 
     def gathered(self, module: Any, rebuild: Callable[[], Any]) -> Any:
         """On rank 0, a module with the learned weights that needs no other process; all ranks must ask."""
-        weights = {name: whole(p) for name, p in learning(module.model)}
+        weights = whole(dict(learning(module.model)))
         if not self.is_global_zero:
             return module
         module = rebuild()
@@ -125,7 +126,7 @@ class Shards(SaveTogether, ModelParallelStrategy):
         return module
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return {f"model.{name}": whole(p) for name, p in learning(self.lightning_module.model)}
+        return whole({f"model.{name}": p.detach() for name, p in learning(self.lightning_module.model)})
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         weights = checkpoint["state_dict"]
@@ -133,7 +134,11 @@ class Shards(SaveTogether, ModelParallelStrategy):
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         state = optimizer.state_dict()
-        return {**state, "state": {number: _map(whole, kept) for number, kept in state["state"].items()}}
+        kept = {(number, name): value for number, values in state["state"].items() for name, value in values.items()}
+        together: dict[int, dict[str, Tensor]] = {number: {} for number in state["state"]}
+        for (number, name), value in whole(kept).items():
+            together[number][name] = value
+        return {**state, "state": together}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -149,7 +154,3 @@ class Shards(SaveTogether, ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return self.checkpoint_io.load_checkpoint(checkpoint_path)
-
-
-def _map(function: Callable[[Tensor], Tensor], state: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: function(value) if isinstance(value, Tensor) else value for name, value in state.items()}

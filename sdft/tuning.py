@@ -14,8 +14,8 @@ from annotated_types import Ge
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sdft.shards import divided_like
 from sdft.types import Count, NonNegative, Positive, UserError
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
@@ -215,27 +215,6 @@ def put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy `weights` into the model's parameters of the same names; of a sharded one, each rank its shard."""
     for name, p in learning(model):
         p.copy_(divided_like(p, weights[name]))
-
-
-def divided_like(parameter: Tensor, weight: Tensor) -> Tensor:
-    """A weight, whole or divided already, in shards where the parameter is; every rank holds the whole."""
-    if not isinstance(parameter, DTensor) or isinstance(weight, DTensor):
-        return weight
-    weight = weight.to(parameter.device, parameter.dtype)
-    return distribute_tensor(weight, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def whole(weight: Tensor) -> Tensor:
-    """A weight; a sharded one put together in the memory of rank 0. All ranks must ask, the others get nothing."""
-    if not isinstance(weight, DTensor):
-        return weight
-    full = weight.detach().full_tensor()
-    return full.cpu() if torch.distributed.get_rank() == 0 else torch.empty(0)
-
-
-def own_share(weight: Tensor) -> Tensor:
-    """What this rank holds of a weight that may be sharded, as a view."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def unused_layer(part: str, module: nn.Module) -> str | None:

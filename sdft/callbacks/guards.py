@@ -8,8 +8,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch.distributed.tensor import DTensor
 
+from sdft.shards import norm
 from sdft.types import UserError
 
 MOST_NAMED = 8
@@ -33,8 +33,9 @@ class Guard(L.Callback):
             self._stop(trainer, "loss")
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         # In fp16 the loss scaler looks for this itself, skips the step and lowers its scale.
-        if trainer.precision != "16-mixed" and not torch.isfinite(gradient_norm(optimizer)):
+        if trainer.precision != "16-mixed" and not torch.isfinite(norm(gradients)):
             self._stop(trainer, "gradient")
         self._seen.clear()
 
@@ -64,10 +65,3 @@ class Guard(L.Callback):
             f"the {what} became NaN or infinite at step {step} with {', '.join(suspects[:MOST_NAMED])}{more}{written}. "
             "Look at these samples, lower optimizer.lr, or go on from the last checkpoint with resume="
         )
-
-
-def gradient_norm(optimizer: torch.optim.Optimizer) -> torch.Tensor:
-    """Of all that learns, over all ranks."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm

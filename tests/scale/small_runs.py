@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from conftest import TinySource, build_tiny_model
 
 from sdft.callbacks.ema import EMA
+from sdft.callbacks.exports import Export
 from sdft.callbacks.guards import Guard
 from sdft.data.datamodule import Images
 from sdft.module import Finetuning
@@ -66,7 +68,48 @@ class Run:
     lr: float = 1e-2
     eps: float = 1e-4
     """Of AdamW: keeps it from turning the rounding of a vanishing gradient into a full step."""
+    export: bool = False
+    spoil: Callable[[TinySource], None] | None = None
+    """Does something to the pictures."""
     callbacks: list[L.Callback] = field(default_factory=list)
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "checkpoints" / "last.ckpt"
+
+
+class KillAt(L.Callback):
+    """Ends the process with no chance to clean up, in the step after `step` are done, at one of `PLACES`."""
+
+    PLACES = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "on_save_checkpoint")
+
+    def __init__(self, step: int, place: str = "on_train_batch_start"):
+        self.step, self.place = step, place
+
+    def _at(self, trainer: L.Trainer, place: str) -> None:
+        if place == self.place and trainer.global_step >= self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._at(trainer, "on_train_batch_start")
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
+        self._at(trainer, "on_before_optimizer_step")
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self._at(trainer, "on_train_batch_end")
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        if self.place == "on_save_checkpoint" and trainer.global_step >= self.step:
+            checkpoint["bomb"] = Bomb()
+
+
+class Bomb:
+    """Kills the process that pickles it: the file is open then, and half written."""
+
+    def __reduce__(self) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
 
 
 class Losses(L.Callback):
@@ -103,6 +146,8 @@ def train(run: Run) -> dict[str, Any]:
         return Finetuning(model, TUNINGS[run.tuning](**options), objective, optimizer, schedule, seed=7)
 
     source = (Mixed if run.bucket_step else TinySource)(7)
+    if run.spoil:
+        run.spoil(source)
     data = Images(
         source,
         (Mixed if run.bucket_step else TinySource)(2, "held out"),
@@ -143,6 +188,8 @@ def train(run: Run) -> dict[str, Any]:
         module = fit.strategy.gathered(module, new_module)
     weights = {name: p.detach().clone() for name, p in learning(module.model)} if fit.is_global_zero else {}
     validation = {name: float(value) for name, value in fit.callback_metrics.items() if name.startswith("val/")}
+    if run.export and fit.is_global_zero:
+        Export().write(module, run.folder, {"title": "run", "prediction": "epsilon", "size_hw": (32, 32), "words": ()})
     return {"losses": losses.seen, "weights": weights, "validation": validation, "step": fit.global_step}
 
 
@@ -161,7 +208,7 @@ def _rank(run: Run, rank: int, world_size: int, port: int, function: Any) -> Non
 
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["sdft.module", "sdft.trainer", "sdft.strategies", "sdft.callbacks.ema", "peft"])
+context.set_forkserver_preload(["sdft.module", "sdft.trainer", "sdft.strategies", "sdft.callbacks.exports", "peft"])
 
 
 def start(run: Run, world_size: int = 1, function: Any = train) -> list[Any]:

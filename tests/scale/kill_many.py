@@ -1,0 +1,76 @@
+"""A hundred kills from outside, at random times: python tests/scale/kill_many.py [HOW_MANY]. Prints a table.
+
+Each run is killed again and again until its end, which must have the bits of a run that nobody killed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from small_runs import Run, finish, result, start
+from test_kills import EVERYTHING, assert_same_end
+
+from sdft.formats.run_state import read_state
+
+SETTINGS = {"max_steps": 24, "save_every": 2, "validate_every": 6}
+
+
+def main(num_kills: int = 100) -> None:
+    """Kills every mode in turn, a third of them each."""
+    chance, rows = random.Random(0), []
+    with tempfile.TemporaryDirectory() as root:
+        for mode in EVERYTHING:
+            rows.append(kill(Path(root) / mode, mode, -(-num_kills // len(EVERYTHING)), chance))
+    print("| mode | kills | while a file was half written | before the first save | runs | identical ends |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |")
+    print(f"{sum(row[1] for row in rows)} kills, {sum(row[4] for row in rows)} runs, all identical")
+
+
+def kill(folder: Path, mode: str, num_kills: int, chance: random.Random) -> tuple:
+    """A row of the table. Raises where a run ends otherwise than the one that nobody killed."""
+    options = {"tuning": mode, **SETTINGS, **EVERYTHING[mode]}
+    straight = Run(folder / "straight", **options)
+    began = time.monotonic()
+    expected = result(straight)
+    seconds, seen, num_runs = time.monotonic() - began, Counter(), 0
+    while seen["kills"] < num_kills:
+        run = Run(folder / f"killed_{num_runs}", **options)
+        while True:
+            run.resume = run.last if run.last.is_file() else None
+            (process,) = start(run)
+            process.join(chance.uniform(0.1, 1.0) * seconds if seen["kills"] < num_kills else None)
+            if process.exitcode is not None:
+                break
+            os.kill(process.pid, signal.SIGKILL)
+            finish([process])
+            seen["kills"] += 1
+            seen["torn"] += any(run.folder.glob("checkpoints/.*.partial"))
+            seen["early"] += not run.last.is_file()
+            print(f"{mode}: kill {seen['kills']}, {saved_step(run)} steps saved", file=sys.stderr, flush=True)
+        assert process.exitcode == 0, f"{run.folder} did not go on after a kill"
+        found = result(Run(run.folder, resume=run.last, **options))  # at its end already: nothing is trained
+        assert_same_end(straight, run, {**expected, "validation": None}, {**found, "validation": None})
+        shutil.rmtree(run.folder)
+        num_runs += 1
+    return mode, seen["kills"], seen["torn"], seen["early"], num_runs, num_runs
+
+
+def saved_step(run: Run) -> int:
+    return read_state(run.last)["global_step"] if run.last.is_file() else 0
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,113 @@
+"""Law 2: a run that is killed and started again ends with the same bits as one that was never killed."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import KillAt, Run, finish, result, start
+
+from sdft.formats.run_state import read_state
+
+ROOT = Path(__file__).resolve().parents[2]
+EVERYTHING: dict[str, dict[str, Any]] = {
+    "full": {"bucket_step": 16, "num_workers": 1, "accumulate": 2},
+    "lora_unet": {"dropout": 0.3, "keep": 2},
+    "lora_unet_te": {"cache": "off", "bucket_step": 16},
+}
+"""What has a state in each mode, besides the average and the caption dropout that all have."""
+
+
+def killed_and_resumed(folder: Path, kills: list[KillAt], **options: Any) -> dict[str, Any]:
+    """Starts again after each kill, from whatever the last one left."""
+    for kill in kills:
+        run = Run(folder, **options, callbacks=[kill])
+        run.resume = run.last if run.last.is_file() else None
+        assert finish(start(run)) == [-9], f"{kill.place} after step {kill.step} was not reached"
+    run = Run(folder, **options)
+    run.resume = run.last if run.last.is_file() else None
+    return result(run)
+
+
+def assert_same_end(a: Run, b: Run, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours["step"] == theirs["step"]
+    for name, weight in ours["weights"].items():
+        assert torch.equal(weight, theirs["weights"][name]), name
+    assert ours["validation"] == theirs["validation"]
+    for name in ("state_dict", "optimizer_states", "lr_schedulers", "Images"):
+        assert_equal(read_state(a.last)[name], read_state(b.last)[name], name)
+    assert_equal(read_state(a.last)["callbacks"]["EMA"], read_state(b.last)["callbacks"]["EMA"], "EMA")
+
+
+def assert_equal(a: Any, b: Any, where: str) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.parametrize("tuning", EVERYTHING)
+def test_killed_four_times_at_random_steps_and_moments(tuning: str, tmp_path: Path) -> None:
+    """Before the first save, twice in the middle, and while a checkpoint is half written."""
+    options = {"tuning": tuning, "max_steps": 9, "save_every": 2, "validate_every": 4, **EVERYTHING[tuning]}
+    straight = Run(tmp_path / "straight", **options)
+    expected = result(straight)
+    chance = random.Random(tuning)
+    steps = [chance.randrange(0, 2), chance.randrange(2, 5), chance.randrange(5, 8)]
+    kills = [KillAt(step, chance.choice(KillAt.PLACES[:3])) for step in steps]
+    kills.insert(chance.randrange(4), KillAt(chance.randrange(2, 8), "on_save_checkpoint"))
+    kills.sort(key=lambda kill: kill.step)
+    found = killed_and_resumed(tmp_path / "killed", kills, **options)
+    assert_same_end(straight, Run(tmp_path / "killed"), expected, found)
+
+
+def test_a_kill_while_saving_leaves_the_save_before(tmp_path: Path) -> None:
+    run = Run(tmp_path, save_every=2, callbacks=[KillAt(4, "on_save_checkpoint")])
+    assert finish(start(run)) == [-9]
+    assert (tmp_path / "checkpoints" / ".last.ckpt.partial").is_file(), "it was killed in the middle of writing"
+    assert read_state(run.last)["global_step"] == 2
+    result(Run(tmp_path, save_every=2, resume=run.last))
+    assert read_state(run.last)["global_step"] == 6
+    assert not (tmp_path / "checkpoints" / ".last.ckpt.partial").exists()
+
+
+def test_the_last_ones_stay_where_that_is_asked(tmp_path: Path) -> None:
+    result(Run(tmp_path, max_steps=8, save_every=2, keep=2))
+    kept = {file.name: read_state(file)["global_step"] for file in (tmp_path / "checkpoints").glob("*.ckpt")}
+    assert kept == {"last.ckpt": 8, "step_000006.ckpt": 6, "step_000008.ckpt": 8, "best.ckpt": kept["best.ckpt"]}
+
+
+@pytest.mark.timeout(300)
+def test_the_same_command_goes_on_after_a_kill(tmp_path: Path) -> None:
+    """`train.py` itself, killed from outside when it has saved twice; the command says `resume=auto` from the start."""
+
+    def command(folder: str) -> list[str]:
+        words = ["trainer.max_steps=40", "trainer.validate_every=20", "callbacks.last.every=5", "verdict=none"]
+        words += ["~callbacks.previews", "logger=csv", "trainer.progress_bar=false", "resume=auto"]
+        return [sys.executable, "train.py", *words, "data.batch_size=2", f"run_dir={tmp_path / folder}"]
+
+    straight = subprocess.Popen(command("straight"), cwd=ROOT)
+    killed = subprocess.Popen(command("killed"), cwd=ROOT)
+    last = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    while killed.poll() is None and not (last.is_file() and read_state(last)["global_step"] >= 10):
+        time.sleep(0.05)
+    killed.kill()
+    assert killed.wait() == -9, "it was to be killed before its end"
+    assert subprocess.run(command("killed"), cwd=ROOT).returncode == 0
+    assert straight.wait() == 0
+    files = [tmp_path / folder / "lora.safetensors" for folder in ("straight", "killed")]
+    a, b = (file.read_bytes() for file in files)
+    assert a == b
