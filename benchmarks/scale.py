@@ -2,9 +2,9 @@
 
     python -m benchmarks.scale
 
-nano, full and LoRA, on the CPU with gloo: one thread a process, the same batch altogether. The share of communication is
-what a step is longer than that of two single processes which run side by side, each with half of the batch and unaware
-of the other. Bytes are those that the loopback device counted, in a network of its own where that is allowed.
+nano, full and LoRA, on the CPU with gloo: one thread a process, the same batch altogether. The share of communication
+is what a step is longer than that of two single processes which run side by side, each with half of the batch and
+unaware of the other. Bytes are those that the loopback device counted, in a network of its own where that is allowed.
 """
 
 from __future__ import annotations

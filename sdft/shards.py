@@ -64,9 +64,9 @@ def whole(weights: Mapping[Name, Tensor]) -> dict[Name, Tensor]:
         size = next(iter(message.values())).device_mesh.size(-1)
         slices = [_padded(weight, size) for weight in message.values()]
         sent = torch.cat(slices)
-        received = sent.new_empty(size * sent.numel())
-        dist.all_gather_into_tensor(received, sent, next(iter(message.values())).device_mesh.get_group(-1))
-        columns = received.view(size, -1).split([one.numel() for one in slices], dim=1)
+        received = [torch.empty_like(sent) for _ in range(size)]
+        dist.all_gather(received, sent, next(iter(message.values())).device_mesh.get_group(-1))
+        columns = torch.stack(received).split([one.numel() for one in slices], dim=1)
         for (name, weight), column in zip(message.items(), columns, strict=True):
             first = dist.get_rank() == 0
             found[name] = column.reshape(-1)[: weight.numel()].view(weight.shape).cpu() if first else torch.empty(0)

@@ -75,6 +75,7 @@ def trainer(
         enable_progress_bar=progress_bar,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        inference_mode=False,  # Validation would put shards together into tensors that training could not use again.
         strategy=strategy,
         plugins=[RunFiles()],
         callbacks=[*callbacks, *([Progress()] if progress_bar else [])],

@@ -1,4 +1,6 @@
-"""A hundred kills from outside, at random times: python tests/scale/kill_many.py [HOW_MANY]. Prints a table.
+"""A hundred kills from outside, at random times; prints a table.
+
+    PYTHONPATH=tests python tests/scale/kill_many.py [HOW_MANY]
 
 Each run is killed again and again until its end, which must have the bits of a run that nobody killed.
 """
@@ -14,9 +16,6 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from small_runs import Run, finish, result, start
 from test_kills import EVERYTHING, assert_same_end

@@ -82,7 +82,7 @@ def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
         with pytest.raises(UserError, match=r"last\.ckpt: .*Read-only.*of before is intact"):
             write_state(STATE, folder / "last.ckpt")
-        with pytest.raises(UserError, match="best.ckpt: .*Read-only"):
+        with pytest.raises(UserError, match=r"best\.ckpt: .*Read-only"):
             write_state(STATE, folder / "best.ckpt")
         assert read_state(folder / "last.ckpt")["step"] == 7
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from small_runs import TUNINGS, WRONG, KillAt, Run, finish, result, start
 
 from sdft.formats.run_state import read_state
+from sdft.strategies import Copies, auto
 from sdft.tuning import learning
 
 KILLED = -9
@@ -166,3 +167,9 @@ def test_shards_that_do_not_fit_the_devices_are_refused(tmp_path: Path) -> None:
     run = Run(tmp_path / "run", "full", "hybrid")  # groups of two
     assert finish(start(run, 3)) == [WRONG] * 3
     assert "shard_ranks=2: 3 devices" in (run.folder / "error_0.txt").read_text()
+
+
+def test_several_devices_are_copies_where_nothing_is_said() -> None:
+    assert auto("cpu", 1, 1) == auto("cpu", "auto", 1) == "auto"
+    assert isinstance(auto("cpu", 2, 1), Copies)
+    assert isinstance(auto("cpu", 1, 2), Copies)
