@@ -17,8 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from small_runs import Run, finish, result, start
-from test_kills import EVERYTHING, assert_same_end
+from small_runs import EVERYTHING, Run, assert_same_end, finish, result, start
 
 from sdft.formats.run_state import read_state
 

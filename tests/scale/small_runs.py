@@ -24,6 +24,7 @@ from sdft.callbacks.ema import EMA
 from sdft.callbacks.exports import Export
 from sdft.callbacks.guards import Guard
 from sdft.data.datamodule import Images
+from sdft.formats.run_state import read_state
 from sdft.module import Finetuning
 from sdft.objective import Denoising, MinSNR
 from sdft.optimizer import adamw, cosine
@@ -38,6 +39,12 @@ TUNINGS = {
     "lora_unet": partial(Adapter, rank=2, alpha=4.0),
     "lora_unet_te": partial(Adapter, rank=2, alpha=4.0, parts=PARTS, new_words={"<sks>": "red cat"}),
 }
+EVERYTHING: dict[str, dict[str, Any]] = {
+    "full": {"bucket_step": 16, "num_workers": 1, "accumulate": 2},
+    "lora_unet": {"dropout": 0.3, "keep": 2},
+    "lora_unet_te": {"cache": "off", "bucket_step": 16},
+}
+"""What has a state in each mode, besides the average and the caption dropout that all have."""
 WRONG = 7
 """Exit status of a run that ended with a UserError; its text lies in `error_N.txt`."""
 
@@ -237,3 +244,27 @@ def result(run: Run, world_size: int = 1) -> dict[str, Any]:
     """What a run that must end well knows at its end."""
     assert finish(start(run, world_size)) == [0] * world_size
     return torch.load(run.folder / "result_0.pt", weights_only=False)
+
+
+def assert_same_end(a: Run, b: Run, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    assert ours["step"] == theirs["step"]
+    for name, weight in ours["weights"].items():
+        assert torch.equal(weight, theirs["weights"][name]), name
+    assert ours["validation"] == theirs["validation"]
+    for name in ("state_dict", "optimizer_states", "lr_schedulers", "Images"):
+        assert_equal(read_state(a.last)[name], read_state(b.last)[name], name)
+    assert_equal(read_state(a.last)["callbacks"]["EMA"], read_state(b.last)["callbacks"]["EMA"], "EMA")
+
+
+def assert_equal(a: Any, b: Any, where: str) -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where

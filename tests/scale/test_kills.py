@@ -10,18 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from small_runs import KillAt, Run, finish, result, start
+from small_runs import EVERYTHING, KillAt, Run, assert_same_end, finish, result, start
 
 from sdft.formats.run_state import read_state
 
 ROOT = Path(__file__).resolve().parents[2]
-EVERYTHING: dict[str, dict[str, Any]] = {
-    "full": {"bucket_step": 16, "num_workers": 1, "accumulate": 2},
-    "lora_unet": {"dropout": 0.3, "keep": 2},
-    "lora_unet_te": {"cache": "off", "bucket_step": 16},
-}
-"""What has a state in each mode, besides the average and the caption dropout that all have."""
 
 
 def killed_and_resumed(folder: Path, kills: list[KillAt], **options: Any) -> dict[str, Any]:
@@ -33,30 +26,6 @@ def killed_and_resumed(folder: Path, kills: list[KillAt], **options: Any) -> dic
     run = Run(folder, **options)
     run.resume = run.last if run.last.is_file() else None
     return result(run)
-
-
-def assert_same_end(a: Run, b: Run, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    assert ours["step"] == theirs["step"]
-    for name, weight in ours["weights"].items():
-        assert torch.equal(weight, theirs["weights"][name]), name
-    assert ours["validation"] == theirs["validation"]
-    for name in ("state_dict", "optimizer_states", "lr_schedulers", "Images"):
-        assert_equal(read_state(a.last)[name], read_state(b.last)[name], name)
-    assert_equal(read_state(a.last)["callbacks"]["EMA"], read_state(b.last)["callbacks"]["EMA"], "EMA")
-
-
-def assert_equal(a: Any, b: Any, where: str) -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
 
 
 @pytest.mark.parametrize("tuning", EVERYTHING)
