@@ -21,7 +21,7 @@ from sdft.tuning import learning, put
 from sdft.types import Count, UserError
 
 ONE_KERNEL, PLAIN = {"foreach": False, "fused": True}, {"foreach": True, "fused": None}
-"""How AdamW goes about its step: for sharded weights in one operation, as each one costs milliseconds of bookkeeping."""
+"""How AdamW makes its step: for sharded weights in one operation, as each one costs milliseconds of bookkeeping."""
 UNITS = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")
 """Classes of the repeated blocks: the weights of one of them at a time are put together for its computation."""
 
