@@ -129,13 +129,25 @@ class Finetuning(L.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other weights than those that learn now."""
+        """Refuse a checkpoint of other weights than those that learn now; count in batches of this run."""
+        recount(checkpoint, self.trainer)
         now = {(f"model.{name}", tuple(p.shape)) for name, p in learning(self.model)}
         saved = {(name, tuple(value.shape)) for name, value in checkpoint["state_dict"].items()}
         if now != saved:
             odd = sorted({name for name, _ in now ^ saved})
             raise UserError(f"resume: the checkpoint trains other weights than this run, {len(odd)} of them, "
                             f"for example {odd[0]!r}; resume with the same model, tuning and rank")
+
+
+def recount(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
+    """Make the steps that are done into batches: this run may accumulate otherwise, and half a step is not kept."""
+    num_batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    shift = num_batches - progress["current"]["ready"]
+    for counts in (progress["total"], progress["current"]):
+        for name in counts:
+            counts[name] += shift
+    checkpoint[type(trainer.datamodule).__qualname__]["batches_done"] = num_batches
 
 
 def refuse_other_prediction(model: SDXL, objective) -> None:

@@ -48,6 +48,7 @@ def kill(folder: Path, mode: str, num_kills: int, chance: random.Random) -> tupl
         run = Run(folder / f"killed_{num_runs}", **options)
         while True:
             run.resume = run.last if run.last.is_file() else None
+            started = time.time()
             (process,) = start(run)
             process.join(chance.uniform(0.1, 1.0) * seconds if seen["kills"] < num_kills else None)
             if process.exitcode is not None:
@@ -55,7 +56,8 @@ def kill(folder: Path, mode: str, num_kills: int, chance: random.Random) -> tupl
             os.kill(process.pid, signal.SIGKILL)
             finish([process])
             seen["kills"] += 1
-            seen["torn"] += any(run.folder.glob("checkpoints/.*.partial"))
+            half_written = run.folder.glob("checkpoints/.*.partial")
+            seen["torn"] += any(file.stat().st_mtime > started for file in half_written)
             seen["early"] += not run.last.is_file()
             print(f"{mode}: kill {seen['kills']}, {saved_step(run)} steps saved", file=sys.stderr, flush=True)
         assert process.exitcode == 0, f"{run.folder} did not go on after a kill"

@@ -60,9 +60,9 @@ def test_all_that_a_run_can_have_works_on_several_processes(options: dict[str, A
     """The same six steps as one process, in losses, in validation figures and in the weights of the average."""
     world_size = 4 if options["strategy"] == "hybrid" else 2
     shared = {"tuning": "full", "clip": 0.1, **options}
-    if options.get("cache") == "disk":
-        shared["cache_dir"] = str(tmp_path / "cache")
     alone = {**shared, "strategy": "one", "accumulate": 1, "recompute": False}
+    if options.get("cache") == "disk":
+        alone["cache_dir"], shared["cache_dir"] = str(tmp_path / "cache"), str(tmp_path / "cache of two")
     one = result(Run(tmp_path / "one", batch_size=4 * options.get("accumulate", 1), **alone))
     many = result(Run(tmp_path / "many", batch_size=4 // world_size, **shared), world_size)
     close(one, many, options.get("accumulate", 1))
@@ -80,13 +80,13 @@ def test_bf16_is_gathered_in_bf16_and_learns_in_fp32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tuning", ["full", "lora_unet_te"])
 def test_a_checkpoint_goes_on_under_any_strategy_and_number_of_processes(tuning: str, tmp_path: Path) -> None:
-    """Two shards, killed; one process, killed; two copies to the end: what one process does without a stop."""
+    """Two shards, killed; one process that accumulates, killed; two copies: as one process without a stop."""
     settings = {"tuning": tuning, "max_steps": 9}
     straight = result(Run(tmp_path / "straight", batch_size=4, **settings))
     folder = tmp_path / "chain"
     shards = Run(folder, strategy="fsdp", callbacks=[KillAt(3)], **settings)
     assert finish(start(shards, 2)) == [KILLED, KILLED]
-    one = Run(folder, batch_size=4, resume=shards.last, callbacks=[KillAt(6)], **settings)
+    one = Run(folder, batch_size=2, accumulate=2, resume=shards.last, callbacks=[KillAt(6)], **settings)
     assert finish(start(one)) == [KILLED]
     assert read_state(one.last)["global_step"] == 6
     copies = result(Run(folder, strategy="ddp", resume=one.last, **settings), 2)
