@@ -26,26 +26,26 @@ SETTINGS = {"max_steps": 24, "save_every": 2, "validate_every": 6}
 
 def main(num_kills: int = 100) -> None:
     """Kills every mode in turn, a third of them each."""
-    chance, rows = random.Random(0), []
+    chance, total = random.Random(0), Counter()
+    print("| mode | kills | while a file was half written | before the first save | runs, all with identical ends |")
+    print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as root:
         for mode in EVERYTHING:
-            rows.append(kill(Path(root) / mode, mode, -(-num_kills // len(EVERYTHING)), chance))
-    print("| mode | kills | while a file was half written | before the first save | runs | identical ends |")
-    print("|---|---|---|---|---|---|")
-    for row in rows:
-        print("| " + " | ".join(map(str, row)) + " |")
-    print(f"{sum(row[1] for row in rows)} kills, {sum(row[4] for row in rows)} runs, all identical")
+            seen = kill(Path(root) / mode, mode, -(-num_kills // len(EVERYTHING)), chance)
+            print(f"| {mode} | {seen['kills']} | {seen['torn']} | {seen['early']} | {seen['runs']} |", flush=True)
+            total.update(seen)
+    print(f"| all | {total['kills']} | {total['torn']} | {total['early']} | {total['runs']} |")
 
 
-def kill(folder: Path, mode: str, num_kills: int, chance: random.Random) -> tuple:
-    """A row of the table. Raises where a run ends otherwise than the one that nobody killed."""
+def kill(folder: Path, mode: str, num_kills: int, chance: random.Random) -> Counter:
+    """What happened in one mode. Raises where a run ends otherwise than the one that nobody killed."""
     options = {"tuning": mode, **SETTINGS, **EVERYTHING[mode]}
     straight = Run(folder / "straight", **options)
     began = time.monotonic()
     expected = result(straight)
-    seconds, seen, num_runs = time.monotonic() - began, Counter(), 0
+    seconds, seen = time.monotonic() - began, Counter()
     while seen["kills"] < num_kills:
-        run = Run(folder / f"killed_{num_runs}", **options)
+        run = Run(folder / f"killed_{seen['runs']}", **options)
         while True:
             run.resume = run.last if run.last.is_file() else None
             started = time.time()
@@ -64,8 +64,8 @@ def kill(folder: Path, mode: str, num_kills: int, chance: random.Random) -> tupl
         found = result(Run(run.folder, resume=run.last, **options))  # at its end already: nothing is trained
         assert_same_end(straight, run, {**expected, "validation": None}, {**found, "validation": None})
         shutil.rmtree(run.folder)
-        num_runs += 1
-    return mode, seen["kills"], seen["torn"], seen["early"], num_runs, num_runs
+        seen["runs"] += 1
+    return seen
 
 
 def saved_step(run: Run) -> int:

@@ -201,6 +201,7 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def _rank(run: Run, rank: int, world_size: int, port: int, function: Any) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of the data's workers: their own server would be slow
     if world_size > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
