@@ -216,7 +216,9 @@ def _rank(run: Run, rank: int, world_size: int, port: int, function: Any) -> Non
 
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["sdft.module", "sdft.trainer", "sdft.strategies", "sdft.callbacks.exports", "peft"])
+context.set_forkserver_preload(
+    ["sdft.module", "sdft.trainer", "sdft.strategies", "sdft.callbacks.exports", "sdft.config", "peft"]
+)
 
 
 def start(run: Run, world_size: int = 1, function: Any = train) -> list[Any]:

@@ -111,7 +111,7 @@ class FullFrom(L.Callback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
 
 
-@pytest.mark.parametrize(("strategy", "world_size"), [("one", 1), ("ddp", 2), ("fsdp", 2)])
+@pytest.mark.parametrize(("strategy", "world_size"), [("one", 1), ("ddp", 2)])
 def test_a_run_on_a_full_disk_ends_on_all_ranks_with_its_last_checkpoint(
     strategy: str, world_size: int, tmp_path: Path
 ) -> None:
