@@ -34,12 +34,17 @@ def main(cfg: DictConfig) -> float | None:
 
     from sdft.module import Finetuning
 
-    module = Finetuning(build(cfg.model), tuning, objective, optimizer, lr_schedule, cfg.seed)
+    def new_module() -> Finetuning:
+        return Finetuning(build(cfg.model), tuning, objective, optimizer, lr_schedule, cfg.seed)
+
+    module = new_module()
     announce(cfg, module, data, trainer)
     log_run(trainer, cfg)
     started = time.monotonic()
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
     train_seconds = time.monotonic() - started
+    if hasattr(trainer.strategy, "gathered"):
+        module = trainer.strategy.gathered(module, new_module)
     if trainer.global_rank != 0:
         return None
     return conclude(cfg, trainer, module, export, verdict, train_seconds)

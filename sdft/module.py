@@ -6,8 +6,8 @@ them, is the caller's choice: full fine-tunes, adapters, and nano's own parts al
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -16,10 +16,24 @@ from torch import Tensor, nn
 from sdft.models.attention import refuse_device
 from sdft.models.sdxl import SDXL
 from sdft.rng import Draws, seed_of
+from sdft.shards import clip_gradients
 from sdft.tuning import learning, part_of
-from sdft.types import Batch, LossReport, UserError
+from sdft.types import Batch, UserError
 
 VALIDATION_SEED = 0
+ENCODER_PARTS = ("embeddings", "encoder", "final_layer_norm", "text_projection")
+"""What a text encoder is divided by, where weights are divided; transformers knows the whole of it by its exact class,
+which dividing it would change."""
+
+
+class Step(NamedTuple):
+    """What the last forward pass saw and found, for those who watch over it."""
+
+    keys: Sequence[str]
+    visits: Sequence[int]
+    loss_B: Tensor
+    mean_loss: Tensor
+    """over all processes"""
 
 
 class Finetuning(L.LightningModule):
@@ -45,16 +59,43 @@ class Finetuning(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The weighted mean loss of a batch."""
+        if getattr(self.tuning, "dropout", 0):
+            torch.manual_seed(seed_of(self.seed, "dropout", batch.keys[0], batch.visits[0]))
         report = self.objective(self.model, batch, Draws(self.seed, batch.keys, batch.visits))
-        refuse_nonfinite(report, batch, self.global_step)
-        self.log_dict(report.scalars("train"), batch_size=len(batch))
-        self.log("loss", report.per_sample_B.detach().mean(), prog_bar=True, logger=False, batch_size=len(batch))
+        figures = self.over_ranks(report.scalars("train"))
+        self.latest = Step(batch.keys, batch.visits, report.per_sample_B.detach(), figures["train/loss"])
+        self.log_dict(figures, batch_size=len(batch))
+        self.log("loss", figures["train/loss"], prog_bar=True, logger=False, batch_size=len(batch))
         return (report.per_sample_B * batch.loss_weight_B).mean()
+
+    def over_ranks(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each figure of the whole batch: the mean over the processes, which have equal shares of it."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return figures
+        means = self.trainer.strategy.reduce(torch.stack(list(figures.values())), reduce_op="mean")
+        return dict(zip(figures, means, strict=True))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The unweighted error on fixed (image, timestep, noise) triples, the same for every run and objective."""
         report = self.comparable(self.model, batch, Draws(VALIDATION_SEED, batch.keys, batch.visits))
         self.log_dict(report.scalars("val"), batch_size=len(batch), sync_dist=True)
+
+    def configure_model(self) -> None:
+        """Let a strategy that divides models do so; Lightning asks when the processes know each other."""
+        divide, model = getattr(self.trainer.strategy, "divide", None), self.model
+        if divide is None:
+            return
+        if not isinstance(model, SDXL):
+            raise UserError("strategy=fsdp divides SDXL only; choose strategy=ddp to train a part of nano")
+        encoders = (model.text_encoder, model.text_encoder_2) if self.encoders_stay() else ()
+        named = (pair for encoder in encoders for pair in encoder.named_modules())
+        divide([model.unet, *(part for name, part in named if name.split(".")[-1] in ENCODER_PARTS)])
+
+    def encoders_stay(self) -> bool:
+        """Whether each step reads captions anew: encoders learn, or their states are not kept on disk."""
+        encoders = (self.model.text_encoder, self.model.text_encoder_2)
+        learn = any(p.requires_grad for encoder in encoders for p in encoder.parameters())
+        return learn or self.trainer.datamodule.cache != "disk"
 
     def on_fit_start(self) -> None:
         """Encode once what stays the same, and send away what has nothing left to do."""
@@ -65,10 +106,10 @@ class Finetuning(L.LightningModule):
             return
         data.encode_once(model.encode_moments, self.device, vae=model.vae)
         model.send_away("vae")
+        if self.encoders_stay():
+            return
         encoders = (model.text_encoder, model.text_encoder_2)
-        learn = any(p.requires_grad for encoder in encoders for p in encoder.parameters())
-        kept = data.cache == "disk" and not learn
-        if kept and data.encode_texts_once(model.encode_prompts, model.prompt_ids, *encoders):
+        if data.encode_texts_once(model.encode_prompts, model.prompt_ids, *encoders):
             model.send_away("text_encoder", "text_encoder_2")
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -76,19 +117,37 @@ class Finetuning(L.LightningModule):
         schedule = self.lr_schedule(optimizer, num_steps=self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if gradient_clip_val:
+            clip_gradients((p for group in optimizer.param_groups for p in group["params"]), gradient_clip_val)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what learns; everything else comes from `model.weights` again."""
         names = {f"model.{name}" for name, _ in learning(self.model)}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other weights than those that learn now."""
+        """Refuse a checkpoint of other weights than those that learn now; count in batches of this run."""
+        recount(checkpoint, self.trainer)
         now = {(f"model.{name}", tuple(p.shape)) for name, p in learning(self.model)}
         saved = {(name, tuple(value.shape)) for name, value in checkpoint["state_dict"].items()}
         if now != saved:
             odd = sorted({name for name, _ in now ^ saved})
             raise UserError(f"resume: the checkpoint trains other weights than this run, {len(odd)} of them, "
                             f"for example {odd[0]!r}; resume with the same model, tuning and rank")
+
+
+def recount(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
+    """Make the steps that are done into batches: this run may accumulate otherwise, and half a step is not kept."""
+    num_batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    shift = num_batches - progress["current"]["ready"]
+    for counts in (progress["total"], progress["current"]):
+        for name in counts:
+            counts[name] += shift
+    checkpoint[type(trainer.datamodule).__qualname__]["batches_done"] = num_batches
 
 
 def refuse_other_prediction(model: SDXL, objective) -> None:
@@ -107,14 +166,3 @@ def refuse_narrow_weights(model: nn.Module) -> None:
         if parameter.dtype != torch.float32:
             key = f"model.dtype.{part_of(name)}"
             raise UserError(f"{key} is {parameter.dtype}, but a part that learns must be fp32; set {key}=fp32")
-
-
-def refuse_nonfinite(report: LossReport, batch: Batch, step: int) -> None:
-    """Stop at a loss that is no number, before the weights take it in, and name the samples it came from."""
-    finite_B = torch.isfinite(report.per_sample_B)
-    if not finite_B.all():
-        keys = [key for key, finite in zip(batch.keys, finite_B.tolist(), strict=True) if not finite]
-        raise UserError(
-            f"the loss became NaN or infinite at step {step} for {', '.join(keys)}; look at these samples, lower "
-            "optimizer.lr, or resume=RUN_FOLDER from the last checkpoint"
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.plugins import CheckpointIO
 
-from sdft.types import Count, NonNegative
+from sdft.formats.run_state import read_state, write_state
+from sdft.types import Count, NonNegative, UserError
 
 # Raised inside Lightning 2.6 by torch 2.13 at every step; goes with the Lightning release that drops LeafSpec.
 warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
@@ -72,7 +75,9 @@ def trainer(
         enable_progress_bar=progress_bar,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        inference_mode=False,  # Validation would put shards together into tensors that training could not use again.
         strategy=strategy,
+        plugins=[RunFiles()],
         callbacks=[*callbacks, *([Progress()] if progress_bar else [])],
         logger=list(loggers),
         use_distributed_sampler=False,
@@ -80,12 +85,13 @@ def trainer(
     )
 
 
-def last_checkpoint(run_dir: str | None, every: Count = 100) -> ModelCheckpoint:
+def last_checkpoint(run_dir: str | None, every: Count = 100, keep: Count = 1) -> ModelCheckpoint:
     """Keeps `checkpoints/last.ckpt`, from which `resume=` goes on.
 
     every: optimiser steps between two saves.
+    keep: how many saves stay; those before the last are `step_000100.ckpt` and so on.
     """
-    return ModelCheckpoint(folder_of(run_dir), filename="last", every_n_train_steps=every, enable_version_counter=False)
+    return LastCheckpoints(folder_of(run_dir), every, keep)
 
 
 def best_checkpoint(run_dir: str | None, monitor: str = VALIDATION_FIGURE, mode: Literal["min", "max"] = "min"):
@@ -95,9 +101,51 @@ def best_checkpoint(run_dir: str | None, monitor: str = VALIDATION_FIGURE, mode:
     )
 
 
-def folder_of(run_dir: str | None) -> Path:
+def folder_of(run_dir: str | None) -> str:
     """Where a run keeps its checkpoints."""
-    return Path(run_dir or ".") / "checkpoints"
+    return str(Path(run_dir or ".") / "checkpoints")
+
+
+class LastCheckpoints(ModelCheckpoint):
+    """The last save under a name that does not change, and with the ones before it also by its step."""
+
+    def __init__(self, folder: str, every: int, keep: int):
+        super().__init__(folder, filename="last", every_n_train_steps=every, enable_version_counter=False)
+        self.every, self.keep = every, keep
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_batch_end(trainer, *args)
+        if self.keep > 1 and trainer.is_global_zero and trainer.global_step % self.every == 0:
+            keep_by_step(Path(str(self.dirpath)) / "last.ckpt", trainer.global_step, self.keep)
+
+
+def keep_by_step(last: Path, step: int, keep: int) -> None:
+    """Give the last save a second name, and drop the oldest; a name takes no space."""
+    by_step = last.with_name(f"step_{step:06d}.ckpt")
+    if not last.is_file() or (by_step.is_file() and by_step.samefile(last)):
+        return
+    by_step.unlink(missing_ok=True)
+    try:
+        os.link(last, by_step)
+    except OSError as error:
+        raise UserError(f"{by_step} cannot be made ({error.strerror}); set callbacks.last.keep=1") from error
+    for old in sorted(last.parent.glob("step_*.ckpt"))[:-keep]:
+        old.unlink()
+
+
+class RunFiles(CheckpointIO):
+    """How Lightning's checkpoints come to disk and back: its own way is neither atomic between disks nor synced."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        write_state(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_state(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
 
 
 class Progress(TQDMProgressBar):

@@ -15,6 +15,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from sdft.shards import divided_like
 from sdft.types import Count, NonNegative, Positive, UserError
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
@@ -153,7 +154,7 @@ class Adapter:
         with disabled(model), torch.no_grad():
             learned = {name: rows.clone() for name, rows in model.word_rows.items()}
             for name, rows in model.word_rows.items():
-                rows.copy_(self._initial_rows[name])
+                rows.copy_(divided_like(rows, self._initial_rows[name]))
             try:
                 yield
             finally:
@@ -211,9 +212,9 @@ def learning(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 @torch.no_grad()
 def put(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights` into the model's parameters of the same names."""
+    """Copy `weights` into the model's parameters of the same names; of a sharded one, each rank its shard."""
     for name, p in learning(model):
-        p.copy_(weights[name])
+        p.copy_(divided_like(p, weights[name]))
 
 
 def unused_layer(part: str, module: nn.Module) -> str | None:

@@ -1,33 +1,88 @@
-"""Nothing silent: a loss that is no number stops the run before a weight has changed, and names its samples."""
+"""Nothing silent: a loss or gradient that is no number stops the run, and its samples are named."""
 
 from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from sdft.module import refuse_nonfinite
-from sdft.types import Batch, LossReport, UserError
+from sdft.callbacks.guards import MOST_NAMED, Guard
+from sdft.data.datamodule import Images
+from sdft.module import Finetuning
+from sdft.objective import Denoising
+from sdft.optimizer import adamw, constant
+from sdft.trainer import last_checkpoint, trainer
+from sdft.tuning import Full, learning
+from sdft.types import UserError
 
 
-def batch_of(*keys: str) -> Batch:
-    count = len(keys)
-    return Batch(
-        keys=keys,
-        visits=[0] * count,
-        captions=[""] * count,
-        dropped_B=torch.zeros(count, dtype=torch.bool),
-        time_ids_B6=torch.zeros(count, 6),
-        loss_weight_B=torch.ones(count),
-    )
+def fit(model, data, folder: Path, num: int = 3) -> Finetuning:
+    module = Finetuning(model, Full(), Denoising(), partial(adamw, lr=1e-3), constant, seed=0)
+    guards = [Guard(str(folder)), last_checkpoint(str(folder), every=1)]
+    settings: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "progress_bar": False, "run_dir": str(folder)}
+    run = trainer(max_steps=num, callbacks=guards, accumulate_grad_batches=2, **settings)
+    try:
+        run.fit(module, data)
+    finally:
+        fit.weights = {name: p.detach().clone() for name, p in learning(module.model)}
+    return module
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_the_samples_of_a_broken_loss_are_named(wrong: float) -> None:
-    report = LossReport(torch.tensor([0.1, wrong, 0.2]))
-    with pytest.raises(UserError, match=r"step 7 for bad\.png;") as stopped:
-        refuse_nonfinite(report, batch_of("good.png", "bad.png", "fine.png"), step=7)
-    assert "good.png" not in str(stopped.value)
+def test_a_broken_loss_stops_before_the_step_and_names_its_sample(
+    wrong: float, tiny_model, tiny_source, tmp_path: Path
+) -> None:
+    data = Images(tiny_source(6), tiny_source(2, "held out"), batch_size=1, size=32, seed=3)
+    model = tiny_model()
+    encode = model.encode_moments
+    spoilt = data.pictures.source.keys[4]
+
+    def encode_moments(pixels):
+        moments = encode(pixels)
+        if len(pixels) == 6:  # all of the training pictures at once
+            moments[4] = wrong
+        return moments
+
+    model.encode_moments = encode_moments
+    with pytest.raises(UserError, match=rf"the loss became NaN or infinite at step \d with {spoilt}; .*resume="):
+        fit(model, data, tmp_path)
+    told = json.loads((tmp_path / "bad_samples.json").read_text())
+    assert told["wrong"] == "loss"
+    assert [sample["key"] for sample in told["samples"] if sample["loss"] == "nan"] == [spoilt]
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    if told["step"]:
+        saved = torch.load(last, weights_only=True)
+        assert saved["global_step"] == told["step"]
+        assert all(torch.equal(saved["state_dict"][f"model.{name}"], p) for name, p in fit.weights.items())
+    assert all(torch.isfinite(p).all() for p in fit.weights.values())
 
 
-def test_a_sound_loss_passes() -> None:
-    refuse_nonfinite(LossReport(torch.tensor([0.0, 3.0])), batch_of("a", "b"), step=0)
+def test_a_broken_gradient_stops_before_the_step_and_names_the_samples_of_it(
+    tiny_model, tiny_source, tmp_path: Path
+) -> None:
+    """An infinite weight of samples is found in the gradient: their losses are told without it."""
+
+    class Heavy(tiny_source):
+        def __getitem__(self, index: int):
+            sample = super().__getitem__(index)
+            return type(sample)(sample.key, sample.picture, sample.caption, loss_weight=float("inf"))
+
+    data = Images(Heavy(12), tiny_source(2, "held out"), batch_size=5, size=32, seed=3)
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.unet.named_parameters(prefix="unet")}
+    with pytest.raises(UserError, match=r"the gradient became NaN or infinite at step 0 with .* and 2 more; "):
+        fit(model, data, tmp_path)
+    told = json.loads((tmp_path / "bad_samples.json").read_text())
+    assert len(told["samples"]) == 10 == MOST_NAMED + 2  # two batches of five
+    assert all(torch.equal(before[name], p) for name, p in fit.weights.items())
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_sound_run_leaves_no_list(tiny_model, tiny_source, tmp_path: Path) -> None:
+    data = Images(tiny_source(6), tiny_source(2, "held out"), batch_size=2, size=32, seed=3)
+    fit(tiny_model(), data, tmp_path)
+    assert not (tmp_path / "bad_samples.json").exists()

@@ -11,11 +11,12 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
 
+from sdft.shards import divided_like, own_share, whole
 from sdft.tuning import learning, put
 
 
 class EMA(L.Callback):
-    """Averages the learning weights after each optimiser step.
+    """Averages the learning weights after each optimiser step; of sharded weights, each rank its shards.
 
     decay: of the average; early on it is (1 + n) / (10 + n) after n steps, so that the start is soon forgotten.
     """
@@ -27,19 +28,22 @@ class EMA(L.Callback):
         self._live: dict[str, Tensor] | None = None
         self._learning: list[Tensor] = []
 
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # Not in on_fit_start: a strategy that shards restores the checkpoint, and with it the average, after that.
         saved = self.average
-        self._learning = [p.detach() for _, p in learning(module.model)]
+        self._learning = [p for _, p in learning(module.model)]
         self.average = {name: p.detach().clone() for name, p in learning(module.model)}
         for name, value in saved.items():
-            self.average[name].copy_(value)
+            self.average[name].copy_(divided_like(self.average[name], value))
 
+    @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step == self.num_updates:
             return
         self.num_updates = trainer.global_step
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(list(self.average.values()), self._learning, 1 - decay)
+        averages = [own_share(value) for value in self.average.values()]
+        torch._foreach_lerp_(averages, [own_share(p) for p in self._learning], 1 - decay)
 
     @contextmanager
     def averaged(self, module: L.LightningModule) -> Iterator[None]:
@@ -63,7 +67,7 @@ class EMA(L.Callback):
         put(module.model, self.average)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"num_updates": self.num_updates, "average": self.average}
+        return {"num_updates": self.num_updates, "average": whole(self.average)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_updates, self.average = state["num_updates"], state["average"]

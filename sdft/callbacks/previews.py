@@ -36,7 +36,8 @@ class Previews(L.Callback):
         if step == self._last or step % self.every or step == trainer.max_steps:
             return
         self._last = step
-        if trainer.is_global_zero:
+        # Weights that are divided among the ranks come together only where all of them compute.
+        if trainer.is_global_zero or hasattr(trainer.strategy, "divide"):
             self._draw(trainer, module, step)
 
     def _draw(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
@@ -49,6 +50,8 @@ class Previews(L.Callback):
                 now = self._pictures(module)
         else:
             now = self._pictures(module)
+        if not trainer.is_global_zero:
+            return
         path = self.folder / f"step_{step:06d}.png"
         save_grid(path, [self._base, now], ["base", f"step {step}"], self.prompts)
         log_picture(trainer, "previews", path, step)

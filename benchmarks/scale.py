@@ -1,0 +1,126 @@
+"""What two processes cost and gain over one: step times, the share of communication, and the bytes that travel.
+
+    python -m benchmarks.scale
+
+nano, full and LoRA, on the CPU with gloo: one thread a process, the same batch altogether. The share of communication
+is what a step is longer than that of two single processes which run side by side, each with half of the batch and
+unaware of the other. Bytes are those that the loopback device counted, in a network of its own where that is allowed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+NUM_STEPS, WARM_UP, BATCH = 14, 4, 8
+CASES = (("one", 1, ""), ("two, apart", 2, ""), ("ddp", 2, "ddp"), ("fsdp", 2, "fsdp"))
+
+
+def rank_of(case: tuple[str, int, str], tuning: str, rank: int, port: int, found: Any) -> None:
+    """One process: trains, and tells the median seconds of a step, the bytes of one, and how much learns."""
+    import lightning as L
+    import torch
+
+    from sdft.config import build, compose
+    from sdft.module import Finetuning
+    from sdft.tuning import learning
+
+    _, num_processes, strategy = case
+    torch.set_num_threads(1)
+    words = ["experiment=dreamy_style", f"tuning={tuning}", "logger=csv", "trainer.precision=32-true"]
+    words += [f"data.batch_size={BATCH // num_processes}", f"trainer.max_steps={NUM_STEPS}", "data.caption_dropout=0"]
+    words += ["trainer.accelerator=cpu", "trainer.progress_bar=false", "trainer.validate_every=1000"]
+    if strategy:
+        words += [f"strategy={strategy}", f"trainer.devices={num_processes}"]
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "benchmark"}
+
+    class Clock(L.Callback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+            self.bytes: list[int] = []
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.began, self.sent = time.perf_counter(), bytes_sent()
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.began)
+            self.bytes.append(bytes_sent() - self.sent)
+
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = compose("train", [*words, f"run_dir={folder}"])
+        data, method, objective = (build(cfg[name]) for name in ("data", "tuning", "objective"))
+        trainer = build(cfg.trainer, callbacks=[build(cfg.callbacks.ema), clock])
+        module = Finetuning(build(cfg.model), method, objective, build(cfg.optimizer), build(cfg.lr_schedule), 0)
+        num_learning = sum(p.numel() for _, p in learning(module.model))
+        num_unet = sum(p.numel() for p in module.model.unet.parameters())
+        trainer.fit(module, data)
+    figures = {"seconds": statistics.median(clock.seconds[WARM_UP:]), "bytes": statistics.median(clock.bytes[WARM_UP:])}
+    found.put({**figures, "learning": num_learning, "unet": num_unet})
+
+
+def bytes_sent() -> int:
+    """Over the loopback device, by all processes that share it."""
+    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split(":")[1].split()[8])
+
+
+def measure(case: tuple[str, int, str], tuning: str) -> dict[str, float]:
+    """The slowest rank of a case."""
+    spawn = multiprocessing.get_context("spawn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = spawn.Queue()
+    ranks = [spawn.Process(target=rank_of, args=(case, tuning, rank, port, found)) for rank in range(case[1])]
+    for process in ranks:
+        process.start()
+    told = [found.get(timeout=300) for _ in ranks]
+    for process in ranks:
+        process.join()
+    return max(told, key=lambda rank: rank["seconds"])
+
+
+def main() -> None:
+    """The table."""
+    if os.environ.get("IN_OWN_NETWORK") is None and own_network_works():
+        command = f"ip link set lo up; exec {sys.executable} -m benchmarks.scale"
+        environment = {**os.environ, "IN_OWN_NETWORK": "yes"}
+        raise SystemExit(subprocess.run(["unshare", "--net", "sh", "-c", command], env=environment).returncode)
+    print(f"nano, batch {BATCH} altogether, fp32, median of {NUM_STEPS - WARM_UP} steps")
+    print("| tuning | processes | step ms | over one | communication | MB sent a step | per learning / UNet weight |")
+    print("|---|---|---|---|---|---|---|")
+    for tuning in ("full", "lora_unet"):
+        seconds: dict[str, float] = {}
+        for case in CASES:
+            name, told = case[0], measure(case, tuning)
+            seconds[name] = told["seconds"]
+            share = 1 - seconds["two, apart"] / seconds[name] if case[2] else None
+            sent = f"{told['bytes'] / 1e6:.1f}" if case[2] else ""
+            each = f"{told['bytes'] / told['learning']:.1f} / {told['bytes'] / told['unet']:.1f}" if case[2] else ""
+            print(
+                f"| {tuning} | {name} | {1e3 * seconds[name]:.0f} | {seconds[name] / seconds['one']:.2f} | "
+                f"{'' if share is None else f'{share:.0%}'} | {sent} | {each} |",
+                flush=True,
+            )
+
+
+def own_network_works() -> bool:
+    """Whether this user may have a network with no one else in it."""
+    try:
+        return subprocess.run(["unshare", "--net", "ip", "link"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Several processes against one: the same losses, the same weights, and checkpoints that go anywhere (laws 1 and 2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_runs import WRONG, KillAt, Run, finish, result, start
+
+from sdft.callbacks.ema import EMA
+from sdft.formats.run_state import read_state
+from sdft.shards import own_share
+from sdft.strategies import Copies, auto
+from sdft.tuning import learning
+
+KILLED = -9
+
+
+def mean_losses(losses: list[float], accumulate: int = 1) -> torch.Tensor:
+    return torch.tensor(losses).view(-1, accumulate).mean(1)
+
+
+def close(one: dict[str, Any], many: dict[str, Any], accumulate: int = 1) -> None:
+    """Up to the rounding of sums in another order, which fifty steps of AdamW amplify."""
+    torch.testing.assert_close(mean_losses(one["losses"]), mean_losses(many["losses"], accumulate), rtol=2e-3, atol=0)
+    assert one["step"] == many["step"]
+
+
+class Sent(L.Callback):
+    """DDP averages what learns and leaves the rest alone."""
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        copies = trainer.strategy.model
+        assert {id(p) for p in copies._module_parameters} == {id(p) for _, p in learning(module.model)}
+        assert not copies.modules_buffers
+        assert not copies.find_unused_parameters
+
+
+class Held(L.Callback):
+    """A rank holds about half of two, frozen weights and average included."""
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        (average,) = (callback.average for callback in trainer.callbacks if isinstance(callback, EMA))
+        for weights in (list(module.model.unet.parameters()), list(average.values())):
+            assert sum(own_share(weight).numel() for weight in weights) < 0.6 * sum(w.numel() for w in weights)
+
+
+def test_the_same_fifty_losses_on_one_process_on_two_and_by_accumulation(tmp_path: Path) -> None:
+    """A batch of 4 as 1 x 4, 2 x 2 and 2 accumulated x 2: copies, shards, and one process in two turns."""
+
+    def run(name: str, world_size: int = 1, **options: Any) -> dict[str, Any]:
+        settings = {"max_steps": 50, "save_every": 50, "validate_every": 50, "lr": 2e-3, **options}
+        return result(Run(tmp_path / name, "lora_unet_te", **settings), world_size)
+
+    one = run("one", batch_size=4)
+    close(one, run("accumulated", batch_size=2, accumulate=2), accumulate=2)
+    close(one, run("ddp", 2, strategy="ddp", callbacks=[Sent()]))
+    close(one, run("fsdp", 2, strategy="fsdp", callbacks=[Held()]))
+
+
+@pytest.mark.parametrize(
+    ("tuning", "options"),
+    [
+        ("full", {"strategy": "ddp", "accumulate": 2, "bucket_step": 16, "callbacks": [Sent()]}),
+        ("lora_unet", {"strategy": "ddp", "cache": "disk", "callbacks": [Sent()]}),
+        ("full", {"strategy": "fsdp", "accumulate": 2, "bucket_step": 16, "recompute": True, "callbacks": [Held()]}),
+        ("lora_unet", {"strategy": "hybrid", "cache": "disk"}),
+    ],
+    ids=["ddp full", "ddp lora", "fsdp full", "hybrid lora"],
+)
+def test_all_that_a_run_can_have_works_on_several_processes(tuning: str, options: dict[str, Any], tmp_path) -> None:
+    """The same six steps as one process, in losses, in validation figures and in the weights of the average."""
+    world_size = 4 if options["strategy"] == "hybrid" else 2
+    accumulate = options.get("accumulate", 1)
+    shared = {"clip": 0.1, **options}
+    alone = {**shared, "strategy": "one", "accumulate": 1, "recompute": False, "callbacks": []}
+    if options.get("cache") == "disk":
+        alone["cache_dir"], shared["cache_dir"] = str(tmp_path / "cache"), str(tmp_path / "cache of two")
+    one = result(Run(tmp_path / "one", tuning, batch_size=4 * accumulate, **alone))
+    many = result(Run(tmp_path / "many", tuning, batch_size=4 // world_size, **shared), world_size)
+    close(one, many, accumulate)
+    assert many["validation"] == pytest.approx(one["validation"], rel=1e-4)
+    assert_near(one["weights"], many["weights"])
+
+
+def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Two thousandths of what six steps at a rate of 1e-2 move at most."""
+    apart = max(float((weight - theirs[name]).abs().max()) for name, weight in ours.items())
+    assert apart < 1e-4
+
+
+def test_bf16_is_gathered_in_bf16_and_learns_in_fp32(tmp_path: Path) -> None:
+    settings = {"tuning": "lora_unet", "precision": "bf16-mixed", "max_steps": 3}
+    one = result(Run(tmp_path / "one", batch_size=4, **settings))
+    many = result(Run(tmp_path / "many", strategy="fsdp", **settings), 2)
+    torch.testing.assert_close(mean_losses(one["losses"]), mean_losses(many["losses"]), rtol=3e-2, atol=0)
+    assert {weight.dtype for weight in many["weights"].values()} == {torch.float32}
+
+
+def test_a_checkpoint_goes_on_under_any_strategy_and_number_of_processes(tmp_path: Path) -> None:
+    """Two shards, killed; one process that accumulates, killed; two copies: as one process without a stop."""
+    settings = {"tuning": "lora_unet_te", "max_steps": 9}
+    straight = result(Run(tmp_path / "straight", batch_size=4, **settings))
+    folder = tmp_path / "chain"
+    shards = Run(folder, strategy="fsdp", callbacks=[KillAt(3)], **settings)
+    assert finish(start(shards, 2)) == [KILLED, KILLED]
+    one = Run(folder, batch_size=2, accumulate=2, resume=shards.last, callbacks=[KillAt(6)], **settings)
+    assert finish(start(one)) == [KILLED]
+    assert read_state(one.last)["global_step"] == 6
+    copies = result(Run(folder, strategy="ddp", resume=one.last, **settings), 2)
+    assert len(copies["losses"]) == 3
+    torch.testing.assert_close(mean_losses(straight["losses"][6:]), mean_losses(copies["losses"]), rtol=1e-4, atol=0)
+    assert_near(straight["weights"], copies["weights"])
+
+
+def test_a_checkpoint_of_shards_is_that_of_one_process(tmp_path: Path) -> None:
+    """The same names, shapes and types throughout, and the same export, bit for bit, once one process opens it.
+
+    The run is at its end, so nothing is trained: this is also what a run does that was killed while it exported.
+    """
+    shards = Run(tmp_path / "shards", "full", "fsdp", export=True)
+    result(shards, 2)
+    one = Run(tmp_path / "one", "full", batch_size=4)
+    result(one)
+    assert_alike(read_state(shards.last), read_state(one.last))
+    opened = Run(tmp_path / "opened", "full", batch_size=4, resume=shards.last, export=True)
+    assert result(opened)["losses"] == []
+    files = sorted(file.relative_to(shards.folder) for file in shards.folder.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        theirs, ours = load_file(shards.folder / file), load_file(opened.folder / file)
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(theirs[name], ours[name]) for name in theirs), file
+
+
+def assert_alike(a: Any, b: Any, where: str = "") -> None:
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_alike(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_alike(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), where
+
+
+def test_shards_that_do_not_fit_the_devices_are_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", "full", "hybrid")  # groups of two
+    assert finish(start(run, 3)) == [WRONG] * 3
+    assert "shard_ranks=2: 3 devices" in (run.folder / "error_0.txt").read_text()
+
+
+def test_several_devices_are_copies_where_nothing_is_said() -> None:
+    assert auto("cpu", 1, 1) == auto("cpu", "auto", 1) == "auto"
+    assert isinstance(auto("cpu", 2, 1), Copies)
+    assert isinstance(auto("cpu", 1, 2), Copies)
