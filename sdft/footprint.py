@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sdft.models.sdxl import SDXL
@@ -126,26 +126,26 @@ def play(module: Any, data: Any, setup: Setup) -> tuple[int, int]:
         batch = batch_of(module.model, data)
         stack.enter_context(sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]))
         ledger = stack.enter_context(Ledger(module.model))
-        counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=ATTENTION))
         with torch.autocast("cpu", narrow, enabled=narrow is not None):
             report = module.objective(module.model, batch, Draws(0, batch.keys, batch.visits))
             loss = report.per_sample_B.mean()
             del report
         loss.backward()
-    return ledger.peak, counter.get_total_flops()
+    return ledger.peak, ledger.flops
 
 
-def attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    """Of torch's attention on a CPU, which its counter does not know."""
-    return sdpa_flop_count(q, k, v)
+def attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    """Of torch's attention on a CPU, which torch does not count."""
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
 
 
-def attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+def attention_backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
     """Of its backward pass."""
-    return sdpa_backward_flop_count(grad, q, k, v)
+    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
-ATTENTION = {
+FLOPS = {
+    **flop_registry,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
 }
@@ -176,11 +176,14 @@ def batch_of(model: nn.Module, data: Any) -> Batch:
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of what is made inside the `with` and still lives; `peak` is the most there ever was."""
+    """Counts the bytes of what is made inside the `with` and still lives, and the FLOPs of what is multiplied.
+
+    `peak` is the most bytes there ever were; `known` is not counted.
+    """
 
     def __init__(self, *known: nn.Module):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self._seen = WeakIdKeyDictionary()
         for module in known:
             for tensor in (*module.parameters(), *module.buffers()):
@@ -189,12 +192,12 @@ class Ledger(TorchDispatchMode):
                     self._seen[tensor.grad.untyped_storage()] = True
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        inputs = [leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         result = function(*args, **(kwargs or {}))
+        if formula := FLOPS.get(function._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._note(leaf.untyped_storage())
-        del inputs
         return result
 
     def _note(self, storage: torch.UntypedStorage) -> None:
