@@ -41,7 +41,7 @@ ERROR = "error.txt"
 """In the folder of a job of a sweep that failed."""
 EXTRAS = {
     "hydra_plugins.hydra_submitit_launcher": ("slurm", "slurm"),
-    "hydra_plugins.hydra_optuna_sweeper": ("optuna", "sweep"),
+    "hydra_plugins.hydra_optuna_sweeper": ("search", "sweep"),
 }
 """Package -> the option that needs it, and the extra that brings it."""
 
@@ -259,7 +259,7 @@ def _jobs(overrides: list[Override], basic: bool) -> list[list[str]]:
     for override in overrides:
         axes[override.get_key_element()] = _alternatives(override)
     if basic and any(isinstance(o.value(), IntervalSweep) for o in overrides):
-        raise ConfigError("interval(...) needs a sweeper that searches, such as hydra/sweeper=optuna")
+        raise ConfigError("interval(...) needs a sweeper that searches, such as hydra/sweeper=search")
     count = 1
     for axis in axes.values():
         count *= len(axis)

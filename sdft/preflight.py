@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdft.footprint import Needs, Setup, needs_of
-from sdft.tuning import learning, part_of
+from sdft.footprint import Needs, Setup, needs_of, parts_away
+from sdft.tuning import Full, part_of
 from sdft.types import Positive, UserError
 
 GIB = 2**30
@@ -53,16 +53,17 @@ class Preflight:
         limit, wanted = self.limit(setup), needs.total / GIB + LIBRARIES
         if limit is None or wanted <= limit:
             return
-        unet = getattr(module.model, "unet", None)
-        wide = {part_of(name) for name, p in module.model.named_parameters() if p.itemsize > 2 and not p.requires_grad}
-        wide &= {"unet", "text_encoder", "text_encoder_2"} - {part_of(name) for name, p in learning(module.model)
-                                                              if ".lora_" not in name}
+        unet, full = getattr(module.model, "unet", None), isinstance(module.tuning, Full)
+        fixed = {*parts_away(module.model, data), "vae", *(module.tuning.parts if full else ())}
+        frozen = (name for name, p in module.model.named_parameters() if p.itemsize > 2 and not p.requires_grad)
+        wide = {part_of(name) for name in frozen} - fixed
+        narrow = ", ".join(f"{part}: bf16" for part in sorted(wide))
         remedies = {
             "model.gradient_checkpointing=true": unet is not None and not unet.is_gradient_checkpointing,
-            f"'model.dtype={{{', '.join(f'{part}: bf16' for part in sorted(wide))}}}'": bool(wide),
+            f"'model.dtype={{{narrow}}}'": bool(wide),
             "data.batch_size=1 with trainer.accumulate_grad_batches": data.batch_size > 1,
-            "tuning=lora_unet": needs.gradients > 0.5 * needs.weights / 2,
-            "strategy=fsdp on several devices": setup.num_shards == 1 and needs.weights > needs.step,
+            "tuning=lora_unet": full,
+            "strategy=fsdp on several devices": setup.num_shards == 1,
         }
         offered = " or ".join([remedy for remedy, helps in remedies.items() if helps] or ["a larger GPU"])
         raise UserError(f"the run needs {wanted:.1f} GiB on each GPU and there are {limit:.1f}; set {offered}")

@@ -43,6 +43,7 @@ LAYERS = {
 SIDEWAYS = {
     ("models", "formats"): "a checkpoint is loaded through its format",
     ("evaluation", "sampling"): "a verdict draws the pictures that it judges",
+    ("preflight", "footprint"): "what a step takes is counted before it is judged",
 }
 """Parts of one layer are ignorant of each other, except these."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,9 +79,8 @@ def test_the_hash_of_the_data_follows_pictures_captions_and_order(tiny_source) -
     def digest(**changes) -> str:
         source = tiny_source(3)
         source.__dict__ |= changes
-        part = type("Part", (), {"source": source})
-        seen = type("Seen", (), {"digests": {}})
-        return receipt.data_digest(type("Data", (), {"pictures": part, "held_out": part, "seen": seen, "seen_held_out": seen}))
+        part, seen = SimpleNamespace(source=source), SimpleNamespace(digests={})
+        return receipt.data_digest(SimpleNamespace(pictures=part, held_out=part, seen=seen, seen_held_out=seen))
 
     other = tiny_source(3).images.copy()
     other[1, 0, 0, 0] ^= 1

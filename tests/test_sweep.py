@@ -85,7 +85,7 @@ def sweep(monkeypatch, *words: str) -> None:
 def test_a_search_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch, capsys) -> None:
     """The second command asks for the same three jobs, and runs the one that has no result."""
     pytest.importorskip("optuna", reason="the extra `sweep` is not installed")
-    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.direction=minimize", "rank=2,4"]
+    search = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "hydra.sweeper.direction=minimize", "rank=2,4"]
     monkeypatch.chdir(tmp_path)
     sweep(monkeypatch, *search, "hydra.sweep.dir=swept")
     jobs = [tmp_path / "swept" / str(number) for number in range(3)]

@@ -144,7 +144,8 @@ def test_a_node_that_goes_down_costs_only_time(slurm: None, tmp_path: Path, monk
     node = state(job)["BatchHost"]
     told("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     try:
-        monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, f"trainer.max_steps={NUM_STEPS}", f"run_dir={tmp_path}/alone"])
+        words = [*SMALL, f"trainer.max_steps={NUM_STEPS}", f"run_dir={tmp_path}/alone"]
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
         train.main()
         wait_to_complete(job, log)
         assert state(job)["Restarts"] == "1"
