@@ -11,8 +11,6 @@ from typing import Any
 
 import lightning as L
 
-from sdft.trainer import folder_of
-
 AGAIN = 75
 """The exit status for "try again later" (EX_TEMPFAIL)."""
 
@@ -25,7 +23,7 @@ class Preempt(L.Callback):
     """
 
     def __init__(self, run_dir: str):
-        self.path = Path(folder_of(run_dir)) / "last.ckpt"
+        self.path = Path(run_dir) / "checkpoints" / "last.ckpt"
         self.warned = False
         self._step = 0
         if threading.current_thread() is threading.main_thread():
