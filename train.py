@@ -121,6 +121,9 @@ def conclude(cfg: DictConfig, trainer, module, export, verdict, train_seconds: f
     tell(summary, run_dir)
     if cfg.reproduce:
         print(receipt.compared(receipt.read(cfg.reproduce), record))
+    if cfg.metric not in summary and not HydraConfig.get().sweeper._target_.endswith(".BasicSweeper"):
+        known = ", ".join(record["figures"])
+        raise UserError(f"metric={cfg.metric}: the run has no such figure to search by; set metric= one of {known}")
     return summary.get(cfg.metric) if cfg.metric else None
 
 

@@ -222,6 +222,8 @@ def _check_sweep(opened: Composer, words: Sequence[str]) -> _Command:
         except ConfigError as error:
             raise ConfigError(f"job {index + 1} of {len(jobs)} ({' '.join(job)}): {error}") from None
     if configs[0].get("dry_run"):
+        if not basic:
+            raise ConfigError("dry_run=true: a search decides on its jobs as it goes; describe one of them, without -m")
         return _Command(list(words), dry_run=configs, jobs=jobs)
     try:
         sweep_dir = Path(str(master.sweep.dir)).absolute()

@@ -27,7 +27,7 @@ PACKAGES = ("accelerate", "diffusers", "hydra-core", "lightning", "numpy", "peft
             "transformers")  # fmt: skip
 MADE_FROM = ("config", "git", "versions", "hardware", "threads", "data", "base_weights")
 """What can make two runs differ."""
-OF_THE_RUN = ("run_dir", "dry_run")
+OF_THE_RUN = ("run_dir", "dry_run", "reproduce")
 """Keys that say where and not what."""
 
 
@@ -103,7 +103,7 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the place of its run."""
-    text = json.dumps({k: v for k, v in config.items() if k not in (*OF_THE_RUN, "reproduce")})
+    text = json.dumps({k: v for k, v in config.items() if k not in OF_THE_RUN})
     return json.loads(text.replace(json.dumps(config["run_dir"])[1:-1], "RUN_DIR"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,15 +39,13 @@ def wandb_logger(
 
 def run_id(folder: Path, goes_on: bool) -> str | None:
     """The id under which W&B knows the run of this folder; a new one, unless the run goes on."""
-    import wandb
-
     if rank_zero_only.rank:
         return None  # only the first process of a run speaks to W&B
     file = folder / "wandb_id.txt"
     if goes_on and file.is_file():
-        return file.read_text(encoding="utf-8").strip()
+        return file.read_text(encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(fresh := wandb.util.generate_id(), encoding="utf-8")
+    file.write_text(fresh := secrets.token_hex(4), encoding="utf-8")
     return fresh
 
 
