@@ -68,4 +68,3 @@ def finish(trainer: L.Trainer, summary: dict[str, Any]) -> None:
         if isinstance(logger, WandbLogger):
             logger.experiment.summary.update({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
             logger.experiment.finish()
-

@@ -103,6 +103,7 @@ def outline(
     weights: str,
     config: str = "nano",
     dtype: Mapping[Part, Dtype] | None = None,
+    attention: Attention = "sdpa",
     gradient_checkpointing: bool = False,
     prompt_chunks: Count = 1,
     empty_prompt: EmptyPrompt | None = None,
@@ -133,6 +134,8 @@ def outline(
         empty_prompt=empty_prompt or recorded_empty_prompt(folder),
         prompt_chunks=prompt_chunks,
     )
+    # xformers keeps what sdpa keeps, and need not be installed where a run is only described.
+    set_attention(model.unet, "sdpa" if attention == "xformers" else attention)
     if gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     return model
