@@ -16,7 +16,7 @@ from sdft.config import build, verb
 from sdft.evaluation.comparison import Comparison, draw, measure, weighed
 from sdft.evaluation.gallery import Place
 from sdft.evaluation.models import Models
-from sdft.evaluation.report import write_page
+from sdft.evaluation.page.write import write_page
 from sdft.evaluation.results import Results
 from sdft.evaluation.statistics import LEVEL
 from sdft.evaluation.subjects import Subject

@@ -8,18 +8,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from sdft import receipt
 from sdft.config import build, verb
-from sdft.sweep import print_table
+from sdft.dry_run import rehearse
+from sdft.sweep import finished, print_table
 from sdft.types import UserError
 
 
-@verb("train", finish_sweep=print_table)
+@verb("train", finish_sweep=print_table, rehearse=rehearse, recall=receipt.recalled)
 def main(cfg: DictConfig) -> float | None:
     """One run, from config to weights, pictures and `summary.json`; returns the metric that sweeps rank by."""
-    cfg.run_dir = HydraConfig.get().runtime.output_dir
+    job = HydraConfig.get()
+    cfg.run_dir = job.runtime.output_dir
+    if not OmegaConf.is_missing(job.job, "num") and (done := finished(Path(cfg.run_dir), job.overrides.task)):
+        print(f"{cfg.name}: {cfg.run_dir} is finished", flush=True)
+        return done.get(cfg.metric)
+    if cfg.reproduce:
+        torch.set_num_threads(receipt.read(cfg.reproduce)["threads"])  # sums of floats depend on it
     # The cheap parts first: a wrong number or an empty folder is told before any weights are read.
     data, tuning, objective, verdict, export = (
         build(cfg[name]) for name in ("data", "tuning", "objective", "verdict", "export")
@@ -34,20 +43,22 @@ def main(cfg: DictConfig) -> float | None:
 
     from sdft.module import Finetuning
 
-    def new_module() -> Finetuning:
-        return Finetuning(build(cfg.model), tuning, objective, optimizer, lr_schedule, cfg.seed)
+    def finetuning(model) -> Finetuning:
+        return Finetuning(model, tuning, objective, optimizer, lr_schedule, cfg.seed)
 
-    module = new_module()
+    model = build(cfg.model)
+    record = begin_receipt(cfg, model, data, trainer)
+    module = finetuning(model)
     announce(cfg, module, data, trainer)
     log_run(trainer, cfg)
     started = time.monotonic()
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
     train_seconds = time.monotonic() - started
     if hasattr(trainer.strategy, "gathered"):
-        module = trainer.strategy.gathered(module, new_module)
+        module = trainer.strategy.gathered(module, lambda: finetuning(build(cfg.model)))
     if trainer.global_rank != 0:
         return None
-    return conclude(cfg, trainer, module, export, verdict, train_seconds)
+    return conclude(cfg, trainer, module, export, verdict, train_seconds, record)
 
 
 def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
@@ -64,32 +75,28 @@ def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
     return path
 
 
+def begin_receipt(cfg: DictConfig, model, data, trainer) -> dict[str, Any]:
+    """What the run is made from, written before it starts: the code may change while it runs."""
+    if trainer.global_rank:
+        return {}
+    said, task = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)), HydraConfig.get().overrides.task
+    record = receipt.begun(said, task, model, data, trainer.world_size)
+    write_json(Path(cfg.run_dir) / receipt.NAME, record)
+    return record
+
+
 def announce(cfg: DictConfig, module, data, trainer) -> None:
     """The run in a few lines, before it starts."""
+    from sdft.preflight import described
+
     if trainer.global_rank:
         return
-    groups = module.tuning.groups(module.model)
-    learning = {group["name"]: sum(p.numel() for p in group["params"]) for group in groups}
-    total = sum(p.numel() for p in module.model.parameters())
-    effective = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-    num_pictures = len(data.pictures.source.keys)
-    print(f"{cfg.name}: {num_pictures} pictures, {data.pictures.size_hw[1]} px, run folder {cfg.run_dir}")
-    for name, problem in data.skipped:
-        print(f"  left out: {name} ({problem})")
-    if data.bucketed:
-        sizes = data.pictures.by_size().items()
-        print("  sizes (w x h): " + ", ".join(f"{len(indices)} of {w}x{h}" for (h, w), indices in sizes))
-    for name, count in learning.items():
-        print(f"  learns {name}: {count:,} of {total:,} parameters")
-    print(
-        f"  effective batch {effective} ({data.batch_size} x {trainer.accumulate_grad_batches} accumulated x "
-        f"{trainer.world_size} devices), {trainer.max_steps} steps = "
-        f"{trainer.max_steps * effective / num_pictures:.1f} passes over the pictures",
-        flush=True,
-    )
+    print(f"{cfg.name}: {data.pictures.size_hw[1]} px, run folder {cfg.run_dir}")
+    lines = described(module, data, trainer.max_steps, trainer.accumulate_grad_batches, trainer.world_size)
+    print("\n".join(lines), flush=True)
 
 
-def conclude(cfg: DictConfig, trainer, module, export, verdict, train_seconds: float) -> float | None:
+def conclude(cfg: DictConfig, trainer, module, export, verdict, train_seconds: float, record: dict) -> float | None:
     """Export, judge and report a finished run."""
     from sdft.callbacks.tracking import finish, log_picture
     from sdft.evaluation.verdict import BEFORE_AFTER
@@ -112,9 +119,16 @@ def conclude(cfg: DictConfig, trainer, module, export, verdict, train_seconds: f
         "num_trained_parameters": sum(p.numel() for _, p in learning(module.model)),
         "artifacts": {name: str(path) for name, path in artifacts.items()},
     }
+    record = receipt.finished(record, artifacts, summary)
     write_json(run_dir / "summary.json", summary)
+    write_json(run_dir / receipt.NAME, record)
     finish(trainer, summary)
     tell(summary, run_dir)
+    if cfg.reproduce:
+        print(receipt.compared(receipt.read(cfg.reproduce), record))
+    if cfg.metric not in summary and not HydraConfig.get().sweeper._target_.endswith(".BasicSweeper"):
+        known = ", ".join(record["figures"])
+        raise UserError(f"metric={cfg.metric}: the run has no such figure to search by; set metric= one of {known}")
     return summary.get(cfg.metric) if cfg.metric else None
 
 

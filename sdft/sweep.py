@@ -1,42 +1,79 @@
-"""The table at the end of a sweep: what each job changed and what came of it."""
+"""What the jobs of a sweep left: which are finished, and the table of what each changed and what came of it."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import yaml
 
+from sdft import receipt
+from sdft.config import ERROR
+from sdft.types import UserError
+
 FIGURES = {"style_gain": "style gain", "adherence": "adherence", "train_seconds": "seconds"}
 
 
+def finished(job: Path, overrides: list[str]) -> dict | None:
+    """The summary of a job that has run to its end before, else None.
+
+    Raises UserError where the folder holds the finished job of another command.
+    """
+    summary, file = job / "summary.json", job / receipt.NAME
+    if not (summary.is_file() and file.is_file()):
+        return None
+    before = json.loads(file.read_text(encoding="utf-8"))
+    if "outputs" not in before:
+        return None
+    now, then = ([w for w in words if not w.startswith("resume=")] for words in (overrides, before["overrides"]))
+    if now != then:
+        raise UserError(
+            f"hydra.sweep.dir: {job} holds a finished job of another sweep ({' '.join(then)}); a grid that has grown "
+            "numbers its jobs anew, so give it another hydra.sweep.dir"
+        )
+    return json.loads(summary.read_text(encoding="utf-8"))
+
+
 def print_table(sweep_dir: Path) -> None:
-    """One row a job, the best style gain first; a job without a figure shows a dash."""
-    rows = [{"said": said, "folder": job.name} | summary for job, said, summary in jobs_of(sweep_dir)]
-    varied = sorted({key for row in rows for key in row["said"]}, key=lambda key: [*rows[0]["said"], key].index(key))
-    varied = [key for key in varied if len({row["said"].get(key) for row in rows}) > 1]
+    """One row a job, the best style gain first; a job without a figure shows a dash, and why it failed."""
+    rows = [_row(*job) for job in jobs_of(sweep_dir)]
+    if not rows:
+        return
+    said = dict.fromkeys(key for row in rows for key in row["said"])
+    varied = [key for key in said if len({row["said"].get(key) for row in rows}) > 1]
+    named = FIGURES | {row["metric"]: row["metric"] for row in rows if row["metric"] and row["metric"] not in FIGURES}
     rows.sort(key=_gain, reverse=True)
-    cells = [[*varied, *FIGURES.values(), "folder"]]
+    cells = [[*varied, *named.values(), "folder"]]
     for row in rows:
-        figures = [_figure(row.get(name)) for name in FIGURES]
+        figures = [_figure(row.get(name)) for name in named]
         cells.append([*(row["said"].get(key, "") for key in varied), *figures, row["folder"]])
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    table = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
-    (sweep_dir / "table.txt").write_text(table + "\n", encoding="utf-8")
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+    table = "\n".join([*lines, *(f"{row['folder']} failed: {row['error']}" for row in rows if "error" in row)])
+    written = sweep_dir / f".table.{os.getpid()}.partial"  # the tasks of an array may end together
+    written.write_text(table + "\n", encoding="utf-8")
+    written.replace(sweep_dir / "table.txt")
     print(f"\n{table}\n\nwritten to {sweep_dir / 'table.txt'}")
 
 
 def jobs_of(sweep_dir: Path) -> list[tuple[Path, dict[str, str], dict]]:
     """Folder, what was said, and summary of each job in order; no summary where a job did not finish."""
     found = []
-    for job in sorted(sweep_dir.iterdir(), key=_order):
-        if not (job / ".hydra").is_dir():
-            continue
+    for job in sorted((job for job in sweep_dir.glob("*") if (job / ".hydra").is_dir()), key=_order):
         words = yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
         summary = job / "summary.json"
         told = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
         found.append((job, dict(word.split("=", 1) for word in words), told))
     return found
+
+
+def _row(job: Path, said: dict[str, str], summary: dict) -> dict:
+    metric = (yaml.safe_load((job / ".hydra" / "config.yaml").read_text(encoding="utf-8")) or {}).get("metric")
+    row = {"said": said, "folder": job.name, "metric": metric} | summary
+    if not summary and (job / ERROR).is_file():
+        row["error"] = (job / ERROR).read_text(encoding="utf-8").strip()
+    return row
 
 
 def _order(job: Path) -> tuple[int, str]:

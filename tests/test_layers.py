@@ -23,12 +23,16 @@ LAYERS = {
     "sdft.config_compose": VERBS,
     "sdft.config_keys": VERBS,
     "sdft.sweep": VERBS,
+    "sdft.dry_run": VERBS,
     "sdft.trainer": LIGHTNING,
     "sdft.module": LIGHTNING,
     "sdft.data.datamodule": LIGHTNING,
     "sdft.callbacks": LIGHTNING,
     "sdft.strategies": LIGHTNING,
     "sdft.sampling": SERVICES,
+    "sdft.footprint": SERVICES,
+    "sdft.preflight": SERVICES,
+    "sdft.receipt": SERVICES,
     "sdft.evaluation": SERVICES,
     "sdft.merging": SERVICES,
     "sdft.types": WORDS,
@@ -40,6 +44,7 @@ LAYERS = {
 SIDEWAYS = {
     ("models", "formats"): "a checkpoint is loaded through its format",
     ("evaluation", "sampling"): "a verdict draws the pictures that it judges",
+    ("preflight", "footprint"): "what a step takes is counted before it is judged",
 }
 """Parts of one layer are ignorant of each other, except these."""
 

@@ -22,7 +22,7 @@ PRELOADED = (
     "sdft.callbacks.exports",
     "sdft.callbacks.previews",
     "sdft.config",
-    "sdft.evaluation.report",
+    "sdft.evaluation.page.write",
     "sdft.evaluation.verdict",
     "sdft.merging.merge",
     "sdft.module",

@@ -1,14 +1,17 @@
-"""What is told about a run: git state, pictures, Weights & Biases. The only user of wandb."""
+"""What is told about a run: its config and code, pictures, Weights & Biases. The only user of wandb."""
 
 from __future__ import annotations
 
 import os
-import subprocess
+import secrets
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from sdft.receipt import git_state
 
 
 def wandb_logger(
@@ -17,18 +20,33 @@ def wandb_logger(
     project: str = "sdft",
     mode: Literal["auto", "online", "offline"] = "auto",
     tags: list[str] | None = None,
+    resume: str | None = None,
 ) -> WandbLogger:
     """Weights & Biases.
 
     mode: `auto` is online where an API key is at hand (`wandb login`), offline elsewhere.
+    resume: where it is set, a run of W&B that was begun in this `save_dir` goes on, under its id in `wandb_id.txt`.
     """
     import wandb
 
     chosen = mode if mode != "auto" else os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
     return WandbLogger(
-        project=project, name=name, save_dir=save_dir, offline=chosen != "online", tags=tags, log_model=False
-    )
+        project=project, name=name, save_dir=save_dir, offline=chosen != "online", tags=tags, log_model=False,
+        id=run_id(Path(save_dir or "."), bool(resume)), resume="allow",
+    )  # fmt: skip
+
+
+def run_id(folder: Path, goes_on: bool) -> str | None:
+    """The id under which W&B knows the run of this folder; a new one, unless the run goes on."""
+    if rank_zero_only.rank:
+        return None  # only the first process of a run speaks to W&B
+    file = folder / "wandb_id.txt"
+    if goes_on and file.is_file():
+        return file.read_text(encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(fresh := secrets.token_hex(4), encoding="utf-8")
+    return fresh
 
 
 def log_picture(trainer: L.Trainer, name: str, path: Path, step: int) -> None:
@@ -69,16 +87,3 @@ def log_comparison(logger: Any, results: Any, folder: Path) -> None:
     for subject, own in results.figures.items():
         logger.experiment.summary.update({f"{subject}/{name}": figure.value for name, figure in own.items()})
     logger.experiment.finish()
-
-
-def git_state() -> dict[str, Any]:
-    """The commit of the code and whether files differ from it; empty outside a git checkout."""
-
-    def git(*words: str) -> str:
-        root = Path(__file__).resolve().parents[2]
-        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return {}

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import diffusers.utils.logging
 import torch
@@ -96,6 +96,48 @@ def pretrained(
         model.unet.to(memory_format=torch.channels_last)
     if compile:
         model.unet.compile()
+    return model
+
+
+def outline(
+    weights: str,
+    config: str = "nano",
+    dtype: Mapping[Part, Dtype] | None = None,
+    attention: Attention = "sdpa",
+    gradient_checkpointing: bool = False,
+    prompt_chunks: Count = 1,
+    empty_prompt: EmptyPrompt | None = None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    **_: Any,
+) -> SDXL:
+    """What `pretrained` would load, its weights on the meta device: nothing but configs and headers is read.
+
+    Of a hub id only the configs are fetched, and none of SDXL's own. Where tokenizers are missing, nano's stand in.
+    """
+    local = Path(os.path.expanduser(weights))
+    is_file = local.suffix in (".safetensors", *PICKLES)
+    source = config if is_file else weights
+    folder = SDXL_BASE if source == SDXL_ID else find_folder("model.weights", source, CONFIGS)
+    networks = {part: empty_network(part, folder / part) for part in PARTS}
+    if is_file or local.is_dir():
+        checkpoint = open_checkpoint("model.weights", local, allow_pickle, variant)
+        refuse_misfit(f"model.weights={weights}", checkpoint, networks)
+    for part, network in networks.items():
+        network.to(FLOATS[(dtype or {}).get(part, "fp32")])
+    words = folder if (folder / "tokenizer").is_dir() else NANO
+    model = SDXL(
+        **networks,
+        tokenizer=CLIPTokenizer.from_pretrained(words / "tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(words / "tokenizer_2"),
+        scheduler=EulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        empty_prompt=empty_prompt or recorded_empty_prompt(folder),
+        prompt_chunks=prompt_chunks,
+    )
+    # xformers keeps what sdpa keeps, and need not be installed where a run is only described.
+    set_attention(model.unet, "sdpa" if attention == "xformers" else attention)
+    if gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
     return model
 
 

@@ -1,0 +1,60 @@
+"""`dry_run=true`: from the config of a run, or of a sweep's jobs, to what is printed about them. Starts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from sdft.config import build
+
+
+def rehearse(configs: Sequence[DictConfig], jobs: Sequence[Sequence[str]] = ()) -> None:
+    """Tells about one run, or lists the jobs of a sweep by the numbers that `hydra.job.num=` takes."""
+    if not jobs:
+        print("\n".join(described(configs[0])))
+        return
+    for number, words in enumerate(jobs):
+        print(f"job {number}: {' '.join(words)}")
+    print(f"{len(jobs)} jobs; as an array of SLURM: sbatch --array=0-{len(jobs) - 1} slurm/sweep.sbatch ...")
+
+
+def described(cfg: DictConfig) -> list[str]:
+    """What the run would be, need and take. Raises UserError where it cannot work."""
+    from sdft.footprint import Weightless
+    from sdft.module import Finetuning
+
+    data, tuning, objective, _, _ = (build(cfg[name]) for name in ("data", "tuning", "objective", "verdict", "export"))
+    model = outline(cfg.model)
+    with Weightless():
+        module = Finetuning(model, tuning, objective, build(cfg.optimizer), build(cfg.lr_schedule), cfg.seed)
+    num_averages = sum(callback._target_.endswith(".EMA") for callback in cfg.callbacks.values())
+    lines = build(cfg.preflight)(module, data, setup(cfg), num_averages)
+    return [f"{cfg.name}: {cfg.size} px; nothing is trained or written", *lines]
+
+
+def outline(node: DictConfig) -> Any:
+    """The model on the meta device, without reading weights where there are any to read."""
+    if node._target_ == "sdft.models.load.pretrained":
+        return build(node, _target_="sdft.models.load.outline")
+    return build(node).to("meta")
+
+
+def setup(cfg: DictConfig) -> Any:
+    """How the run is spread."""
+    from sdft.footprint import Setup
+
+    said, found = cfg.trainer, torch.cuda.device_count() if cfg.trainer.accelerator != "cpu" else 0
+    num_devices = (found or 1) if said.devices in ("auto", -1) else said.devices
+    num_devices *= said.num_nodes
+    divided = isinstance(said.strategy, DictConfig) and said.strategy._target_.endswith(".fsdp")
+    return Setup(
+        max_steps=said.max_steps,
+        accumulate=said.accumulate_grad_batches,
+        precision=said.precision,
+        num_devices=num_devices,
+        num_shards=(said.strategy.shard_ranks or num_devices) if divided else 1,
+        on_gpu=said.accelerator == "gpu" or found > 0 or cfg.preflight.memory is not None,
+    )

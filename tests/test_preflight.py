@@ -1,0 +1,149 @@
+"""dry_run=true: what a run would be and need, worked out by hand or against the same step on real numbers."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from sdft.data.datamodule import Images
+from sdft.footprint import Ledger, Setup, Weightless, needs_of, optimizer_copies
+from sdft.module import Finetuning
+from sdft.objective import Denoising
+from sdft.optimizer import adamw, constant
+from sdft.preflight import Preflight, refuse_batch
+from sdft.rng import Draws
+from sdft.tuning import Adapter, Full, learning
+from sdft.types import UserError
+
+MIB = 2**20
+PLAIN = Setup(max_steps=10, accumulate=1, precision="32-true", num_devices=1, num_shards=1, on_gpu=False)
+
+
+@pytest.fixture
+def setting(tiny_model, tiny_source):
+    """Builds a module and its data: `setting(tuning, on_meta=True, checkpointing=False, batch_size=2)`."""
+
+    def build(tuning, on_meta: bool = True, checkpointing: bool = False, batch_size: int = 2):
+        data = Images(tiny_source(6), tiny_source(2, "held out"), batch_size, size=32, cache="off")
+        model = tiny_model().to("meta") if on_meta else tiny_model()
+        if checkpointing:
+            model.unet.enable_gradient_checkpointing()
+        with Weightless():
+            return Finetuning(model, tuning, Denoising(), partial(adamw, lr=1e-3), constant, seed=0), data
+
+    return build
+
+
+def test_the_ledger_counts_what_lives_and_what_is_multiplied() -> None:
+    known = torch.nn.Linear(4, 4)
+    with Ledger(known) as ledger:
+        a = torch.zeros(256)  # 1024 bytes
+        b = a + 1  # 2048 together
+        del a
+        c = torch.zeros(512)  # 3072
+        del b
+        c.view(2, 256).add_(1)  # a view and a change in place add nothing
+        known.weight.t()
+        assert (ledger.now, ledger.peak, ledger.flops) == (2048, 3072, 0)
+        torch.zeros(2, 3) @ torch.zeros(3, 4)
+    assert ledger.flops == 2 * 2 * 3 * 4
+    assert ledger.peak == 3072
+
+
+def test_adamw_keeps_two_copies_and_needs_one_for_a_moment() -> None:
+    kept, moment = optimizer_copies(partial(adamw, lr=1e-3))
+    assert kept == 2.0
+    assert 1.0 <= moment <= 1.1
+
+
+def test_weights_gradients_states_and_average_by_hand(setting) -> None:
+    module, data = setting(Full())
+    unet = 4 * sum(p.numel() for p in module.model.unet.parameters())
+    whole = 4 * sum(p.numel() for p in module.model.parameters())
+    found = needs_of(module, data, PLAIN, num_averages=1)
+    ids = 2 * 77 * 8  # the one buffer of each encoder
+    assert found.weights == whole + ids
+    assert (found.gradients, found.states, found.average) == (unet, 2 * unet, unet)
+    divided = needs_of(*setting(Full()), PLAIN.__class__(**{**PLAIN.__dict__, "num_shards": 2}), num_averages=1)
+    assert divided.states == unet
+    assert divided.step == found.step, "activations are not divided"
+
+
+@pytest.mark.parametrize("tuning", [Full, partial(Adapter, rank=2)], ids=["full", "lora"])
+def test_the_played_step_needs_what_the_real_one_does(tuning, setting) -> None:
+    played = needs_of(*setting(tuning()), PLAIN, num_averages=0)
+    module, data = setting(tuning(), on_meta=False)
+    for _, parameter in learning(module.model):
+        parameter.grad = torch.zeros_like(parameter)
+    (batch,) = [batch for batch, _ in zip(data.val_dataloader(), range(1), strict=False)]
+    with Ledger(module.model) as ledger:
+        report = module.objective(module.model, batch, Draws(0, batch.keys, batch.visits))
+        loss = report.per_sample_B.mean()
+        del report
+        loss.backward()
+    assert played.step == pytest.approx(ledger.peak, rel=0.05)
+    assert played.flops == pytest.approx(ledger.flops, rel=0.02)
+
+
+def test_checkpointing_trades_flops_for_memory(setting) -> None:
+    plain, recomputed = (needs_of(*setting(Full(), checkpointing=c), PLAIN, 0) for c in (False, True))
+    assert recomputed.step < plain.step
+    assert recomputed.flops > plain.flops
+
+
+def test_what_does_not_fit_is_refused_with_what_helps(setting) -> None:
+    module, data = setting(Full())
+    with pytest.raises(UserError, match=r"needs 1\.\d GiB on each GPU and there are 1\.0; set ") as said:
+        Preflight(memory=1.0, tflops=1.0)(module, data, PLAIN, 1)
+    remedies = ["model.gradient_checkpointing=true", "text_encoder: bf16, text_encoder_2: bf16", "data.batch_size=1"]
+    assert all(remedy in str(said.value) for remedy in [*remedies, "tuning=lora_unet", "strategy=fsdp"])
+
+
+def test_a_step_larger_than_the_data_is_refused(setting) -> None:
+    _, data = setting(Full())
+    refuse_batch(data, PLAIN)
+    four = Setup(10, 2, "32-true", 2, 1, False)
+    with pytest.raises(UserError, match=r"data.batch_size=2: a step takes 8 pictures .* set data.batch_size=1"):
+        refuse_batch(data, four)
+
+
+def dry(monkeypatch, capsys, *words: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["train.py", "dry_run=true", *words])
+    train.main()
+    return capsys.readouterr().out
+
+
+def test_a_dry_run_tells_and_leaves_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = dry(monkeypatch, capsys, "experiment=dreamy_style", "trainer.devices=2", "trainer.accelerator=cpu")
+    assert "learns unet: 292,864 of 7,862,891 parameters (3.72%)" in said
+    assert "effective batch 32 (16 x 1 accumulated x 2 devices), 240 steps = 160.0 passes over 48 pictures" in said
+    assert "memory of each device" in said
+    assert "time of the run" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sdxl_is_planned_without_its_weights(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The real UNet has 2,567,463,684 parameters; a forward pass at 1024 px is about 6 TFLOP."""
+    monkeypatch.chdir(tmp_path)
+    words = ["model=sdxl", "data=toy", "size=1024", "preflight.memory=24", "preflight.tflops=800"]
+    said = dry(monkeypatch, capsys, *words)
+    (unet,) = [line for line in said.splitlines() if line.startswith("  unet ")]
+    adapters = int(unet.split(",", 3)[-1].split("learn")[0].strip().replace(",", "").split()[-1])
+    assert int(unet.split()[1].replace(",", "")) - adapters == 2_567_463_684
+    assert list(tmp_path.iterdir()) == []
+    (time,) = [line for line in said.splitlines() if "time of a step" in line]
+    assert 4 * 18 < float(time.split(" TFLOP at")[0].split("= ")[1]) < 4 * 26, "4 accumulated, recomputed"
+
+
+def test_the_jobs_of_a_sweep_are_listed(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = dry(monkeypatch, capsys, "-m", "rank=4,8", "seed=0,1")
+    assert "job 2: dry_run=true rank=8 seed=0" in said
+    assert "sbatch --array=0-3" in said
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,120 @@
+"""Sweeps: the table at their end, and that an interrupted one goes on without doing anything twice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import train
+from sdft import receipt
+from sdft.sweep import finished, print_table
+from sdft.types import UserError
+
+SMALL = [
+    "logger=csv",
+    "verdict=none",
+    "callbacks=checkpoints",
+    "trainer.max_steps=1",
+    "trainer.validate_every=1",
+    "trainer.progress_bar=false",
+    "data.batch_size=2",
+    "data.train.num_scenes=4",
+    "data.validation.num_scenes=2",
+    "metric=val/eps_mse",
+]
+"""A run of a few seconds."""
+
+
+def job(folder: Path, words: list[str], summary: dict | None, metric: str = "style_gain", error: str = "") -> None:
+    """What a job of a sweep leaves."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text(yaml.safe_dump(words))
+    (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump({"metric": metric}))
+    if summary is not None:
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / receipt.NAME).write_text(json.dumps({"overrides": words, "outputs": {}}))
+    if error:
+        (folder / "error.txt").write_text(f"{error}\n")
+
+
+def test_the_table_ranks_the_jobs_and_shows_what_was_varied(tmp_path: Path, capsys) -> None:
+    figures = {"style_gain": 0.71234, "adherence": 0.9, "train_seconds": 61.4}
+    job(tmp_path / "0", ["name=a", "rank=4", "optimizer.lr=1e-3"], figures)
+    job(tmp_path / "1", ["name=a", "rank=16", "optimizer.lr=1e-3"], None, error="no room on the disk")
+    job(tmp_path / "2", ["name=a", "rank=8", "optimizer.lr=3e-3"], {**figures, "style_gain": 0.9})
+    (tmp_path / ".submitit").mkdir()
+    print_table(tmp_path)
+    lines = (tmp_path / "table.txt").read_text().splitlines()
+    assert [line.split() for line in lines] == [
+        ["rank", "optimizer.lr", "style", "gain", "adherence", "seconds", "folder"],
+        ["8", "3e-3", "0.900", "0.900", "61", "2"],
+        ["4", "1e-3", "0.712", "0.900", "61", "0"],
+        ["16", "1e-3", "-", "-", "-", "1"],
+        ["1", "failed:", "no", "room", "on", "the", "disk"],
+    ]
+    assert (tmp_path / "table.txt").read_text() in capsys.readouterr().out
+
+
+def test_the_metric_of_the_sweep_is_a_column(tmp_path: Path) -> None:
+    job(tmp_path / "0", ["rank=4"], {"val/eps_mse": 0.125}, metric="val/eps_mse")
+    job(tmp_path / "1", ["rank=8"], {"val/eps_mse": 0.25}, metric="val/eps_mse")
+    print_table(tmp_path)
+    first, second, third = (tmp_path / "table.txt").read_text().splitlines()
+    assert "val/eps_mse" in first
+    assert "0.125" in second
+    assert "0.250" in third
+
+
+def test_a_finished_job_of_another_grid_is_not_overwritten(tmp_path: Path) -> None:
+    job(tmp_path / "3", ["rank=4", "resume=auto"], {"style_gain": 0.5})
+    assert finished(tmp_path / "3", ["rank=4"]) == {"style_gain": 0.5}
+    assert finished(tmp_path / "4", ["rank=4"]) is None
+    with pytest.raises(UserError, match=r"finished job of another sweep \(rank=4\)"):
+        finished(tmp_path / "3", ["rank=8"])
+
+
+def sweep(monkeypatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *SMALL, *words])
+    train.main()
+
+
+def test_a_search_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch, capsys) -> None:
+    """The second command asks for the same three jobs, and runs the one that has no result."""
+    pytest.importorskip("optuna", reason="the extra `sweep` is not installed")
+    search = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "hydra.sweeper.direction=minimize", "rank=2,4"]
+    monkeypatch.chdir(tmp_path)
+    sweep(monkeypatch, *search, "hydra.sweep.dir=swept")
+    jobs = [tmp_path / "swept" / str(number) for number in range(3)]
+    first = [json.loads((job / receipt.NAME).read_text()) for job in jobs]
+    assert len({r["config"]["optimizer"]["lr"] for r in first}) == 3, "the search tried one rate"
+    (jobs[2] / "summary.json").unlink()
+    kept = [(job / "lora.safetensors").stat().st_mtime_ns for job in jobs]
+    capsys.readouterr()
+    sweep(monkeypatch, *search, "hydra.sweep.dir=swept")
+    said = capsys.readouterr().out
+    assert said.count("is finished") == 2
+    now = [(job / "lora.safetensors").stat().st_mtime_ns for job in jobs]
+    assert (now[0], now[1]) == (kept[0], kept[1])
+    assert now[2] > kept[2]
+    again = json.loads((jobs[2] / receipt.NAME).read_text())
+    assert (again["overrides"], again["outputs"]) == (first[2]["overrides"], first[2]["outputs"])
+    table = (tmp_path / "swept" / "table.txt").read_text().splitlines()
+    assert len(table) == 4
+    assert "val/eps_mse" in table[0]
+
+
+def test_one_job_of_a_grid_runs_by_its_number(tmp_path: Path, monkeypatch) -> None:
+    """What a task of a SLURM array does: the same folder, words and table as the whole sweep would make."""
+    monkeypatch.chdir(tmp_path)
+    grid = ["rank=2,4", "tuning.alpha=1,2", "hydra.sweep.dir=swept"]
+    sweep(monkeypatch, *grid, "hydra.job.num=2")
+    assert sorted(path.name for path in (tmp_path / "swept").iterdir()) == ["2", "table.txt"]
+    record = json.loads((tmp_path / "swept" / "2" / receipt.NAME).read_text())
+    assert record["overrides"] == [*SMALL, "rank=4", "tuning.alpha=1"]
+    assert yaml.safe_load((tmp_path / "swept" / "2" / ".hydra" / "overrides.yaml").read_text()) == record["overrides"]
+    with pytest.raises(SystemExit):
+        sweep(monkeypatch, *grid, "hydra.job.num=4")
