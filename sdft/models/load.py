@@ -123,8 +123,8 @@ def outline(
     if is_file or local.is_dir():
         checkpoint = open_checkpoint("model.weights", local, allow_pickle, variant)
         refuse_misfit(f"model.weights={weights}", checkpoint, networks)
-    for part, network in networks.items():
-        network.to(FLOATS[(dtype or {}).get(part, "fp32")])
+    for part, said in (dtype or {}).items():
+        networks[part].to(FLOATS[said])
     words = folder if (folder / "tokenizer").is_dir() else NANO
     model = SDXL(
         **networks,
