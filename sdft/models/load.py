@@ -119,12 +119,11 @@ def outline(
     is_file = local.suffix in (".safetensors", *PICKLES)
     source = config if is_file else weights
     folder = SDXL_BASE if source == SDXL_ID else find_folder("model.weights", source, CONFIGS)
-    networks = {part: empty_network(part, folder / part) for part in PARTS}
+    dtypes = {part: torch.float32 for part in PARTS} | {part: FLOATS[said] for part, said in (dtype or {}).items()}
+    networks = {part: empty_network(part, folder / part).to(dtypes[part]) for part in PARTS}
     if is_file or local.is_dir():
         checkpoint = open_checkpoint("model.weights", local, allow_pickle, variant)
         refuse_misfit(f"model.weights={weights}", checkpoint, networks)
-    for part, network in networks.items():
-        network.to(FLOATS[(dtype or {}).get(part, "fp32")])
     words = folder if (folder / "tokenizer").is_dir() else NANO
     model = SDXL(
         **networks,
