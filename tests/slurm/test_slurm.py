@@ -143,7 +143,7 @@ def test_a_warning_before_python_listens_and_a_node_that_fails_cost_only_time(
     node = state(job)["BatchHost"]
     told("scontrol", "update", f"nodename={node}", "state=down", "reason=test")  # it comes back by itself
     wait_to_complete(job, log)
-    assert "DUE TO NODE FAILURE" in log.read_text()
+    assert "Node failure" in log.read_text()
     assert state(job)["Restarts"] == "2"
     assert outputs(run) == outputs(tmp_path / "alone")
 
