@@ -416,7 +416,7 @@ def test_a_sweep_runs_the_other_jobs_after_a_user_error(run, conf: Path) -> None
     assert (done.returncode, len(ran)) == (2, 2)
     assert done.stderr.endswith("error: 13 is unlucky: pass seed=14\n")
     assert "Traceback" not in done.stderr
-    assert not (conf.parent / "finished").exists()
+    assert (conf.parent / "finished").exists(), "the table also tells which job failed"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--cfg", "job", "data=folder"], ["--info"], ["--hydra-help"]])
