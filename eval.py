@@ -53,7 +53,7 @@ def main(cfg: DictConfig) -> None:
     tradeoff, why_not = weighed(comparison, results, baseline)
     results = replace(results, tradeoff=tradeoff)
     written = write(comparison, results)
-    tell(results, written, left_out, why_not)
+    tell(results, comparison.front, written, left_out, why_not)
 
 
 def find_device() -> torch.device:
@@ -116,14 +116,16 @@ def write(comparison: Comparison, results: Results) -> list[Path]:
     return [folder / "report.html", folder / "grid.png", *tables, folder / "pictures"]
 
 
-def tell(results: Results, written: Sequence[Path], left_out: Sequence[str], why_not: str) -> None:
+def tell(
+    results: Results, front: Sequence[str], written: Sequence[Path], left_out: Sequence[str], why_not: str
+) -> None:
     """What came out and where it lies."""
     if results.metrics:
         print(f"\n{terminal_table(results)}\n")
     # What was seen, and what a recommendation rests on; the page has the others too.
     directed = {metric.name for metric in results.metrics if metric.better}
     for verdict in results.verdicts:
-        if verdict.metric in directed and (verdict.p < LEVEL or verdict.metric == results.metrics[0].name):
+        if verdict.metric in directed and (verdict.p < LEVEL or verdict.metric in front):
             print(verdict.sentence)
     if results.tradeoff:
         print(f"keep {results.tradeoff.recommended}: {results.tradeoff.reason}")

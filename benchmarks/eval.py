@@ -56,7 +56,7 @@ def main() -> None:
             begun = time.perf_counter()
             if pipeline is None:
                 pipeline = StableDiffusionXLPipeline.from_pretrained(
-                    NANO, torch_dtype=torch.float32, add_watermarker=False
+                    NANO, dtype=torch.float32, add_watermarker=False
                 ).to(device)
                 pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
                 pipeline.set_progress_bar_config(disable=True)

@@ -171,7 +171,7 @@ def test_wrong_subjects_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(UserError, match=rf"^subjects\.mine={source}: there is no such file or folder"):
             read_subjects({"mine": source})
     for name in ("../up", "", "a/b", ".hidden"):
-        with pytest.raises(UserError, match="names become folders"):
+        with pytest.raises(UserError, match="use letters, digits"):
             read_subjects({name: "nano"})
     with pytest.raises(UserError, match="subjects is empty"):
         read_subjects({})

@@ -93,14 +93,16 @@ def test_shuffled_captions_lower_adherence(judge) -> None:
     assert mean(right) > mean(wrong) + 0.1
 
 
-def test_the_look_is_nearer_to_itself(judge) -> None:
+def test_the_look_is_nearer_to_itself() -> None:
+    """Through reduced pixels: nano's judge was taught to name subjects, and sees no look."""
+    eyes = features.Thumbnails(4)
     source, like, unlike = ToyWorld(["dreamy"], 64, "test"), toy("dreamy", 24, "train")[0], toy("photo", 24)[0]
-    given = lab(judge=judge, reference=source)
-    for metric in (reference.StyleDistance(), reference.CMMD(), reference.KID(), reference.FID(least=8)):
+    given = lab(reference=source)
+    for metric in (reference.StyleDistance(), reference.CMMD(eyes), reference.KID(eyes), reference.FID(eyes, 8)):
         near, far = metric(drawn(like), given), metric(drawn(unlike), given)
         assert near.value < far.value, metric.metric.name
         assert near.low < near.value < near.high
-    near, far = (mean(reference.Similarity()(drawn(images), given)) for images in (like, unlike))
+    near, far = (mean(reference.Similarity(eyes)(drawn(images), given)) for images in (like, unlike))
     assert near > far
 
 
@@ -158,7 +160,7 @@ def test_kid_is_that_of_torchmetrics() -> None:
     theirs.update(b, real=True)
     theirs.update(a, real=False)
     expected, spread = theirs.compute()
-    assert float(spread) < 1e-4
+    assert float(spread) < 1e-4 * float(expected), "fp32 of large numbers"
     assert reference.kid(Features()(a), Features()(b)) == pytest.approx(float(expected), rel=1e-4)
 
 

@@ -75,7 +75,7 @@ class Diversity:
         figures = np.full(len(drawn.cells), np.nan)
         for group in alike.values():
             if len(group) > 1:
-                distances = torch.cdist(seen[group], seen[group]) / seen.shape[1] ** 0.5
+                distances = _distances(seen[group], seen[group]) / seen.shape[1] ** 0.5
                 figures[group] = (distances.sum(1) / (len(group) - 1)).numpy()
         return figures
 
@@ -97,9 +97,9 @@ class Novelty:
 
     def __call__(self, drawn: Drawn, lab: Lab) -> np.ndarray:
         training = lab.seen_of("training", self.extractor)
-        among = torch.cdist(training, training).fill_diagonal_(float("inf")).min(1).values
+        among = _distances(training, training).fill_diagonal_(float("inf")).min(1).values
         unit = among.median() if len(training) > 1 else torch.tensor(training.shape[1] ** 0.5)
-        return (torch.cdist(drawn.seen_by(self.extractor), training).min(1).values / unit.clamp(min=1e-9)).numpy()
+        return (_distances(drawn.seen_by(self.extractor), training).min(1).values / unit.clamp(min=1e-9)).numpy()
 
 
 class Copies:
@@ -117,6 +117,11 @@ class Copies:
 
     def __call__(self, drawn: Drawn, lab: Lab) -> np.ndarray:
         return (self._novelty(drawn, lab) < self.threshold).astype(float)
+
+
+def _distances(a_ND: torch.Tensor, b_MD: torch.Tensor) -> torch.Tensor:
+    """N x M. Not by way of products, whose rounding would tell a copy from its original."""
+    return torch.cdist(a_ND, b_MD, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def _rms(difference: torch.Tensor) -> float:
