@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-NUM_STEPS, WARM_UP, BATCH = 14, 4, 8
+NUM_STEPS, WARM_UP, BATCH = 12, 3, 8
 CASES = (("one", 1, ""), ("two, apart", 2, ""), ("ddp", 2, "ddp"), ("fsdp", 2, "fsdp"))
 
 
@@ -36,12 +36,13 @@ def rank_of(case: tuple[str, int, str], tuning: str, rank: int, port: int, found
     _, num_processes, strategy = case
     torch.set_num_threads(1)
     words = ["experiment=dreamy_style", f"tuning={tuning}", "logger=csv", "trainer.precision=32-true"]
-    words += [f"data.batch_size={BATCH // num_processes}", f"trainer.max_steps={NUM_STEPS}", "data.caption_dropout=0"]
+    words += [f"data.batch_size={BATCH // num_processes}", f"trainer.max_steps={NUM_STEPS}", "data.caption_dropout=0.0"]
     words += ["trainer.accelerator=cpu", "trainer.progress_bar=false", "trainer.validate_every=1000"]
     if strategy:
         words += [f"strategy={strategy}", f"trainer.devices={num_processes}"]
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "benchmark"}
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
     class Clock(L.Callback):
         def __init__(self) -> None:

@@ -27,6 +27,8 @@ for noise in (
     ".*smaller than the logging interval.*",
     ".*Experiment logs directory.*",  # hydra has written its own files into the run folder
     ".*The anonymous setting has no effect.*",
+    ".*Checkpoint directory .* exists and is not empty.*",  # as after every resume
+    ".*ended before the epoch ended and your dataloader is not resumable.*",  # it is: see data.dataset.RunOrder
 ):
     warnings.filterwarnings("ignore", message=noise)
 

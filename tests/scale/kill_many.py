@@ -21,7 +21,7 @@ from small_runs import EVERYTHING, Run, assert_same_end, finish, result, start
 
 from sdft.formats.run_state import read_state
 
-SETTINGS = {"max_steps": 24, "save_every": 2, "validate_every": 6}
+SETTINGS = {"max_steps": 16, "save_every": 2, "validate_every": 6}
 
 
 def main(num_kills: int = 100) -> None:
@@ -52,6 +52,7 @@ def kill(folder: Path, mode: str, num_kills: int, chance: random.Random) -> Coun
             (process,) = start(run)
             process.join(chance.uniform(0.1, 1.0) * seconds if seen["kills"] < num_kills else None)
             if process.exitcode is not None:
+                seconds = min(seconds, time.time() - started)
                 break
             os.kill(process.pid, signal.SIGKILL)
             finish([process])

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import EVERYTHING, KillAt, Run, assert_same_end, finish, result, start
+from safetensors.torch import load_file
+from small_runs import EVERYTHING, KillAt, Run, assert_equal, assert_same_end, finish, result, start
 
 from sdft.formats.run_state import read_state
 
@@ -85,5 +86,5 @@ def test_the_same_command_goes_on_after_a_kill(tmp_path: Path) -> None:
     process.kill()
     assert finish([process]) == [-9], "it was to be killed before its end"
     assert finish(start(killed, function=command)) == [0]
-    a, b = ((run.folder / "lora.safetensors").read_bytes() for run in (straight, killed))
-    assert a == b
+    a, b = (load_file(run.folder / "lora.safetensors") for run in (straight, killed))
+    assert_equal(a, b, "lora.safetensors")
