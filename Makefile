@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 WANDB_MODE=$${WANDB_MODE:-offline} $(VENV)/bin/python
 
-.PHONY: train test lint nano setup
+.PHONY: train test test-slurm lint nano setup
 
 train: setup
 	$(RUN) train.py experiment=dreamy_style
 
 test: setup
-	$(RUN) -m pytest -n $${WORKERS:-2} --dist worksteal
+	$(RUN) -m pytest -n $${WORKERS:-2} --dist worksteal -m "not slurm"
+
+# Needs root and Debian's slurm-wlm: brings up a SLURM of two emulated nodes on this machine, and takes it down again.
+test-slurm: setup
+	$(RUN) -m pytest -m slurm
 
 lint: setup
 	$(VENV)/bin/ruff check .

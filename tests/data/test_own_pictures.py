@@ -77,7 +77,7 @@ def test_own_pictures_are_looked_at_cached_and_learned(tmp_path: Path, monkeypat
         train.main, monkeypatch, capsys, "data=folder", *common, *words, *short, "callbacks=checkpoints",
         f"run_dir={tmp_path}/run", f"hydra.run.dir={tmp_path}/run",
     )  # fmt: skip
-    assert "of 80x48, " in told
+    assert "    80x48: " in told
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["num_steps"] == 2
     assert 0 < summary["val/eps_mse"] < 2

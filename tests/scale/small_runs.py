@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from conftest import TinySource, build_tiny_model
+from tiny import TinySource, build_tiny_model
 
 from sdft.callbacks.ema import EMA
 from sdft.callbacks.exports import Export
