@@ -9,11 +9,11 @@ train: setup
 	$(RUN) train.py experiment=dreamy_style
 
 test: setup
-	$(RUN) -m pytest -n $${WORKERS:-2} --dist worksteal -m "not slurm"
+	$(RUN) -m pytest -n $${WORKERS:-2} --dist worksteal -m "not slurm and not long"
 
 # Needs root and Debian's slurm-wlm: brings up a SLURM of two emulated nodes on this machine, and takes it down again.
 test-slurm: setup
-	$(RUN) -m pytest -m slurm
+	$(RUN) -m pytest tests/slurm
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -130,7 +130,7 @@ def test_a_dry_run_tells_and_leaves_nothing(tmp_path: Path, monkeypatch, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sdxl_is_planned_without_its_weights(tmp_path: Path, monkeypatch, capsys) -> None:
     """The real UNet has 2,567,463,684 parameters; a forward pass at 1024 px is about 6 TFLOP."""
     monkeypatch.chdir(tmp_path)
