@@ -153,7 +153,8 @@ class Blend:
             yield tuple(t for given in inputs.values() for t in (given if isinstance(given, list) else [given]))  # type: ignore[misc]
 
     def _numbers(self, name: str) -> dict[str, object]:
-        given = self.recipe.steps[name].numbers
+        step = self.recipe.steps[name]
+        given = {**step.signature.numbers, **step.numbers}
         return {key: number_of(number, self.block) if is_by_block(number) else number for key, number in given.items()}
 
     def _change(self, name: str, source: Adapter, index: int, base: str | None) -> Tensor:

@@ -91,7 +91,8 @@ class Signature:
     """A method's arguments by their roles."""
 
     inputs: Mapping[str, Input]
-    numbers: tuple[str, ...]
+    numbers: Mapping[str, Any]
+    """By name their defaults."""
     per_input: Mapping[str, str]
     statistics: Mapping[str, Callable[..., Any]]
     draws: bool
@@ -103,9 +104,9 @@ def signature_of(method: Callable[..., Tensor]) -> Signature:
     """Reads a method's annotations."""
     hints = get_type_hints(method, include_extras=True)
     inputs, statistics = {}, {}
-    numbers: list[str] = []
+    numbers: dict[str, Any] = {}
     per_input: dict[str, str] = {}
-    for name in signature(method).parameters:
+    for name, parameter in signature(method).parameters.items():
         marks = getattr(hints[name], "__metadata__", ())
         kind, statistic, paired = (first(marks, wanted) for wanted in (Kind, Statistic, PerInput))
         if kind is not None:
@@ -114,10 +115,10 @@ def signature_of(method: Callable[..., Tensor]) -> Signature:
         elif statistic is not None:
             statistics[name] = statistic.of
         elif name != "draw":
-            numbers.append(name)
+            numbers[name] = parameter.default
         per_input |= {name: paired.inputs} if paired else {}
     (result,) = hints["return"].__metadata__
-    return Signature(inputs, tuple(numbers), per_input, statistics, "draw" in hints, result)
+    return Signature(inputs, numbers, per_input, statistics, "draw" in hints, result)
 
 
 def first(marks: Sequence[Any], wanted: type) -> Any:

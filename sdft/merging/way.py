@@ -28,7 +28,7 @@ def way(
     config: str = "nano",
     threads: Count = 2,
 ) -> Iterator[tuple[str, str]]:
-    """Names and places of the models on the way; each is written when it is asked for.
+    """Names and places of the models on the way, the ends by their own names; each is written when it is asked for.
 
     a, b: the ends. A LoRA is baked into `base`, so that each model of the way is a whole one.
     alphas: the shares of b between the ends. out: the folder that they are written to.
@@ -48,10 +48,11 @@ def way(
         list(merge(recipe, path, to="folder", config=config, threads=threads))
         return name, path
 
-    def end(key: str) -> tuple[str, str]:
-        return written(key, {ends[key]: steps[ends[key]]}) if ends[key] in steps else (key, ends[key])
+    def end(key: str, source: str) -> tuple[str, str]:
+        path = written(key, {ends[key]: steps[ends[key]]})[1] if ends[key] in steps else ends[key]
+        return Path(source).name.removesuffix(".safetensors"), path
 
-    yield end("a")
+    yield end("a", a)
     for alpha in alphas:
         yield written(f"{alpha:g}", {**steps, "blend": Step(methods.weighted_sum, ends, {"alpha": alpha})})
-    yield end("b")
+    yield end("b", b)

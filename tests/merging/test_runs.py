@@ -44,7 +44,7 @@ def runs(tmp_path: Path, model: Callable[..., Path]) -> dict[str, Path]:
 
 def test_the_way_from_a_lora_to_a_whole_model(runs: dict[str, Path], tmp_path: Path) -> None:
     points = list(way(str(runs["lora"]), str(runs["full"]), str(tmp_path / "out"), [0.25, 1.0], str(runs["base"])))
-    assert [name for name, _ in points] == ["a", "0.25", "1", "b"]
+    assert [name for name, _ in points] == ["lora", "0.25", "1", "full"]
     assert points[-1][1] == str(runs["full"] / "model")
     a, blend, last, b = (read(Path(path)) for _, path in points)
     change = a[WEIGHT] - tensors_of(0)[WEIGHT]
@@ -70,10 +70,10 @@ def test_an_extracted_lora_draws_the_tuned_models_pictures(tmp_path: Path) -> No
     files = {name: str(tmp_path / name) for name in ("tuned", "lora.safetensors", "back", "change.safetensors")}
     layers = {}
     for i in (1, 2):
-        name = f"mid_block.attentions.0.transformer_blocks.0.attn{i}.to_q"
+        name = f"up_blocks.1.attentions.2.transformer_blocks.0.attn{i}.to_v"
         rows, columns = read(NANO)[f"unet/{name}.weight"].shape
         noise = torch.Generator().manual_seed(i)
-        held = {UP: torch.randn(rows, 3, generator=noise), DOWN: 0.3 * torch.randn(3, columns, generator=noise)}
+        held = {UP: torch.randn(rows, 3, generator=noise), DOWN: 0.1 * torch.randn(3, columns, generator=noise)}
         layers[f"unet/{name}"] = Layer(held, 3.0)
     write_lora_file(LoraFile(layers), Path(files["change.safetensors"]), "kohya", torch.float32)
     for out, step, options in (

@@ -25,9 +25,9 @@ def main(cfg: DictConfig) -> None:
         precision = "bf16" if device.type == "cuda" else "fp32"
         columns.append(draw(model, seeds=range(len(cfg.prompts)), precision=precision, progress=name))
         names.append(name)
-        print(f"  {name:5} {path}", flush=True)
+        print(f"  {name:8} {path}", flush=True)
     strip = Path(cfg.out) / STRIP
-    save_grid(strip, np.stack(columns, axis=1), list(cfg.prompts), names)
+    save_grid(strip, list(np.stack(columns, axis=1)), list(cfg.prompts), names)
     print(f"  strip {strip}\nnext: choose one of the blends and train on from it with model.weights=FOLDER")
 
 
