@@ -173,7 +173,7 @@ def building(root: Path, num: int) -> None:
 
 
 START = """
-import resource, sys, time
+import re, sys, time
 begun = time.monotonic()
 from sdft.data.datamodule import shards
 imported = time.monotonic()
@@ -183,7 +183,8 @@ for batch in data.val_dataloader():
     break
 for index in range(64):
     data.pictures[index, 0]
-print(started - imported, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+# Not ru_maxrss, which begins with the peak of whoever started this process.
+print(started - imported, int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024)
 """
 
 
