@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from sdft.data.cache import Cache
-from sdft.data.datamodule import folder
+from sdft.data.datamodule import NUM_AHEAD, folder
 from sdft.data.encoding import prepared
 from sdft.data.sharding import write_shards
 from sdft.data.sources import Folder, Shards
@@ -108,11 +108,12 @@ def reading(place: Path, num: int) -> None:
                         break
 
     def in_a_run(cache: Cache) -> None:
-        """Each batch is expected while the one before is read: the work of a step would come in between."""
+        """Each batch is expected as early as a run does it; the work of its steps would come in between."""
         batches = [order[first : first + BATCH] for first in range(0, num, BATCH)]
         addresses = [[f"{i:08x}.{name}" for i in batch for name in parts] for batch in batches]
-        cache.expect(addresses[0])
-        for batch, following in zip(addresses, [*addresses[1:], []], strict=True):
+        for batch in addresses[:NUM_AHEAD]:
+            cache.expect(batch)
+        for batch, following in zip(addresses, [*addresses[NUM_AHEAD:], *[[]] * NUM_AHEAD], strict=True):
             cache.expect(following)
             for address in batch:
                 _ = cache[address]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import typing
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -26,6 +27,9 @@ from sdft.data.record import Record
 from sdft.data.scan import Unreadables, only_readable
 from sdft.data.sources import Folder, HuggingFace, Shards
 from sdft.types import Batch, Count, Fraction, Index, UserError
+
+NUM_AHEAD = 4
+"""Batches for which a disk is asked before they are read: one is too few to keep it busy."""
 
 
 class Images(L.LightningDataModule):
@@ -172,7 +176,7 @@ class Images(L.LightningDataModule):
 
 
 class Ahead(Sampler[list[tuple[int, int]]]):
-    """The batches of an order; `expect` is told of each one batch before it is read."""
+    """The batches of an order; `expect` is told of each some batches before it is read."""
 
     def __init__(self, order: RunOrder, expect: Callable[[list[tuple[int, int]]], None]):
         self.order, self.expect = order, expect
@@ -181,14 +185,13 @@ class Ahead(Sampler[list[tuple[int, int]]]):
         return len(self.order)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        waiting = None
+        waiting: deque[list[tuple[int, int]]] = deque()
         for batch in self.order:
             self.expect(batch)
-            if waiting is not None:
-                yield waiting
-            waiting = batch
-        if waiting is not None:
-            yield waiting
+            waiting.append(batch)
+            if len(waiting) > NUM_AHEAD:
+                yield waiting.popleft()
+        yield from waiting
 
 
 def images_from(source: type) -> Callable[..., Images]:
