@@ -8,8 +8,9 @@ RUN := HF_HUB_OFFLINE=1 WANDB_MODE=$${WANDB_MODE:-offline} $(VENV)/bin/python
 train: setup
 	$(RUN) train.py experiment=dreamy_style
 
+# Three workers keep two cores busy: some tests wait for processes, disks and a browser.
 test: setup
-	$(RUN) -m pytest -n $${WORKERS:-2} --dist worksteal -m "not slurm and not long"
+	$(RUN) -m pytest -n $${WORKERS:-3} --dist worksteal -m "not slurm and not long"
 
 # Needs root and Debian's slurm-wlm: brings up a SLURM of two emulated nodes on this machine, and takes it down again.
 test-slurm: setup
