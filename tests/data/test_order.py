@@ -7,7 +7,7 @@ from itertools import chain, islice
 
 import pytest
 
-from sdft.data.datamodule import Ahead, Images, folder
+from sdft.data.datamodule import NUM_AHEAD, Ahead, Images, folder
 from sdft.data.dataset import RunOrder, bucket_turns
 from sdft.types import UserError
 
@@ -86,13 +86,16 @@ def test_a_folder_with_buckets_feeds_a_run(sources) -> None:
     assert {*data.pictures.targets, *data.held_out.targets} == {(64, 64), (48, 80), (80, 48)}
 
 
-def test_a_batch_is_expected_one_batch_before_it_is_read() -> None:
-    order, events = RunOrder(5, 2, 0, 0, 3), []
+def test_batches_are_expected_before_they_are_read() -> None:
+    order, events = RunOrder(12, 2, 0, 0, 6), []
     for batch in Ahead(order, lambda batch: events.append(("expect", batch))):
         events.append(("read", batch))
-    a, b, c = order
-    assert events == [("expect", a), ("expect", b), ("read", a), ("expect", c), ("read", b), ("read", c)]
-    assert len(Ahead(order, print)) == 3
+    a, b, c, d, e, f = order
+    assert NUM_AHEAD == 4
+    assert events[:6] == [*(("expect", batch) for batch in (a, b, c, d, e)), ("read", a)]
+    assert events[6:8] == [("expect", f), ("read", b)]
+    assert events[8:] == [("read", batch) for batch in (c, d, e, f)]
+    assert len(Ahead(order, print)) == 6
 
 
 @pytest.mark.parametrize("step", [24, 48])
