@@ -20,7 +20,7 @@ from sdft.evaluation.page.write import write_page
 from sdft.evaluation.results import Results
 from sdft.evaluation.statistics import LEVEL
 from sdft.evaluation.subjects import Subject
-from sdft.evaluation.sweeps import Job, heat_maps, subjects_of, trained_figures, with_trained
+from sdft.evaluation.sweeps import Job, subjects_of, trained_figures, with_trained
 from sdft.evaluation.tables import terminal_table, write_sheet, write_tables
 from sdft.models.sdxl import SDXL
 from sdft.sweep import jobs_of
@@ -49,7 +49,6 @@ def main(cfg: DictConfig) -> None:
     results = measure(comparison, drawn, baseline, lab, measures)
     if jobs:
         results = with_trained(results, trained_figures(jobs, subjects))
-        results = replace(results, heat_maps=heat_maps(results.subjects, results.metrics, results.figures))
     tradeoff, why_not = weighed(comparison, results, baseline)
     results = replace(results, tradeoff=tradeoff)
     written = write(comparison, results)

@@ -21,6 +21,7 @@ from sdft.formats.adapter import lora_on, read_words
 from sdft.formats.lora_file import read_lora
 from sdft.formats.lora_layer import LoraFile
 from sdft.formats.lora_stack import stacked
+from sdft.formats.run_state import read_state
 from sdft.formats.stream import sha256
 from sdft.models.load import find_checkpoint
 from sdft.models.sdxl import SDXL
@@ -112,7 +113,7 @@ class Models:
             self._own = None
             self._own = subject.run, self._revive(subject.run).to(self.device).eval()
         model, path = self._own[1], subject.checkpoints[step]
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = read_state(path)
         averages = [kept["average"] for kept in state["callbacks"].values() if "average" in kept]
         live = {name.removeprefix("model."): value for name, value in state["state_dict"].items()}
         weights = averages[0] if averages else live
@@ -165,16 +166,12 @@ def digest_of(path: Path) -> str:
 def model_digest(weights: str, variant: str | None = None, allow_pickle: bool = False) -> str:
     """Of a model's weights, and of the configs and tokenizers beside them."""
     checkpoint = find_checkpoint(weights, variant, allow_pickle)
-    files = {view.stored.file for view in checkpoint.weights.values()} or {checkpoint.root}
+    files = set(checkpoint.files) or {checkpoint.root}
     if checkpoint.is_folder:
         files |= {file for kind in ("*.json", "*.txt") for file in checkpoint.root.rglob(kind)}
-    names = {file: file.name if file == checkpoint.root else str(file.relative_to(_root(checkpoint))) for file in files}
+    names = {file: file.name if file == checkpoint.root else str(file.relative_to(checkpoint.folder)) for file in files}
     told = [[names[file], digest_of(file)] for file in sorted(files, key=names.__getitem__)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
-
-
-def _root(checkpoint) -> Path:
-    return checkpoint.root if checkpoint.is_folder else checkpoint.root.parent
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:

@@ -112,7 +112,9 @@ def with_trained(results: Results, trained: Mapping[str, Mapping[str, Estimate]]
         return results
     figures = {name: {**own, **trained.get(name, {})} for name, own in results.figures.items()}
     there = [metric for key, metric in TRAINED.items() if any(key in own for own in trained.values())]
-    return replace(results, metrics=[*results.metrics, *there], figures=figures)
+    metrics = [*results.metrics, *there]
+    maps = heat_maps(results.subjects, metrics, figures)
+    return replace(results, metrics=metrics, figures=figures, heat_maps=maps)
 
 
 def _order(cell: tuple[tuple[Value, Value], Any]) -> tuple:

@@ -64,6 +64,16 @@ class Checkpoint:
         return self.root.is_dir()
 
     @property
+    def folder(self) -> Path:
+        """What the names of its files are relative to."""
+        return self.root if self.is_folder else self.root.parent
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that hold its weights."""
+        return sorted({view.stored.file for view in self.weights.values()})
+
+    @property
     def num_bytes(self) -> int:
         return sum(view.num_bytes for view in self.weights.values())
 

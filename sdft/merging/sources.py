@@ -35,12 +35,11 @@ class Held:
 
     @property
     def folder(self) -> Path:
-        """What the names of the files are relative to."""
-        return self.root if self.root.is_dir() else self.root.parent
+        return self.checkpoint.folder
 
     @property
     def files(self) -> list[Path]:
-        return sorted({view.stored.file for view in self.checkpoint.weights.values()})
+        return self.checkpoint.files
 
 
 class Model(Held):
