@@ -146,7 +146,7 @@ def data_digest(data: Any) -> str:
         for index, key in enumerate(pictures.source.keys):
             sample = pictures.source[index]
             captions = sample.captions.every if sample.captions else None
-            content = seen.digests.get(index) or hashlib.sha256(sample.image_HWC.tobytes()).hexdigest()
+            content = seen.digest(index) or hashlib.sha256(sample.image_HWC.tobytes()).hexdigest()
             found.update(json.dumps([key, content, captions or sample.caption, sample.loss_weight]).encode())
     return found.hexdigest()
 

@@ -119,7 +119,7 @@ def cached_moments(
 def moments_address(pictures: Pictures, seen: Scan, variant: Variant, encoder: str) -> str:
     """Bytes of the picture, how it is cut, and what encodes it."""
     index, flip = variant
-    content, hw = seen.digests.get(index), tuple(seen.hw_N2[index].tolist())
+    content, hw = seen.digest(index), tuple(seen.hw_N2[index].tolist())
     if content is None:
         image = pictures.source[index].image_HWC
         content, hw = hashlib.sha256(image.tobytes()).hexdigest(), image.shape[:2]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sdft.data.dataset import Source
-from sdft.data.decode import Encoded, Unreadable, examine
+from sdft.data.decode import Unreadable, examine
 from sdft.data.problems import listed
 from sdft.data.record import Record, Seen
 from sdft.data.sources.splits import Part, encoded
@@ -33,29 +34,33 @@ class Scan:
 
     hw_N2: np.ndarray
     """height and width as they are shown; 0 where the source draws its pictures"""
-    digests: dict[int, str] = field(default_factory=dict)
-    """position -> SHA-256 of the file"""
+    digests_N32: np.ndarray
+    """SHA-256 of the file, as bytes; 0 where there is none"""
     problems: dict[int, tuple[str, str]] = field(default_factory=dict)
     """position -> (name of the picture, what is wrong with it)"""
 
     def add(self, place: int, name: str, seen: Seen) -> None:
         """One picture that was looked at."""
-        self.digests[place] = seen.digest
+        self.digests_N32[place] = np.frombuffer(bytes.fromhex(seen.digest), np.uint8)
         if seen.problem:
             self.problems[place] = (name, seen.problem)
         else:
             self.hw_N2[place] = seen.h, seen.w
 
-    def part(self, places: list[int]) -> Scan:
+    def digest(self, place: int) -> str | None:
+        """SHA-256 of a file; None where there is none."""
+        return self.digests_N32[place].tobytes().hex() if self.digests_N32[place].any() else None
+
+    def part(self, places: Sequence[int]) -> Scan:
         """The same of some of the pictures."""
-        return Scan(self.hw_N2[places], {i: self.digests[p] for i, p in enumerate(places) if p in self.digests})
+        return Scan(self.hw_N2[places], self.digests_N32[places])
 
 
 def scan(source: Source, record: Record) -> Scan:
     """Reads and decodes every stored picture that `record` does not know."""
     num = len(source.keys)
-    found = Scan(np.zeros((num, 2), np.int32))
-    unknown = []
+    found = Scan(np.zeros((num, 2), np.int32), np.zeros((num, 32), np.uint8))
+    unknown = array("q")
     for place in range(num):
         picture = encoded(source, place)
         if picture is None:
@@ -63,8 +68,8 @@ def scan(source: Source, record: Record) -> Scan:
         if known := record.find(picture.stamp()):
             found.add(place, picture.name, known)
         else:
-            unknown.append((place, picture))
-    looks = in_threads(partial(_look, record), unknown)
+            unknown.append(place)
+    looks = in_threads(partial(_look, source, record), unknown)
     bar = partial(tqdm, desc="reading pictures", unit="picture", disable=len(unknown) < ENOUGH_FOR_A_BAR, leave=False)
     for place, name, stamp, result in bar(looks, total=len(unknown)):
         if isinstance(result, Unreadable):
@@ -116,9 +121,10 @@ def told(broken: list[tuple[str, str]]) -> str:
     return f"{len(broken)} files cannot be read as pictures: {named}; repair or remove them"
 
 
-def _look(record: Record, item: tuple[int, Encoded]) -> tuple[int, str, str | None, Seen | Unreadable]:
+def _look(source: Source, record: Record, place: int) -> tuple[int, str, str | None, Seen | Unreadable]:
     """(position, name, stamp, what is seen). Bytes that cannot be had are Unreadable, and perhaps there next time."""
-    place, picture = item
+    picture = encoded(source, place)
+    assert picture is not None, "only stored pictures are looked at"
     stamp = picture.stamp()
     try:
         content = picture.content()

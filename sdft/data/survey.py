@@ -110,7 +110,7 @@ def survey(
         if count_tokens:
             texts = sample.captions.every if sample.captions else None
             found.tokens.append(max(count_tokens(text) for text in texts or (sample.caption,)))
-        same[seen.digests.get(index, sample.key)].append(sample.key)
+        same[seen.digest(index) or sample.key].append(sample.key)
         hashes[sample.key] = difference_hash(image)
         look(pictures, index, image)
     found.duplicates = [keys for keys in same.values() if len(keys) > 1]

@@ -49,7 +49,7 @@ def picture(shade: int) -> Image.Image:
 
 def seen(source, folder: Path):
     found = scan(source, Record(str(folder)))
-    return found.hw_N2.tolist(), found.digests, found.problems
+    return found.hw_N2.tolist(), found.digests_N32.tolist(), found.problems
 
 
 @pytest.mark.parametrize("stored", ["folder", "shards"])

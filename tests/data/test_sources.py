@@ -132,7 +132,7 @@ class TestShards:
         shards = write_shards(folder, tmp_path / "out", per_shard=2)
         assert [path.name for path in shards] == ["000000.tar", "000001.tar"]
         source = Shards(str(tmp_path / "out" / "{000000..000001}.tar"), "all", caption="{caption}, dreamy")
-        assert source.keys == ["a", "b/c_v2", "d"]
+        assert list(source.keys) == ["a", "b/c_v2", "d"]
         for i in range(3):
             assert source[i].caption == folder[i].caption
             assert source[i].picture.content() == folder[i].picture.content()
@@ -204,12 +204,12 @@ class TestHub:
         rows = [{"file_name": f"{name}.png", "text": f"of {name}"} for name in ("c", "a", "deep/b")]
         (tmp_path / "set" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
         source = HuggingFace(str(tmp_path / "set"), "all", caption="{caption}.")
-        assert source.keys == [f"train/{i:08d}" for i in range(3)]
+        assert list(source.keys) == [f"train/{i:08d}" for i in range(3)]
         # The library orders files by name; png() draws the place among a, b, c as a shade of red.
         found = {source[i].caption: int(source[i].image_HWC[0, 0, 0]) for i in range(3)}
         assert found == {"of a.": 0, "of deep/b.": 1, "of c.": 2}
         parts = [HuggingFace(str(tmp_path / "set"), split, held_out=0.4).keys for split in ("train", "validation")]
-        assert sorted(chain(*parts)) == source.keys
+        assert sorted(chain(*parts)) == list(source.keys)
 
     def test_a_saved_data_set_with_other_columns(self, tmp_path: Path) -> None:
         """Its pictures lie inside it; several captions a row."""

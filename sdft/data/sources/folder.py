@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from sdft.data.captions import Captions, Tags, checked_template, checked_texts
 from sdft.data.dataset import Sample
 from sdft.data.decode import Encoded
+from sdft.data.packed import Strings
 from sdft.data.problems import listed
 from sdft.data.record import stamp_of
 from sdft.data.sources import metadata
@@ -47,7 +49,7 @@ class Folder:
         keys = list_pictures(self.root, least=1 if split == "all" else 2)
         texts = read_captions(self.root, keys, default_caption)
         places = places_of(keys, split, held_out)
-        self.keys, self._texts = [keys[place] for place in places], [texts[place] for place in places]
+        self.keys, self._texts = (Strings(column[place] for place in places) for column in (keys, texts))
 
     def encoded(self, index: int) -> Encoded:
         """The picture as its file holds it."""
@@ -55,46 +57,50 @@ class Folder:
         return Encoded(str(file), file.read_bytes, partial(stamp_of, file))
 
     def __getitem__(self, index: int) -> Sample:
-        captions = Captions(*self._texts[index], self.template, self.tags)
+        captions = Captions(*metadata.unpacked(self._texts[index]), self.template, self.tags)
         return Sample(self.keys[index], self.encoded(index), captions.plain, self.loss_weight, captions=captions)
 
 
-def list_files(root: Path) -> list[str]:
-    """Every file below `root` as a relative path with slashes, in order of name."""
+def files_below(folder: str | Path, name: str = "") -> Iterator[str]:
+    """Every file below a folder as a path with slashes that begins with `name`, in order of name."""
+    try:
+        with os.scandir(folder) as opened:
+            inside = sorted(opened, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"data.root: {folder} cannot be listed ({error.strerror}); see to its rights") from error
+    for entry in inside:
+        if entry.is_dir(follow_symlinks=False):
+            yield from files_below(entry.path, f"{name}{entry.name}/")
+        elif not entry.is_dir():
+            yield name + entry.name
+
+
+def list_pictures(root: Path, least: int = 2) -> Strings:
+    """Every picture below `root` as a relative path, in order of name."""
     if not root.is_dir():
         raise UserError(f"data.root={root}: there is no such folder")
-    found = []
-    for folder, _, names in os.walk(root):
-        inside = Path(folder).relative_to(root)
-        found += [(inside / name).as_posix() for name in names]
-    return sorted(found, key=lambda key: key.split("/"))
-
-
-def list_pictures(root: Path, least: int = 2) -> list[str]:
-    """Every picture below `root` as a relative path, in order of name."""
-    keys = [key for key in list_files(root) if os.path.splitext(key)[1].lower() in IMAGE_SUFFIXES]
+    keys = Strings(key for key in files_below(root) if os.path.splitext(key)[1].lower() in IMAGE_SUFFIXES)
     if len(keys) < least:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(f"data.root={root}: found {len(keys)} pictures, need at least {least} ({kinds})")
     return keys
 
 
-def read_captions(root: Path, keys: list[str], default: str | None) -> list[metadata.Texts]:
-    """The captions of every picture. Raises UserError with everything that is missing or wrong."""
-    tables = [key for key in list_files(root) if key.rpartition("/")[2] in metadata.NAMES]
+def read_captions(root: Path, keys: Sequence[str], default: str | None) -> Strings:
+    """The captions of every picture, packed. Raises UserError with everything that is missing or wrong."""
+    tables = [key for key in files_below(root) if key.rpartition("/")[2] in metadata.NAMES]
     told, wrong = metadata.read_tables(root, tables)
     wrong += [f"{root / key} is named in a table and is not there" for key in sorted(set(told) - set(keys))]
     if wrong:
         raise UserError(f"data.root: {listed(wrong)}; repair the table")
-    found: list[metadata.Texts] = []
-    missing = []
+    found, missing = Strings(), []
     for key in keys:
         try:
             beside = text_beside(root / key)
             texts = (checked_texts([beside]), ()) if beside is not None else told.get(key)
             if texts is None and default is None:
                 raise ValueError("has no caption")
-            found.append(texts or ((default or "",), ()))
+            found.append(metadata.packed(texts or ((default or "",), ())))
         except ValueError as error:
             missing.append((root / key, str(error)))
     if missing:

@@ -9,6 +9,7 @@ from typing import Any
 from sdft.data.captions import Captions, Tags, checked_template
 from sdft.data.dataset import Sample
 from sdft.data.decode import Encoded
+from sdft.data.packed import Strings
 from sdft.data.problems import listed
 from sdft.data.sources import metadata
 from sdft.data.sources.splits import Split, places_of
@@ -45,20 +46,20 @@ class HuggingFace:
         self.name, self.image, self.tags, self.loss_weight = name, image, tags, loss_weight
         self.template = checked_template("data.caption", caption)
         self._rows = load(name, config, subset, image, text)
-        keys = [f"{subset}/{place:08d}" for place in range(len(self._rows))]
+        keys = Strings(f"{subset}/{place:08d}" for place in range(len(self._rows)))
         if len(keys) < (1 if split == "all" else 2):
             raise UserError(f"data.name={name}: {subset} has {len(keys)} rows, need at least 2")
         texts = captions_of(name, self._rows, text)
         self._places = places_of(keys, split, held_out)
-        self.keys, self._texts = [keys[p] for p in self._places], [texts[p] for p in self._places]
+        self.keys, self._texts = (Strings(column[place] for place in self._places) for column in (keys, texts))
 
     def encoded(self, index: int) -> Encoded:
         """The picture as the row holds it."""
-        place = self._places[index]
+        place = int(self._places[index])
         return Encoded(f"{self.name} row {place}", lambda: stored(self._rows[place][self.image]))
 
     def __getitem__(self, index: int) -> Sample:
-        captions = Captions(*self._texts[index], self.template, self.tags)
+        captions = Captions(*metadata.unpacked(self._texts[index]), self.template, self.tags)
         return Sample(self.keys[index], self.encoded(index), captions.plain, self.loss_weight, captions=captions)
 
 
@@ -88,12 +89,12 @@ def load(name: str, config: str | None, subset: str, image: str, text: str) -> A
         raise UserError(f"data.image={image}: this column of {name} holds no pictures") from error
 
 
-def captions_of(name: str, rows: Mapping[str, Sequence[Any]], column: str) -> list[metadata.Texts]:
-    """The captions of every row. Raises UserError with every row that has none."""
-    found, wrong = [], []
+def captions_of(name: str, rows: Mapping[str, Sequence[Any]], column: str) -> Strings:
+    """The captions of every row, packed. Raises UserError with every row that has none."""
+    found, wrong = Strings(), []
     for place, value in enumerate(rows[column]):
         try:
-            found.append(metadata.texts_of({"text": value}))
+            found.append(metadata.packed(metadata.texts_of({"text": value})))
         except ValueError as error:
             wrong.append(f"row {place} {error}")
     if wrong:

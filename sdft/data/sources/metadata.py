@@ -41,6 +41,17 @@ def read_tables(root: Path, tables: list[str]) -> tuple[dict[str, Texts], list[s
     return found, problems
 
 
+def packed(texts: Texts) -> str:
+    """The captions of one picture as one text."""
+    return json.dumps(texts)
+
+
+def unpacked(line: str) -> Texts:
+    """The other way."""
+    texts, weights = json.loads(line)
+    return tuple(texts), tuple(weights)
+
+
 def texts_of(row: Mapping[str, Any]) -> Texts:
     """The captions of one row and their weights. ValueError says what is wrong."""
     value = next((row[column] for column in CAPTION_COLUMNS if row.get(column) is not None), None)

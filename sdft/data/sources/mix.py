@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
+
 from sdft.data.dataset import Sample, Source
 from sdft.data.decode import Encoded
+from sdft.data.packed import Strings
 from sdft.data.sources.splits import encoded
 from sdft.types import Count, Positive, UserError
 
@@ -34,21 +37,24 @@ class Mix:
         if weights and (silent := set(sources) - set(weights)):
             raise UserError(f"data.weights says nothing of {sorted(silent)}; give every source its share")
         self.repeats = repeats_of(sources, weights) if weights else repeats or {}
-        self._entries = [
-            (source, index, f"{name}/{key}" + (f"#{again}" if again else ""))
-            for name, source in sources.items()
-            for again in range(self.repeats.get(name, 1))
-            for index, key in enumerate(source.keys)
-        ]
-        self.keys = [key for _, _, key in self._entries]
+        rounds = [(name, again) for name in sources for again in range(self.repeats.get(name, 1))]
+        self._rounds = [sources[name] for name, _ in rounds]
+        self._ends = np.cumsum([len(source.keys) for source in self._rounds])
+        self.keys = Strings(
+            f"{name}/{key}" + (f"#{again}" if again else "") for name, again in rounds for key in sources[name].keys
+        )
+
+    def _place(self, position: int) -> tuple[Source, int]:
+        round_ = int(np.searchsorted(self._ends, position, side="right"))
+        source = self._rounds[round_]
+        return source, position - int(self._ends[round_]) + len(source.keys)
 
     def __getitem__(self, position: int) -> Sample:
-        source, index, key = self._entries[position]
-        return replace(source[index], key=key)
+        source, index = self._place(position)
+        return replace(source[index], key=self.keys[position])
 
     def encoded(self, position: int) -> Encoded | None:
-        source, index, _ = self._entries[position]
-        return encoded(source, index)
+        return encoded(*self._place(position))
 
 
 def repeats_of(sources: Mapping[str, Source], weights: Mapping[str, float]) -> dict[str, int]:

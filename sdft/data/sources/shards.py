@@ -11,12 +11,15 @@ import os
 import subprocess
 import tarfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 from sdft.data.captions import Captions, Tags, checked_template, checked_texts
 from sdft.data.dataset import Sample
 from sdft.data.decode import Encoded
+from sdft.data.packed import Strings, repeated
 from sdft.data.problems import listed
 from sdft.data.record import stamp_of
 from sdft.data.sources import metadata
@@ -24,7 +27,7 @@ from sdft.data.sources.folder import IMAGE_SUFFIXES
 from sdft.data.sources.splits import Split, places_of
 from sdft.types import Fraction, NonNegative, UserError
 
-INDEX_SUFFIX = ".index.json"
+INDEX_SUFFIX = ".index.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,15 @@ class Entry:
     size: int
     texts: tuple[str, ...]
     weights: tuple[float, ...] = ()
+
+    def packed(self) -> str:
+        """All of it as one line."""
+        return json.dumps(astuple(self))
+
+    @classmethod
+    def unpacked(cls, line: str) -> Entry:
+        key, member, offset, size, texts, weights = json.loads(line)
+        return cls(key, member, offset, size, tuple(texts), tuple(weights))
 
 
 class Shards:
@@ -63,20 +75,27 @@ class Shards:
         self.template = checked_template("data.caption", caption)
         self.files = [local(url, cache_dir) for url in expand(shards)]
         self._stamps = [stamp_of(file) for file in self.files]
-        placed = [(number, entry) for number, file in enumerate(self.files) for entry in entries_of(file)]
-        self._check(placed, default_caption)
-        keys = [entry.key for _, entry in placed]
+        self._lines = [entries_of(file) for file in self.files]
+        self._ends = np.cumsum([len(lines) for lines in self._lines])
+        self._places = np.arange(self._ends[-1])
+        keys = self._checked_keys(default_caption)
         if len(keys) < (1 if split == "all" else 2):
             raise UserError(f"data.shards={shards}: found {len(keys)} samples, need at least 2")
-        self._placed = [placed[place] for place in places_of(keys, split, held_out)]
+        self._places = places_of(keys, split, held_out)
         self._default = default_caption or ""
-        self.keys = [entry.key for _, entry in self._placed]
+        self.keys = Strings(keys[place] for place in self._places)
+
+    def _entry(self, index: int) -> tuple[int, Entry]:
+        """A sample and the number of its shard."""
+        place = self._places[index]
+        number = int(np.searchsorted(self._ends, place, side="right"))
+        lines = self._lines[number]
+        return number, Entry.unpacked(lines[int(place - self._ends[number]) + len(lines)])
 
     def encoded(self, index: int) -> Encoded:
         """The picture as its shard holds it."""
-        number, entry = self._placed[index]
-        file = self.files[number]
-        stamp = self._stamps[number]
+        number, entry = self._entry(index)
+        file, stamp = self.files[number], self._stamps[number]
         return Encoded(
             f"{file}:{entry.member}",
             lambda: read_range(file, entry.offset, entry.size),
@@ -84,26 +103,27 @@ class Shards:
         )
 
     def __getitem__(self, index: int) -> Sample:
-        _, entry = self._placed[index]
+        _, entry = self._entry(index)
         captions = Captions(entry.texts or (self._default,), entry.weights, self.template, self.tags)
         return Sample(entry.key, self.encoded(index), captions.plain, self.loss_weight, captions=captions)
 
-    def _check(self, placed: list[tuple[int, Entry]], default: str | None) -> None:
-        """Every sample has one name and a caption."""
-        first: dict[str, int] = {}
-        wrong = []
-        for number, entry in placed:
-            if entry.key in first:
-                other = self.files[first[entry.key]]
-                wrong.append(f"{self.files[number]}:{entry.key} has the name of a sample of {other}")
-            first.setdefault(entry.key, number)
+    def _checked_keys(self, default: str | None) -> Strings:
+        """The names of all samples, each of which has one of its own and a caption."""
+        keys, wrong = Strings(), []
+        for place in range(len(self._places)):
+            number, entry = self._entry(place)
+            keys.append(entry.key)
             if not entry.texts and default is None:
                 wrong.append(f"{self.files[number]}:{entry.member} has no caption")
+        for later, earlier in repeated(keys):
+            here, there = (self.files[self._entry(place)[0]] for place in (later, earlier))
+            wrong.append(f"{here}:{keys[later]} has the name of a sample of {there}")
         if wrong:
             raise UserError(
                 f"data.shards: {listed(wrong)}; write the shards anew, or set data.default_caption='...' for samples "
                 "without a caption"
             )
+        return keys
 
 
 def expand(shards: str) -> list[str]:
@@ -152,29 +172,31 @@ def read_range(file: Path, offset: int, size: int) -> bytes:
         return opened.read(size)
 
 
-def entries_of(file: Path) -> list[Entry]:
-    """The samples of a shard: from its index where that is of this very file, else read and, if possible, kept."""
+def entries_of(file: Path) -> Strings:
+    """The samples of a shard, packed: from its index where that is of this very file, else read and, if possible, kept.
+
+    The index: what it is of, and how many samples; then a line for each.
+    """
     stat = file.stat()
-    stamp = [stat.st_size, stat.st_mtime_ns]
     index = file.with_name(file.name + INDEX_SUFFIX)
     try:
-        kept = json.loads(index.read_text(encoding="utf-8"))
-        if kept["of"] == stamp:
-            return [
-                Entry(key, member, offset, size, tuple(texts), tuple(weights))
-                for key, member, offset, size, texts, weights in kept["samples"]
-            ]
-    except (OSError, ValueError, KeyError, TypeError):
+        with index.open(encoding="utf-8") as opened:
+            head = json.loads(next(opened))
+            kept = Strings(Entry.unpacked(line).packed() for line in opened)
+        if head == [stat.st_size, stat.st_mtime_ns, len(kept)]:
+            return kept
+    except (OSError, ValueError, TypeError, StopIteration):
         pass  # none, an old one or a broken one: the shard itself is read
-    entries = read_shard(file)
+    found = Strings(entry.packed() for entry in read_shard(file))
     partial = index.with_name(f"{index.name}.{os.getpid()}.partial")
     try:
-        rows = [list(asdict(entry).values()) for entry in entries]
-        partial.write_text(json.dumps({"of": stamp, "samples": rows}), encoding="utf-8")
+        with partial.open("w", encoding="utf-8") as written:
+            written.write(json.dumps([stat.st_size, stat.st_mtime_ns, len(found)]) + "\n")
+            written.writelines(line + "\n" for line in found)
         partial.replace(index)
     except OSError:
         partial.unlink(missing_ok=True)  # a place that cannot be written to is read again next time
-    return entries
+    return found
 
 
 def read_shard(file: Path) -> list[Entry]:
@@ -211,10 +233,11 @@ def members(file: Path) -> Iterator[tarfile.TarInfo]:
     try:
         with tarfile.open(file, "r:") as tar:
             size = file.stat().st_size
-            for member in tar:
+            while (member := tar.next()) is not None:
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError(f"ends inside {member.name}")
                 yield member
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"data.shards: {file} is no whole tar file ({error}); fetch or write it anew") from error
 

@@ -5,27 +5,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+
 from sdft.data.dataset import Sample, Source
 from sdft.data.decode import Encoded
+from sdft.data.packed import Strings
 from sdft.rng import seed_of
 
 Split = Literal["all", "train", "validation"]
 
 
-def held_out_keys(keys: Sequence[str], share: float) -> set[str]:
-    """About `share` of the keys, at least one and not all: those that hash below it, so that adding some moves none."""
-    place = {key: seed_of(0, "held out", key) / 2**63 for key in keys}
-    ranked = sorted(keys, key=place.__getitem__)
-    chosen = [key for key in ranked if place[key] < share] or ranked[:1]
-    return set(chosen[: len(keys) - 1])
+def held_out(keys: Sequence[str], share: float) -> np.ndarray:
+    """Whether each key is kept back: about `share` of them, at least one and not all.
+
+    Those are chosen that hash below it, so that adding some moves none.
+    """
+    hashed = np.fromiter((seed_of(0, "held out", key) / 2**63 for key in keys), np.float64, len(keys))
+    ranked = np.argsort(hashed, kind="stable")
+    chosen = np.zeros(len(keys), bool)
+    chosen[ranked[: min(max(1, np.count_nonzero(hashed < share)), len(keys) - 1)]] = True
+    return chosen
 
 
-def places_of(keys: Sequence[str], split: Split, share: float) -> list[int]:
+def places_of(keys: Sequence[str], split: Split, share: float) -> np.ndarray:
     """The positions of the keys of a split."""
     if split == "all":
-        return list(range(len(keys)))
-    chosen = held_out_keys(keys, share)
-    return [place for place, key in enumerate(keys) if (key in chosen) == (split == "validation")]
+        return np.arange(len(keys))
+    return np.flatnonzero(held_out(keys, share) == (split == "validation"))
 
 
 class Part:
@@ -33,7 +39,7 @@ class Part:
 
     def __init__(self, source: Source, places: Sequence[int]):
         self.source, self.places = source, places
-        self.keys = [source.keys[place] for place in places]
+        self.keys = Strings(source.keys[place] for place in places)
 
     def __getitem__(self, index: int) -> Sample:
         return self.source[self.places[index]]
