@@ -13,10 +13,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from sdft.data.places import Kind, Place, Places
 from sdft.types import UserError
 
 SHARD_BYTES = 256 * 2**20
@@ -33,17 +35,7 @@ MOST_OPEN = 256
 """Files that a process keeps open: systems allow 1024."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Numbers as safetensors calls them."""
-
-
-class Place(NamedTuple):
-    """Where an entry lies in its shard, and what it is."""
-
-    first: int
-    size: int
-    """in bytes"""
-    dtype: torch.dtype
-    shape: list[int]
-    checksum: str
+HEX = re.compile("[0-9a-f]{16}")
 
 
 class Cache:
@@ -55,17 +47,13 @@ class Cache:
     def __init__(self, folder: str | Path, shard_bytes: int = SHARD_BYTES):
         self.folder, self.shard_bytes = Path(folder).expanduser(), shard_bytes
         self._shards: list[Path] = []
-        self._places: dict[str, int] = {}
-        self._forget()
+        self._places = Places()
+        self._sound = bytearray()
+        """1 for each place whose bytes were compared with their checksum."""
+        self._files: dict[int, FileIO] = {}
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self.refresh()
-
-    def _forget(self) -> None:
-        self._opened: dict[int, dict[str, Place]] = {}
-        self._files: dict[int, FileIO] = {}
-        self._sound: set[str] = set()
-        self._process = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files, for a worker that is no fork."""
@@ -77,14 +65,14 @@ class Cache:
         for shard in sorted(self.folder.glob("*.safetensors")):
             if shard not in known:
                 self._shards.append(shard)
-                number = len(self._shards) - 1
-                self._places.update(dict.fromkeys(self._open(number), number))
+                self._read_header(len(self._shards) - 1)
+        self._sound.extend(bytes(len(self._places) - len(self._sound)))
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __contains__(self, address: str) -> bool:
-        return address in self._places or address in self._pending
+        return address in self._pending or self._places.row(address) is not None
 
     def missing(self, addresses: Iterable[str]) -> list[str]:
         """The addresses that have no entry, each once, in their order."""
@@ -92,24 +80,23 @@ class Cache:
 
     def __getitem__(self, address: str) -> Tensor:
         """An entry. Raises UserError with its shard where its bytes are not what was written."""
-        if self._process != os.getpid():
-            self._forget()  # a worker opens and checks for itself
-        number = self._places[address]
-        place = self._open(number)[address]
-        content = self._read(number, place)
-        if address not in self._sound:
+        row = self._row(address)
+        place = self._places[row]
+        content = self._read(place)
+        if not self._sound[row]:
             if place.checksum != checksum(content):
-                raise self._damaged(number, address)
-            self._sound.add(address)
-        return torch.from_numpy(content).view(place.dtype).view(place.shape)
+                raise self._damaged(place.shard, address)
+            self._sound[row] = 1
+        return torch.from_numpy(content).view(place.kind.dtype).view(place.kind.shape)
 
     def expect(self, addresses: Iterable[str]) -> None:
         """Entries that will be read next: a disk brings many at once sooner than one after the other."""
         for address in addresses:
-            if address not in self._sound:
-                number = self._places[address]
-                place = self._open(number)[address]
-                os.posix_fadvise(self._file(number).fileno(), place.first, place.size, os.POSIX_FADV_WILLNEED)
+            row = self._row(address)
+            if not self._sound[row]:
+                place = self._places[row]
+                file = self._file(place.shard).fileno()
+                os.posix_fadvise(file, place.first, place.kind.size, os.POSIX_FADV_WILLNEED)
 
     def put(self, address: str, tensor: Tensor) -> None:
         """Keep an entry; it is on disk after `flush`, or when enough have come together."""
@@ -143,29 +130,32 @@ class Cache:
         self._pending, self._pending_bytes = {}, 0
         self.refresh()
 
-    def _open(self, number: int) -> dict[str, Place]:
-        """The entries of a shard. What is written in its header is checked by safetensors."""
-        if number not in self._opened:
-            shard = self._shards[number]
-            try:
-                with safe_open(shard, framework="pt") as checked:
-                    checksums = checked.metadata() or {}
-                with shard.open("rb") as file:
-                    begin = int.from_bytes(file.read(8), "little")
-                    header = json.loads(file.read(begin))
-            except (SafetensorError, OSError) as error:
-                raise self._damaged(number, str(error)) from error
-            header.pop("__metadata__", None)
-            places = {}
-            for address, entry in header.items():
-                first, end = entry["data_offsets"]
-                dtype, shape = entry["dtype"], entry["shape"]
-                found, _, said = checksums.get(address, "").partition(" ")
-                if said != kind(dtype, shape):
-                    raise self._damaged(number, address)
-                places[address] = Place(8 + begin + first, end - first, DTYPES[dtype], shape, found)
-            self._opened[number] = places
-        return self._opened[number]
+    def _row(self, address: str) -> int:
+        row = self._places.row(address)
+        if row is None:
+            raise KeyError(address)
+        return row
+
+    def _read_header(self, number: int) -> None:
+        """Find the entries of a shard. What is written in its header is checked by safetensors."""
+        shard = self._shards[number]
+        try:
+            with safe_open(shard, framework="pt") as checked:
+                checksums = checked.metadata() or {}
+            with shard.open("rb") as file:
+                begin = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(begin))
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(number, str(error)) from error
+        header.pop("__metadata__", None)
+        for address, entry in header.items():
+            first, end = entry["data_offsets"]
+            dtype, shape = entry["dtype"], entry["shape"]
+            found, _, said = checksums.get(address, "").partition(" ")
+            if said != told_kind(dtype, shape) or not HEX.fullmatch(found):
+                raise self._damaged(number, address)
+            kind = Kind(end - first, DTYPES[dtype], tuple(shape))
+            self._places.add(address, Place(number, 8 + begin + first, kind, int(found, 16)))
 
     def _file(self, number: int) -> FileIO:
         file = self._files.get(number)
@@ -175,13 +165,13 @@ class Cache:
             file = self._files[number] = self._shards[number].open("rb", buffering=0)
         return file
 
-    def _read(self, number: int, place: Place) -> np.ndarray:
-        file, content = self._file(number), np.empty(place.size, np.uint8)
+    def _read(self, place: Place) -> np.ndarray:
+        file, content = self._file(place.shard), np.empty(place.kind.size, np.uint8)
         done = os.preadv(file.fileno(), [content.data], place.first)
-        while done < place.size:
+        while done < len(content):
             more = os.preadv(file.fileno(), [content[done:].data], place.first + done)
             if not more:
-                raise self._damaged(number, "it ends too early")
+                raise self._damaged(place.shard, "it ends too early")
             done += more
         return content
 
@@ -192,18 +182,19 @@ class Cache:
         )
 
 
-def checksum(content: np.ndarray) -> str:
+def checksum(content: np.ndarray) -> int:
     """XXH3 of bytes: 64 bits, as fast as memory."""
-    return xxhash.xxh3_64_hexdigest(content.data)
+    return xxhash.xxh3_64_intdigest(content.data)
 
 
 def described(tensor: Tensor) -> str:
     """The checksum and kind of an entry that is written."""
     names = {dtype: name for name, dtype in DTYPES.items()}
-    return f"{checksum(tensor.flatten().view(torch.uint8).numpy())} {kind(names[tensor.dtype], tensor.shape)}"
+    found = checksum(tensor.flatten().view(torch.uint8).numpy())
+    return f"{found:016x} {told_kind(names[tensor.dtype], tensor.shape)}"
 
 
-def kind(dtype: str, shape: Sequence[int]) -> str:
+def told_kind(dtype: str, shape: Sequence[int]) -> str:
     """What stands behind the checksum of an entry, as nothing else in the file checks it."""
     return f"{dtype} {'x'.join(map(str, shape))}"
 

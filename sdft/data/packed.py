@@ -6,7 +6,7 @@ Pure containers: know nothing of pictures.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -33,11 +33,10 @@ class Strings(Sequence[str]):
         return self._block[self._ends[place] : self._ends[place + 1]].decode(errors="surrogateescape")
 
 
-def repeated(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """(place, an earlier place) of each text that was there before."""
+def repeated(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """(place, an earlier place) of each text that was there before, in order."""
     marks = np.fromiter(map(hash, texts), np.int64, len(texts))
     order = np.argsort(marks, kind="stable")
-    for at in np.flatnonzero(marks[order[1:]] == marks[order[:-1]]):
-        earlier, later = int(order[at]), int(order[at + 1])
-        if texts[earlier] == texts[later]:
-            yield later, earlier
+    same = np.flatnonzero(marks[order[1:]] == marks[order[:-1]])
+    pairs = [(int(order[at + 1]), int(order[at])) for at in same]
+    return sorted((later, earlier) for later, earlier in pairs if texts[later] == texts[earlier])

@@ -162,14 +162,14 @@ class TestContent:
         prepare(model, data)
         items = [(index, visit) for index in range(5) for visit in range(6)]
         told, asked, read = [], set(), Cache._read
-        monkeypatch.setattr(Cache, "_read", lambda *place: told.append(place[1:]) or read(*place))
+        monkeypatch.setattr(Cache, "_read", lambda *place: told.append(place[1]) or read(*place))
         data.pictures.expect(items)
         assert not told
         monkeypatch.setattr(os, "posix_fadvise", lambda _, first, size, __: asked.add((first, size)))
-        data.store._sound.clear()
+        data.store._sound[:] = bytes(len(data.store._sound))
         data.pictures.expect(items)
         _ = [data.pictures[item] for item in items]
-        assert {(place.first, place.size) for _, place in told} == asked
+        assert {(place.first, place.kind.size) for place in told} == asked
 
     def test_a_folder_is_needed(self, root: Path, tiny_source) -> None:
         with pytest.raises(UserError, match=r"data.cache=disk: set data.cache_dir=DIR"):
