@@ -35,6 +35,7 @@ NUM_ROUNDS = 3
 PARTS = {"moments": (8, 128, 128), "context": (77, 2048), "pooled": (1280,)}
 """What is kept of one captioned picture of 1024 x 1024 by SDXL: mean and log variance, and the text states."""
 DIFFERENT = 100
+PER_SHARD = 1000
 BATCH = 8
 
 
@@ -163,7 +164,7 @@ def building(root: Path, num: int) -> None:
     ready = [
         group
         for pictures in (data.pictures, data.held_out)
-        for _, group in prepared(pictures, pictures.cacheable_variants(), 4)
+        for _, group in prepared(pictures, list(pictures.cacheable_variants()), 4)
     ]
     alone = seconds(lambda: [model.encode_moments(pixels) for pixels in ready])
     device = torch.device("cpu")
@@ -176,33 +177,42 @@ def building(root: Path, num: int) -> None:
 START = """
 import re, sys, time
 begun = time.monotonic()
+from sdft.data.cache import Cache
 from sdft.data.datamodule import shards
 imported = time.monotonic()
 data = shards(sys.argv[1], batch_size=8, size=64, cache="off", cache_dir=sys.argv[2])
+kept = Cache(sys.argv[2])
 started = time.monotonic()
 for batch in data.val_dataloader():
     break
 for index in range(64):
     data.pictures[index, 0]
+    kept[f"{index}.moments"]
 # Not ru_maxrss, which begins with the peak of whoever started this process.
 print(started - imported, int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024)
 """
 
 
 def starting(place: Path, num: int) -> None:
-    """Seconds and peak memory of a first and a second start from one shard of small pictures."""
+    """Seconds and peak memory of a first and a second start: shards of small pictures, and a cache of as many."""
     place.mkdir()
-    shard = place / "0.tar"
-    with tarfile.open(shard, "w") as tar:
-        for i in range(num):
-            file = io.BytesIO()
-            Image.fromarray(np.full((8, 8, 3), i % 251, np.uint8)).save(file, "PNG")
-            for name, content in ((f"{i:07d}.png", file.getvalue()), (f"{i:07d}.txt", b"a picture %d" % i)):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    for first in range(0, num, PER_SHARD):
+        with tarfile.open(place / f"{first // PER_SHARD}.tar", "w") as tar:
+            for i in range(first, min(first + PER_SHARD, num)):
+                file = io.BytesIO()
+                Image.fromarray(np.full((8, 8, 3), i % 251, np.uint8)).save(file, "PNG")
+                for name, content in ((f"{i:07d}.png", file.getvalue()), (f"{i:07d}.txt", b"a picture %d" % i)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    kept = Cache(place, shard_bytes=PER_SHARD * len(PARTS) * 4)
+    for i in range(num):
+        for name in PARTS:
+            kept.put(f"{i}.{name}", torch.tensor([float(i)]))
+    kept.flush()
     time.sleep(3)  # a file just written has no stamp yet
-    command = [sys.executable, "-c", START, str(shard), str(place)]
+    shards = str(place / f"{{0..{(num - 1) // PER_SHARD}}}.tar")
+    command = [sys.executable, "-c", START, shards, str(place)]
     runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(2)]
     told = [f"{float(spent):.1f} s, {float(peak):.0f} MiB" for spent, peak in runs]
     print(f"start with {num} samples: first {told[0]}; second {told[1]}")

@@ -76,7 +76,7 @@ class Cache:
 
     def missing(self, addresses: Iterable[str]) -> list[str]:
         """The addresses that have no entry, each once, in their order."""
-        return [address for address in dict.fromkeys(addresses) if address not in self]
+        return list(dict.fromkeys(address for address in addresses if address not in self))
 
     def __getitem__(self, address: str) -> Tensor:
         """An entry. Raises UserError with its shard where its bytes are not what was written."""

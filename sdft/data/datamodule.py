@@ -23,6 +23,7 @@ from sdft.data.cache import Cache, fingerprint
 from sdft.data.dataset import Pictures, RunOrder, Source, Variant, collate
 from sdft.data.encoding import Ranks, cached_moments, cached_states, prepared
 from sdft.data.images import Crop
+from sdft.data.packed import Strings, distinct
 from sdft.data.record import Record
 from sdft.data.scan import Unreadables, only_readable
 from sdft.data.sources import Folder, HuggingFace, Shards
@@ -140,7 +141,7 @@ class Images(L.LightningDataModule):
             if self.store is not None and encoder is not None:
                 pictures.moments = cached_moments(self.store, encoder, pictures, seen, make, self._ranks())
             else:
-                pictures.moments = dict(make(pictures.cacheable_variants()))
+                pictures.moments = dict(make(list(pictures.cacheable_variants())))
 
     def encode_texts_once(
         self, encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]], ids: Callable[[str], Any], *encoders: nn.Module
@@ -151,15 +152,16 @@ class Images(L.LightningDataModule):
         """
         if self.store is None:
             return False
-        captions: dict[str, None] = {"": None}
+        captions = Strings([""])
         for pictures in (self.pictures, self.held_out):
             for index in range(len(pictures.source.keys)):
                 sample = pictures.source[index]
                 every = sample.captions.every if sample.captions else (sample.caption,)
                 if every is None:
                     return False
-                captions.update(dict.fromkeys(every))
-        states = cached_states(self.store, list(captions), encode, ids, encoders, self._ranks())
+                for caption in every:
+                    captions.append(caption)
+        states = cached_states(self.store, distinct(captions), encode, ids, encoders, self._ranks())
         self.pictures.text_states = self.held_out.text_states = states
         return True
 

@@ -276,11 +276,11 @@ class Pictures(Dataset):
             at = (float(draws.uniform("crop top")), float(draws.uniform("crop left")))
         return plan_cut(hw, self.target_hw(index), at, flip)
 
-    def cacheable_variants(self) -> list[Variant]:
+    def cacheable_variants(self) -> Iterator[Variant]:
         """Every (index, flip) the run can ask for; an error where there is no such finite list."""
         if self.crop == "random":
             raise UserError("data.cache keeps one cut a picture: set data.crop=center, or data.cache=off")
-        return [(i, flip) for i in range(len(self.source.keys)) for flip in ((False, True) if self.flip else (False,))]
+        return ((i, flip) for i in range(len(self.source.keys)) for flip in ((False, True) if self.flip else (False,)))
 
 
 def collate(examples: Sequence[dict]) -> Batch:

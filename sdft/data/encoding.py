@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sdft.data.cache import Cache, digest, fingerprint
 from sdft.data.dataset import Pictures, States, Variant, collate
+from sdft.data.packed import Lookup, Strings
 from sdft.data.scan import Scan, in_threads
 
 PIXELS_AT_ONCE = 4 * 1024 * 1024
@@ -52,19 +53,26 @@ def prepared(
 
 
 class CachedMoments(Mapping[Variant, Tensor]):
-    """Moments by variant, read from the cache."""
+    """Moments by variant, read from the cache.
 
-    def __init__(self, cache: Cache, addresses: Mapping[Variant, str]):
-        self.cache, self.addresses = cache, addresses
+    addresses: of the variants of `pictures`, in their order.
+    """
+
+    def __init__(self, cache: Cache, pictures: Pictures, addresses: Sequence[str]):
+        self.cache, self.pictures, self.addresses = cache, pictures, addresses
+
+    def _address(self, variant: Variant) -> str:
+        index, flip = variant
+        return self.addresses[2 * index + flip if self.pictures.flip else index]
 
     def __getitem__(self, variant: Variant) -> Tensor:
-        return self.cache[self.addresses[variant]]
+        return self.cache[self._address(variant)]
 
     def expect(self, variants: Sequence[Variant]) -> None:
-        self.cache.expect(self.addresses[variant] for variant in variants)
+        self.cache.expect(map(self._address, variants))
 
     def __iter__(self) -> Iterator[Variant]:
-        return iter(self.addresses)
+        return self.pictures.cacheable_variants()
 
     def __len__(self) -> int:
         return len(self.addresses)
@@ -73,19 +81,25 @@ class CachedMoments(Mapping[Variant, Tensor]):
 class CachedStates:
     """Text states, read from the cache: of one text that all encoders are told, or of one for each.
 
+    captions, addresses: all of them in one order.
     widths: channels of the context that each encoder gives; the last one gives the pooled vector.
     """
 
-    def __init__(self, cache: Cache, addresses: Mapping[str, str], widths: Sequence[int]):
-        self.cache, self.addresses, self.widths = cache, addresses, widths
+    def __init__(self, cache: Cache, captions: Lookup, addresses: Sequence[str], widths: Sequence[int]):
+        self.cache, self.captions, self.addresses, self.widths = cache, captions, addresses, widths
+
+    def _address(self, text: str) -> str:
+        place = self.captions.find(text)
+        assert place is not None, f"the caption {text!r} was not encoded"
+        return self.addresses[place]
 
     def expect(self, texts: Sequence[str]) -> None:
-        addresses = [self.addresses[text] for text in texts]
+        addresses = map(self._address, texts)
         self.cache.expect(f"{address}.{part}" for address in addresses for part in ("context", "pooled"))
 
     def __call__(self, told: Sequence[str]) -> States:
-        contexts = {text: self.cache[f"{self.addresses[text]}.context"] for text in dict.fromkeys(told)}
-        pooled_P = self.cache[f"{self.addresses[told[-1]]}.pooled"]
+        contexts = {text: self.cache[f"{self._address(text)}.context"] for text in dict.fromkeys(told)}
+        pooled_P = self.cache[f"{self._address(told[-1])}.pooled"]
         if len(contexts) == 1:
             return contexts[told[0]], pooled_P
         parts = [contexts[text].split(list(self.widths), dim=-1)[place] for place, text in enumerate(told)]
@@ -104,16 +118,17 @@ def cached_moments(
 
     encoder: fingerprint of the VAE; make: gives the moments of variants.
     """
-    variants = pictures.cacheable_variants()
-    addresses = {variant: moments_address(pictures, seen, variant, encoder) for variant in variants}
-    variant_of = {address: variant for variant, address in addresses.items()}
-    mine = own(cache.missing(addresses.values()), ranks)
-    for variant, moments in make([variant_of[address] for address in mine]):
-        cache.put(addresses[variant], moments)
+    addresses = Strings(moments_address(pictures, seen, v, encoder) for v in pictures.cacheable_variants())
+    mine = set(own(cache.missing(addresses), ranks))
+    variants = zip(addresses, pictures.cacheable_variants(), strict=True)
+    one_of = {address: variant for address, variant in variants if address in mine}
+    address_of = {variant: address for address, variant in one_of.items()}
+    for variant, moments in make(list(address_of)):
+        cache.put(address_of[variant], moments)
     cache.flush()
     ranks.barrier()
     cache.refresh()
-    return CachedMoments(cache, addresses)
+    return CachedMoments(cache, pictures, addresses)
 
 
 def moments_address(pictures: Pictures, seen: Scan, variant: Variant, encoder: str) -> str:
@@ -129,7 +144,7 @@ def moments_address(pictures: Pictures, seen: Scan, variant: Variant, encoder: s
 
 def cached_states(
     cache: Cache,
-    captions: Sequence[str],
+    captions: Lookup,
     encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
     ids: Callable[[str], Any],
     encoders: Sequence[nn.Module],
@@ -137,20 +152,22 @@ def cached_states(
 ) -> CachedStates:
     """The states of every caption; those that no run has made yet are made now, each by one rank."""
     encoder = fingerprint(*encoders)
-    addresses = {caption: digest([ids(caption), encoder]) for caption in captions}
-    missing = set(own(cache.missing(f"{address}.pooled" for address in addresses.values()), ranks))
-    mine = [caption for caption, address in addresses.items() if f"{address}.pooled" in missing]
+    addresses = Strings(digest([ids(caption), encoder]) for caption in captions)
+    missing = set(own(cache.missing(f"{address}.pooled" for address in addresses), ranks))
+    pairs = zip(captions, addresses, strict=True)
+    address_of = {caption: address for caption, address in pairs if f"{address}.pooled" in missing}
+    mine = list(address_of)
     for first in tqdm(range(0, len(mine), CAPTIONS_AT_ONCE), desc="captions", disable=len(mine) < 512, leave=False):
         group = mine[first : first + CAPTIONS_AT_ONCE]
         with torch.no_grad():
             contexts_BLD, pooled_BP = encode(group)
         for caption, context_LD, pooled_P in zip(group, contexts_BLD, pooled_BP, strict=True):
-            cache.put(f"{addresses[caption]}.context", context_LD)
-            cache.put(f"{addresses[caption]}.pooled", pooled_P)
+            cache.put(f"{address_of[caption]}.context", context_LD)
+            cache.put(f"{address_of[caption]}.pooled", pooled_P)
     cache.flush()
     ranks.barrier()
     cache.refresh()
-    return CachedStates(cache, addresses, [encoder.config.hidden_size for encoder in encoders])
+    return CachedStates(cache, captions, addresses, [encoder.config.hidden_size for encoder in encoders])
 
 
 def own(addresses: Sequence[str], ranks: Ranks) -> list[str]:

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import xxhash
 
 
 class Strings(Sequence[str]):
@@ -33,9 +34,47 @@ class Strings(Sequence[str]):
         return self._block[self._ends[place] : self._ends[place + 1]].decode(errors="surrogateescape")
 
 
+class Lookup(Strings):
+    """Texts that are found by what they say."""
+
+    def __init__(self, texts: Iterable[str] = ()):
+        self._by_mark: tuple[np.ndarray, np.ndarray] | None = None
+        super().__init__(texts)
+
+    def append(self, text: str) -> None:
+        super().append(text)
+        self._by_mark = None
+
+    def find(self, text: str) -> int | None:
+        """The position of a text; None where it is not among them."""
+        if self._by_mark is None:
+            marks = np.fromiter(map(mark, self), np.uint64, len(self))
+            order = np.argsort(marks)
+            self._by_mark = marks[order], order
+        marks, order = self._by_mark
+        sought = np.uint64(mark(text))
+        at = int(np.searchsorted(marks, sought))
+        while at < len(marks) and marks[at] == sought:
+            if self[int(order[at])] == text:
+                return int(order[at])
+            at += 1
+        return None
+
+
+def distinct(texts: Strings) -> Lookup:
+    """Each text once."""
+    again = {later for later, _ in repeated(texts)}
+    return Lookup(text for place, text in enumerate(texts) if place not in again)
+
+
+def mark(text: str) -> int:
+    """64 bits that stand for a text, the same in every process."""
+    return xxhash.xxh3_64_intdigest(text.encode(errors="surrogateescape"))
+
+
 def repeated(texts: Sequence[str]) -> list[tuple[int, int]]:
     """(place, an earlier place) of each text that was there before, in order."""
-    marks = np.fromiter(map(hash, texts), np.int64, len(texts))
+    marks = np.fromiter(map(mark, texts), np.uint64, len(texts))
     order = np.argsort(marks, kind="stable")
     same = np.flatnonzero(marks[order[1:]] == marks[order[:-1]])
     pairs = [(int(order[at + 1]), int(order[at])) for at in same]

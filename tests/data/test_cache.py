@@ -213,7 +213,7 @@ class TestRuns:
             thread.start()
         for thread in threads:
             thread.join(30)
-        variants = data.pictures.cacheable_variants()
+        variants = list(data.pictures.cacheable_variants())
         assert sorted(chain.from_iterable(made)) == sorted(variants)
         for moments in found:
             assert [float(moments[v][0]) for v in variants] == [v[0] + 10.0 * v[1] for v in variants]
