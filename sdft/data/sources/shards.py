@@ -11,7 +11,7 @@ import os
 import subprocess
 import tarfile
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -43,7 +43,7 @@ class Entry:
 
     def packed(self) -> str:
         """All of it as one line."""
-        return json.dumps(astuple(self))
+        return json.dumps([self.key, self.member, self.offset, self.size, self.texts, self.weights])
 
     @classmethod
     def unpacked(cls, line: str) -> Entry:
@@ -182,7 +182,7 @@ def entries_of(file: Path) -> Strings:
     try:
         with index.open(encoding="utf-8") as opened:
             head = json.loads(next(opened))
-            kept = Strings(Entry.unpacked(line).packed() for line in opened)
+            kept = Strings(line.rstrip() for line in opened if Entry.unpacked(line))
         if head == [stat.st_size, stat.st_mtime_ns, len(kept)]:
             return kept
     except (OSError, ValueError, TypeError, StopIteration):
