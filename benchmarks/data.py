@@ -32,7 +32,7 @@ from sdft.data.sources import Folder, Shards
 
 OPTIONS = {"pictures": 5000, "side": 1024, "cached": 1000, "built": 16, "samples": 100_000}
 NUM_ROUNDS = 3
-PARTS = {"moments": (8, 128, 128), "context": (77, 2048), "pooled": (1280,)}
+PARTS = {"moments": (8, 128, 128), "states": (77 * 2048 + 1280,)}
 """What is kept of one captioned picture of 1024 x 1024 by SDXL: mean and log variance, and the text states."""
 DIFFERENT = 100
 PER_SHARD = 1000

@@ -36,6 +36,7 @@ LAYERS = {
     "sdft.evaluation": SERVICES,
     "sdft.merging": SERVICES,
     "sdft.types": WORDS,
+    "sdft.memory": WORDS,
     "sdft.rng": WORDS,
     "sdft.shards": WORDS,
 }

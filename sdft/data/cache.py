@@ -27,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sdft.data.places import Kind, Place, Places
+from sdft.memory import keep_freed_memory
 from sdft.types import UserError
 
 SHARD_BYTES = 256 * 2**20
@@ -54,6 +55,7 @@ class Cache:
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self.refresh()
+        keep_freed_memory()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files, for a worker that is no fork."""
@@ -92,11 +94,18 @@ class Cache:
     def expect(self, addresses: Iterable[str]) -> None:
         """Entries that will be read next: a disk brings many at once sooner than one after the other."""
         for address in addresses:
-            row = self._row(address)
-            if not self._sound[row]:
-                place = self._places[row]
+            place = self._places[self._row(address)]
+            if not self._at_hand(place):
                 file = self._file(place.shard).fileno()
                 os.posix_fadvise(file, place.first, place.kind.size, os.POSIX_FADV_WILLNEED)
+
+    def _at_hand(self, place: Place) -> bool:
+        """Whether the system has an entry in memory, going by both its ends; to ask costs less than to advise."""
+        file, byte, last = self._file(place.shard).fileno(), [bytearray(1)], place.first + place.kind.size - 1
+        try:
+            return all(os.preadv(file, byte, at, os.RWF_NOWAIT) for at in (place.first, last))
+        except OSError:
+            return False  # not there, or a file system that does not tell
 
     def put(self, address: str, tensor: Tensor) -> None:
         """Keep an entry; it is on disk after `flush`, or when enough have come together."""

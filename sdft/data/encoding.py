@@ -82,11 +82,16 @@ class CachedStates:
     """Text states, read from the cache: of one text that all encoders are told, or of one for each.
 
     captions, addresses: all of them in one order.
-    widths: channels of the context that each encoder gives; the last one gives the pooled vector.
+    widths: channels of the context that each encoder gives; pooled_width: of the vector that the last one gives.
+
+    One entry is the context, row by row, and the pooled vector behind it: one reading gets both.
     """
 
-    def __init__(self, cache: Cache, captions: Lookup, addresses: Sequence[str], widths: Sequence[int]):
-        self.cache, self.captions, self.addresses, self.widths = cache, captions, addresses, widths
+    def __init__(
+        self, cache: Cache, captions: Lookup, addresses: Sequence[str], widths: Sequence[int], pooled_width: int
+    ):
+        self.cache, self.captions, self.addresses = cache, captions, addresses
+        self.widths, self.pooled_width = list(widths), pooled_width
 
     def _address(self, text: str) -> str:
         place = self.captions.find(text)
@@ -94,16 +99,20 @@ class CachedStates:
         return self.addresses[place]
 
     def expect(self, texts: Sequence[str]) -> None:
-        addresses = map(self._address, texts)
-        self.cache.expect(f"{address}.{part}" for address in addresses for part in ("context", "pooled"))
+        self.cache.expect(map(self._address, texts))
+
+    def _states(self, text: str) -> States:
+        both = self.cache[self._address(text)]
+        context, pooled_P = both.split([len(both) - self.pooled_width, self.pooled_width])
+        return context.view(-1, sum(self.widths)), pooled_P
 
     def __call__(self, told: Sequence[str]) -> States:
-        contexts = {text: self.cache[f"{self._address(text)}.context"] for text in dict.fromkeys(told)}
-        pooled_P = self.cache[f"{self._address(told[-1])}.pooled"]
-        if len(contexts) == 1:
-            return contexts[told[0]], pooled_P
-        parts = [contexts[text].split(list(self.widths), dim=-1)[place] for place, text in enumerate(told)]
-        return torch.cat(parts, dim=-1), pooled_P
+        states = {text: self._states(text) for text in dict.fromkeys(told)}
+        context_LD, pooled_P = states[told[-1]]
+        if len(states) > 1:
+            parts = [states[text][0].split(self.widths, dim=-1)[place] for place, text in enumerate(told)]
+            context_LD = torch.cat(parts, dim=-1)
+        return context_LD, pooled_P
 
 
 def cached_moments(
@@ -153,21 +162,19 @@ def cached_states(
     """The states of every caption; those that no run has made yet are made now, each by one rank."""
     encoder = fingerprint(*encoders)
     addresses = Strings(digest([ids(caption), encoder]) for caption in captions)
-    missing = set(own(cache.missing(f"{address}.pooled" for address in addresses), ranks))
-    pairs = zip(captions, addresses, strict=True)
-    address_of = {caption: address for caption, address in pairs if f"{address}.pooled" in missing}
-    mine = list(address_of)
+    missing = set(own(cache.missing(addresses), ranks))
+    mine = [pair for pair in zip(captions, addresses, strict=True) if pair[1] in missing]
     for first in tqdm(range(0, len(mine), CAPTIONS_AT_ONCE), desc="captions", disable=len(mine) < 512, leave=False):
         group = mine[first : first + CAPTIONS_AT_ONCE]
         with torch.no_grad():
-            contexts_BLD, pooled_BP = encode(group)
-        for caption, context_LD, pooled_P in zip(group, contexts_BLD, pooled_BP, strict=True):
-            cache.put(f"{address_of[caption]}.context", context_LD)
-            cache.put(f"{address_of[caption]}.pooled", pooled_P)
+            contexts_BLD, pooled_BP = encode([caption for caption, _ in group])
+        for (_, address), context_LD, pooled_P in zip(group, contexts_BLD, pooled_BP, strict=True):
+            cache.put(address, torch.cat([context_LD.flatten(), pooled_P]))
     cache.flush()
     ranks.barrier()
     cache.refresh()
-    return CachedStates(cache, captions, addresses, [encoder.config.hidden_size for encoder in encoders])
+    widths = [encoder.config.hidden_size for encoder in encoders]
+    return CachedStates(cache, captions, addresses, widths, encoders[-1].config.projection_dim)
 
 
 def own(addresses: Sequence[str], ranks: Ranks) -> list[str]:

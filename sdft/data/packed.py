@@ -6,6 +6,7 @@ Pure containers: know nothing of pictures.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -38,7 +39,7 @@ class Lookup(Strings):
     """Texts that are found by what they say."""
 
     def __init__(self, texts: Iterable[str] = ()):
-        self._by_mark: tuple[np.ndarray, np.ndarray] | None = None
+        self._by_mark: tuple[array, array] | None = None
         super().__init__(texts)
 
     def append(self, text: str) -> None:
@@ -50,14 +51,14 @@ class Lookup(Strings):
         if self._by_mark is None:
             marks = np.fromiter(map(mark, self), np.uint64, len(self))
             order = np.argsort(marks)
-            self._by_mark = marks[order], order
-        marks, order = self._by_mark
-        sought = np.uint64(mark(text))
-        at = int(np.searchsorted(marks, sought))
-        while at < len(marks) and marks[at] == sought:
-            if self[int(order[at])] == text:
-                return int(order[at])
-            at += 1
+            self._by_mark = array("Q", marks[order].tobytes()), array("q", order.tobytes())
+        ranked, places = self._by_mark
+        sought = mark(text)
+        for at in range(bisect_left(ranked, sought), len(ranked)):
+            if ranked[at] != sought:
+                break
+            if self[places[at]] == text:
+                return places[at]
         return None
 
 

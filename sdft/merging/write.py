@@ -24,6 +24,7 @@ from sdft.formats.checkpoint import LOGIT_SCALE, Checkpoint
 from sdft.formats.keys import Layout, place_of
 from sdft.formats.single_file import file_metadata, logit_scale, marks, single_entry
 from sdft.formats.stream import CODES, DTYPES, HASH, WIDTHS, Entry, entry_of, header_bytes
+from sdft.memory import keep_freed_memory
 from sdft.types import UserError
 
 DATE = "modelspec.date"
@@ -150,15 +151,6 @@ def in_threads(jobs: Sequence[Callable[[], None]], threads: int) -> None:
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(kept)
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what is freed for the next piece: page faults cost more than the arithmetic.
-
-    glibc does so once a block of just under 32 MiB was freed (mallopt(3), M_MMAP_THRESHOLD); elsewhere nothing happens.
-    """
-    block = torch.empty(31 * 2**20, dtype=torch.uint8)
-    del block
 
 
 @torch.no_grad()

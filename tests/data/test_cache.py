@@ -163,11 +163,12 @@ class TestContent:
         items = [(index, visit) for index in range(5) for visit in range(6)]
         told, asked, read = [], set(), Cache._read
         monkeypatch.setattr(Cache, "_read", lambda *place: told.append(place[1]) or read(*place))
+        monkeypatch.setattr(os, "posix_fadvise", lambda _, first, size, __: asked.add((first, size)))
+        data.pictures.expect(items)
+        assert not asked, "it is in memory, having just been written"
+        monkeypatch.setattr(Cache, "_at_hand", lambda *place: False)
         data.pictures.expect(items)
         assert not told
-        monkeypatch.setattr(os, "posix_fadvise", lambda _, first, size, __: asked.add((first, size)))
-        data.store._sound[:] = bytes(len(data.store._sound))
-        data.pictures.expect(items)
         _ = [data.pictures[item] for item in items]
         assert {(place.first, place.kind.size) for place in told} == asked
 
