@@ -105,7 +105,8 @@ def reading(place: Path, num: int) -> None:
         for path in files:
             with path.open("rb", buffering=0) as file:
                 for size in itertools.cycle(sizes):
-                    if not file.read(size):
+                    piece = file.read(size)
+                    if not piece:
                         break
 
     def in_a_run(cache: Cache) -> None:
