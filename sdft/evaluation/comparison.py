@@ -16,11 +16,11 @@ from annotated_types import MinLen
 
 from sdft.evaluation.adherence import load_judge
 from sdft.evaluation.gallery import VERSIONS, Gallery, PictureFiles, Place
-from sdft.evaluation.grid import Axes, Axis, Cell, Size, cells, read_prompts
+from sdft.evaluation.grid import Axes, Axis, Cell, Size, cells, options_of, read_prompts, size_in_words
 from sdft.evaluation.metrics.measure import LEAST_REFERENCES, Drawn, Lab, Measure, read_source, scalars
 from sdft.evaluation.models import Models
 from sdft.evaluation.results import Compared, Estimate, Picture, Results, Value, Verdict
-from sdft.evaluation.statistics import LEVEL, Difference, compare, estimate, holm
+from sdft.evaluation.statistics import LEAST, LEVEL, Difference, compare, estimate, holm
 from sdft.evaluation.subjects import FINAL, Source, Subject, read_subjects
 from sdft.evaluation.sweeps import heat_maps
 from sdft.evaluation.tradeoff import weigh
@@ -210,7 +210,8 @@ def sentence(one: Drawn, baseline: str, metric, d: Difference, p: float, num_pai
     if d.num_units != num_prompts:
         where = f"{where}, which speaks of these prompts only"
     if np.isinf(d.detectable):
-        return f"{one.name}: {pairs} cannot show a difference in {metric.label}; draw at least 6 (seeds= or prompts=)."
+        remedy = f"draw at least {LEAST} (seeds= or prompts=)"
+        return f"{one.name}: {pairs} cannot show a difference in {metric.label}; {remedy}."
     if d.detectable == 0 and d.difference.value == 0:
         return f"{one.name}: {metric.label} is the same as {baseline}'s in all {pairs}."
     if p >= LEVEL:
@@ -241,13 +242,8 @@ def weighed(comparison: Comparison, results: Results, baseline: str) -> tuple[An
 
 def _picture(comparison: Comparison, one: Drawn, index: int, figures: Mapping[str, np.ndarray]) -> Picture:
     cell, setting = one.cells[index], one.cells[index].setting
-    settings: dict[str, Value] = {
-        "sampler": setting.sampler,
-        "steps": setting.steps,
-        "cfg": setting.cfg,
-        "rescale": setting.rescale,
-        "negative": setting.negative,
-        "size": f"{setting.size_hw[1]}x{setting.size_hw[0]}",
+    settings = options_of(setting.drawn_by(batch_size=1)) | {
+        "size": size_in_words(setting.size_hw),
         "prompt": setting.prompt,
         "seed": setting.seed,
     }
@@ -255,9 +251,8 @@ def _picture(comparison: Comparison, one: Drawn, index: int, figures: Mapping[st
         settings["scale"] = cell.scale
     if cell.step != FINAL:
         settings["step"] = cell.step
-    images = one.images
-    path = images.paths[index] if isinstance(images, PictureFiles) else Path(f"{index}.png")
-    relative = path.relative_to(comparison.run_dir).as_posix()
+    assert isinstance(one.images, PictureFiles), "the gallery keeps what it draws"
+    relative = one.images.paths[index].relative_to(comparison.run_dir).as_posix()
     return Picture(one.name, cell.axes, relative, settings, scalars(figures, index))
 
 
@@ -270,14 +265,5 @@ def _compared(one: Drawn) -> Compared:
 
 def _settings(comparison: Comparison) -> dict[str, Value]:
     """What all pictures share."""
-    sampler, axes = comparison.sampler, comparison.axes.values
-    size = comparison.size
-    whole: dict[str, Value] = {
-        "sampler": sampler.name,
-        "steps": sampler.steps,
-        "cfg": sampler.cfg,
-        "rescale": sampler.rescale,
-        "negative": sampler.negative,
-        "size": f"{size}x{size}" if isinstance(size, int) else f"{size[1]}x{size[0]}",
-    }
-    return {**{name: value for name, value in whole.items() if name not in axes}, **VERSIONS}
+    whole = options_of(comparison.sampler) | {"size": size_in_words(comparison.size)}
+    return {name: value for name, value in whole.items() if name not in comparison.axes.values} | VERSIONS

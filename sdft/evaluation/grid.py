@@ -114,15 +114,7 @@ def cells(
     compete: Sequence[Axis] = (),
 ) -> list[Cell]:
     """The grid, subject by subject, and within one from the slowest axis to prompts and seeds."""
-    default: dict[str, Value | tuple[int, int]] = {
-        "sampler": sampler.name,
-        "cfg": sampler.cfg,
-        "steps": sampler.steps,
-        "rescale": sampler.rescale,
-        "negative": sampler.negative,
-        "size": _hashable(size),
-        "scale": 1.0,
-    }
+    default = {**options_of(sampler), "size": _hashable(size), "scale": 1.0}
     steps = training_steps(subjects, axes.step)
     values = {name: axes.values.get(name, [value]) for name, value in default.items()} | {"step": steps}
     for name in compete:
@@ -139,6 +131,23 @@ def cells(
             for prompt, seed in itertools.product(prompts, seeds):
                 found.append(_cell(contestant, subject, point, prompt, seed, other, varied))
     return found
+
+
+def options_of(sampler: Sampler) -> dict[str, Value]:
+    """What a sampler is, by the names of the axes."""
+    return {
+        "sampler": sampler.name,
+        "cfg": sampler.cfg,
+        "steps": sampler.steps,
+        "rescale": sampler.rescale,
+        "negative": sampler.negative,
+    }
+
+
+def size_in_words(size: Size) -> str:
+    """Width x height."""
+    h, w = (size, size) if isinstance(size, int) else size
+    return f"{w}x{h}"
 
 
 def training_steps(subjects: Sequence[Subject], asked: Sequence[int] | Literal["all"] | None) -> list[int]:
@@ -211,7 +220,7 @@ def _hashable(value):
 
 def _value(value) -> Value:
     """As tables and pages show it."""
-    return f"{value[1]}x{value[0]}" if isinstance(value, tuple) else value
+    return size_in_words(value) if isinstance(value, tuple) else value
 
 
 def _short(value: Value) -> str:
