@@ -50,33 +50,45 @@ class WarmPython:
 
     def run(self, words: list[str], cwd: Path) -> tuple[int, str]:
         """Exit status of `python *words` in the folder `cwd`, and all that it printed."""
-        printed = cwd / f"printed_{time.monotonic_ns()}.txt"
-        self._server.stdin.write(json.dumps({"words": words, "cwd": str(cwd), "printed": str(printed)}) + "\n")
+        return self.together([(words, {})], cwd)[0]
+
+    def together(self, commands: list[tuple[list[str], dict[str, str]]], cwd: Path) -> list[tuple[int, str]]:
+        """The same of several commands that run side by side, each with its words and its environment."""
+        printed = [cwd / f"printed_{time.monotonic_ns()}_{number}.txt" for number in range(len(commands))]
+        asked = [
+            {"words": words, "environment": environment, "cwd": str(cwd), "printed": str(file)}
+            for (words, environment), file in zip(commands, printed, strict=True)
+        ]
+        self._server.stdin.write(json.dumps(asked) + "\n")
         self._server.stdin.flush()
-        status = int(self._server.stdout.readline())
-        text = printed.read_text(encoding="utf-8", errors="replace")
-        printed.unlink()
-        return status, text
+        statuses = json.loads(self._server.stdout.readline())
+        texts = [file.read_text(encoding="utf-8", errors="replace") for file in printed]
+        for file in printed:
+            file.unlink()
+        return list(zip(statuses, texts, strict=True))
 
 
 def serve() -> None:
-    """Fork a process for each line of standard input, and answer with its exit status."""
+    """For each line of standard input, fork a process for each of its commands, and answer with their exit statuses."""
     import importlib
 
     for name in PRELOADED:
         importlib.import_module(name)
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            become(**json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        children = []
+        for command in json.loads(line):
+            children.append(os.fork())
+            if not children[-1]:
+                become(**command)
+        print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
 
 
-def become(words: list[str], cwd: str, printed: str) -> None:
+def become(words: list[str], environment: dict[str, str], cwd: str, printed: str) -> None:
     """Be `python *words`; does not return."""
     import runpy
     import traceback
 
+    os.environ |= environment
     os.chdir(cwd)
     with open(printed, "w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
