@@ -37,6 +37,7 @@ LAYERS = {
     "sdft.merging": SERVICES,
     "sdft.types": WORDS,
     "sdft.rng": WORDS,
+    "sdft.processes": WORDS,
     "sdft.shards": WORDS,
 }
 """The longest matching prefix counts; whatever is not named is a concept."""
