@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
+import socket
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 # Imported, not used: no thread may run before the forks.
@@ -31,68 +34,99 @@ PRELOADED = (
 
 
 class WarmPython:
-    """A Python that has imported the project, from which commands are forked one after the other."""
+    """A Python that has imported the project; `executable` starts it as any other, and so do the commands it runs."""
 
     def __init__(self, **environment: str):
+        self._folder = tempfile.TemporaryDirectory()
+        address, self.executable = f"{self._folder.name}/socket", f"{self._folder.name}/python"
+        Path(self.executable).write_text(f'#!/bin/sh\nexec {sys.executable} -SE {__file__} {address} "$@"\n')
+        Path(self.executable).chmod(0o755)
         self._server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, "serve", address, self.executable],
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
         )
+        self._server.stdout.readline()
 
     def __enter__(self) -> WarmPython:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._server.communicate()
+        self._folder.cleanup()
 
     def run(self, words: list[str], cwd: Path) -> tuple[int, str]:
         """Exit status of `python *words` in the folder `cwd`, and all that it printed."""
         return self.together([(words, {})], cwd)[0]
 
     def together(self, commands: list[tuple[list[str], dict[str, str]]], cwd: Path) -> list[tuple[int, str]]:
-        """The same of several commands that run side by side, each with its words and its environment."""
-        printed = [cwd / f"printed_{time.monotonic_ns()}_{number}.txt" for number in range(len(commands))]
-        asked = [
-            {"words": words, "environment": environment, "cwd": str(cwd), "printed": str(file)}
-            for (words, environment), file in zip(commands, printed, strict=True)
+        """The same of several commands that run side by side, each with words and what its environment has more."""
+        processes = [
+            subprocess.Popen(
+                [self.executable, *words],
+                cwd=cwd,
+                env={**os.environ, **more},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
+            for words, more in commands
         ]
-        self._server.stdin.write(json.dumps(asked) + "\n")
-        self._server.stdin.flush()
-        statuses = json.loads(self._server.stdout.readline())
-        texts = [file.read_text(encoding="utf-8", errors="replace") for file in printed]
-        for file in printed:
-            file.unlink()
-        return list(zip(statuses, texts, strict=True))
+        printed = [process.communicate()[0] for process in processes]
+        return [(process.returncode, text) for process, text in zip(processes, printed, strict=True)]
 
 
-def serve() -> None:
-    """For each line of standard input, fork a process for each of its commands, and answer with their exit statuses."""
+def serve(address: str, executable: str) -> None:
+    """Fork a process for each that asks, and tell it the exit status; until standard input ends."""
     import importlib
 
     for name in PRELOADED:
         importlib.import_module(name)
-    for line in sys.stdin:
-        children = []
-        for command in json.loads(line):
-            children.append(os.fork())
-            if not children[-1]:
-                become(**command)
-        print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children], flush=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    print("ready", flush=True)
+    asking: dict[int, socket.socket] = {}
+    while sys.stdin not in (ready := select.select([listener, sys.stdin], [], [], 0.02)[0]):
+        if ready:
+            asker, _ = listener.accept()
+            said, places, _, _ = socket.recv_fds(asker, 1 << 20, 2, socket.MSG_WAITALL)
+            if not (child := os.fork()):
+                become(**json.loads(said), places=places, executable=executable)
+            for place in places:
+                os.close(place)
+            asking[child] = asker
+        while asking and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            asker = asking.pop(ended[0])
+            asker.sendall(str(os.waitstatus_to_exitcode(ended[1])).encode())
+            asker.close()
+    for child in asking:
+        os.kill(child, signal.SIGKILL)
 
 
-def become(words: list[str], environment: dict[str, str], cwd: str, printed: str) -> None:
+def ask(address: str, words: list[str]) -> int:
+    """What `executable` does: `python *words` by the server, with this process's folder, environment and output."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(address)
+        said = json.dumps({"words": words, "cwd": os.getcwd(), "environment": dict(os.environ)})
+        socket.send_fds(server, [said.encode()], [1, 2])
+        server.shutdown(socket.SHUT_WR)
+        return int(server.recv(16) or 1)
+
+
+def become(words: list[str], cwd: str, environment: dict[str, str], places: list[int], executable: str) -> None:
     """Be `python *words`; does not return."""
     import runpy
     import traceback
 
-    os.environ |= environment
+    os.environ.clear()
+    os.environ.update(environment)
     os.chdir(cwd)
-    with open(printed, "w", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    for number, place in zip((1, 2), places, strict=True):
+        os.dup2(place, number)
+    sys.executable = executable
     status = 0
     try:
         if words[0] == "-m":
@@ -118,4 +152,7 @@ def become(words: list[str], environment: dict[str, str], cwd: str, printed: str
 
 
 if __name__ == "__main__":
-    serve()
+    if sys.argv[1] == "serve":
+        serve(*sys.argv[2:])
+    else:
+        sys.exit(ask(sys.argv[1], sys.argv[2:]) & 255)

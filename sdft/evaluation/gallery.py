@@ -109,6 +109,7 @@ class Gallery:
                     "minutes; look at what the other ranks say, and give the same command again"
                 )
             time.sleep(0.5)
+        bar.update(len(paths) - bar.n)
 
 
 class PictureFiles(Sequence[np.ndarray]):
