@@ -39,10 +39,9 @@ class Place:
         Processes that have met print a text once, whoever finds it first. Before they meet, the first of each machine
         speaks, since all of a machine see the same files.
         """
-        group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
-        if group is None:
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self.local_rank == 0
         try:
-            return group.get_group_store().add(f"said: {text}", 1) == 1
+            return torch.distributed.group.WORLD.get_group_store().add(f"said: {text}", 1) == 1
         except RuntimeError:
             return self.rank == 0  # the store was rank 0's and ended with it, which has said why
