@@ -12,7 +12,7 @@ train: setup
 test: setup
 	$(RUN) -m pytest -n $${WORKERS:-3} --dist worksteal -m "not slurm and not long"
 
-# Needs root and Debian's slurm-wlm: brings up a SLURM of two emulated nodes on this machine, and takes it down again.
+# Needs root and Debian's slurm-wlm and munge: emulates SLURM nodes on this machine, which end with the tests.
 test-slurm: setup
 	$(RUN) -m pytest tests/slurm
 

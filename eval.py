@@ -14,7 +14,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdft.config import build, verb
 from sdft.evaluation.comparison import Comparison, draw, measure, weighed
-from sdft.evaluation.gallery import Place
 from sdft.evaluation.models import Models
 from sdft.evaluation.page.write import write_page
 from sdft.evaluation.results import Results
@@ -23,6 +22,7 @@ from sdft.evaluation.subjects import Subject
 from sdft.evaluation.sweeps import Job, subjects_of, trained_figures, with_trained
 from sdft.evaluation.tables import terminal_table, write_sheet, write_tables
 from sdft.models.sdxl import SDXL
+from sdft.processes import Place
 from sdft.sweep import jobs_of
 from sdft.types import UserError
 

@@ -10,12 +10,14 @@ from typing import Any, cast
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sdft import receipt
 from sdft.config import build, verb
-from sdft.dry_run import rehearse
-from sdft.sweep import finished, print_table
+from sdft.dry_run import rehearse, setup
+from sdft.processes import Place
+from sdft.sweep import finished, print_table, run_apart
 from sdft.types import UserError
 
 
@@ -24,9 +26,13 @@ def main(cfg: DictConfig) -> float | None:
     """One run, from config to weights, pictures and `summary.json`; returns the metric that sweeps rank by."""
     job = HydraConfig.get()
     cfg.run_dir = job.runtime.output_dir
-    if not OmegaConf.is_missing(job.job, "num") and (done := finished(Path(cfg.run_dir), job.overrides.task)):
-        print(f"{cfg.name}: {cfg.run_dir} is finished", flush=True)
-        return done.get(cfg.metric)
+    if not OmegaConf.is_missing(job.job, "num"):
+        if finished(Path(cfg.run_dir), job.overrides.task) is not None:
+            print(f"{cfg.name}: {cfg.run_dir} is finished", flush=True)
+        elif job.mode == RunMode.MULTIRUN and setup(cfg).num_devices > Place.of_process().world_size:
+            run_apart(job)
+        if done := finished(Path(cfg.run_dir), job.overrides.task):
+            return done.get(cfg.metric)
     if cfg.reproduce:
         torch.set_num_threads(receipt.read(cfg.reproduce)["threads"])  # sums of floats depend on it
     # The cheap parts first: a wrong number or an empty folder is told before any weights are read.

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import itertools
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,9 +32,10 @@ from omegaconf.errors import OmegaConfBaseException
 from sdft.config_check import check, resolve
 from sdft.config_compose import Composer, composer
 from sdft.config_keys import ConfigError
+from sdft.processes import Place
 from sdft.types import UserError
 
-__all__ = ["CONF_DIR", "ConfigError", "build", "check", "compose", "verb"]
+__all__ = ["CONF_DIR", "ConfigError", "build", "check", "compose", "quoted", "verb"]
 
 CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
 MOST_JOBS = 1000
@@ -66,10 +68,10 @@ def verb(
     """Makes a function of a config into a command.
 
     Every job of the command is composed and checked before the first one runs. A UserError, then or later, is one
-    message on stderr and exit status 2. `finish_sweep` is called with the sweep directory after the last job of `-m`,
-    and after the only one that `hydra.job.num=` chooses. `rehearse` gets the configs of all jobs, and the words of
-    those of a sweep; nothing runs, and no folder is made, where they say `dry_run`. `recall` turns the words of the
-    command into those that are composed.
+    message on stderr and exit status 2, however many processes find it. `finish_sweep` is called with the sweep
+    directory after the last job of `-m`, and after the only one that `hydra.job.num=` chooses. `rehearse` gets the
+    configs of all jobs, and the words of those of a sweep; nothing runs, and no folder is made, where they say
+    `dry_run`. `recall` turns the words of the command into those that are composed.
     """
 
     def decorate(function: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -89,7 +91,7 @@ def verb(
                 try:
                     _run(root, conf_dir, _runner(function), [*flags, *command.words])
                 finally:
-                    if command.sweep_dir is not None and finish_sweep is not None:
+                    if command.sweep_dir is not None and finish_sweep is not None and Place.of_process().rank == 0:
                         finish_sweep(command.sweep_dir)
             except UserError as error:
                 _fail(error)
@@ -119,7 +121,11 @@ def _job(opened: Composer, words: Sequence[str]) -> DictConfig:
 
 
 def _fail(error: UserError) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    place = Place.of_process()
+    if place.is_to_say(str(error)):
+        # A folder that one machine does not see is missing there only.
+        where = "" if place.rank == place.local_rank else f" on {socket.gethostname()}"
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -139,7 +145,8 @@ def _runner(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any
     def run(cfg: DictConfig) -> Any:
         job = HydraConfig.get()
         problem = Path(job.runtime.output_dir) / ERROR
-        problem.unlink(missing_ok=True)
+        if Place.of_process().rank == 0:
+            problem.unlink(missing_ok=True)
         try:
             check(cfg)
             return function(cfg)
@@ -229,7 +236,7 @@ def _check_sweep(opened: Composer, words: Sequence[str]) -> _Command:
         sweep_dir = Path(str(master.sweep.dir)).absolute()
         if OmegaConf.is_missing(master.job, "num"):
             # Hydra composes anew, and `${now:}` moves on: without this its directory could be another one.
-            return _Command([*words, f"hydra.sweep.dir={_quoted(master.sweep.dir)}"], sweep_dir)
+            return _Command([*words, f"hydra.sweep.dir={quoted(master.sweep.dir)}"], sweep_dir)
         job_dir = sweep_dir / str(master.sweep.subdir)
     except OmegaConfBaseException as error:
         raise ConfigError(f"hydra.sweep.dir: {str(error).splitlines()[0]}") from None
@@ -237,7 +244,7 @@ def _check_sweep(opened: Composer, words: Sequence[str]) -> _Command:
         raise ConfigError(f"hydra.job.num={master.job.num}: the grid has {len(jobs)} jobs, numbered from 0")
     # In the words that Hydra would give this job of the whole sweep.
     job = [word for batch in BasicSweeper.split_arguments(swept, None) for word in batch[master.job.num]]
-    return _Command([*fixed, *job, f"hydra.run.dir={_quoted(job_dir)}"], sweep_dir, chosen=True)
+    return _Command([*fixed, *job, f"hydra.run.dir={quoted(job_dir)}"], sweep_dir, chosen=True)
 
 
 def refuse_missing(kind: str, target: str) -> None:
@@ -250,7 +257,7 @@ def refuse_missing(kind: str, target: str) -> None:
         )
 
 
-def _quoted(path: Any) -> str:
+def quoted(path: Any) -> str:
     """A path as a value of an override."""
     return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
 

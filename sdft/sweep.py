@@ -1,15 +1,18 @@
-"""What the jobs of a sweep left: which are finished, and the table of what each changed and what came of it."""
+"""The jobs of a sweep: which are finished, one as a command of its own, and the table of what came of them."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from sdft import receipt
-from sdft.config import ERROR
+from sdft.config import ERROR, quoted
 from sdft.types import UserError
 
 FIGURES = {"style_gain": "style gain", "adherence": "adherence", "train_seconds": "seconds"}
@@ -33,6 +36,25 @@ def finished(job: Path, overrides: list[str]) -> dict | None:
             "numbers its jobs anew, so give it another hydra.sweep.dir"
         )
     return json.loads(summary.read_text(encoding="utf-8"))
+
+
+def run_apart(job: Any) -> None:
+    """Run a job, as Hydra describes it, as a command of its own, which writes into the same folder.
+
+    For a job of several processes: Lightning starts the others with the command line of the first, which would be the
+    whole sweep's, and leaves an environment in which the next job would be taken for one of them.
+    Raises UserError where it fails.
+    """
+    folder = Path(job.runtime.output_dir)
+    places = [source.path for source in job.runtime.config_sources if source.provider == "command-line"]
+    words = [f"--config-name={job.job.config_name}", *(f"--config-dir={place}" for place in places)]
+    words += [word for word in (*job.overrides.hydra, *job.overrides.task) if not word.startswith("hydra.mode=")]
+    words += [f"hydra.job.num={job.job.num}", f"hydra.run.dir={quoted(folder)}"]
+    status = subprocess.run([sys.executable, sys.argv[0], *words], check=False).returncode
+    if status:
+        problem = folder / ERROR
+        told = problem.read_text(encoding="utf-8").strip() if problem.is_file() else f"ended with status {status}"
+        raise UserError(told)
 
 
 def print_table(sweep_dir: Path) -> None:

@@ -38,6 +38,7 @@ LAYERS = {
     "sdft.types": WORDS,
     "sdft.memory": WORDS,
     "sdft.rng": WORDS,
+    "sdft.processes": WORDS,
     "sdft.shards": WORDS,
 }
 """The longest matching prefix counts; whatever is not named is a concept."""

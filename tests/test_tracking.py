@@ -14,3 +14,16 @@ def test_the_id_of_a_run_is_kept_in_its_folder(tmp_path: Path) -> None:
     assert first == again != other
     assert first
     assert (tmp_path / "wandb_id.txt").read_text() == other
+
+
+def test_what_comes_after_a_requeue_is_told_under_the_same_id(tmp_path: Path) -> None:
+    """Offline, for real: two parts on disk, which `wandb sync RUN_FOLDER/wandb/offline-run-*` takes in order."""
+    for step in range(2):
+        logger = wandb_logger(str(tmp_path), "run", mode="offline", resume="auto")
+        logger.log_metrics({"loss": 1.0 / (step + 1)}, step)
+        logger.experiment.finish()
+    parts = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert len(parts) == 2
+    kept = (tmp_path / "wandb_id.txt").read_text()
+    assert [part.name.rpartition("-")[2] for part in parts] == [kept, kept]
+    assert all((part / f"run-{kept}.wandb").stat().st_size for part in parts)

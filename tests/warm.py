@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
+import socket
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 # Imported, not used: no thread may run before the forks.
@@ -31,56 +34,99 @@ PRELOADED = (
 
 
 class WarmPython:
-    """A Python that has imported the project, from which commands are forked one after the other."""
+    """A Python that has imported the project; `executable` starts it as any other, and so do the commands it runs."""
 
     def __init__(self, **environment: str):
+        self._folder = tempfile.TemporaryDirectory()
+        address, self.executable = f"{self._folder.name}/socket", f"{self._folder.name}/python"
+        Path(self.executable).write_text(f'#!/bin/sh\nexec {sys.executable} -SE {__file__} {address} "$@"\n')
+        Path(self.executable).chmod(0o755)
         self._server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, "serve", address, self.executable],
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
         )
+        self._server.stdout.readline()
 
     def __enter__(self) -> WarmPython:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._server.communicate()
+        self._folder.cleanup()
 
     def run(self, words: list[str], cwd: Path) -> tuple[int, str]:
         """Exit status of `python *words` in the folder `cwd`, and all that it printed."""
-        printed = cwd / f"printed_{time.monotonic_ns()}.txt"
-        self._server.stdin.write(json.dumps({"words": words, "cwd": str(cwd), "printed": str(printed)}) + "\n")
-        self._server.stdin.flush()
-        status = int(self._server.stdout.readline())
-        text = printed.read_text(encoding="utf-8", errors="replace")
-        printed.unlink()
-        return status, text
+        return self.together([(words, {})], cwd)[0]
+
+    def together(self, commands: list[tuple[list[str], dict[str, str]]], cwd: Path) -> list[tuple[int, str]]:
+        """The same of several commands that run side by side, each with words and what its environment has more."""
+        processes = [
+            subprocess.Popen(
+                [self.executable, *words],
+                cwd=cwd,
+                env={**os.environ, **more},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
+            for words, more in commands
+        ]
+        printed = [process.communicate()[0] for process in processes]
+        return [(process.returncode, text) for process, text in zip(processes, printed, strict=True)]
 
 
-def serve() -> None:
-    """Fork a process for each line of standard input, and answer with its exit status."""
+def serve(address: str, executable: str) -> None:
+    """Fork a process for each that asks, and tell it the exit status; until standard input ends."""
     import importlib
 
     for name in PRELOADED:
         importlib.import_module(name)
-    for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            become(**json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    print("ready", flush=True)
+    asking: dict[int, socket.socket] = {}
+    while sys.stdin not in (ready := select.select([listener, sys.stdin], [], [], 0.02)[0]):
+        if ready:
+            asker, _ = listener.accept()
+            said, places, _, _ = socket.recv_fds(asker, 1 << 20, 2, socket.MSG_WAITALL)
+            if not (child := os.fork()):
+                become(**json.loads(said), places=places, executable=executable)
+            for place in places:
+                os.close(place)
+            asking[child] = asker
+        while asking and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            asker = asking.pop(ended[0])
+            asker.sendall(str(os.waitstatus_to_exitcode(ended[1])).encode())
+            asker.close()
+    for child in asking:
+        os.kill(child, signal.SIGKILL)
 
 
-def become(words: list[str], cwd: str, printed: str) -> None:
+def ask(address: str, words: list[str]) -> int:
+    """What `executable` does: `python *words` by the server, with this process's folder, environment and output."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(address)
+        said = json.dumps({"words": words, "cwd": os.getcwd(), "environment": dict(os.environ)})
+        socket.send_fds(server, [said.encode()], [1, 2])
+        server.shutdown(socket.SHUT_WR)
+        return int(server.recv(16) or 1)
+
+
+def become(words: list[str], cwd: str, environment: dict[str, str], places: list[int], executable: str) -> None:
     """Be `python *words`; does not return."""
     import runpy
     import traceback
 
+    os.environ.clear()
+    os.environ.update(environment)
     os.chdir(cwd)
-    with open(printed, "w", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    for number, place in zip((1, 2), places, strict=True):
+        os.dup2(place, number)
+    sys.executable = executable
     status = 0
     try:
         if words[0] == "-m":
@@ -106,4 +152,7 @@ def become(words: list[str], cwd: str, printed: str) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    if sys.argv[1] == "serve":
+        serve(*sys.argv[2:])
+    else:
+        sys.exit(ask(sys.argv[1], sys.argv[2:]) & 255)

@@ -15,7 +15,7 @@ import numpy as np
 from annotated_types import MinLen
 
 from sdft.evaluation.adherence import load_judge
-from sdft.evaluation.gallery import VERSIONS, Gallery, PictureFiles, Place
+from sdft.evaluation.gallery import VERSIONS, Gallery, PictureFiles
 from sdft.evaluation.grid import Axes, Axis, Cell, Size, cells, options_of, read_prompts, size_in_words
 from sdft.evaluation.metrics.measure import LEAST_REFERENCES, Drawn, Lab, Measure, read_source, scalars
 from sdft.evaluation.models import Models
@@ -26,6 +26,7 @@ from sdft.evaluation.sweeps import heat_maps
 from sdft.evaluation.tradeoff import weigh
 from sdft.models.load import NANO
 from sdft.models.sdxl import SDXL
+from sdft.processes import Place
 from sdft.sampling import Sampler
 from sdft.types import Count, UserError
 

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, overload
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from sdft.evaluation.grid import Cell, Setting
 from sdft.evaluation.models import Models
+from sdft.processes import Place
 from sdft.rng import seed_of
 from sdft.sampling import Texts, generate, refuse_size
 from sdft.types import UserError
@@ -31,24 +32,6 @@ from sdft.types import UserError
 VERSIONS = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
 PATIENCE = 1800
 """Seconds without a new picture after which rank 0 gives up on the others."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which of the processes this one is."""
-
-    rank: int = 0
-    world_size: int = 1
-
-    @classmethod
-    def of_process(cls) -> Place:
-        """As torchrun or srun say it; alone without them."""
-        if "WORLD_SIZE" in os.environ:
-            return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-        # Only srun says how many tasks a step has; the variables of the job are also there in its batch script.
-        if "SLURM_STEP_NUM_TASKS" in os.environ and "SLURM_PROCID" in os.environ:
-            return cls(int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_STEP_NUM_TASKS"]))
-        return cls()
 
 
 class Gallery:
@@ -126,6 +109,7 @@ class Gallery:
                     "minutes; look at what the other ranks say, and give the same command again"
                 )
             time.sleep(0.5)
+        bar.update(len(paths) - bar.n)
 
 
 class PictureFiles(Sequence[np.ndarray]):

@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdft.evaluation.gallery import Gallery, Place, write_picture
+from sdft.evaluation.gallery import Gallery, write_picture
 from sdft.evaluation.grid import Axes, Cell, cells
 from sdft.evaluation.models import Models
 from sdft.evaluation.subjects import Subject, read_subjects
 from sdft.models.sdxl import SDXL
+from sdft.processes import Place
 from sdft.sampling import Sampler
 from sdft.tuning import Adapter, learning
 from sdft.types import UserError
@@ -112,14 +113,15 @@ def test_ranks_share_the_work_and_draw_the_same(models: Models, wanted: list[Cel
 @pytest.mark.parametrize(
     ("told", "place"),
     [
-        ({"RANK": "1", "WORLD_SIZE": "4"}, Place(1, 4)),
-        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3"}, Place(2, 3)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Place(5, 8, 1)),
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, Place(1, 2, 1)),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "1"}, Place(2, 3, 1)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "3"}, Place()),
         ({}, Place()),
     ],
 )
-def test_torchrun_and_srun_say_who_this_is(told: dict[str, str], place: Place, monkeypatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+def test_the_launcher_says_who_this_is(told: dict[str, str], place: Place, monkeypatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in told.items():
         monkeypatch.setenv(name, value)

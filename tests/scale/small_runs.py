@@ -210,6 +210,8 @@ def _rank(run: Run, rank: int, world_size: int, port: int, function: Any) -> Non
     except UserError as error:
         (run.folder / f"error_{rank}.txt").write_text(str(error))
         os._exit(WRONG)
+    except SystemExit as stop:
+        os._exit(stop.code)
     except BaseException:
         traceback.print_exc()
         os._exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 import time
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from small_runs import EVERYTHING, KillAt, Run, assert_equal, assert_same_end, finish, result, start
 
+from sdft.callbacks.preempt import AGAIN
 from sdft.formats.run_state import read_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,18 +75,22 @@ def train_py(words: list[str], run: Run) -> None:
     train.main()
 
 
-def test_the_same_command_goes_on_after_a_kill(tmp_path: Path) -> None:
-    """`train.py` itself, killed from outside when it has saved twice; the command says `resume=auto` from the start."""
+def test_the_same_command_goes_on_after_a_warning_and_a_kill(tmp_path: Path) -> None:
+    """`train.py` itself, signalled from outside once it has saved; the command says `resume=auto` from the start."""
     words = ["trainer.max_steps=40", "trainer.validate_every=20", "callbacks.last.every=5", "verdict=none"]
     words += ["~callbacks.previews", "logger=csv", "trainer.progress_bar=false", "resume=auto", "data.batch_size=2"]
+    words += ["data.train.num_scenes=8", "data.validation.num_scenes=2"]
     command = partial(train_py, words)
-    straight, killed = Run(tmp_path / "straight"), Run(tmp_path / "killed")
+    straight, stopped = Run(tmp_path / "straight"), Run(tmp_path / "stopped")
     assert finish(start(straight, function=command)) == [0]
-    (process,) = start(killed, function=command)
-    while process.exitcode is None and not (killed.last.is_file() and read_state(killed.last)["global_step"] >= 10):
-        time.sleep(0.05)
-    process.kill()
-    assert finish([process]) == [-9], "it was to be killed before its end"
-    assert finish(start(killed, function=command)) == [0]
-    a, b = (load_file(run.folder / "lora.safetensors") for run in (straight, killed))
+    for number, status, after in ((signal.SIGUSR1, AGAIN, 5), (signal.SIGKILL, -9, 15)):
+        (process,) = start(stopped, function=command)
+        while process.exitcode is None and not (
+            stopped.last.is_file() and read_state(stopped.last)["global_step"] >= after
+        ):
+            time.sleep(0.05)
+        os.kill(process.pid, number)
+        assert finish([process]) == [status], "it was to be stopped before its end"
+    assert finish(start(stopped, function=command)) == [0]
+    a, b = (load_file(run.folder / "lora.safetensors") for run in (straight, stopped))
     assert_equal(a, b, "lora.safetensors")

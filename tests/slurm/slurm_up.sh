@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Two emulated SLURM nodes on this machine, for tests: slurm_up.sh start|stop FOLDER; then `export SLURM_CONF=FOLDER/slurm.conf`.
+# Emulated SLURM nodes on this machine, for tests: slurm_up.sh FOLDER says `ready`, and SLURM is there for whoever sets
+# SLURM_CONF=FOLDER/slurm.conf and MASTER_ADDR=127.0.0.1 (the nodes' names are known to SLURM alone) until the script's
+# standard input ends. That is also when the process that holds its other end is killed: nothing is left behind.
 # Needs root and Debian's packages: apt-get install -y --no-install-recommends slurm-wlm munge
-# Everything lies in FOLDER, but for two lines `127.0.0.1 nodeK` in /etc/hosts: torch looks up the first node by name.
 # There is no accounting (sacct), which would need a database: a job that is cancelled is not noticed by submitit.
 set -euo pipefail
-FOLDER=$(mkdir -p "$2" && cd "$2" && pwd)
-PORT=${SDFT_SLURM_PORT:-16900}   # of slurmctld; the nodes take the next two
+FOLDER=$(mkdir -p "$1" && cd "$1" && pwd)
+PORT=${SDFT_SLURM_PORT:-16900}   # of slurmctld; the nodes take the next three
 HOST=$(hostname -s)
 export SLURM_CONF=$FOLDER/slurm.conf
+daemons=()
 
 write_config() {
-    mkdir -p "$FOLDER"/{log,pid,state,munge,node1,node2}
+    mkdir -p "$FOLDER"/{log,pid,state,munge,node1,node2,node3}
     chmod 711 "$FOLDER/munge"
     (umask 077 && dd if=/dev/urandom of="$FOLDER/munge/key" bs=1024 count=1 status=none)
     cat > "$SLURM_CONF" <<CONF
@@ -46,40 +48,42 @@ JobRequeue=1
 KillWait=5
 MessageTimeout=60
 PropagateResourceLimits=NONE
-NodeName=node1 NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORT + 1)) CPUs=4 RealMemory=8000
-NodeName=node2 NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORT + 2)) CPUs=4 RealMemory=8000
-PartitionName=test Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=FORCE:4
+NodeName=DEFAULT CPUs=4 RealMemory=8000 Weight=2
+NodeName=node1 NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORT + 1))
+NodeName=node2 NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORT + 2))
+# The node that is to fail has no other jobs, and its own take it first.
+NodeName=node3 NodeHostname=$HOST NodeAddr=127.0.0.1 Port=$((PORT + 3)) Weight=1
+PartitionName=test Nodes=node1,node2 Default=YES
+PartitionName=fragile Nodes=node1,node3
 CONF
 }
 
-start() {
-    write_config
-    for node in node1 node2; do
-        grep -qw "$node" /etc/hosts || echo "127.0.0.1 $node" >> /etc/hosts
-    done
-    munged --force --key-file="$FOLDER/munge/key" --socket="$FOLDER/munge/socket" --pid-file="$FOLDER/pid/munged.pid" \
-        --log-file="$FOLDER/log/munged.log" --seed-file="$FOLDER/munge/seed" --num-threads=2
-    slurmctld -c -f "$SLURM_CONF"
-    slurmd -N node1 -f "$SLURM_CONF"
-    slurmd -N node2 -f "$SLURM_CONF"
-    for _ in $(seq 100); do
-        [ "$(timeout 5 sinfo -h -N -t idle -o %N 2>/dev/null | wc -l)" = 2 ] && return 0
-        sleep 0.2
-    done
-    tail -n 20 "$FOLDER"/log/*.log >&2
-    return 1
+start() {  # a daemon in the foreground, which the shell can end
+    "$@" < /dev/null > /dev/null 2>> "$FOLDER/log/started.log" &
+    daemons+=($!)
+}
+
+all_idle() {
+    [ "$(timeout 10 sinfo --noheader --Node --states=idle --format=%N 2> /dev/null | sort -u | wc -l)" = 3 ]
 }
 
 stop() {
-    timeout 10 scancel --user=root 2>/dev/null || true
-    local file pid
-    for file in "$FOLDER"/pid/{node1,node2,slurmctld,munged}.pid; do
-        [ -f "$file" ] || continue
-        pid=$(cat "$file")
-        kill "$pid" 2>/dev/null || continue
-        for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null || break; sleep 0.2; done
-        kill -9 "$pid" 2>/dev/null || true
-    done
+    timeout 10 scancel --user=root 2> /dev/null || true
+    while [ -n "$(timeout 10 squeue --noheader 2> /dev/null)" ]; do sleep 0.2; done  # their processes end first
+    kill -KILL "${daemons[@]}" 2> /dev/null || true
 }
 
-case "$1" in start) start ;; stop) stop ;; *) echo "slurm_up.sh start|stop FOLDER" >&2; exit 2 ;; esac
+write_config
+trap stop EXIT
+start munged --foreground --force --key-file="$FOLDER/munge/key" --socket="$FOLDER/munge/socket" --num-threads=2 \
+    --pid-file="$FOLDER/pid/munged.pid" --log-file="$FOLDER/log/munged.log" --seed-file="$FOLDER/munge/seed"
+start slurmctld -D -c
+for node in node1 node2 node3; do start slurmd -D -N "$node"; done
+until all_idle; do
+    for daemon in "${daemons[@]}"; do
+        kill -0 "$daemon" 2> /dev/null || { tail -n 20 "$FOLDER"/log/*.log >&2; exit 1; }
+    done
+    sleep 0.2
+done
+echo ready
+cat > /dev/null
