@@ -16,7 +16,7 @@ from torch import Tensor
 from sdft.merging.kinds import Blocks, Statistic
 
 SAMPLE, EVERY = 2**18, 17
-"""Of so many numbers, in whole rows, each 17th tells about where a threshold lies: a prime, so that columns take turns."""
+"""Of so many numbers, in whole rows, each 17th tells where a threshold may lie: a prime, so that columns take turns."""
 NEAR = 0.02
 """A share of the numbers, to both sides of it, in which a threshold is looked for first."""
 
