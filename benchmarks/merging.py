@@ -165,9 +165,7 @@ def main() -> None:
             command, inputs, caches = jobs[name]
             for cache in caches:
                 out.unlink(missing_ok=True)
-                drop_pages(*inputs)
-                if cache == "warm":
-                    run("cat", *inputs)
+                drop_pages(*inputs) if cache == "cold" else run("cat", *inputs)
                 took = run(*command)
                 walls[name, cache] = took.wall
                 print(f"{name}, {cache}".ljust(40), took, flush=True)
