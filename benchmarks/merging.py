@@ -122,6 +122,33 @@ def run(*command: object, quiet: bool = True) -> Figures:
     return Figures(wall, cpu, peak / 2**20)
 
 
+Job = tuple[list, list[Path], tuple[str, ...]]
+"""A command, the inputs that it reads, and the states of the page cache that it is measured in."""
+
+
+def jobs_on(a: Path, b: Path, c: Path, out: Path, lora: Path) -> dict[str, Job]:
+    """What is measured, by the name of its line."""
+    merge = [sys.executable, "-m", "sdft.merging", "overwrite=true", f"out={out}"]
+    extract = [sys.executable, "-m", "sdft.merging", "merge=extract", "overwrite=true", f"out={lora}"]
+    naive = [sys.executable, "-c", NAIVE]
+    write = [sys.executable, "-c", WRITE, a.stat().st_size, out]
+    both, once = ("cold", "warm"), ("cold",)
+    return {
+        "python, imports and --help": ([*merge, "--help"], [], once),
+        "cp of one and sync": (["sh", "-c", f"cp {a} {out} && sync {out}"], [a], both),
+        "write and fsync": (write, [], once),
+        "cat of two": (["cat", a, b], [a, b], both),
+        "cat of three": (["cat", a, b, c], [a, b, c], both),
+        "weighted sum": ([*merge, f"a={a}", f"b={b}", "alpha=0.4"], [a, b], both),
+        "naive weighted sum": ([*naive, a, b, out], [a, b], both),
+        "slerp": ([*merge, "merge=slerp", f"a={a}", f"b={b}"], [a, b], once),
+        "TIES of two": ([*merge, "merge=ties", f"base={a}", f"models=[{b},{c}]"], [a, b, c], both),
+        "extract of rank 64": ([*extract, f"a={a}", f"b={b}", "rank=64"], [a, b], once),
+        "add-difference": ([*merge, "merge=add_difference", f"a={a}", f"b={b}", f"c={c}"], [a, b, c], both),
+        "naive add-difference": ([*naive, a, b, c, out], [a, b, c], both),
+    }
+
+
 def main() -> None:
     """The table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,27 +164,8 @@ def main() -> None:
                 with appearing(path) as written:
                     write_random(written, seed, arguments.scale)
         print(f"three files of {a.stat().st_size / 2**30:.2f} GiB".ljust(40) + "   wall     CPU private", flush=True)
-        out = Path(folder) / "out.safetensors"
-        merge = [sys.executable, "-m", "sdft.merging", "overwrite=true", f"out={out}"]
-        lora = Path(folder) / "lora.safetensors"
-        extract = [sys.executable, "-m", "sdft.merging", "merge=extract", "overwrite=true", f"out={lora}"]
-        naive = [sys.executable, "-c", NAIVE]
-        write = [sys.executable, "-c", WRITE, a.stat().st_size, out]
-        both, once = ("cold", "warm"), ("cold",)
-        jobs: dict[str, tuple[list, list[Path], tuple[str, ...]]] = {
-            "python, imports and --help": ([*merge, "--help"], [], once),
-            "cp of one and sync": (["sh", "-c", f"cp {a} {out} && sync {out}"], [a], both),
-            "write and fsync": (write, [], once),
-            "cat of two": (["cat", a, b], [a, b], both),
-            "cat of three": (["cat", a, b, c], [a, b, c], both),
-            "weighted sum": ([*merge, f"a={a}", f"b={b}", "alpha=0.4"], [a, b], both),
-            "naive weighted sum": ([*naive, a, b, out], [a, b], both),
-            "slerp": ([*merge, "merge=slerp", f"a={a}", f"b={b}"], [a, b], once),
-            "TIES of two": ([*merge, "merge=ties", f"base={a}", f"models=[{b},{c}]"], [a, b, c], both),
-            "extract of rank 64": ([*extract, f"a={a}", f"b={b}", "rank=64"], [a, b], once),
-            "add-difference": ([*merge, "merge=add_difference", f"a={a}", f"b={b}", f"c={c}"], [a, b, c], both),
-            "naive add-difference": ([*naive, a, b, c, out], [a, b, c], both),
-        }
+        out, lora = (Path(folder) / f"{name}.safetensors" for name in ("out", "lora"))
+        jobs = jobs_on(a, b, c, out, lora)
         if unknown := set(arguments.only or ()) - set(jobs):
             raise SystemExit(f"--only: there is no {', '.join(unknown)}; there are {', '.join(jobs)}")
         walls: dict[tuple[str, str], float] = {}
