@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from sdft import receipt
 from sdft.config import build, verb
 from sdft.dry_run import rehearse, setup
+from sdft.formats.run_folder import SUMMARY
 from sdft.processes import Place
 from sdft.sweep import finished, print_table, run_apart
 from sdft.types import UserError
@@ -126,7 +127,7 @@ def conclude(cfg: DictConfig, trainer, module, export, verdict, train_seconds: f
         "artifacts": {name: str(path) for name, path in artifacts.items()},
     }
     record = receipt.finished(record, artifacts, summary)
-    write_json(run_dir / "summary.json", summary)
+    write_json(run_dir / SUMMARY, summary)
     write_json(run_dir / receipt.NAME, record)
     finish(trainer, summary)
     tell(summary, run_dir)
@@ -155,7 +156,7 @@ def tell(summary: dict[str, Any], run_dir: Path) -> None:
         print(f"  style_gain                 {summary['style_gain_note']}")
     for name, path in summary["artifacts"].items():
         print(f"  {name:10} {path}")
-    print(f"  figures    {run_dir / 'summary.json'}")
+    print(f"  figures    {run_dir / SUMMARY}")
     if lora := summary["artifacts"].get("lora"):
         print(f"next: look at the pictures, then pipeline.load_lora_weights({lora!r}) in diffusers")
     elif model := summary["artifacts"].get("model"):

@@ -1,6 +1,8 @@
 """Merges of SDXL's size beside `cp` and `cat` of the same bytes, and beside a script that loads everything.
 
-    python -m benchmarks.merging [FOLDER] [--scale 1.0]      # full size needs 28 GB there, and makes files of 21 GB
+    python -m benchmarks.merging [FOLDER] [--scale 1.0] [--only "cat of two,write and fsync,weighted sum"]
+
+Full size makes files of 21 GB, and needs 28 GB of room. With `--only`, just some of the lines, and their ratios.
 
 Three single files of random fp16 numbers with SDXL's names, widths times `scale`; those that a run left in FOLDER are
 used again. Prints, for cold and warm page cache (cold: the system dropped its pages), wall and CPU seconds and peak
@@ -105,7 +107,7 @@ def run(*command: object, quiet: bool = True) -> Figures:
     child = os.posix_spawnp(
         str(command[0]),
         [str(word) for word in command],
-        os.environ,
+        os.environ | {"TQDM_DISABLE": "1"},
         file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)] if quiet else [],
     )
     done = 0
@@ -120,11 +122,39 @@ def run(*command: object, quiet: bool = True) -> Figures:
     return Figures(wall, cpu, peak / 2**20)
 
 
+Job = tuple[list, list[Path], tuple[str, ...]]
+"""A command, the inputs that it reads, and the states of the page cache that it is measured in."""
+
+
+def jobs_on(a: Path, b: Path, c: Path, out: Path, lora: Path) -> dict[str, Job]:
+    """What is measured, by the name of its line."""
+    merge = [sys.executable, "-m", "sdft.merging", "overwrite=true", f"out={out}"]
+    extract = [sys.executable, "-m", "sdft.merging", "merge=extract", "overwrite=true", f"out={lora}"]
+    naive = [sys.executable, "-c", NAIVE]
+    write = [sys.executable, "-c", WRITE, a.stat().st_size, out]
+    both, once = ("cold", "warm"), ("cold",)
+    return {
+        "python, imports and --help": ([*merge, "--help"], [], once),
+        "cp of one and sync": (["sh", "-c", f"cp {a} {out} && sync {out}"], [a], both),
+        "write and fsync": (write, [], once),
+        "cat of two": (["cat", a, b], [a, b], both),
+        "cat of three": (["cat", a, b, c], [a, b, c], both),
+        "weighted sum": ([*merge, f"a={a}", f"b={b}", "alpha=0.4"], [a, b], both),
+        "naive weighted sum": ([*naive, a, b, out], [a, b], both),
+        "slerp": ([*merge, "merge=slerp", f"a={a}", f"b={b}"], [a, b], once),
+        "TIES of two": ([*merge, "merge=ties", f"base={a}", f"models=[{b},{c}]"], [a, b, c], both),
+        "extract of rank 64": ([*extract, f"a={a}", f"b={b}", "rank=64"], [a, b], once),
+        "add-difference": ([*merge, "merge=add_difference", f"a={a}", f"b={b}", f"c={c}"], [a, b, c], both),
+        "naive add-difference": ([*naive, a, b, c, out], [a, b, c], both),
+    }
+
+
 def main() -> None:
     """The table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--only", type=lambda words: words.split(","))
     arguments = parser.parse_args()
     kept = arguments.folder
     with nullcontext(kept) if kept else tempfile.TemporaryDirectory() as folder:
@@ -134,51 +164,43 @@ def main() -> None:
                 with appearing(path) as written:
                     write_random(written, seed, arguments.scale)
         print(f"three files of {a.stat().st_size / 2**30:.2f} GiB".ljust(40) + "   wall     CPU private", flush=True)
-        out = Path(folder) / "out.safetensors"
-        merge = [sys.executable, "-m", "sdft.merging", "overwrite=true", f"out={out}"]
-        lora = Path(folder) / "lora.safetensors"
-        extract = [sys.executable, "-m", "sdft.merging", "merge=extract", "overwrite=true", f"out={lora}"]
-        naive = [sys.executable, "-c", NAIVE]
-        write = [sys.executable, "-c", WRITE, a.stat().st_size, out]
-        both, once = ("cold", "warm"), ("cold",)
-        jobs: dict[str, tuple[list, list[Path], tuple[str, ...]]] = {
-            "python, imports and --help": ([*merge, "--help"], [], once),
-            "cp of one, and sync": (["sh", "-c", f"cp {a} {out} && sync {out}"], [a], both),
-            "write and fsync": (write, [], once),
-            "cat of two": (["cat", a, b], [a, b], both),
-            "cat of three": (["cat", a, b, c], [a, b, c], both),
-            "weighted sum": ([*merge, f"a={a}", f"b={b}", "alpha=0.4"], [a, b], both),
-            "weighted sum, naive": ([*naive, a, b, out], [a, b], both),
-            "slerp": ([*merge, "merge=slerp", f"a={a}", f"b={b}"], [a, b], once),
-            "TIES of two": ([*merge, "merge=ties", f"base={a}", f"models=[{b},{c}]"], [a, b, c], once),
-            "extract, rank 64": ([*extract, f"a={a}", f"b={b}", "rank=64"], [a, b], once),
-            "add-difference": ([*merge, "merge=add_difference", f"a={a}", f"b={b}", f"c={c}"], [a, b, c], both),
-            "add-difference, naive": ([*naive, a, b, c, out], [a, b, c], both),
-        }
+        out, lora = (Path(folder) / f"{name}.safetensors" for name in ("out", "lora"))
+        jobs = jobs_on(a, b, c, out, lora)
+        if unknown := set(arguments.only or ()) - set(jobs):
+            raise SystemExit(f"--only: there is no {', '.join(unknown)}; there are {', '.join(jobs)}")
         walls: dict[tuple[str, str], float] = {}
-        for name, (command, inputs, caches) in jobs.items():
+        for name in arguments.only or jobs:
+            command, inputs, caches = jobs[name]
             for cache in caches:
-                if cache == "cold":
-                    drop_pages(*inputs)
+                out.unlink(missing_ok=True)
+                drop_pages(*inputs) if cache == "cold" else run("cat", *inputs)
                 took = run(*command)
                 walls[name, cache] = took.wall
                 print(f"{name}, {cache}".ljust(40), took, flush=True)
-        out.unlink()
+        out.unlink(missing_ok=True)
         print_ratios(walls)
-        print_residuals(a, b, lora)
-        lora.unlink()
+        if lora.exists():
+            print_residuals(a, b, lora)
+            lora.unlink()
 
 
 def print_ratios(walls: Mapping[tuple[str, str], float]) -> None:
-    """What has a goal, by (name, cache) -> wall seconds."""
-    write = walls["write and fsync", "cold"]
-    for merge, cat in (("weighted sum", "cat of two"), ("add-difference", "cat of three")):
-        for cache in ("cold", "warm"):
-            own, naive = walls[merge, cache], walls[f"{merge}, naive", cache]
-            to_disk = own / (walls[cat, cache] + write)
-            print(f"{merge}, {cache}: {to_disk:.2f} x ({cat} + write), goal 1.2; naive {naive / own:.1f} x, goal 4")
-    for merge in ("slerp", "TIES of two"):
-        print(f"{merge}: {walls[merge, 'cold'] / walls['weighted sum', 'cold']:.1f} x the weighted sum, goal 2")
+    """What has a goal, by (name, cache) -> wall seconds; of those that were run."""
+    for cache in ("cold", "warm"):
+        told = {name: wall for (name, of), wall in walls.items() if of == cache}
+        write = walls.get(("write and fsync", "cold"))
+        disk = {name: wall + write for name, wall in told.items() if write is not None}
+        for name, beside, times, goal in (
+            ("weighted sum", "cat of two", disk, "at most 1.2 x"),
+            ("add-difference", "cat of three", disk, "at most 1.2 x"),
+            ("naive weighted sum", "weighted sum", told, "at least 4 x"),
+            ("naive add-difference", "add-difference", told, "at least 4 x"),
+            ("slerp", "weighted sum", told, "at most 2 x"),
+            ("TIES of two", "weighted sum", told, "at most 2 x"),
+        ):
+            if name in told and beside in times:
+                beside_it = f"({beside} + write and fsync)" if times is disk else beside
+                print(f"{name}, {cache}: {told[name] / times[beside]:.2f} x {beside_it}, goal {goal}")
 
 
 def print_residuals(a: Path, b: Path, lora: Path) -> None:

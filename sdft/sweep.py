@@ -13,6 +13,7 @@ import yaml
 
 from sdft import receipt
 from sdft.config import ERROR, quoted
+from sdft.formats.run_folder import read_summary
 from sdft.types import UserError
 
 FIGURES = {"style_gain": "style gain", "adherence": "adherence", "train_seconds": "seconds"}
@@ -23,8 +24,8 @@ def finished(job: Path, overrides: list[str]) -> dict | None:
 
     Raises UserError where the folder holds the finished job of another command.
     """
-    summary, file = job / "summary.json", job / receipt.NAME
-    if not (summary.is_file() and file.is_file()):
+    summary, file = read_summary(job), job / receipt.NAME
+    if summary is None or not file.is_file():
         return None
     before = json.loads(file.read_text(encoding="utf-8"))
     if "outputs" not in before:
@@ -35,7 +36,7 @@ def finished(job: Path, overrides: list[str]) -> dict | None:
             f"hydra.sweep.dir: {job} holds a finished job of another sweep ({' '.join(then)}); a grid that has grown "
             "numbers its jobs anew, so give it another hydra.sweep.dir"
         )
-    return json.loads(summary.read_text(encoding="utf-8"))
+    return summary
 
 
 def run_apart(job: Any) -> None:
@@ -84,9 +85,7 @@ def jobs_of(sweep_dir: Path) -> list[tuple[Path, dict[str, str], dict]]:
     found = []
     for job in sorted((job for job in sweep_dir.glob("*") if (job / ".hydra").is_dir()), key=_order):
         words = yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
-        summary = job / "summary.json"
-        told = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
-        found.append((job, dict(word.split("=", 1) for word in words), told))
+        found.append((job, dict(word.split("=", 1) for word in words), read_summary(job) or {}))
     return found
 
 

@@ -6,7 +6,6 @@ are scored or shown.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +13,9 @@ from pathlib import Path
 
 from sdft.evaluation.results import Value
 from sdft.formats.lora_file import is_lora, read_names
+from sdft.formats.run_folder import SUMMARY, Left, left_by
 from sdft.types import UserError
 
-SUMMARY = "summary.json"
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 FILES = (".safetensors", ".ckpt", ".pt", ".bin")
 EXAMPLE = "subjects='{base: nano, mine: RUN_FOLDER}'"
@@ -130,8 +129,8 @@ def _place(name: str, source: str) -> Subject:
     if source == "nano":
         return Subject(name, source, weights=source)
     if path.is_dir():
-        if (path / SUMMARY).is_file():
-            return _run(name, source, path)
+        if (left := left_by(path)) is not None:
+            return _run(name, source, path, left)
         if (path / "model_index.json").is_file():
             return Subject(name, source, weights=source)
         raise UserError(f"{key}: is neither a finished run (no {SUMMARY}) nor a diffusers model (no model_index.json)")
@@ -143,22 +142,20 @@ def _place(name: str, source: str) -> Subject:
     raise UserError(f"{key}: there is no such file or folder, and it is no hub id (owner/name)")
 
 
-def _run(name: str, source: str, folder: Path) -> Subject:
-    """A run folder; its artifacts are looked for beside its summary, so that it may have been moved."""
-    key, what = f"subjects.{name}={source}", json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    paths = {kind: folder / Path(path).name for kind, path in what.get("artifacts", {}).items()}
+def _run(name: str, source: str, folder: Path, left: Left) -> Subject:
+    """A run folder."""
+    key, what, paths = f"subjects.{name}={source}", left.summary, left.artifacts
     for kind in ("lora", "lora_kohya", "words", "model"):
         if kind in paths and not paths[kind].exists():
             raise UserError(f"{key}: the run's {kind}, {paths[kind]}, is missing")
-    written = paths.get("lora", paths.get("lora_kohya", paths.get("model")))
     told = {"seconds": what.get("train_seconds"), "parameters": what.get("num_trained_parameters")}
     cost = {name: float(value) for name, value in told.items() if value is not None}
-    if written is not None:
-        files = [written] if written.is_file() else [file for file in written.rglob("*") if file.is_file()]
+    if left.weights is not None:
+        files = [left.weights] if left.weights.is_file() else [f for f in left.weights.rglob("*") if f.is_file()]
         cost["bytes"] = float(sum(file.stat().st_size for file in files))
     run, steps = folder, what.get("num_steps")
-    if lora := paths.get("lora", paths.get("lora_kohya")):
-        worn = (Worn(lora, paths.get("words")),)
+    if left.lora is not None:
+        worn = (Worn(left.lora, paths.get("words")),)
         return Subject(name, source, None, worn, run, steps, cost)
     if "model" in paths and (paths["model"] / "model_index.json").is_file():
         return Subject(name, source, str(paths["model"]), (), run, steps, cost)

@@ -16,6 +16,7 @@ from scipy import stats
 
 from sdft.evaluation.results import Compared, Estimate, HeatMap, Metric, Results, Value
 from sdft.evaluation.subjects import Subject, read_subjects
+from sdft.formats.run_folder import SUMMARY
 from sdft.types import UserError
 
 REPEATS = "seed"
@@ -39,7 +40,7 @@ def subjects_of(jobs: Sequence[Job]) -> list[Subject]:
     """A subject for each finished job, named by what it varied."""
     finished = [job for job in jobs if job.summary]
     if not finished:
-        raise UserError("sweep: no job has finished (none has a summary.json); look at the folders of the jobs")
+        raise UserError(f"sweep: no job has finished (none has a {SUMMARY}); look at the folders of the jobs")
     keys = dict.fromkeys(key for job in finished for key in job.said)
     varied = [key for key in keys if len({job.said.get(key) for job in finished}) > 1]
     short = {key: key.rpartition(".")[2].rpartition("/")[2] for key in varied}

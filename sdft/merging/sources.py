@@ -5,7 +5,6 @@ Knows how a LoRA's layer changes a weight. Must not know methods.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from sdft.formats.checkpoint import Checkpoint, open_checkpoint
 from sdft.formats.importance import open_importance
 from sdft.formats.lora_file import is_lora, read_lora, read_names
 from sdft.formats.lora_layer import DORA, Layer, LoraFile
+from sdft.formats.run_folder import Left, left_by
 from sdft.merging.kinds import Kind
 from sdft.models.nano import WEIGHTS as NANO
 from sdft.types import UserError
@@ -81,14 +81,13 @@ class Adapter:
 
 
 Source = Model | Importance | Adapter
-SUMMARY = "summary.json"
 
 
 def open_source(key: str, source: str) -> Source:
     """The input that `source` names, from headers alone; `key` names it in errors."""
     where, path = f"{key}={source}", NANO if source == "nano" else Path(source).expanduser()
-    if (path / SUMMARY).is_file():
-        path = left_by(where, path)
+    if (left := left_by(path)) is not None:
+        path = weights_of(where, left)
     if path.suffix == ".safetensors" and path.is_file():
         if is_lora(read_names(where, path)[0]):
             return Adapter(where, path, read_lora(path, where))
@@ -103,16 +102,14 @@ def open_source(key: str, source: str) -> Source:
     return Model(where, checkpoint)
 
 
-def left_by(where: str, run: Path) -> Path:
-    """The weights that a finished run of train.py left beside its summary, so that the folder may have been moved."""
-    left = json.loads((run / SUMMARY).read_text(encoding="utf-8")).get("artifacts", {})
-    paths = [run / Path(left[kind]).name for kind in ("lora", "lora_kohya", "model") if kind in left]
-    if not paths or not paths[0].exists():
+def weights_of(where: str, left: Left) -> Path:
+    """What a run learned, where a merge can hold it."""
+    if left.weights is None or not left.weights.exists():
         raise UserError(f"{where}: the run left neither a LoRA nor a model; pass a finished run, or a file")
-    if "words" in left:
+    if "words" in left.artifacts:
         told = "the run learned new words too, which no merge can hold"
-        raise UserError(f"{where}: {told}; to merge what else it learned, pass {paths[0]}")
-    return paths[0]
+        raise UserError(f"{where}: {told}; to merge what else it learned, pass {left.weights}")
+    return left.weights
 
 
 def refuse_misfit(models: Sequence[Model], adapters: Sequence[Adapter], importances: Sequence[Importance]) -> None:

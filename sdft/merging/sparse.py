@@ -78,9 +78,10 @@ def elected_mean(deltas: Sequence[Tensor]) -> Tensor:
     """The mean of the numbers, place by place, that have the sign of their sum; zeros do not count."""
     if len(deltas) == 1:
         return deltas[0]
-    sign = sum(deltas[1:], deltas[0]).sign()
-    total, count = torch.zeros_like(sign), torch.zeros_like(sign)
-    for delta in deltas:
+    sign = sum(deltas[1:], deltas[0]).sign_()
+    total = (deltas[0] * sign).relu_()
+    count = total.sign()
+    for delta in deltas[1:]:
         agreeing = (delta * sign).relu_()
         total += agreeing
         count += agreeing.sign_()

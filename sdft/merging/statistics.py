@@ -15,8 +15,8 @@ from torch import Tensor
 
 from sdft.merging.kinds import Blocks, Statistic
 
-SAMPLE = 2**16
-"""Numbers of a tensor that tell about where a threshold lies."""
+SAMPLE, EVERY = 2**18, 17
+"""Of so many numbers, in whole rows, each 17th tells where a threshold may lie: a prime, so that columns take turns."""
 NEAR = 0.02
 """A share of the numbers, to both sides of it, in which a threshold is looked for first."""
 
@@ -42,7 +42,7 @@ def thresholds(blocks: Blocks, density: float, **numbers: Any) -> list[float]:
 
     Exact: some rows say about where it lies, then all numbers above are counted and those near it put in order.
     """
-    rows = zip(*([magnitudes(tensor) for tensor in tensors] for tensors in blocks(SAMPLE)), strict=True)
+    rows = zip(*([magnitudes(tensor)[::EVERY] for tensor in tensors] for tensors in blocks(SAMPLE)), strict=True)
     samples = [np.sort(np.concatenate(parts)) for parts in rows]
     bounds = [(at_share(sample, density + NEAR, 0.0), at_share(sample, density - NEAR, np.inf)) for sample in samples]
     found: list[float | None] = [None] * len(samples)
@@ -53,8 +53,7 @@ def thresholds(blocks: Blocks, density: float, **numbers: Any) -> list[float]:
             if wanted == size:
                 found[i] = 0.0
             elif above < wanted <= above + len(near):
-                place = len(near) - (wanted - above)
-                found[i] = float(np.partition(near, place)[place])
+                found[i] = float(torch.from_numpy(near).kthvalue(len(near) - (wanted - above) + 1).values)
             else:  # the rows said little of the others
                 tried, bounds[i] = bounds[i], (bounds[i][1], np.inf) if wanted <= above else (0.0, bounds[i][0])
                 if bounds[i] == tried:  # NaN or infinity, which is refused where it would be written

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_models import LAYER, LONG, read, tensors_of
 
+from sdft.formats.diffusers_folder import write_folder
 from sdft.formats.lora_file import write_lora_file
 from sdft.formats.lora_layer import DOWN, UP, Layer, LoraFile
 from sdft.merging import methods
@@ -18,8 +19,9 @@ from sdft.merging.merge import merge
 from sdft.merging.recipe import Step
 from sdft.merging.way import way
 from sdft.models.load import NANO, pretrained
+from sdft.models.sdxl import SDXL
 from sdft.sampling import Sampler, generate
-from sdft.types import UserError
+from sdft.types import Conditioning, UserError
 
 WEIGHT = f"unet/{LAYER}.weight"
 
@@ -83,8 +85,40 @@ def test_an_extracted_lora_draws_the_tuned_models_pictures(tmp_path: Path) -> No
     ):
         list(merge({"step": step}, files[out], **options))  # type: ignore[arg-type]
     base, tuned, back = (
-        generate(pretrained(path).eval(), ["a photo of a cat"], [0], Sampler(steps=4), (64, 64)).astype(int)
-        for path in ("nano", files["tuned"], files["back"])
+        drawn(pretrained(path), ["a photo of a cat"]) for path in ("nano", files["tuned"], files["back"])
     )
     assert np.abs(tuned - base).max() > 5
     assert np.abs(back - tuned).max() <= 1
+
+
+def test_a_full_fine_tune_as_a_lora_draws_nearly_its_pictures(tmp_path: Path) -> None:
+    """nano's whole UNet learns to paint greys: of full rank everywhere, and in biases and norms, which a LoRA lacks."""
+    prompts = ["a photo of a cat", "a castle at night"]
+    model = pretrained("nano")
+    base = drawn(model, prompts)
+    with torch.no_grad():
+        cond = Conditioning(*model.encode_prompts(prompts), torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2))
+        z0 = model.encode_moments(torch.zeros(2, 3, 64, 64)).chunk(2, 1)[0] * model.vae.config.scaling_factor
+    keep = torch.as_tensor(model.scheduler.alphas_cumprod)
+    noise, optimizer = torch.Generator().manual_seed(0), torch.optim.Adam(model.unet.parameters(), 2e-4)
+    for _ in range(8):
+        t, eps = torch.randint(200, 1000, (2,), generator=noise), torch.randn(z0.shape, generator=noise)
+        share = keep[t].reshape(2, 1, 1, 1)
+        loss = (model.denoise(share.sqrt() * z0 + (1 - share).sqrt() * eps, t, cond) - eps).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    tuned = drawn(model, prompts)
+    write_folder(model, tmp_path / "tuned")
+    change = Step(methods.difference, {"a": str(tmp_path / "tuned"), "b": "nano"})
+    list(merge({"change": change}, str(tmp_path / "lora.safetensors"), rank=64, energy=0.99))
+    baked = Step(methods.add, {"base": "nano", "delta": str(tmp_path / "lora.safetensors")})
+    list(merge({"baked": baked}, str(tmp_path / "back"), dtype="fp32"))
+    error = np.abs(drawn(pretrained(str(tmp_path / "back")), prompts) - tuned).mean()
+    moved = np.abs(tuned - base).mean()
+    assert moved > 5
+    assert error < 0.1 * moved
+
+
+def drawn(model: SDXL, prompts: Sequence[str]) -> np.ndarray:
+    return generate(model, prompts, range(len(prompts)), Sampler(steps=4), (64, 64)).astype(int)

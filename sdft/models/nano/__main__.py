@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from sdft.evaluation.adherence import load_judge
 from sdft.evaluation.pictures import save_grid
 from sdft.evaluation.verdict import BEFORE_AFTER
 from sdft.formats.diffusers_folder import write_folder
+from sdft.formats.run_folder import read_summary
 from sdft.models.load import pretrained
 from sdft.models.nano.build import tokenizer
 from sdft.models.sdxl import SDXL
@@ -65,8 +65,8 @@ def recognised(model: SDXL, sampler: Sampler, weights: Path, out: Path, num_imag
 
 def training(cfg: DictConfig) -> dict[str, dict[str, Any]]:
     """The summaries of the runs, where they are there."""
-    files = {name: Path(cfg[name], "summary.json") for name in ("vae", "base", "clip")}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    found = {name: read_summary(Path(cfg[name])) for name in ("vae", "base", "clip")}
+    return {name: summary for name, summary in found.items() if summary is not None}
 
 
 def card(figures: dict[str, float], runs: dict[str, dict[str, Any]], num_images: int) -> str:
