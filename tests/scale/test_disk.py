@@ -103,11 +103,11 @@ def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
 class FullFrom(L.Callback):
     """From a step on, this rank's files cannot grow."""
 
-    def __init__(self, step: int, size: int):
-        self.step, self.size = step, size
+    def __init__(self, step: int, size: int, rank: int = 0):
+        self.step, self.size, self.rank = step, size, rank
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step and trainer.is_global_zero:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
 
 
