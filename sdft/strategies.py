@@ -35,9 +35,17 @@ def auto(
     accelerator: Literal["auto", "cpu", "gpu"], devices: int | Literal["auto"], num_nodes: Count
 ) -> Strategy | Literal["auto"]:
     """One device, or `ddp` where there are several."""
-    found = torch.cuda.device_count() if accelerator != "cpu" else 0
-    num_devices = (found or 1) if devices == "auto" or devices == -1 else devices
-    return ddp() if num_devices * num_nodes > 1 else "auto"
+    return ddp() if num_processes(accelerator, devices, num_nodes) > 1 else "auto"
+
+
+def num_processes(accelerator: str, devices: int | Literal["auto"], num_nodes: int) -> int:
+    """Of a run on machines like this one."""
+    return (num_gpus(accelerator) or 1 if devices in ("auto", -1) else int(devices)) * num_nodes
+
+
+def num_gpus(accelerator: str) -> int:
+    """Those that a run finds on this machine."""
+    return torch.cuda.device_count() if accelerator != "cpu" else 0
 
 
 def ddp() -> Strategy:

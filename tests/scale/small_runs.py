@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from checks import assert_equal
 from tiny import TinySource, build_tiny_model
 
 from sdft.callbacks.ema import EMA
@@ -265,17 +266,3 @@ def assert_same_end(a: Run, b: Run, ours: dict[str, Any], theirs: dict[str, Any]
     for name in ("state_dict", "optimizer_states", "lr_schedulers", "Images"):
         assert_equal(read_state(a.last)[name], read_state(b.last)[name], name)
     assert_equal(read_state(a.last)["callbacks"]["EMA"], read_state(b.last)["callbacks"]["EMA"], "EMA")
-
-
-def assert_equal(a: Any, b: Any, where: str) -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
