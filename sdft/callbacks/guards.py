@@ -17,7 +17,7 @@ from sdft.types import UserError
 
 MOST_NAMED = 8
 """Samples in the message; the file has all of them."""
-WINDOW, LEAST = 100, 20
+WINDOW, LEAST = 100, 5
 """Values that a new one is compared with, and how many there must be."""
 BROKEN = "became NaN or infinite"
 
@@ -27,10 +27,10 @@ class Guard(L.Callback):
 
     run_dir: `bad_samples.json` in it tells the samples of that step, and the loss of each.
     divergence: a loss, or a norm of the gradient before clipping, of more than so many times the median of the last 100
-        has run away. Sound runs of the shipped experiments stay below 30, also with batches of one sample.
+        has run away. In sound runs on nano, also with batches of one sample, the largest was 5 times the median.
     """
 
-    def __init__(self, run_dir: str, divergence: Annotated[float, Gt(1)] = 1000.0):
+    def __init__(self, run_dir: str, divergence: Annotated[float, Gt(1)] = 100.0):
         self.file, self.divergence = Path(run_dir) / "bad_samples.json", divergence
         self.recent: dict[str, list[float]] = {"loss": [], "gradient": []}
         self._seen: list[dict[str, Any]] = []

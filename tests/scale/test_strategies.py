@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_runs import WRONG, KillAt, Run, finish, result, start
+from torch.profiler import ProfilerActivity
 
 from sdft.callbacks.ema import EMA
 from sdft.formats.run_state import read_state, slices_folder
@@ -49,6 +51,39 @@ class Held(L.Callback):
             assert sum(own_share(weight).numel() for weight in weights) < 0.6 * sum(w.numel() for w in weights)
 
 
+class Bytes(L.Callback):
+    """The messages of a step carry what docs/scaling.md says, number by number."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2 and not hasattr(self, "record"):
+            self.record = torch.profiler.profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+            self.record.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step == 3 and not hasattr(self, "seen"):
+            self.record.stop()
+            gathered = self.numbers("c10d::_allgather_base_", 0)
+            scattered = self.numbers("c10d::_reduce_scatter_base_", 1)
+            reduced = self.numbers("gloo:all_reduce", 0) - scattered  # gloo makes the other out of it
+            self.seen = reduced, gathered, scattered
+            expected = self.expected(trainer, module)
+            assert self.seen == expected, f"{self.seen}, not {expected}"
+
+    def numbers(self, operation: str, whole: int) -> int:
+        """In the tensor at this place of the operation's, which is whole; not of figures for the log, nor of norms."""
+        shapes = [event.input_shapes[whole] for event in self.record.events() if event.name == operation]
+        return sum(num for num in map(math.prod, shapes) if num > 100)
+
+    def expected(self, trainer: L.Trainer, module: Any) -> tuple[int, int, int]:
+        learn = sum(p.numel() for _, p in learning(module.model))
+        if isinstance(trainer.strategy, Copies):
+            return learn, 0, 0
+        whole = sum(p.numel() for p in module.model.unet.parameters())
+        batches, size = trainer.accumulate_grad_batches, trainer.strategy.mesh.size(-1)
+        between = batches * learn // size if size < trainer.world_size else 0  # all copies have theirs
+        return between, batches * 2 * whole, batches * learn
+
+
 def test_the_same_fifty_losses_on_one_process_on_two_and_by_accumulation(tmp_path: Path) -> None:
     """A batch of 4 as 1 x 4, 2 x 2 and 2 accumulated x 2: copies, shards, and one process in two turns."""
 
@@ -65,10 +100,14 @@ def test_the_same_fifty_losses_on_one_process_on_two_and_by_accumulation(tmp_pat
 @pytest.mark.parametrize(
     ("tuning", "options"),
     [
-        ("full", {"strategy": "ddp", "accumulate": 2, "bucket_step": 16, "callbacks": [Sent()]}),
-        ("lora_unet", {"strategy": "ddp", "cache": "disk", "callbacks": [Sent()]}),
-        ("full", {"strategy": "fsdp", "accumulate": 2, "bucket_step": 16, "recompute": True, "callbacks": [Held()]}),
-        ("lora_unet", {"strategy": "hybrid", "cache": "disk"}),
+        ("full", {"strategy": "ddp", "accumulate": 2, "bucket_step": 16, "callbacks": [Sent(), Bytes()]}),
+        ("lora_unet", {"strategy": "ddp", "cache": "disk", "callbacks": [Sent(), Bytes()]}),
+        (
+            "full",
+            {"strategy": "fsdp", "accumulate": 2, "bucket_step": 16, "recompute": True, "cache": "disk"}
+            | {"callbacks": [Held(), Bytes()]},
+        ),
+        ("lora_unet", {"strategy": "hybrid", "cache": "disk", "callbacks": [Bytes()]}),
     ],
     ids=["ddp full", "ddp lora", "fsdp full", "hybrid lora"],
 )
