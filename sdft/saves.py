@@ -51,7 +51,7 @@ class Saving:
         return next(filter(None, (future.exception() for future in self._rest)), None)
 
     def give_up(self) -> None:
-        """Leave nothing of it."""
+        """Leave nothing of it; where its slices failed, so that nothing names them."""
         self._given_up.set()
         self._thread.shutdown()
         if self.own:
@@ -59,15 +59,16 @@ class Saving:
 
     def finish_alone(self) -> None:
         """What can still be done at the end of a process when the others may be gone."""
+        late = threading.Timer(PATIENCE, self._given_up.set)
         problem = self.own_problem()
         if problem is None:
-            late = threading.Timer(PATIENCE, self._given_up.set)
             late.start()
             problem = self.problem()
             late.cancel()
         if problem:
             warnings.warn(f"the last save was not completed: {problem}", stacklevel=2)
-            self.give_up()
+        self._given_up.set()
+        self._thread.shutdown()
 
     def _commit(self, outline: Any) -> None:
         files = [slices_folder(self.path) / name for name in self.files]

@@ -178,7 +178,7 @@ class Shards(ModelParallelStrategy):
     def _of_any(self, problem: BaseException | None) -> BaseException | None:
         """A problem of this rank, or of the first that has one."""
         told: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(told, problem and str(problem))
+        dist.all_gather_object(told, problem and (str(problem) or repr(problem)))
         first = next(filter(None, told), None)
         return problem or (UserError(first) if first else None)
 
