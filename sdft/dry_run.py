@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from sdft.config import build
@@ -45,10 +44,10 @@ def outline(node: DictConfig) -> Any:
 def setup(cfg: DictConfig) -> Any:
     """How the run is spread."""
     from sdft.footprint import Setup
+    from sdft.strategies import num_gpus, num_processes
 
-    said, found = cfg.trainer, torch.cuda.device_count() if cfg.trainer.accelerator != "cpu" else 0
-    num_devices = (found or 1) if said.devices in ("auto", -1) else said.devices
-    num_devices *= said.num_nodes
+    said = cfg.trainer
+    num_devices = num_processes(said.accelerator, said.devices, said.num_nodes)
     divided = isinstance(said.strategy, DictConfig) and said.strategy._target_.endswith(".fsdp")
     return Setup(
         max_steps=said.max_steps,
@@ -56,5 +55,5 @@ def setup(cfg: DictConfig) -> Any:
         precision=said.precision,
         num_devices=num_devices,
         num_shards=(said.strategy.shard_ranks or num_devices) if divided else 1,
-        on_gpu=said.accelerator == "gpu" or found > 0 or cfg.preflight.memory is not None,
+        on_gpu=said.accelerator == "gpu" or num_gpus(said.accelerator) > 0 or cfg.preflight.memory is not None,
     )

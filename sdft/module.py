@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from sdft.footprint import parts_away
 from sdft.models.attention import refuse_device
 from sdft.models.sdxl import SDXL
 from sdft.rng import Draws, seed_of
@@ -87,15 +88,10 @@ class Finetuning(L.LightningModule):
             return
         if not isinstance(model, SDXL):
             raise UserError("strategy=fsdp divides SDXL only; choose strategy=ddp to train a part of nano")
-        encoders = (model.text_encoder, model.text_encoder_2) if self.encoders_stay() else ()
+        stay = "text_encoder" not in parts_away(model, self.trainer.datamodule)
+        encoders = (model.text_encoder, model.text_encoder_2) if stay else ()
         named = (pair for encoder in encoders for pair in encoder.named_modules())
         divide([model.unet, *(part for name, part in named if name.split(".")[-1] in ENCODER_PARTS)])
-
-    def encoders_stay(self) -> bool:
-        """Whether each step reads captions anew: encoders learn, or their states are not kept on disk."""
-        encoders = (self.model.text_encoder, self.model.text_encoder_2)
-        learn = any(p.requires_grad for encoder in encoders for p in encoder.parameters())
-        return learn or self.trainer.datamodule.cache != "disk"
 
     def on_fit_start(self) -> None:
         """Encode once what stays the same, and send away what has nothing left to do."""
@@ -106,7 +102,7 @@ class Finetuning(L.LightningModule):
             return
         data.encode_once(model.encode_moments, self.device, vae=model.vae)
         model.send_away("vae")
-        if self.encoders_stay():
+        if "text_encoder" not in parts_away(model, data):
             return
         encoders = (model.text_encoder, model.text_encoder_2)
         if data.encode_texts_once(model.encode_prompts, model.prompt_ids, *encoders):

@@ -7,7 +7,7 @@ Knows torch and nothing else; who cuts them and why is for `strategies`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,24 @@ def clip_gradients(parameters: Iterable[Tensor], largest: float) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     factor = (largest / (norm(gradients) + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([own_share(gradient) for gradient in gradients], factor)
+
+
+def snapshot(state: Any) -> tuple[Any, list[Tensor]]:
+    """A copy of a nested state in CPU memory: with outlines (on the meta device) for its sharded tensors, and this
+    rank's slices of these, in the same order."""
+    slices: list[Tensor] = []
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, DTensor):
+            slices.append(own_share(value).to("cpu", copy=True))
+            return torch.empty(value.shape, dtype=value.dtype, device="meta")
+        if isinstance(value, Tensor):
+            return value.detach().to("cpu", copy=True)
+        if isinstance(value, Mapping):
+            return {name: copied(one) for name, one in value.items()}
+        return type(value)(copied(one) for one in value) if isinstance(value, list | tuple) else value
+
+    return copied(state), slices
 
 
 def whole(weights: Mapping[Name, Tensor]) -> dict[Name, Tensor]:

@@ -1,22 +1,27 @@
 """How one model learns on several devices: a copy on each (`ddp`), or one copy divided among them (`fsdp`).
 
-Knows processes and who holds which share of a weight; must not know what is trained. Every strategy writes the same
-checkpoint, a single file of whole tensors, so that each resumes from any other's, whatever the number of processes.
+Knows processes and who holds which share of a weight; must not know what is trained. What a checkpoint is read as does
+not tell which strategy wrote it, so that each resumes from any other's, whatever the number of processes.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from sdft.shards import divided_like, whole
+from sdft.saves import Saving
+from sdft.shards import divided_like, snapshot, whole
 from sdft.tuning import learning, put
 from sdft.types import Count, UserError
 
@@ -30,9 +35,17 @@ def auto(
     accelerator: Literal["auto", "cpu", "gpu"], devices: int | Literal["auto"], num_nodes: Count
 ) -> Strategy | Literal["auto"]:
     """One device, or `ddp` where there are several."""
-    found = torch.cuda.device_count() if accelerator != "cpu" else 0
-    num_devices = (found or 1) if devices == "auto" or devices == -1 else devices
-    return ddp() if num_devices * num_nodes > 1 else "auto"
+    return ddp() if num_processes(accelerator, devices, num_nodes) > 1 else "auto"
+
+
+def num_processes(accelerator: str, devices: int | Literal["auto"], num_nodes: int) -> int:
+    """Of a run on machines like this one."""
+    return (num_gpus(accelerator) or 1 if devices in ("auto", -1) else int(devices)) * num_nodes
+
+
+def num_gpus(accelerator: str) -> int:
+    """Those that a run finds on this machine."""
+    return torch.cuda.device_count() if accelerator != "cpu" else 0
 
 
 def ddp() -> Strategy:
@@ -76,15 +89,18 @@ class Copies(SaveTogether, DDPStrategy):
         super().configure_ddp()
 
 
-class Shards(SaveTogether, ModelParallelStrategy):
-    """FSDP2, with checkpoints like everyone's.
+class Shards(ModelParallelStrategy):
+    """FSDP2, with checkpoints that everyone reads, written while training goes on.
 
     Lightning's own are of two kinds that only it resumes, and on as many processes as saved them.
     """
 
+    mesh: DeviceMesh
+
     def __init__(self, shard_ranks: int | None):
         super().__init__()
         self.shard_ranks = shard_ranks
+        self._saving: Saving | None = None
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -99,11 +115,11 @@ class Shards(SaveTogether, ModelParallelStrategy):
             # Autocast sees to it; a cast here would also round the sizes that the UNet is told.
             cast_forward_inputs=False,
         )
-        mesh = self.shard_mesh()
+        self.mesh = self.shard_mesh()
         for part in parts:
             for block in [*(m for m in part.modules() if type(m).__name__ in UNITS), part]:
                 # Also of the part itself: what stays together after a validation would hide the shards from EMA.
-                fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+                fully_shard(block, mesh=self.mesh, mp_policy=policy, reshard_after_forward=True)
 
     def shard_mesh(self) -> DeviceMesh:
         """Copies x shards, or only shards where there is one copy."""
@@ -133,20 +149,73 @@ class Shards(SaveTogether, ModelParallelStrategy):
             for group in optimizer.param_groups:
                 group.update(ONE_KERNEL)
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        return whole({f"model.{name}": p.detach() for name, p in learning(self.lightning_module.model)})
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Copy what is to be saved, and let a thread write it; of several copies of the model, the first is written."""
+        self.wait()
+        path, token = self.broadcast((str(filepath), secrets.token_hex(4)))
+        number, count = self.mesh.get_local_rank(-1), self.mesh.size(-1)
+        # The token: a file that a killed run left is never taken for one of this save.
+        files = [f"step_{checkpoint['global_step']:06d}.{token}.rank_{n}_of_{count}" for n in range(count)]
+        own = files[number] if self.mesh.ndim == 1 or self.mesh.get_local_rank(0) == 0 else None
+        outline, slices = snapshot(checkpoint)
+        self._saving = Saving(Path(path), files, own, slices, outline if self.is_global_zero else None)
+        # Lightning queues the job again as soon as it has made a save of this name.
+        if Path(path).name.startswith("hpc_ckpt_"):
+            self.wait()
 
+    def wait(self) -> None:
+        """Until the last save is on the disk, whole. All ranks must ask, and all raise what went wrong on one."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        if problem := self._of_any(saving.own_problem()):
+            saving.give_up()
+        else:
+            problem = self._of_any(saving.problem())
+        if problem:
+            raise problem
+
+    def _of_any(self, problem: BaseException | None) -> BaseException | None:
+        """A problem of this rank, or of the first that has one."""
+        told: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(told, problem and (str(problem) or repr(problem)))
+        first = next(filter(None, told), None)
+        return problem or (UserError(first) if first else None)
+
+    def once_saved(self, action: Callable[[], None]) -> None:
+        """Do something in rank 0 when the last save is whole."""
+        if self._saving:
+            self._saving.then(action)
+        elif self.is_global_zero:
+            action()
+
+    def on_train_end(self) -> None:
+        self.wait()
+
+    def teardown(self) -> None:
+        if self._saving:  # as after an error
+            self._saving.finish_alone()
+            self._saving = None
+        super().teardown()
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        self.once_saved(partial(self.checkpoint_io.remove_checkpoint, filepath))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        self.wait()
+        return self.checkpoint_io.load_checkpoint(checkpoint_path)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {f"model.{name}": p.detach() for name, p in learning(self.lightning_module.model)}
+
+    @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        weights = checkpoint["state_dict"]
-        put(self.lightning_module.model, {name.removeprefix("model."): value for name, value in weights.items()})
+        for name, parameter in learning(self.lightning_module.model):
+            parameter.copy_(divided_like(parameter, checkpoint["state_dict"][f"model.{name}"]))
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         state = optimizer.state_dict()
-        kept = {(number, name): value for number, values in state["state"].items() for name, value in values.items()}
-        together: dict[int, dict[str, Tensor]] = {number: {} for number in state["state"]}
-        for (number, name), value in whole(kept).items():
-            together[number][name] = value
-        return {"state": together, "param_groups": [group | PLAIN for group in state["param_groups"]]}
+        return state | {"param_groups": [group | PLAIN for group in state["param_groups"]]}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -160,6 +229,3 @@ class Shards(SaveTogether, ModelParallelStrategy):
             }
             groups = [group | ONE_KERNEL for group in saved["param_groups"]]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return self.checkpoint_io.load_checkpoint(checkpoint_path)

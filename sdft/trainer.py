@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.plugins import CheckpointIO
 
-from sdft.formats.run_state import read_state, write_state
+from sdft.formats.run_state import link_state, read_state, remove_state, write_state
 from sdft.types import Count, NonNegative, UserError
 
 # Raised inside Lightning 2.6 by torch 2.13 at every step; goes with the Lightning release that drops LeafSpec.
@@ -118,7 +118,9 @@ class LastCheckpoints(ModelCheckpoint):
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_batch_end(trainer, *args)
         if self.keep > 1 and trainer.is_global_zero and trainer.global_step % self.every == 0:
-            keep_by_step(Path(str(self.dirpath)) / "last.ckpt", trainer.global_step, self.keep)
+            keep = partial(keep_by_step, Path(str(self.dirpath)) / "last.ckpt", trainer.global_step, self.keep)
+            once_saved = getattr(trainer.strategy, "once_saved", None)
+            once_saved(keep) if once_saved else keep()
 
 
 def keep_by_step(last: Path, step: int, keep: int) -> None:
@@ -126,13 +128,13 @@ def keep_by_step(last: Path, step: int, keep: int) -> None:
     by_step = last.with_name(f"step_{step:06d}.ckpt")
     if not last.is_file() or (by_step.is_file() and by_step.samefile(last)):
         return
-    by_step.unlink(missing_ok=True)
     try:
-        os.link(last, by_step)
+        link_state(last, by_step)
     except OSError as error:
         raise UserError(f"{by_step} cannot be made ({error.strerror}); set callbacks.last.keep=1") from error
-    for old in sorted(last.parent.glob("step_*.ckpt"))[:-keep]:
-        old.unlink()
+    kept = {file.with_name(file.name.removesuffix(".slices")) for file in last.parent.glob("step_*.ckpt*")}
+    for old in sorted(kept)[:-keep]:
+        remove_state(old)
 
 
 class RunFiles(CheckpointIO):
@@ -147,7 +149,7 @@ class RunFiles(CheckpointIO):
         return read_state(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        Path(path).unlink(missing_ok=True)
+        remove_state(Path(path))
 
 
 class Progress(TQDMProgressBar):

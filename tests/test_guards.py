@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from sdft.callbacks.guards import MOST_NAMED, Guard
 from sdft.data.datamodule import Images
@@ -20,13 +22,13 @@ from sdft.tuning import Full, learning
 from sdft.types import UserError
 
 
-def fit(model, data, folder: Path, num: int = 3) -> Finetuning:
-    module = Finetuning(model, Full(), Denoising(), partial(adamw, lr=1e-3), constant, seed=0)
-    guards = [Guard(str(folder)), last_checkpoint(str(folder), every=1)]
+def fit(model, data, folder: Path, num: int = 3, lr_schedule=constant, resume: Path | None = None) -> Finetuning:
+    module = Finetuning(model, Full(), Denoising(), partial(adamw, lr=1e-3), lr_schedule, seed=0)
+    guards = [Guard(str(folder)), last_checkpoint(str(folder), every=1, keep=2)]
     settings: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "progress_bar": False, "run_dir": str(folder)}
     run = trainer(max_steps=num, callbacks=guards, accumulate_grad_batches=2, **settings)
     try:
-        run.fit(module, data)
+        run.fit(module, data, ckpt_path=resume, weights_only=False)
     finally:
         fit.weights = {name: p.detach().clone() for name, p in learning(module.model)}
     return module
@@ -80,6 +82,31 @@ def test_a_broken_gradient_stops_before_the_step_and_names_the_samples_of_it(
     assert len(told["samples"]) == 10 == MOST_NAMED + 2  # two batches of five
     assert all(torch.equal(before[name], p) for name, p in fit.weights.items())
     assert not (tmp_path / "checkpoints").exists()
+
+
+def slips(optimizer, num_steps: int) -> LambdaLR:
+    """From the sixth step on, the rate is a thousand times what it was."""
+    return LambdaLR(optimizer, lambda step: 1.0 if step < 6 else 1000.0)
+
+
+def test_a_run_that_diverges_is_stopped_at_the_same_step_also_when_it_was_resumed(
+    tiny_model, tiny_source, tmp_path: Path
+) -> None:
+    told = {}
+    for name, resume in (("straight", None), ("resumed", tmp_path / "straight" / "checkpoints" / "step_000006.ckpt")):
+        data = Images(tiny_source(6), tiny_source(2, "held out"), batch_size=2, size=32, seed=3)
+        with pytest.raises(UserError) as stopped:
+            fit(tiny_model(), data, tmp_path / name, 40, slips, resume)
+        told[name] = str(stopped.value).replace(name, "")
+        saved = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
+        assert all(torch.equal(saved["state_dict"][f"model.{key}"], p) for key, p in fit.weights.items())
+        assert all(p.isfinite().all() for p in fit.weights.values())
+        assert saved["global_step"] == json.loads((tmp_path / name / "bad_samples.json").read_text())["step"] == 7
+    assert told["straight"] == told["resumed"]
+    pattern = r"the (loss|gradient) ran away to (\S+), where the last \d+ were about (\S+), at step \d+ with noise/\d.*"
+    found = re.match(pattern + "raise callbacks.guard.divergence", told["straight"])
+    assert found, told["straight"]
+    assert float(found[2]) > 100 * float(found[3])
 
 
 def test_a_sound_run_leaves_no_list(tiny_model, tiny_source, tmp_path: Path) -> None:

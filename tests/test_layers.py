@@ -30,6 +30,7 @@ LAYERS = {
     "sdft.callbacks": LIGHTNING,
     "sdft.strategies": LIGHTNING,
     "sdft.sampling": SERVICES,
+    "sdft.saves": SERVICES,
     "sdft.footprint": SERVICES,
     "sdft.preflight": SERVICES,
     "sdft.receipt": SERVICES,

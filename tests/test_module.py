@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
+from checks import assert_equal
 
 from sdft.callbacks.ema import EMA
 from sdft.data.datamodule import Images
@@ -263,21 +263,6 @@ def assert_same(straight: dict[str, Any], resumed: dict[str, Any]) -> None:
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "Images"):
         assert_equal(straight[part], resumed[part], part)
     assert_equal(straight["callbacks"]["EMA"], resumed["callbacks"]["EMA"], "EMA")
-
-
-def assert_equal(a: Any, b: Any, where: str) -> None:
-    if isinstance(a, Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}[{i}]")
-    elif not callable(a):
-        assert a == b, where
 
 
 @pytest.mark.parametrize(

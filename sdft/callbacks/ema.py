@@ -11,7 +11,7 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
 
-from sdft.shards import divided_like, own_share, whole
+from sdft.shards import divided_like, own_share
 from sdft.tuning import learning, put
 
 
@@ -67,7 +67,7 @@ class EMA(L.Callback):
         put(module.model, self.average)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"num_updates": self.num_updates, "average": whole(self.average)}
+        return {"num_updates": self.num_updates, "average": self.average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_updates, self.average = state["num_updates"], state["average"]

@@ -42,6 +42,7 @@ class Preempt(L.Callback):
         # The processes hear it at different moments, and must stop after the same step.
         if trainer.strategy.reduce_boolean_decision(self.warned, all=False):
             trainer.save_checkpoint(self.path)
+            getattr(trainer.strategy, "wait", lambda: None)()
             if trainer.is_global_zero:
                 print(f"\nstopped early: saved {self.path} after step {self._step}", flush=True)
             raise SystemExit(AGAIN)

@@ -115,8 +115,8 @@ class Models:
         model, path = self._own[1], subject.checkpoints[step]
         state = read_state(path)
         averages = [kept["average"] for kept in state["callbacks"].values() if "average" in kept]
-        live = {name.removeprefix("model."): value for name, value in state["state_dict"].items()}
-        weights = averages[0] if averages else live
+        live = state["state_dict"] if not averages else {}
+        weights = averages[0] if averages else {name.removeprefix("model."): value for name, value in live.items()}
         if {name for name, _ in learning(model)} != set(weights):
             raise UserError(f"{subject.key}: {path.name} holds other weights than the run's config trains")
         put(model, weights)

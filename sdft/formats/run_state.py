@@ -1,6 +1,8 @@
-"""The state of a run in one file: it appears whole or not at all, and what is damaged is named.
+"""The state of a run on disk: it appears whole or not at all, and what is damaged is named.
 
-Knows bytes and checksums; must not know what a trainer keeps in it, nor how many processes it ran on.
+A state is one file, or one file and beside it a folder of slices of its largest tensors, which several processes wrote.
+Then the file has the rest and the names of the slices: it is written last, and until then the state before is whole.
+Knows bytes and checksums; must not know what a trainer keeps in it, nor who writes which slices and when.
 """
 
 from __future__ import annotations
@@ -10,58 +12,161 @@ import errno
 import os
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sdft.types import UserError
 
+SLICE_FILES = "slice_files"
+"""Under this name a state keeps the names of its slices."""
+
 
 def write_state(state: Mapping[str, Any], path: Path) -> None:
-    """Write `state` so that a kill, a full disk or a power cut at any moment leaves the file that was there before.
+    """Write `state` so that a kill, a full disk or a power cut at any moment leaves the state that was there before.
 
     Raises UserError with the path and the space needed.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    _write(state, path, path)
+    _remove_slices(path, keep=state.get(SLICE_FILES, ()))
+
+
+def write_slices(slices: Sequence[Tensor], path: Path, name: str) -> None:
+    """Write slices of the state that `path` is going to be; like `write_state`."""
+    _write({"slices": slices}, slices_folder(path) / name, path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The state in a file, its tensors mapped, not read; those in slices are put together when they are asked for.
+
+    Raises UserError where a file is missing, cut off or altered.
+    """
+    state = _opened(path, path)
+    names = state.pop(SLICE_FILES, None)
+    if names is None:
+        return state
+    slices = [_opened(slices_folder(path) / name, path)["slices"] for name in names]
+    return _joined(state, zip(*slices, strict=True))
+
+
+def link_state(path: Path, other: Path) -> None:
+    """Give a state a second name, which takes no space. Raises OSError."""
+    remove_state(other)
+    for file in slices_folder(path).glob("[!.]*"):
+        slices_folder(other).mkdir(exist_ok=True)
+        os.link(file, slices_folder(other) / file.name)
+    os.link(path, other)
+
+
+def remove_state(path: Path) -> None:
+    """Remove a state, where there is one."""
+    path.unlink(missing_ok=True)
+    _remove_slices(path)
+
+
+def slices_folder(path: Path) -> Path:
+    """Where the slices of a state lie."""
+    return path.with_name(f"{path.name}.slices")
+
+
+class Slices(NamedTuple):
+    """A tensor cut along its first axis."""
+
+    parts: Sequence[Tensor]
+
+
+class Joined(dict[Any, Any]):
+    """A dict that puts a tensor together when it is asked for, each time anew: the memory is that of one tensor.
+
+    It is a dict for those who insist on one (torch's optimisers).
+    """
+
+    def __getitem__(self, key: Any) -> Any:
+        return _whole(super().__getitem__(key))
+
+    def __iter__(self) -> Iterator[Any]:
+        return super().__iter__()  # written out: Python copies a dict whose iteration is its own without asking it
+
+    get: Any = Mapping.get
+    items: Any = Mapping.items
+    values: Any = Mapping.values
+    pop: Any = MutableMapping.pop
+
+    def __deepcopy__(self, memo: Any) -> Joined:
+        return self  # Lightning copies what it gives to callbacks, which would read all of it
+
+
+def num_bytes(state: Any) -> int:
+    """Bytes of all tensors of a nested state; those in slices are not in it."""
+    if isinstance(state, Tensor):
+        return 0 if state.is_meta else state.nbytes
+    if isinstance(state, Mapping):
+        return sum(num_bytes(value) for value in state.values())
+    return sum(num_bytes(value) for value in state) if isinstance(state, list | tuple) else 0
+
+
+def _write(state: Mapping[str, Any], file: Path, path: Path) -> None:
+    """Write one of the files of the state `path`."""
+    partial = file.with_name(f".{file.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        _fsync_folder(path.parent)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as opened:
+            torch.save(state, opened)
+            opened.flush()
+            os.fsync(opened.fileno())
+        partial.replace(file)
+        _fsync_folder(file.parent)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             partial.unlink()
         cause = _os_error(error)
         if cause is None:
             raise
-        raise UserError(_complaint(path, cause, num_bytes(state))) from error
+        raise UserError(_complaint(file, path, cause, num_bytes(state))) from error
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The state in a file, its tensors mapped, not read. Raises UserError where the file is cut off or altered."""
+def _opened(file: Path, path: Path) -> dict[str, Any]:
+    """The content of one of the files of the state `path`."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()  # torch itself does not compare the checksums that it writes
         if damaged is None:
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(_unusable(path, f"{file} is missing")) from error
     except (zipfile.BadZipFile, OSError, EOFError) as error:
-        raise UserError(_damaged(path, str(error))) from error
-    raise UserError(_damaged(path, f"its entry {damaged} was altered"))
+        raise UserError(_unusable(path, f"{file} is damaged ({error})")) from error
+    raise UserError(_unusable(path, f"{file} is damaged (its entry {damaged} was altered)"))
 
 
-def num_bytes(state: Any) -> int:
-    """Bytes of all tensors of a nested state."""
-    if isinstance(state, Tensor):
-        return state.nbytes
-    if isinstance(state, Mapping):
-        return sum(num_bytes(value) for value in state.values())
-    return sum(num_bytes(value) for value in state) if isinstance(state, list | tuple) else 0
+def _joined(outline: Any, slices: Iterator[Sequence[Tensor]]) -> Any:
+    """A nested state; tensors without numbers are in slices, in the same order."""
+    if isinstance(outline, Tensor):
+        return Slices(next(slices)) if outline.is_meta else outline
+    if isinstance(outline, dict):
+        values = {name: _joined(value, slices) for name, value in outline.items()}
+        return Joined(values) if any(isinstance(value, Slices) for value in values.values()) else values
+    if isinstance(outline, list | tuple):
+        return type(outline)(_whole(_joined(value, slices)) for value in outline)
+    return outline
+
+
+def _whole(value: Any) -> Any:
+    return torch.cat(value.parts) if isinstance(value, Slices) else value
+
+
+def _remove_slices(path: Path, keep: Sequence[str] = ()) -> None:
+    """Also those of a save that was killed. What cannot be removed now is tried again at the next save."""
+    folder = slices_folder(path)
+    with contextlib.suppress(OSError):
+        for file in folder.iterdir():
+            if file.name not in keep:
+                file.unlink()
+        if not keep:
+            folder.rmdir()
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -80,9 +185,9 @@ def _os_error(error: BaseException | None) -> OSError | None:
     return error
 
 
-def _complaint(path: Path, error: OSError, needed: int) -> str:
+def _complaint(file: Path, path: Path, error: OSError, needed: int) -> str:
     kept = f"; the {path.name} of before is intact" if path.is_file() else ""
-    text = f"{path}: the checkpoint cannot be written ({error.strerror or error}){kept}. "
+    text = f"{file}: the checkpoint cannot be written ({error.strerror or error}){kept}. "
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         with contextlib.suppress(OSError):
             text += f"It needs {_megabytes(needed)}, and {_megabytes(shutil.disk_usage(path.parent).free)} are free. "
@@ -93,7 +198,7 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def _damaged(path: Path, why: str) -> str:
+def _unusable(path: Path, why: str) -> str:
     others = sorted(other.name for other in path.parent.glob("*.ckpt") if other != path)
     instead = f"resume={path.parent / others[-1]}" if others else "no resume"
-    return f"resume: {path} is damaged ({why}); start again with {instead}"
+    return f"resume: {why}; start again with {instead}"

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import gzip
 import io
-import resource
 import struct
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from checks import full_disk
 from PIL import Image
 
 from sdft.data.datamodule import Images, folder, shards
@@ -219,17 +218,6 @@ def test_a_cache_folder_that_is_a_file_is_told(tiny_source, tiny_model, tmp_path
     data = Images(tiny_source(2), tiny_source(2), 2, 32, cache="disk", cache_dir=str(tmp_path / "c"))
     with pytest.raises(UserError, match=rf"data\.cache_dir: {tmp_path}/c/.* cannot be written"):
         data.encode_once(model.encode_moments, model.device, vae=model.vae)
-
-
-@contextmanager
-def full_disk(room: int) -> Iterator[None]:
-    """No file may grow past `room` bytes: the call fails as it does on a full disk, with another word for it."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_disk_that_fills_while_caching_is_told_and_the_build_goes_on(tiny_source, tiny_model, tmp_path: Path) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from checks import full_disk
 from safetensors.torch import load_file, save_file
 
 from sdft.evaluation.gallery import Gallery, write_picture
@@ -92,7 +90,7 @@ def test_after_a_full_disk_the_same_pictures_come(models: Models, wanted: list[C
     stopped = gallery(tmp_path / "stopped", models)
     stopped.fill(wanted[:BATCH])
     told = r"cannot be written to \(File too large\); the pictures drawn so far are kept"
-    with pytest.raises(UserError, match=told), file_limit(200):
+    with pytest.raises(UserError, match=told), full_disk(200):
         stopped.fill(wanted)
     kept = contents(tmp_path / "stopped")
     assert len(kept) == BATCH
@@ -228,17 +226,6 @@ def test_wrong_parts_of_a_subject_are_named(lora: Path) -> None:
 
 def test_a_picture_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    with pytest.raises(UserError, match="cannot be written to"), file_limit(500):
+    with pytest.raises(UserError, match="cannot be written to"), full_disk(500):
         write_picture(tmp_path / "a.png", image)
     assert list(tmp_path.iterdir()) == []
-
-
-@contextmanager
-def file_limit(num_bytes: int) -> Iterator[None]:
-    """No file can grow beyond this, as on a full disk."""
-    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, kept[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, kept)

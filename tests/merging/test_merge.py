@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import full_disk
 from safetensors import safe_open
 from safetensors.torch import save_file
 from small_models import LAYER, LONG, SHAPES, read, tensors_of
@@ -235,15 +235,11 @@ def test_a_disk_that_is_full_is_found_before_the_work(model: Model, tmp_path: Pa
     wide = f"unet/{LAYER}.weight"  # of rank 64 in fp16: 0.37 MiB
     a, b = (model(name, i, **{wide: torch.randn(1500, 1500)}) for i, name in enumerate("ab"))
     needed = sum(tensor.nbytes for tensor in read(a).values()) / 2**20
-    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, kept[1]))
-    try:
+    with full_disk(100_000):
         with pytest.raises(UserError, match=rf"out={tmp_path}/out: needs {needed:.1f} MiB, .* free there .*make room"):
             run(methods.weighted_sum, {"a": a, "b": b}, tmp_path / "out")
         with pytest.raises(UserError, match=rf"out={tmp_path}/l.safetensors: needs 0.4 MiB, .* free there"):
             run(methods.difference, {"a": a, "b": b}, tmp_path / "l.safetensors", rank=64)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from checks import assert_equal
 from tiny import TinySource, build_tiny_model
 
 from sdft.callbacks.ema import EMA
@@ -86,15 +88,20 @@ class Run:
 
 
 class KillAt(L.Callback):
-    """Ends the process with no chance to clean up, in the step after `step` are done, at one of `PLACES`."""
+    """Ends the process with no chance to clean up, in the step after `step` are done, at one of `PLACES`.
+
+    saved: a file that must be there first: a save may still be under way.
+    """
 
     PLACES = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end", "on_save_checkpoint")
 
-    def __init__(self, step: int, place: str = "on_train_batch_start"):
-        self.step, self.place = step, place
+    def __init__(self, step: int, place: str = "on_train_batch_start", saved: Path | None = None):
+        self.step, self.place, self.saved = step, place, saved
 
     def _at(self, trainer: L.Trainer, place: str) -> None:
         if place == self.place and trainer.global_step >= self.step:
+            while self.saved and not self.saved.is_file():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -210,8 +217,8 @@ def _rank(run: Run, rank: int, world_size: int, port: int, function: Any) -> Non
     except UserError as error:
         (run.folder / f"error_{rank}.txt").write_text(str(error))
         os._exit(WRONG)
-    except SystemExit as stop:
-        os._exit(stop.code)
+    except SystemExit as left:
+        os._exit(left.code)
     except BaseException:
         traceback.print_exc()
         os._exit(1)
@@ -259,17 +266,3 @@ def assert_same_end(a: Run, b: Run, ours: dict[str, Any], theirs: dict[str, Any]
     for name in ("state_dict", "optimizer_states", "lr_schedulers", "Images"):
         assert_equal(read_state(a.last)[name], read_state(b.last)[name], name)
     assert_equal(read_state(a.last)["callbacks"]["EMA"], read_state(b.last)["callbacks"]["EMA"], "EMA")
-
-
-def assert_equal(a: Any, b: Any, where: str) -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where

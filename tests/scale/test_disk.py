@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from checks import full_disk
 from small_runs import WRONG, Run, finish, start
 
 from sdft.formats.run_state import num_bytes, read_state, write_state
@@ -20,17 +21,6 @@ from sdft.types import UserError
 
 STATE = {"weights": {"a": torch.arange(300_000.0), "b": torch.ones(100)}, "step": 7}
 SIZE = 4 * 300_100
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """No file grows beyond `size`, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -46,7 +36,7 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_at_any_byte_leaves_the_file_of_before(size: int, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     write_state({**STATE, "step": 6}, path)
-    with largest_file(size), pytest.raises(UserError) as told:
+    with full_disk(size), pytest.raises(UserError) as told:
         write_state(STATE, path)
     assert read_state(path)["step"] == 6
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"], "nothing half written stays"
@@ -103,11 +93,11 @@ def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
 class FullFrom(L.Callback):
     """From a step on, this rank's files cannot grow."""
 
-    def __init__(self, step: int, size: int):
-        self.step, self.size = step, size
+    def __init__(self, step: int, size: int, rank: int = 0):
+        self.step, self.size, self.rank = step, size, rank
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step and trainer.is_global_zero:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
 
 

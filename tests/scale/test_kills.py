@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from checks import assert_equal
 from safetensors.torch import load_file
-from small_runs import EVERYTHING, KillAt, Run, assert_equal, assert_same_end, finish, result, start
+from small_runs import EVERYTHING, KillAt, Run, assert_same_end, finish, result, start
 
 from sdft.callbacks.preempt import AGAIN
 from sdft.formats.run_state import read_state

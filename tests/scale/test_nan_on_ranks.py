@@ -1,4 +1,4 @@
-"""One rank's NaN stops every rank, before the optimiser's step, and nobody waits for ever."""
+"""One rank's NaN or explosion stops every rank, before the optimiser's step, and nobody waits for ever."""
 
 from __future__ import annotations
 
@@ -38,3 +38,21 @@ def test_a_nan_on_one_rank_stops_both(strategy: str, tmp_path: Path) -> None:
     saved = read_state(run.last)
     assert saved["global_step"] == 2
     assert all(torch.isfinite(weight).all() for weight in saved["state_dict"].values())
+
+
+class Heavy(L.Callback):
+    """In a step, the samples of one rank weigh a million times as much."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, *_: Any) -> None:
+        if trainer.global_step == 7 and trainer.global_rank == 1:
+            batch.loss_weight_B *= 1e6
+
+
+def test_a_gradient_that_runs_away_on_one_rank_stops_both(tmp_path: Path) -> None:
+    run = Run(tmp_path, "full", "ddp", max_steps=9, save_every=2, callbacks=[Heavy()])
+    assert finish(start(run, 2)) == [WRONG, WRONG]
+    told = json.loads((tmp_path / "bad_samples.json").read_text())
+    assert (told["step"], told["wrong"], len(told["samples"])) == (7, "gradient", 4)
+    for rank in (0, 1):
+        assert "the gradient ran away to" in (tmp_path / f"error_{rank}.txt").read_text()
+    assert read_state(run.last)["global_step"] == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_runs import WRONG, KillAt, Run, finish, result, start
+from torch.profiler import ProfilerActivity
 
 from sdft.callbacks.ema import EMA
-from sdft.formats.run_state import read_state
+from sdft.formats.run_state import read_state, slices_folder
 from sdft.shards import own_share
 from sdft.strategies import Copies, auto
-from sdft.tuning import learning
+from sdft.tuning import Full, learning
 
 KILLED = -9
 
@@ -49,6 +51,41 @@ class Held(L.Callback):
             assert sum(own_share(weight).numel() for weight in weights) < 0.6 * sum(w.numel() for w in weights)
 
 
+class Bytes(L.Callback):
+    """The messages of a step carry what docs/scaling.md says, number by number."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2 and not hasattr(self, "record"):
+            self.record = torch.profiler.profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+            self.record.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        if trainer.global_step == 3 and not hasattr(self, "seen"):
+            self.record.stop()
+            gathered = self.numbers("c10d::_allgather_base_", 0)
+            scattered = self.numbers("c10d::_reduce_scatter_base_", 1)
+            reduced = self.numbers("gloo:all_reduce", 0) - scattered  # gloo makes the other out of it
+            self.seen = reduced, scattered, gathered
+            *exactly, gathered = self.expected(trainer, module)
+            # In LoRA the very first blocks are gathered once: they have nothing to pass a gradient on to.
+            expected = (*exactly, gathered if isinstance(module.tuning, Full) else pytest.approx(gathered, rel=0.02))
+            assert self.seen == expected, f"{self.seen}, not {expected}"
+
+    def numbers(self, operation: str, whole: int) -> int:
+        """In the tensor at this place of the operation's, which is whole; not of figures for the log, nor of norms."""
+        shapes = [event.input_shapes[whole] for event in self.record.events() if event.name == operation]
+        return sum(num for num in map(math.prod, shapes) if num > 100)
+
+    def expected(self, trainer: L.Trainer, module: Any) -> tuple[int, int, int]:
+        learn = sum(p.numel() for _, p in learning(module.model))
+        if isinstance(trainer.strategy, Copies):
+            return learn, 0, 0
+        whole = sum(p.numel() for p in module.model.unet.parameters())
+        batches, size = trainer.accumulate_grad_batches, trainer.strategy.mesh.size(-1)
+        between = batches * learn // size if size < trainer.world_size else 0  # all copies have theirs
+        return between, batches * learn, batches * 2 * whole
+
+
 def test_the_same_fifty_losses_on_one_process_on_two_and_by_accumulation(tmp_path: Path) -> None:
     """A batch of 4 as 1 x 4, 2 x 2 and 2 accumulated x 2: copies, shards, and one process in two turns."""
 
@@ -65,10 +102,14 @@ def test_the_same_fifty_losses_on_one_process_on_two_and_by_accumulation(tmp_pat
 @pytest.mark.parametrize(
     ("tuning", "options"),
     [
-        ("full", {"strategy": "ddp", "accumulate": 2, "bucket_step": 16, "callbacks": [Sent()]}),
-        ("lora_unet", {"strategy": "ddp", "cache": "disk", "callbacks": [Sent()]}),
-        ("full", {"strategy": "fsdp", "accumulate": 2, "bucket_step": 16, "recompute": True, "callbacks": [Held()]}),
-        ("lora_unet", {"strategy": "hybrid", "cache": "disk"}),
+        ("full", {"strategy": "ddp", "accumulate": 2, "bucket_step": 16, "callbacks": [Sent(), Bytes()]}),
+        ("lora_unet", {"strategy": "ddp", "cache": "disk", "callbacks": [Sent(), Bytes()]}),
+        (
+            "full",
+            {"strategy": "fsdp", "accumulate": 2, "bucket_step": 16, "recompute": True, "cache": "disk"}
+            | {"callbacks": [Held(), Bytes()]},
+        ),
+        ("lora_unet", {"strategy": "hybrid", "cache": "disk", "callbacks": [Bytes()]}),
     ],
     ids=["ddp full", "ddp lora", "fsdp full", "hybrid lora"],
 )
@@ -85,6 +126,9 @@ def test_all_that_a_run_can_have_works_on_several_processes(tuning: str, options
     close(one, many, accumulate)
     assert many["validation"] == pytest.approx(one["validation"], rel=1e-4)
     assert_near(one["weights"], many["weights"])
+    if options["strategy"] == "hybrid":
+        slices = slices_folder(tmp_path / "many" / "checkpoints" / "last.ckpt")
+        assert len(list(slices.iterdir())) == 2, "of two copies one is saved"
 
 
 def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -106,7 +150,8 @@ def test_a_checkpoint_goes_on_under_any_strategy_and_number_of_processes(tmp_pat
     settings = {"tuning": "lora_unet_te", "max_steps": 9}
     straight = result(Run(tmp_path / "straight", batch_size=4, **settings))
     folder = tmp_path / "chain"
-    shards = Run(folder, strategy="fsdp", callbacks=[KillAt(3)], **settings)
+    shards = Run(folder, strategy="fsdp", **settings)
+    shards.callbacks = [KillAt(3, saved=shards.last)]
     assert finish(start(shards, 2)) == [KILLED, KILLED]
     one = Run(folder, batch_size=2, accumulate=2, resume=shards.last, callbacks=[KillAt(6)], **settings)
     assert finish(start(one)) == [KILLED]
@@ -142,7 +187,7 @@ def test_a_checkpoint_of_shards_is_that_of_one_process(tmp_path: Path) -> None:
 
 
 def assert_alike(a: Any, b: Any, where: str = "") -> None:
-    assert type(a) is type(b), where
+    assert isinstance(a, type(b)), where  # of slices, a dict that puts them together
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:
