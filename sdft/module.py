@@ -136,13 +136,17 @@ class Finetuning(L.LightningModule):
 
 
 def recount(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
-    """Make the steps that are done into batches: this run may accumulate otherwise, and half a step is not kept."""
+    """Make the steps that are done into batches: this run may accumulate otherwise, and half a step is not kept.
+
+    The last batch of the run that saved it need not be that of this one, which may have more steps.
+    """
     num_batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     shift = num_batches - progress["current"]["ready"]
     for counts in (progress["total"], progress["current"]):
         for name in counts:
             counts[name] += shift
+    progress["is_last_batch"] = False
     checkpoint[type(trainer.datamodule).__qualname__]["batches_done"] = num_batches
 
 

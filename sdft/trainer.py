@@ -90,7 +90,7 @@ def trainer(
 def last_checkpoint(run_dir: str | None, every: Count = 100, keep: Count = 1) -> ModelCheckpoint:
     """Keeps `checkpoints/last.ckpt`, from which `resume=` goes on.
 
-    every: optimiser steps between two saves.
+    every: optimiser steps between two saves; the last step is saved too.
     keep: how many saves stay; those before the last are `step_000100.ckpt` and so on.
     """
     return LastCheckpoints(folder_of(run_dir), every, keep)
@@ -115,9 +115,15 @@ class LastCheckpoints(ModelCheckpoint):
         super().__init__(folder, filename="last", every_n_train_steps=every, enable_version_counter=False)
         self.every, self.keep = every, keep
 
+    @property
+    def state_key(self) -> str:
+        return type(self).__qualname__  # Lightning's own says how often is saved, which a resumed run may change
+
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        every = 1 if trainer.global_step == trainer.max_steps else self.every
+        self._every_n_train_steps = every
         super().on_train_batch_end(trainer, *args)
-        if self.keep > 1 and trainer.is_global_zero and trainer.global_step % self.every == 0:
+        if self.keep > 1 and trainer.is_global_zero and trainer.global_step % every == 0:
             keep = partial(keep_by_step, Path(str(self.dirpath)) / "last.ckpt", trainer.global_step, self.keep)
             once_saved = getattr(trainer.strategy, "once_saved", None)
             once_saved(keep) if once_saved else keep()

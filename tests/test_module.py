@@ -257,6 +257,23 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(tuning: str, tiny_mode
     assert_same(read(tmp_path / "straight"), read(tmp_path / "killed"))
 
 
+def test_a_finished_run_with_more_steps_goes_on(tiny_model, tiny_source, tmp_path: Path) -> None:
+    """Four steps, the last of which is saved as every third is, and two more are six."""
+
+    def fit(folder: Path, max_steps: int, resume: Path | None = None) -> dict[str, Any]:
+        module = Finetuning(tiny_model(), Adapter(rank=2), Denoising(), partial(adamw, lr=1e-2), constant, seed=7)
+        run = settings(folder, max_steps, accumulate_grad_batches=2)
+        run.fit(module, images(tiny_source(5), tiny_source(2, "held out")), ckpt_path=resume, weights_only=False)
+        return read(folder)
+
+    straight = fit(tmp_path / "straight", 6)
+    assert fit(tmp_path / "longer", 4)["global_step"] == 4
+    longer = fit(tmp_path / "longer", 6, tmp_path / "longer" / "checkpoints" / "last.ckpt")
+    assert straight["global_step"] == longer["global_step"] == 6
+    for part in ("state_dict", "optimizer_states", "Images"):
+        assert_equal(straight[part], longer[part], part)
+
+
 def assert_same(straight: dict[str, Any], resumed: dict[str, Any]) -> None:
     """The last checkpoints agree in live weights, average, optimiser and schedule."""
     assert straight["global_step"] == resumed["global_step"] == 6
