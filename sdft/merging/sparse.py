@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
@@ -65,7 +66,8 @@ def della(
 
 def trimmed(delta: Tensor, threshold: float) -> Tensor:
     """The delta without the numbers whose magnitudes do not reach the threshold."""
-    just_below = torch.nextafter(torch.tensor(threshold, dtype=delta.dtype), torch.zeros((), dtype=delta.dtype))
+    kind = np.float64 if delta.dtype == torch.float64 else np.float32
+    just_below = np.nextafter(kind(threshold), kind(0))
     return hardshrink(delta, float(just_below))  # one pass; a mask would take four
 
 

@@ -71,7 +71,7 @@ def count_between(blocks: Blocks, bounds: Sequence[tuple[float, float]]) -> list
             too_large = found >= high
             sizes[i] += len(found)
             above[i] += int(np.count_nonzero(too_large))
-            near[i].append(found[(found >= low) ^ too_large])
+            near[i].append(found[np.flatnonzero((found >= low) ^ too_large)])  # a third of the time of a mask
     return [(size, count, np.concatenate(parts)) for size, count, parts in zip(sizes, above, near, strict=True)]
 
 
