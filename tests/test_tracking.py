@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from sdft.callbacks.tracking import wandb_logger
@@ -27,3 +30,13 @@ def test_what_comes_after_a_requeue_is_told_under_the_same_id(tmp_path: Path) ->
     kept = (tmp_path / "wandb_id.txt").read_text()
     assert [part.name.rpartition("-")[2] for part in parts] == [kept, kept]
     assert all((part / f"run-{kept}.wandb").stat().st_size for part in parts)
+
+
+def test_without_a_key_and_without_a_word_it_is_offline(tmp_path: Path) -> None:
+    """As a stranger meets it: nothing set, nobody logged in; a process of its own, as W&B looks only once."""
+    script = "import sys; from sdft.callbacks.tracking import wandb_logger; wandb_logger(sys.argv[1], 'x').experiment"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")} | {"HOME": str(tmp_path)}
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))

@@ -31,9 +31,11 @@ def wandb_logger(
 
     chosen = mode if mode != "auto" else os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
     os.environ.setdefault("WANDB_SILENT", "true")
+    offline = chosen != "online"
     return WandbLogger(
-        project=project, name=name, save_dir=save_dir, offline=chosen != "online", tags=tags, log_model=False,
+        project=project, name=name, save_dir=save_dir, offline=offline, tags=tags, log_model=False,
         id=run_id(Path(save_dir or "."), bool(resume)), resume="allow",
+        mode="offline" if offline else "online",  # Lightning says so by WANDB_MODE, which is read before, with the key
     )  # fmt: skip
 
 
