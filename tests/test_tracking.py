@@ -39,4 +39,5 @@ def test_without_a_key_and_without_a_word_it_is_offline(tmp_path: Path) -> None:
     command = [sys.executable, "-c", script, str(tmp_path / "run")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))

@@ -29,13 +29,13 @@ def wandb_logger(
     """
     import wandb
 
-    chosen = mode if mode != "auto" else os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    offline = chosen != "online"
+    os.environ.setdefault("WANDB_SILENT", "true")  # read once, at the first question
+    chosen = os.environ.get("WANDB_MODE") if mode == "auto" else mode
+    offline = chosen != "online" if chosen else not wandb.login(prompt=False, verify=False)
     return WandbLogger(
         project=project, name=name, save_dir=save_dir, offline=offline, tags=tags, log_model=False,
         id=run_id(Path(save_dir or "."), bool(resume)), resume="allow",
-        mode="offline" if offline else "online",  # Lightning says so by WANDB_MODE, which is read before, with the key
+        mode="offline" if offline else "online",  # Lightning says so by WANDB_MODE, which was read with the key
     )  # fmt: skip
 
 
