@@ -28,11 +28,13 @@ def main(cfg: DictConfig) -> float | None:
     job = HydraConfig.get()
     cfg.run_dir = job.runtime.output_dir
     if not OmegaConf.is_missing(job.job, "num"):
-        if finished(Path(cfg.run_dir), job.overrides.task) is not None:
+        done = finished(Path(cfg.run_dir), job.overrides.task)
+        if done is not None:
             print(f"{cfg.name}: {cfg.run_dir} is finished", flush=True)
         elif job.mode == RunMode.MULTIRUN and setup(cfg).num_devices > Place.of_process().world_size:
             run_apart(job)
-        if done := finished(Path(cfg.run_dir), job.overrides.task):
+            done = finished(Path(cfg.run_dir), job.overrides.task)
+        if done is not None:
             return done.get(cfg.metric)
     if cfg.reproduce:
         torch.set_num_threads(receipt.read(cfg.reproduce)["threads"])  # sums of floats depend on it
