@@ -62,6 +62,21 @@ class Lookup(Strings):
         return None
 
 
+class EndToEnd:
+    """Several lists as one, by their lengths."""
+
+    def __init__(self, lengths: Iterable[int]):
+        self._starts = np.cumsum([0, *lengths])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def place(self, position: int) -> tuple[int, int]:
+        """Which of the lists has a position, and where."""
+        number = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return number, int(position - self._starts[number])
+
+
 def distinct(texts: Strings) -> Lookup:
     """Each text once."""
     again = {later for later, _ in repeated(texts)}

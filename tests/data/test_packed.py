@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sdft.data.packed
-from sdft.data.packed import Lookup, Strings, distinct, repeated
+from sdft.data.packed import EndToEnd, Lookup, Strings, distinct, repeated
 
 TEXTS = ["", "a", "日本/\udcff.png", "a", "b" * 1000, "", "a"]
 
@@ -15,6 +15,12 @@ def test_strings_are_a_list_of_texts() -> None:
     assert packed[-1] == "a"
     assert len(packed) == len(TEXTS)
     assert not Strings()
+
+
+def test_lists_end_to_end_know_whose_a_position_is() -> None:
+    both = EndToEnd([2, 0, 3])
+    assert len(both) == 5
+    assert [both.place(position) for position in range(5)] == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
 
 
 def test_what_is_there_again_is_named_in_order() -> None:

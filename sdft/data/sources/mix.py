@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy as np
-
 from sdft.data.dataset import Sample, Source
 from sdft.data.decode import Encoded
-from sdft.data.packed import Strings
+from sdft.data.packed import EndToEnd, Strings
 from sdft.data.sources.splits import encoded
 from sdft.types import Count, Positive, UserError
 
@@ -39,15 +37,14 @@ class Mix:
         self.repeats = repeats_of(sources, weights) if weights else repeats or {}
         rounds = [(name, again) for name in sources for again in range(self.repeats.get(name, 1))]
         self._rounds = [sources[name] for name, _ in rounds]
-        self._ends = np.cumsum([len(source.keys) for source in self._rounds])
+        self._all = EndToEnd(len(source.keys) for source in self._rounds)
         self.keys = Strings(
             f"{name}/{key}" + (f"#{again}" if again else "") for name, again in rounds for key in sources[name].keys
         )
 
     def _place(self, position: int) -> tuple[Source, int]:
-        round_ = int(np.searchsorted(self._ends, position, side="right"))
-        source = self._rounds[round_]
-        return source, position - int(self._ends[round_]) + len(source.keys)
+        round_, index = self._all.place(position)
+        return self._rounds[round_], index
 
     def __getitem__(self, position: int) -> Sample:
         source, index = self._place(position)

@@ -19,7 +19,7 @@ import numpy as np
 from sdft.data.captions import Captions, Tags, checked_template, checked_texts
 from sdft.data.dataset import Sample
 from sdft.data.decode import Encoded
-from sdft.data.packed import Strings, repeated
+from sdft.data.packed import EndToEnd, Strings, repeated
 from sdft.data.problems import listed
 from sdft.data.record import stamp_of
 from sdft.data.sources import metadata
@@ -76,8 +76,8 @@ class Shards:
         self.files = [local(url, cache_dir) for url in expand(shards)]
         self._stamps = [stamp_of(file) for file in self.files]
         self._lines = [entries_of(file) for file in self.files]
-        self._ends = np.cumsum([len(lines) for lines in self._lines])
-        self._places = np.arange(self._ends[-1])
+        self._all = EndToEnd(map(len, self._lines))
+        self._places = np.arange(len(self._all))
         keys = self._checked_keys(default_caption)
         if len(keys) < (1 if split == "all" else 2):
             raise UserError(f"data.shards={shards}: found {len(keys)} samples, need at least 2")
@@ -87,10 +87,8 @@ class Shards:
 
     def _entry(self, index: int) -> tuple[int, Entry]:
         """A sample and the number of its shard."""
-        place = self._places[index]
-        number = int(np.searchsorted(self._ends, place, side="right"))
-        lines = self._lines[number]
-        return number, Entry.unpacked(lines[int(place - self._ends[number]) + len(lines)])
+        number, row = self._all.place(self._places[index])
+        return number, Entry.unpacked(self._lines[number][row])
 
     def encoded(self, index: int) -> Encoded:
         """The picture as its shard holds it."""
