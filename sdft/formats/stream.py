@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -139,12 +140,18 @@ def appearing(target: Path, key: str = "out", overwrite: bool = False) -> Iterat
         written.rename(target)
 
 
-def sha256(file: Path, bar: tqdm | None = None) -> str:
-    """The hash of a file's bytes."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK))
-    with file.open("rb", buffering=0) as opened:
-        while size := opened.readinto(buffer):
-            digest.update(buffer[:size])
-            if bar is not None:
-                bar.update(size)
+def sha256(file: Path, read: Callable[[int], object] = lambda size: None) -> str:
+    """The hash of a file's bytes; `read` is called before each part that is read, with its size."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        if not file.stat().st_size:  # nothing to map
+            return digest.hexdigest()
+        # Mapped, not copied: a copy costs a third of the hash where other threads want the caches too.
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as content:
+            mapped.madvise(mmap.MADV_SEQUENTIAL)
+            for start in range(0, len(content), CHUNK):
+                part = content[start : start + CHUNK]
+                read(len(part))
+                digest.update(part)
+                part.release()
     return digest.hexdigest()

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Condition
 from typing import Any, Literal
 
 from torch import Tensor
@@ -32,6 +33,8 @@ from sdft.types import FLOATS, Count, UserError
 
 Format = Literal["folder", "single_file", "kohya", "diffusers"]
 MODEL_FORMATS, LORA_FORMATS = ("folder", "single_file"), ("kohya", "diffusers")
+AHEAD = 2**29
+"""Bytes of each input."""
 UNKNOWN = "0" * 64
 """Keeps the place of a hash."""
 HashOf = Callable[[Path], str]
@@ -153,11 +156,15 @@ def write_model(
         appearing(target, overwrite=overwrite) as written,
         opened(recipe) as readers,
         tqdm(total=total, desc="merging", unit="B", unit_scale=True, leave=False) as bar,
-        hashing(recipe.sources, threads, bar) as hash_of,
+        hashing(recipe.sources, bar, pace := Pace()) as hash_of,
     ):
 
         def pieces(weight: str) -> Iterator[Tensor]:
             return Blend(recipe, readers, weight, like.weights[weight].shape).pieces()
+
+        def wrote(size: int) -> None:
+            bar.update(size)
+            pace.advance(size / to_write)
 
         if config is not None:
             from sdft.formats.diffusers_folder import copy_all_but_weights  # diffusers takes seconds to import
@@ -165,7 +172,7 @@ def write_model(
             copy_all_but_weights(like, written, config)
         before = metadata(recipe, lambda file: UNKNOWN)
         damage, after = partial(what_is_damaged, recipe, readers), partial(metadata, recipe, hash_of)
-        write_outputs(outputs, written, pieces, damage, threads, before, after, bar)
+        write_outputs(outputs, written, pieces, damage, threads, before, after, wrote)
 
 
 def write_lora(
@@ -184,7 +191,7 @@ def write_lora(
         opened(recipe) as readers,
         tqdm(desc="hashing", unit="B", unit_scale=True, leave=False) as read,
         tqdm(total=len(layers_of(recipe)), desc="layers", leave=False) as bar,
-        hashing(recipe.sources, threads, read) as hash_of,
+        hashing(recipe.sources, read) as hash_of,
     ):
         found = compress(recipe, readers, rank, energy, FLOATS[dtype], threads, bar)
         if not found.layers:
@@ -199,17 +206,50 @@ def write_lora(
     return found
 
 
-@contextmanager
-def hashing(sources: Mapping[str, Source], threads: int, bar: tqdm) -> Iterator[HashOf]:
-    """A function that gives the SHA-256 of an input file, which threads of their own compute.
+class Pace:
+    """Keeps what reads ahead of the work near it: what is read too early has left the page cache when it is wanted."""
 
-    Reading files from end to end, they also bring what is to be merged into the cache.
+    def __init__(self) -> None:
+        self.done = 0.0
+        """The share of the work."""
+        self.changed = Condition()
+
+    def advance(self, share: float) -> None:
+        with self.changed:
+            self.done += share
+            self.changed.notify_all()
+
+    def wait_for(self, share: float) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.done >= share)
+
+
+@contextmanager
+def hashing(sources: Mapping[str, Source], bar: tqdm, pace: Pace | None = None) -> Iterator[HashOf]:
+    """A function that gives the SHA-256 of an input file; each input has a thread that computes them.
+
+    Reading files from end to end, little ahead of the work, it also brings what is to be merged into the page cache.
     """
-    with ThreadPoolExecutor(threads) as pool:
-        futures = {file: pool.submit(sha256, file, bar) for source in sources.values() for file in source.files}
+
+    def hashes(source: Source) -> dict[Path, str]:
+        size, at = size_of(source), 0
+
+        def read(more: int) -> None:
+            nonlocal at
+            at += more
+            bar.update(more)
+            if pace is not None:
+                pace.wait_for((at - AHEAD) / size)
+
+        return {file: sha256(file, read) for file in source.files}
+
+    with ThreadPoolExecutor(len(sources)) as pool:
+        found = [pool.submit(hashes, source) for source in sources.values()]
         try:
-            yield lambda file: futures[file].result()
+            yield lambda file: {name: hash for future in found for name, hash in future.result().items()}[file]
         finally:
+            if pace is not None:
+                pace.advance(1)  # after an error too
             pool.shutdown(cancel_futures=True)
 
 
