@@ -1,6 +1,8 @@
-"""How the C library treats what is freed."""
+"""How much memory there is, and how the C library treats what is freed."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 
@@ -12,3 +14,12 @@ def keep_freed_memory() -> None:
     """
     block = torch.empty(31 * 2**20, dtype=torch.uint8)
     del block
+
+
+def available_memory() -> float:
+    """Bytes that the system can give; without end where it does not say."""
+    try:
+        rows = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return float("inf")
+    return next((int(row.split()[1]) * 2**10 for row in rows if row.startswith("MemAvailable")), float("inf"))

@@ -107,17 +107,19 @@ class Checkpoint:
         with ExitStack() as stack:
             files: dict[Path, safe_open] = {}
 
-            def read(weight: str) -> Tensor:
-                view = self.weights[weight]
+            def tensor(stored: Stored) -> Tensor:
                 if self.pickled:
-                    tensor = self.pickled[view.stored.name]
-                else:
-                    if view.stored.file not in files:
-                        files[view.stored.file] = stack.enter_context(safe_open(view.stored.file, framework="pt"))
-                    tensor = files[view.stored.file].get_tensor(view.stored.name)
-                return view.place.to_folder(tensor, view.slot) if view.place else tensor
+                    return self.pickled[stored.name]
+                if stored.file not in files:
+                    files[stored.file] = stack.enter_context(safe_open(stored.file, framework="pt"))
+                return files[stored.file].get_tensor(stored.name)
 
-            yield read
+            yield lambda weight: self.read(weight, tensor)
+
+    def read(self, weight: str, tensor: Callable[[Stored], Tensor]) -> Tensor:
+        """One weight, where `tensor` reads what the file holds."""
+        view = self.weights[weight]
+        return view.place.to_folder(tensor(view.stored), view.slot) if view.place else tensor(view.stored)
 
 
 def read_one(stored: Stored, pickled: dict[str, Tensor]) -> Tensor:

@@ -49,6 +49,8 @@ class Stored(Entry):
 
     file: Path
     name: str
+    start: int = 0
+    """Of its bytes in the file."""
 
 
 def entry_of(tensor: Tensor) -> Entry:
@@ -63,11 +65,12 @@ def read_header(where: str, file: Path) -> tuple[list[Stored], dict[str, str]]:
             pass
         with file.open("rb") as opened:
             header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+            begin = opened.tell()
     except (SafetensorError, OSError) as error:
         raise UserError(f"{where}: {file.name} is cut off or no safetensors file ({error}); get it anew") from error
     metadata = header.pop("__metadata__", None) or {}
     stored = [
-        Stored(entry["dtype"], tuple(entry["shape"]), file, name)
+        Stored(entry["dtype"], tuple(entry["shape"]), file, name, begin + entry["data_offsets"][0])
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     ]
     return stored, metadata
@@ -140,18 +143,36 @@ def appearing(target: Path, key: str = "out", overwrite: bool = False) -> Iterat
         written.rename(target)
 
 
-def sha256(file: Path, read: Callable[[int], object] = lambda size: None) -> str:
-    """The hash of a file's bytes; `read` is called before each part that is read, with its size."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        if not file.stat().st_size:  # nothing to map
-            return digest.hexdigest()
-        # Mapped, not copied: a copy costs a third of the hash where other threads want the caches too.
-        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as content:
-            mapped.madvise(mmap.MADV_SEQUENTIAL)
+class Mapped:
+    """A file as memory, whose pages come when they are read."""
+
+    def __init__(self, path: Path):
+        self.file = path.open("rb", buffering=0)
+        # A copy, by name, so that torch does not warn of memory that cannot be written.
+        self.content = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.content.madvise(mmap.MADV_SEQUENTIAL)
+
+    def tensor(self, stored: Stored) -> Tensor:
+        """A view."""
+        size = torch.Size(stored.shape)
+        return torch.frombuffer(
+            self.content, dtype=DTYPES[stored.dtype], count=size.numel(), offset=stored.start
+        ).view(size)
+
+    def forget(self, stored: Stored) -> None:
+        """Let the system have the memory of a tensor, which is read anew where it is asked for again."""
+        first = -(-stored.start // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (stored.start + stored.num_bytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        if size > 0:
+            self.content.madvise(mmap.MADV_DONTNEED, first, size)
+            os.posix_fadvise(self.file.fileno(), first, size, os.POSIX_FADV_DONTNEED)
+
+    def sha256(self, come_to: Callable[[int], object] = lambda end: None) -> str:
+        """The hash of the bytes; `come_to` is told how far it is. To copy what is hashed would cost a third more."""
+        digest = hashlib.sha256()
+        with memoryview(self.content) as content:
             for start in range(0, len(content), CHUNK):
-                part = content[start : start + CHUNK]
-                read(len(part))
-                digest.update(part)
-                part.release()
-    return digest.hexdigest()
+                with content[start : start + CHUNK] as part:
+                    digest.update(part)
+                come_to(min(start + CHUNK, len(content)))
+        return digest.hexdigest()

@@ -5,8 +5,7 @@ Knows graphs, pieces and statistics; must not know what is written where.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from sdft import rng
 from sdft.formats.lora_layer import DORA
 from sdft.merging.blocks import block_of, is_by_block, number_of
+from sdft.merging.inputs import Read
 from sdft.merging.kinds import Kind
 from sdft.merging.recipe import Recipe
 from sdft.merging.sources import Adapter, Held, change_of, rescaled
@@ -23,19 +23,6 @@ from sdft.types import UserError
 PIECE = 2**18
 """Numbers in a piece of a weight: few enough that what is made of them stays in a core's cache. Random draws are made
 piece by piece, so results depend on it."""
-
-Read = Callable[[str], Tensor]
-
-
-@contextmanager
-def opened(recipe: Recipe) -> Iterator[Mapping[str, Read]]:
-    """A reader of weights for each source that holds them one by one."""
-    with ExitStack() as stack:
-        yield {
-            name: stack.enter_context(source.checkpoint.opened())
-            for name, source in recipe.sources.items()
-            if isinstance(source, Held)
-        }
 
 
 def what_is_damaged(recipe: Recipe, readers: Mapping[str, Read], weight: str) -> str:
@@ -56,7 +43,7 @@ def what_is_damaged(recipe: Recipe, readers: Mapping[str, Read], weight: str) ->
 class Blend:
     """One weight of a recipe's result.
 
-    weight: `part/name`. shape: of it. readers: from `opened`. every: 1, or only one row in so many.
+    weight: `part/name`. shape: of it. readers: of `Inputs`. every: 1, or only one row in so many.
     """
 
     def __init__(

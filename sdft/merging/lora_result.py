@@ -21,8 +21,9 @@ from sdft.formats.lora_keys import is_convolution, kohya_name
 from sdft.formats.lora_layer import DORA, DOWN, MID, UP, Layer, LoraFile
 from sdft.formats.stream import entry_of, write_tensors
 from sdft.merging import methods
-from sdft.merging.evaluate import Blend, Read, what_is_damaged
+from sdft.merging.evaluate import Blend, what_is_damaged
 from sdft.merging.factors import nearest, product_nearest
+from sdft.merging.inputs import Inputs
 from sdft.merging.recipe import Recipe
 from sdft.merging.sources import Adapter
 from sdft.merging.write import in_threads
@@ -75,7 +76,7 @@ def layer_at(weight: str) -> str | None:
 @torch.no_grad()
 def compress(
     recipe: Recipe,
-    readers: Mapping[str, Read],
+    inputs: Inputs,
     rank: int | None,
     energy: float | None,
     dtype: torch.dtype,
@@ -91,10 +92,11 @@ def compress(
             refuse_odd([factor for pair in pairs for factor in pair], weight)
             made = product_nearest(pairs, rank, energy) if pairs else None
         else:
-            matrix = torch.cat(list(Blend(recipe, readers, weight, shape).pieces())).flatten(1).float()
+            matrix = torch.cat(list(Blend(recipe, inputs.readers, weight, shape).pieces())).flatten(1).float()
             refuse_odd([matrix], weight)
             generator = rng.generator(SEED, "extract", name)
             made = nearest(matrix, rank, energy, generator) if matrix.any() else None
+        inputs.used(weight)
         bar.update()
         if made is not None:
             up, down, found.missed[name] = made
@@ -102,11 +104,12 @@ def compress(
 
     def refuse_odd(tensors: list[Tensor], weight: str) -> None:
         if not all(torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in tensors):
-            raise UserError(what_is_damaged(recipe, readers, weight))
+            raise UserError(what_is_damaged(recipe, inputs.readers, weight))
 
     def look(weight: str, shape: tuple[int, ...]) -> None:
-        if any(piece.any() for piece in Blend(recipe, readers, weight, shape).pieces()):
+        if any(piece.any() for piece in Blend(recipe, inputs.readers, weight, shape).pieces()):
             found.left_out.append(weight)
+        inputs.used(weight)
 
     jobs: list[Callable[[], None]] = [partial(factor, name, shape) for name, shape in layers.items()]
     if recipe.models:

@@ -6,11 +6,8 @@ Knows the order of the work: check, hash and compute side by side, write, rename
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from threading import Condition
 from typing import Any, Literal
 
 from torch import Tensor
@@ -20,9 +17,10 @@ from sdft import __version__
 from sdft.formats.checkpoint import INDEX, Checkpoint
 from sdft.formats.lora_layer import network_metadata
 from sdft.formats.metadata import lora_metadata
-from sdft.formats.stream import HASH, appearing, sha256
+from sdft.formats.stream import HASH, appearing
 from sdft.merging.blocks import draw_blocks
-from sdft.merging.evaluate import Blend, opened, what_is_damaged
+from sdft.merging.evaluate import Blend, what_is_damaged
+from sdft.merging.inputs import opened
 from sdft.merging.kinds import Density, Kind
 from sdft.merging.lora_result import Compressed, compress, layers_of, write_lora_file
 from sdft.merging.lora_result import told as told_of_lora
@@ -33,8 +31,6 @@ from sdft.types import FLOATS, Count, UserError
 
 Format = Literal["folder", "single_file", "kohya", "diffusers"]
 MODEL_FORMATS, LORA_FORMATS = ("folder", "single_file"), ("kohya", "diffusers")
-AHEAD = 2**29
-"""Bytes of each input."""
 UNKNOWN = "0" * 64
 """Keeps the place of a hash."""
 HashOf = Callable[[Path], str]
@@ -154,25 +150,21 @@ def write_model(
     with (
         room_for(target, to_write),
         appearing(target, overwrite=overwrite) as written,
-        opened(recipe) as readers,
         tqdm(total=total, desc="merging", unit="B", unit_scale=True, leave=False) as bar,
-        hashing(recipe.sources, bar, pace := Pace()) as hash_of,
+        opened(recipe.sources, bar, to_write) as inputs,
     ):
 
         def pieces(weight: str) -> Iterator[Tensor]:
-            return Blend(recipe, readers, weight, like.weights[weight].shape).pieces()
-
-        def wrote(size: int) -> None:
-            bar.update(size)
-            pace.advance(size / to_write)
+            yield from Blend(recipe, inputs.readers, weight, like.weights[weight].shape).pieces()
+            inputs.used(weight)
 
         if config is not None:
             from sdft.formats.diffusers_folder import copy_all_but_weights  # diffusers takes seconds to import
 
             copy_all_but_weights(like, written, config)
         before = metadata(recipe, lambda file: UNKNOWN)
-        damage, after = partial(what_is_damaged, recipe, readers), partial(metadata, recipe, hash_of)
-        write_outputs(outputs, written, pieces, damage, threads, before, after, wrote)
+        damage, after = partial(what_is_damaged, recipe, inputs.readers), partial(metadata, recipe, inputs.hash_of)
+        write_outputs(outputs, written, pieces, damage, threads, before, after, bar)
 
 
 def write_lora(
@@ -188,69 +180,21 @@ def write_lora(
     """Compute and write a LoRA."""
     with (
         appearing(target, overwrite=overwrite) as written,
-        opened(recipe) as readers,
         tqdm(desc="hashing", unit="B", unit_scale=True, leave=False) as read,
         tqdm(total=len(layers_of(recipe)), desc="layers", leave=False) as bar,
-        hashing(recipe.sources, read) as hash_of,
+        opened(recipe.sources, read) as inputs,
     ):
-        found = compress(recipe, readers, rank, energy, FLOATS[dtype], threads, bar)
+        found = compress(recipe, inputs, rank, energy, FLOATS[dtype], threads, bar)
         if not found.layers:
             raise UserError("the result is zero in every layer of a LoRA, so there is nothing to write")
         missed = {name: round(share, 6) for name, share in sorted(found.missed.items())}
         # hash and date are left out: one is of other bytes, with the other no two runs would agree.
         said = {key: value for key, value in lora_metadata(target.stem).items() if key not in (HASH, DATE)}
-        told = said | network_metadata(found.lora) | metadata(recipe, hash_of) | {"sdft.missed": to_json(missed)}
+        told = said | network_metadata(found.lora) | metadata(recipe, inputs.hash_of) | {"sdft.missed": to_json(missed)}
         size = sum(tensor.nbytes for layer in found.layers.values() for tensor in layer.tensors.values())
         with room_for(target, size):
             write_lora_file(found.lora, written, to, told)
     return found
-
-
-class Pace:
-    """Keeps what reads ahead of the work near it: what is read too early has left the page cache when it is wanted."""
-
-    def __init__(self) -> None:
-        self.done = 0.0
-        """The share of the work."""
-        self.changed = Condition()
-
-    def advance(self, share: float) -> None:
-        with self.changed:
-            self.done += share
-            self.changed.notify_all()
-
-    def wait_for(self, share: float) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: self.done >= share)
-
-
-@contextmanager
-def hashing(sources: Mapping[str, Source], bar: tqdm, pace: Pace | None = None) -> Iterator[HashOf]:
-    """A function that gives the SHA-256 of an input file; each input has a thread that computes them.
-
-    Reading files from end to end, little ahead of the work, it also brings what is to be merged into the page cache.
-    """
-
-    def hashes(source: Source) -> dict[Path, str]:
-        size, at = size_of(source), 0
-
-        def read(more: int) -> None:
-            nonlocal at
-            at += more
-            bar.update(more)
-            if pace is not None:
-                pace.wait_for((at - AHEAD) / size)
-
-        return {file: sha256(file, read) for file in source.files}
-
-    with ThreadPoolExecutor(len(sources)) as pool:
-        found = [pool.submit(hashes, source) for source in sources.values()]
-        try:
-            yield lambda file: {name: hash for future in found for name, hash in future.result().items()}[file]
-        finally:
-            if pace is not None:
-                pace.advance(1)  # after an error too
-            pool.shutdown(cancel_futures=True)
 
 
 def metadata(recipe: Recipe, hash_of: HashOf) -> dict[str, str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from sdft.formats.checkpoint import LOGIT_SCALE, Checkpoint
 from sdft.formats.keys import Layout, place_of
@@ -88,13 +89,12 @@ def write_outputs(
     threads: int,
     before: Mapping[str, str],
     after: Callable[[], Mapping[str, str]],
-    wrote: Callable[[int], None],
+    bar: tqdm,
 ) -> None:
     """Write the files; `target` is the file, or the folder that has its other content already.
 
     damage: of a weight that comes out as NaN or infinity, what is wrong.
     after: more metadata, known only at the end. before: something of the same length, to keep its place.
-    wrote: is told of all bytes written.
     """
     jobs, files = [], []
     with ExitStack() as stack:
@@ -107,7 +107,7 @@ def write_outputs(
             os.posix_fallocate(opened.fileno(), 0, len(head) + output.num_bytes)
             offset = len(head)
             for name in output.order:
-                jobs.append(partial(write_tensor, output, name, opened.fileno(), offset, pieces, damage, wrote))
+                jobs.append(partial(write_tensor, output, name, opened.fileno(), offset, pieces, damage, bar))
                 offset += output.entries[name].num_bytes
         in_threads(jobs, threads)
         said = dict(after())
@@ -161,7 +161,7 @@ def write_tensor(
     offset: int,
     pieces: Pieces,
     damage: Callable[[str], str],
-    wrote: Callable[[int], None],
+    bar: tqdm,
 ) -> None:
     """Compute one tensor and write it at its place."""
     dtype = DTYPES.get(output.entries[name].dtype)
@@ -181,7 +181,7 @@ def write_tensor(
                 told = f"comes out as {float(piece.abs().max()):g}, too large for its dtype (dtype=fp32 holds it)"
                 raise UserError(f"{weight}: {told}; nothing is written")
             offset += put(narrow, descriptor, offset)
-            wrote(narrow.nbytes)
+            bar.update(narrow.nbytes)
     # Writing to disk begins now, not at the fsync, and what is there gives its memory to what comes next.
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 

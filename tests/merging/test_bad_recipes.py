@@ -108,10 +108,10 @@ def refused(
 ) -> Callable[[list[str]], str]:
     """The error of a command; fails where a weight was read or anything was written."""
 
-    def read(checkpoint: Checkpoint) -> None:
+    def read(*arguments: object) -> None:
         raise AssertionError("weights were read before the recipe was found wrong")
 
-    monkeypatch.setattr(Checkpoint, "opened", read)
+    monkeypatch.setattr(Checkpoint, "read", read)
     monkeypatch.chdir(tmp_path)
 
     def error_of(words: list[str]) -> str:

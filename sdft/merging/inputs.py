@@ -1,0 +1,121 @@
+"""The files of a merge: hashed from end to end and read weight by weight, side by side; what both have used may go.
+
+Knows files, bytes and threads; must not know what is computed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from threading import Condition
+
+from torch import Tensor
+from tqdm import tqdm
+
+from sdft.formats.checkpoint import Checkpoint
+from sdft.formats.stream import Mapped, Stored
+from sdft.memory import available_memory
+from sdft.merging.sources import Held, Source
+
+AHEAD = 2**29
+"""Bytes that the hash of a file may be ahead of what was read from it. It brings into the page cache what is read next,
+and what comes too early has left it when it is wanted."""
+
+Read = Callable[[str], Tensor]
+
+
+class Inputs:
+    """What a recipe reads.
+
+    Where memory cannot hold the files and the result, they leave the page cache as they are used: a full cache would
+    give away what is wanted next. Else they stay, for the next merge of them.
+    """
+
+    def __init__(self, sources: Mapping[str, Source], files: Mapping[Path, InputFile], hashes: Mapping[Path, Callable]):
+        self._files, self._hashes = files, hashes
+        self._held = {name: source.checkpoint for name, source in sources.items() if isinstance(source, Held)}
+        self.readers: Mapping[str, Read] = {name: partial(self._read, held) for name, held in self._held.items()}
+        """Of each source that holds weights one by one."""
+
+    def used(self, weight: str) -> None:
+        """No more of a weight is read."""
+        for held in self._held.values():
+            if weight in held.weights:
+                stored = held.weights[weight].stored
+                self._files[stored.file].used(stored)
+
+    def hash_of(self, file: Path) -> str:
+        """The SHA-256 of a file. Nothing is read any more when it is asked for."""
+        self._files[file].hurry()
+        return self._hashes[file]()
+
+    def _read(self, held: Checkpoint, weight: str) -> Tensor:
+        return held.read(weight, lambda stored: self._files[stored.file].mapped.tensor(stored))
+
+
+class InputFile:
+    """How far the hash and the readers of a file have come."""
+
+    def __init__(self, path: Path, uses: Counter[Stored], keep: bool):
+        self.mapped, self.uses, self.keep = Mapped(path), uses, keep
+        self.changed = Condition()
+        self.num_hashed = self.num_used = 0
+        self.ahead: float = AHEAD
+        self.not_hashed: list[Stored] = []
+        """Used by all who read it."""
+
+    def sha256(self, bar: tqdm) -> str:
+        """The hash, which waits for those who read."""
+
+        def come_to(end: int) -> None:
+            with self.changed:
+                bar.update(end - self.num_hashed)
+                self.num_hashed = end
+                self._forget()
+                self.changed.wait_for(lambda: end <= self.num_used + self.ahead)
+
+        return self.mapped.sha256(come_to)
+
+    def used(self, stored: Stored) -> None:
+        with self.changed:
+            self.uses[stored] -= 1
+            if not self.uses[stored]:
+                self.num_used += stored.num_bytes
+                self.not_hashed.append(stored)
+                self._forget()
+                self.changed.notify()
+
+    def hurry(self) -> None:
+        """The hash waits no more."""
+        with self.changed:
+            self.ahead = float("inf")
+            self.changed.notify()
+
+    def _forget(self) -> None:
+        done = [stored for stored in self.not_hashed if stored.start + stored.num_bytes <= self.num_hashed]
+        for stored in done:
+            self.not_hashed.remove(stored)
+            if not self.keep:
+                self.mapped.forget(stored)
+
+
+@contextmanager
+def opened(sources: Mapping[str, Source], bar: tqdm, to_write: int = 0) -> Iterator[Inputs]:
+    """The files of the sources, while threads of their own hash them. to_write: the bytes of the result."""
+    paths = dict.fromkeys(file for source in sources.values() for file in source.files)
+    held = [source.checkpoint for source in sources.values() if isinstance(source, Held)]
+    uses = Counter(view.stored for one in held for view in one.weights.values())
+    keep = sum(path.stat().st_size for path in paths) + to_write <= available_memory()
+    with ExitStack() as stack:
+        files = {path: InputFile(path, uses, keep) for path in paths}
+        pool = stack.enter_context(ThreadPoolExecutor(len(files)))
+        hashes = {path: pool.submit(file.sha256, bar).result for path, file in files.items()}
+        try:
+            yield Inputs(sources, files, hashes)
+        finally:
+            for file in files.values():
+                file.hurry()
