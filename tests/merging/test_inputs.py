@@ -97,8 +97,13 @@ def test_what_is_forgotten_was_hashed_and_read_by_all(
 def test_a_hash_is_little_ahead_of_what_was_read(
     model: Model, monkeypatch: pytest.MonkeyPatch, small_steps: None
 ) -> None:
+    files: list[InputFile] = []
     lead: list[float] = []
-    sha256 = Mapped.sha256
+    begin, sha256 = InputFile.__init__, Mapped.sha256
+
+    def keep(file: InputFile, *arguments: object) -> None:
+        begin(file, *arguments)
+        files.append(file)
 
     def note(mapped: Mapped, come_to: Callable[[int], object]) -> str:
         def told(end: int) -> None:
@@ -107,13 +112,14 @@ def test_a_hash_is_little_ahead_of_what_was_read(
 
         return sha256(mapped, told)
 
+    monkeypatch.setattr(InputFile, "__init__", keep)
     monkeypatch.setattr(Mapped, "sha256", note)
     source = open_source("a", str(model("a")))
     with opened({"a": source}, tqdm(disable=True)) as found:
-        files = list(found._files.values())
         for weight in source.checkpoint.weights:
             found.readers["a"](weight)
             found.used(weight)
+        assert all(len(found.hash_of(file)) == 64 for file in source.files)
     assert max(lead) <= 4 * 2**12
     assert max(file.num_hashed for file in files) > 8 * 2**12, "the files are too small to tell"
 
