@@ -8,7 +8,8 @@ Three single files of random fp16 numbers with SDXL's names, widths times `scale
 used again. Prints, for cold and warm page cache (cold: the system dropped its pages; warm: it then read the inputs by
 `cat`), wall and CPU seconds and peak private memory (RssAnon), then the ratios that have a goal: wall at most 1.2 x
 (cat of all inputs + write of the output), a naive script at least 4 x slower, TIES and SLERP at most 2 x the weighted
-sum, an extraction's residual at most 1% above the optimum. Other goals: 0.5 GiB private memory, extraction of rank 64 in 2 minutes.
+sum, an extraction's residual at most 1% above the optimum. Other goals: 0.5 GiB private memory, extraction of rank 64
+in 2 minutes.
 """
 
 from __future__ import annotations

@@ -263,7 +263,7 @@ def test_a_picture_is_enlarged_and_arrows_lead_on(open_page, report: Path) -> No
     page.keyboard.press("Escape")
     assert not large.is_visible()
     # A dialog tells that it was closed a moment after it is out of sight.
-    page.wait_for_function("document.activeElement.dataset.index === '14'")
+    page.locator('.picture[data-index="14"]:focus').wait_for()
     page.keyboard.press("ArrowUp")
     assert page.evaluate("document.activeElement.dataset.index") == "12"
     page.keyboard.press("Enter")
