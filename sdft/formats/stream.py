@@ -147,9 +147,10 @@ class Mapped:
     """A file as memory, whose pages come when they are read."""
 
     def __init__(self, path: Path):
-        self.file = path.open("rb", buffering=0)
-        # A copy, by name, so that torch does not warn of memory that cannot be written.
-        self.content = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.path = path
+        with path.open("rb") as file:
+            # A copy, by name, so that torch does not warn of memory that cannot be written.
+            self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.content.madvise(mmap.MADV_SEQUENTIAL)
 
     def tensor(self, stored: Stored) -> Tensor:
@@ -165,7 +166,8 @@ class Mapped:
         size = (stored.start + stored.num_bytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
         if size > 0:
             self.content.madvise(mmap.MADV_DONTNEED, first, size)
-            os.posix_fadvise(self.file.fileno(), first, size, os.POSIX_FADV_DONTNEED)
+            with self.path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), first, size, os.POSIX_FADV_DONTNEED)
 
     def sha256(self, come_to: Callable[[int], object] = lambda end: None) -> str:
         """The hash of the bytes; `come_to` is told how far it is. To copy what is hashed would cost a third more."""

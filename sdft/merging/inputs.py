@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ AHEAD = 2**29
 and what comes too early has left it when it is wanted."""
 
 Read = Callable[[str], Tensor]
+Hash = Callable[[], str]
 
 
 class Inputs:
@@ -35,7 +36,7 @@ class Inputs:
     give away what is wanted next. Else they stay, for the next merge of them.
     """
 
-    def __init__(self, sources: Mapping[str, Source], files: Mapping[Path, InputFile], hashes: Mapping[Path, Callable]):
+    def __init__(self, sources: Mapping[str, Source], files: Mapping[Path, InputFile], hashes: Mapping[Path, Hash]):
         self._files, self._hashes = files, hashes
         self._held = {name: source.checkpoint for name, source in sources.items() if isinstance(source, Held)}
         self.readers: Mapping[str, Read] = {name: partial(self._read, held) for name, held in self._held.items()}
@@ -65,18 +66,21 @@ class InputFile:
         self.changed = Condition()
         self.num_hashed = self.num_used = 0
         self.ahead: float = AHEAD
+        self.given_up = False
         self.not_hashed: list[Stored] = []
         """Used by all who read it."""
 
     def sha256(self, bar: tqdm) -> str:
-        """The hash, which waits for those who read."""
+        """The hash, which waits for those who read. Raises CancelledError when it is given up."""
 
         def come_to(end: int) -> None:
             with self.changed:
                 bar.update(end - self.num_hashed)
                 self.num_hashed = end
                 self._forget()
-                self.changed.wait_for(lambda: end <= self.num_used + self.ahead)
+                self.changed.wait_for(lambda: self.given_up or end <= self.num_used + self.ahead)
+                if self.given_up:
+                    raise CancelledError
 
         return self.mapped.sha256(come_to)
 
@@ -93,6 +97,12 @@ class InputFile:
         """The hash waits no more."""
         with self.changed:
             self.ahead = float("inf")
+            self.changed.notify()
+
+    def give_up(self) -> None:
+        """The hash ends where it is."""
+        with self.changed:
+            self.given_up = True
             self.changed.notify()
 
     def _forget(self) -> None:
@@ -118,4 +128,4 @@ def opened(sources: Mapping[str, Source], bar: tqdm, to_write: int = 0) -> Itera
             yield Inputs(sources, files, hashes)
         finally:
             for file in files.values():
-                file.hurry()
+                file.give_up()
