@@ -26,7 +26,6 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARN
 for noise in (
     ".*smaller than the logging interval.*",
     ".*Experiment logs directory.*",  # hydra has written its own files into the run folder
-    ".*The anonymous setting has no effect.*",
     ".*Checkpoint directory .* exists and is not empty.*",  # as after every resume
     ".*ended before the epoch ended and your dataloader is not resumable.*",  # it is: see data.dataset.RunOrder
 ):

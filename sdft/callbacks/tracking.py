@@ -32,11 +32,13 @@ def wandb_logger(
     os.environ.setdefault("WANDB_SILENT", "true")  # read once, at the first question
     chosen = os.environ.get("WANDB_MODE") if mode == "auto" else mode
     offline = chosen != "online" if chosen else not wandb.login(prompt=False, verify=False)
-    return WandbLogger(
+    logger = WandbLogger(
         project=project, name=name, save_dir=save_dir, offline=offline, tags=tags, log_model=False,
         id=run_id(Path(save_dir or "."), bool(resume)), resume="allow",
         mode="offline" if offline else "online",  # Lightning says so by WANDB_MODE, which was read with the key
     )  # fmt: skip
+    logger._wandb_init.pop("anonymous", None)  # Lightning 2.6 always says it, and W&B warns of it
+    return logger
 
 
 def run_id(folder: Path, goes_on: bool) -> str | None:
