@@ -22,7 +22,6 @@ from sdft.formats.lora_file import read_lora
 from sdft.formats.lora_layer import LoraFile
 from sdft.formats.lora_stack import stacked
 from sdft.formats.run_state import read_state
-from sdft.formats.stream import Mapped
 from sdft.models.load import find_checkpoint
 from sdft.models.sdxl import SDXL
 from sdft.tuning import learning, put
@@ -157,7 +156,8 @@ def prediction_of(lora: LoraFile) -> tuple[str, bool] | None:
 def digest_of(path: Path) -> str:
     """Of a file's content."""
     try:
-        return Mapped(path).sha256()
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from sdft.evaluation.gallery import Gallery, write_picture
 from sdft.evaluation.grid import Axes, Cell, cells
-from sdft.evaluation.models import Models
+from sdft.evaluation.models import Models, model_digest
 from sdft.evaluation.subjects import Subject, read_subjects
+from sdft.models.nano import WEIGHTS as NANO
 from sdft.models.sdxl import SDXL
 from sdft.processes import Place
 from sdft.sampling import Sampler
@@ -229,3 +231,9 @@ def test_a_picture_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written to"), full_disk(500):
         write_picture(tmp_path / "a.png", image)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_file_beside_a_model_is_part_of_its_digest(tmp_path: Path) -> None:
+    plain, other = (shutil.copytree(NANO, tmp_path / name) for name in ("plain", "other"))
+    (other / "tokenizer" / "notes.txt").touch()
+    assert model_digest(str(plain)) == model_digest(str(NANO)) != model_digest(str(other))
