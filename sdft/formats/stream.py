@@ -149,7 +149,7 @@ class Mapped:
     def __init__(self, path: Path):
         self.path = path
         with path.open("rb") as file:
-            # A copy, by name, so that torch does not warn of memory that cannot be written.
+            # Nothing is copied unless it is written to, which nobody does; torch warns of memory that is only read.
             self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.content.madvise(mmap.MADV_SEQUENTIAL)
 
@@ -169,7 +169,7 @@ class Mapped:
             with self.path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), first, size, os.POSIX_FADV_DONTNEED)
 
-    def sha256(self, come_to: Callable[[int], object] = lambda end: None) -> str:
+    def sha256(self, come_to: Callable[[int], object]) -> str:
         """The hash of the bytes; `come_to` is told how far it is. To copy what is hashed would cost a third more."""
         digest = hashlib.sha256()
         with memoryview(self.content) as content:

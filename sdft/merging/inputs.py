@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Condition
@@ -68,7 +68,7 @@ class InputFile:
         self.ahead: float = AHEAD
         self.given_up = False
         self.not_hashed: list[Stored] = []
-        """Used by all who read it."""
+        """Used by all who read it, and to be forgotten."""
 
     def sha256(self, bar: tqdm) -> str:
         """The hash, which waits for those who read. Raises CancelledError when it is given up."""
@@ -89,8 +89,9 @@ class InputFile:
             self.uses[stored] -= 1
             if not self.uses[stored]:
                 self.num_used += stored.num_bytes
-                self.not_hashed.append(stored)
-                self._forget()
+                if not self.keep:
+                    self.not_hashed.append(stored)
+                    self._forget()
                 self.changed.notify()
 
     def hurry(self) -> None:
@@ -109,8 +110,7 @@ class InputFile:
         done = [stored for stored in self.not_hashed if stored.start + stored.num_bytes <= self.num_hashed]
         for stored in done:
             self.not_hashed.remove(stored)
-            if not self.keep:
-                self.mapped.forget(stored)
+            self.mapped.forget(stored)
 
 
 @contextmanager
@@ -120,9 +120,8 @@ def opened(sources: Mapping[str, Source], bar: tqdm, to_write: int = 0) -> Itera
     held = [source.checkpoint for source in sources.values() if isinstance(source, Held)]
     uses = Counter(view.stored for one in held for view in one.weights.values())
     keep = sum(path.stat().st_size for path in paths) + to_write <= available_memory()
-    with ExitStack() as stack:
-        files = {path: InputFile(path, uses, keep) for path in paths}
-        pool = stack.enter_context(ThreadPoolExecutor(len(files)))
+    files = {path: InputFile(path, uses, keep) for path in paths}
+    with ThreadPoolExecutor(len(files)) as pool:
         hashes = {path: pool.submit(file.sha256, bar).result for path, file in files.items()}
         try:
             yield Inputs(sources, files, hashes)
