@@ -21,8 +21,8 @@ from sdft.evaluation.models import Models
 from sdft.evaluation.subjects import read_subjects
 from sdft.formats.adapter import write_lora
 from sdft.models.load import NANO, pretrained
-from sdft.sampling import Sampler
-from sdft.tuning import Adapter
+from sdft.sampling.samplers import Sampler
+from sdft.tuning.adapter import Adapter
 
 THINGS = ("cat", "dog", "laptop", "cup", "car", "boat", "house", "castle", "tree", "bird", "flower", "fish")
 PROMPTS = [f"a photo of a {thing}" for thing in THINGS]

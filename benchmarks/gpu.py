@@ -59,9 +59,9 @@ def position_ids(encoder, device: torch.device) -> None:
     embeddings.position_ids = torch.arange(77, device=device)[None]
 
 
-def batch_of(model, size: int, batch_size: int, device: torch.device):
+def fake_batch(model, size: int, batch_size: int, device: torch.device):
     """A batch whose latents are cached."""
-    from sdft.types import Batch
+    from sdft.batch import Batch
 
     side, channels = size // model.vae_factor, model.vae.config.latent_channels
     generator = torch.Generator().manual_seed(0)
@@ -78,7 +78,8 @@ def batch_of(model, size: int, batch_size: int, device: torch.device):
 
 def tuning_of(mode: str):
     """As `tuning=` builds it."""
-    from sdft.tuning import Adapter, Full
+    from sdft.tuning.adapter import Adapter
+    from sdft.tuning.full import Full
 
     parts = ("unet", "text_encoder", "text_encoder_2") if mode == "lora_unet_te" else ("unet",)
     return Full() if mode == "full" else Adapter(rank=16, parts=parts)
@@ -87,13 +88,15 @@ def tuning_of(mode: str):
 def ours(args: argparse.Namespace, device: torch.device):
     """A function that makes one step as `train.py` does, through the LightningModule."""
     from sdft.module import Finetuning
-    from sdft.objective import Denoising, MinSNR
-    from sdft.optimizer import adamw, constant
+    from sdft.objective.denoising import Denoising
+    from sdft.objective.weighting import MinSNR
+    from sdft.optimizers.optimizers import adamw
+    from sdft.optimizers.schedules import constant
 
     model = build_model(args.model, args.mode, args.attention, device)
     objective, optimizer = Denoising("epsilon", weighting=MinSNR()), partial(adamw, lr=1e-5)
     module = Finetuning(model, tuning_of(args.mode), objective, optimizer, constant, seed=0).to(device)
-    batch = batch_of(model, args.size, args.batch_size, device)
+    batch = fake_batch(model, args.size, args.batch_size, device)
     module.log_dict = module.log = lambda *_, **__: None  # outside a Trainer there is no logger
     optimizer = optimizer(module.tuning.groups(model))
     parameters = [p for p in module.parameters() if p.requires_grad]
@@ -112,7 +115,7 @@ def ours(args: argparse.Namespace, device: torch.device):
 def plain(args: argparse.Namespace, device: torch.device):
     """A function that makes the same step in the way of the public example scripts."""
     model = build_model(args.model, args.mode, args.attention, device)
-    batch = batch_of(model, args.size, args.batch_size, device)
+    batch = fake_batch(model, args.size, args.batch_size, device)
     tuning_of(args.mode).attach(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)

@@ -29,9 +29,9 @@ def rank_of(case: tuple[str, int, str], tuning: str, rank: int, port: int, found
     import lightning as L
     import torch
 
-    from sdft.config import build, compose
+    from sdft.config.command import build, compose
     from sdft.module import Finetuning
-    from sdft.tuning import learning
+    from sdft.tuning.parameters import trainable_parameters
 
     _, num_processes, strategy = case
     torch.set_num_threads(1)
@@ -62,7 +62,7 @@ def rank_of(case: tuple[str, int, str], tuning: str, rank: int, port: int, found
         data, method, objective = (build(cfg[name]) for name in ("data", "tuning", "objective"))
         trainer = build(cfg.trainer, callbacks=[build(cfg.callbacks.ema), clock])
         module = Finetuning(build(cfg.model), method, objective, build(cfg.optimizer), build(cfg.lr_schedule), 0)
-        num_learning = sum(p.numel() for _, p in learning(module.model))
+        num_learning = sum(p.numel() for _, p in trainable_parameters(module.model))
         num_unet = sum(p.numel() for p in module.model.unet.parameters())
         trainer.fit(module, data)
     figures = {"seconds": statistics.median(clock.seconds[WARM_UP:]), "bytes": statistics.median(clock.bytes[WARM_UP:])}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from sdft.config import build, compose
+from sdft.config.command import build, compose
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_STEPS, WARM_UP, NUM_STARTS = 60, 5, 3
@@ -65,7 +65,7 @@ def bare() -> Iterator[None]:
     """Steps of a plain loop over the same model, loss, optimiser and average."""
     from sdft.data.dataset import RunOrder, collate
     from sdft.rng import Draws
-    from sdft.tuning import learning
+    from sdft.tuning.parameters import trainable_parameters
 
     cfg = compose("train", ["experiment=dreamy_style"])
     data, tuning, objective = (build(cfg[name]) for name in ("data", "tuning", "objective"))
@@ -73,7 +73,7 @@ def bare() -> Iterator[None]:
     tuning.attach(model)
     data.encode_once(model.encode_moments, torch.device("cpu"), vae=model.vae)
     optimizer = build(cfg.optimizer)(tuning.groups(model))
-    parameters = [p for _, p in learning(model)]
+    parameters = [p for _, p in trainable_parameters(model)]
     average = [p.detach().clone() for p in parameters]
     model.train()
     for items in RunOrder(len(data.pictures.source.keys), data.batch_size, 0, 0, NUM_STEPS):

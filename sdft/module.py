@@ -13,13 +13,14 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from sdft.footprint import parts_away
+from sdft.batch import Batch
+from sdft.distributed.sharding import clip_gradients
+from sdft.errors import UserError
 from sdft.models.attention import refuse_device
 from sdft.models.sdxl import SDXL
+from sdft.planning.footprint import offloaded_parts
 from sdft.rng import Draws, seed_of
-from sdft.shards import clip_gradients
-from sdft.tuning import learning, part_of
-from sdft.types import Batch, UserError
+from sdft.tuning.parameters import part_of, trainable_parameters
 
 VALIDATION_SEED = 0
 ENCODER_PARTS = ("embeddings", "encoder", "final_layer_norm", "text_projection")
@@ -51,11 +52,11 @@ class Finetuning(L.LightningModule):
         self.comparable = objective.comparable() if hasattr(objective, "comparable") else objective
         if hasattr(objective, "prediction"):
             refuse_other_prediction(model, objective)
-            model.expect(objective.prediction, objective.zero_terminal_snr)
+            model.set_prediction_type(objective.prediction, objective.zero_terminal_snr)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "adapters"))
             tuning.attach(model)
-        refuse_narrow_weights(model)
+        refuse_low_precision_weights(model)
         model.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -63,13 +64,13 @@ class Finetuning(L.LightningModule):
         if getattr(self.tuning, "dropout", 0):
             torch.manual_seed(seed_of(self.seed, "dropout", batch.keys[0], batch.visits[0]))
         report = self.objective(self.model, batch, Draws(self.seed, batch.keys, batch.visits))
-        figures = self.over_ranks(report.scalars("train"))
+        figures = self.mean_over_ranks(report.scalars("train"))
         self.latest = Step(batch.keys, batch.visits, report.per_sample_B.detach(), figures["train/loss"])
         self.log_dict(figures, batch_size=len(batch))
         self.log("loss", figures["train/loss"], prog_bar=True, logger=False, batch_size=len(batch))
         return (report.per_sample_B * batch.loss_weight_B).mean()
 
-    def over_ranks(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
+    def mean_over_ranks(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each figure of the whole batch: the mean over the processes, which have equal shares of it."""
         if self._trainer is None or self.trainer.world_size == 1:
             return figures
@@ -88,7 +89,7 @@ class Finetuning(L.LightningModule):
             return
         if not isinstance(model, SDXL):
             raise UserError("strategy=fsdp divides SDXL only; choose strategy=ddp to train a part of nano")
-        stay = "text_encoder" not in parts_away(model, self.trainer.datamodule)
+        stay = "text_encoder" not in offloaded_parts(model, self.trainer.datamodule)
         encoders = (model.text_encoder, model.text_encoder_2) if stay else ()
         named = (pair for encoder in encoders for pair in encoder.named_modules())
         divide([model.unet, *(part for name, part in named if name.split(".")[-1] in ENCODER_PARTS)])
@@ -101,12 +102,12 @@ class Finetuning(L.LightningModule):
         if data.cache == "off":
             return
         data.encode_once(model.encode_moments, self.device, vae=model.vae)
-        model.send_away("vae")
-        if "text_encoder" not in parts_away(model, data):
+        model.offload("vae")
+        if "text_encoder" not in offloaded_parts(model, data):
             return
         encoders = (model.text_encoder, model.text_encoder_2)
         if data.encode_texts_once(model.encode_prompts, model.prompt_ids, *encoders):
-            model.send_away("text_encoder", "text_encoder_2")
+            model.offload("text_encoder", "text_encoder_2")
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optimizer(self.tuning.groups(self.model))
@@ -121,13 +122,13 @@ class Finetuning(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what learns; everything else comes from `model.weights` again."""
-        names = {f"model.{name}" for name, _ in learning(self.model)}
+        names = {f"model.{name}" for name, _ in trainable_parameters(self.model)}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of other weights than those that learn now; count in batches of this run."""
-        recount(checkpoint, self.trainer)
-        now = {(f"model.{name}", tuple(p.shape)) for name, p in learning(self.model)}
+        recount_batches(checkpoint, self.trainer)
+        now = {(f"model.{name}", tuple(p.shape)) for name, p in trainable_parameters(self.model)}
         saved = {(name, tuple(value.shape)) for name, value in checkpoint["state_dict"].items()}
         if now != saved:
             odd = sorted({name for name, _ in now ^ saved})
@@ -135,7 +136,7 @@ class Finetuning(L.LightningModule):
                             f"for example {odd[0]!r}; resume with the same model, tuning and rank")
 
 
-def recount(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
+def recount_batches(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     """Make the steps that are done into batches: this run may accumulate otherwise, and half a step is not kept.
 
     The last batch of the run that saved it need not be that of this one, which may have more steps.
@@ -160,9 +161,9 @@ def refuse_other_prediction(model: SDXL, objective) -> None:
         raise UserError("objective=v: the weights know a noise schedule that ends in pure noise; choose v_zero_snr")
 
 
-def refuse_narrow_weights(model: nn.Module) -> None:
+def refuse_low_precision_weights(model: nn.Module) -> None:
     """Raise UserError where a weight that learns has fewer bits than fp32: small updates would be rounded away."""
-    for name, parameter in learning(model):
+    for name, parameter in trainable_parameters(model):
         if parameter.dtype != torch.float32:
             key = f"model.dtype.{part_of(name)}"
             raise UserError(f"{key} is {parameter.dtype}, but a part that learns must be fp32; set {key}=fp32")

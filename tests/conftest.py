@@ -15,8 +15,8 @@ import pytest
 import torch
 from tiny import TinySource, build_tiny_batch, build_tiny_model
 
+from sdft.batch import Batch
 from sdft.models.sdxl import SDXL
-from sdft.types import Batch
 
 
 @pytest.fixture(scope="session", autouse=True)

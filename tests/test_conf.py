@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sdft.config import CONF_DIR, check, compose
+from sdft.config.command import CONF_DIR, check, compose
 
 ROOTS = {"train", "eval", "merge", "strip", "formats", "nano", "data_toy", "data_check", "data_cache", "data_shard"}
 NEEDS = {

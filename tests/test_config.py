@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from sdft.config import ConfigError, check, compose
-from sdft.types import UserError
+from sdft.config.command import ConfigError, check, compose
+from sdft.errors import UserError
 
 PARTS = """
 from __future__ import annotations
@@ -318,8 +318,8 @@ def test_checking_is_fast(conf: Path) -> None:
 SCRIPT = """
 from pathlib import Path
 import parts
-from sdft.config import verb
-from sdft.types import UserError
+from sdft.config.command import verb
+from sdft.errors import UserError
 
 def finish(folder: Path) -> None:
     (Path.cwd() / "finished").write_text("\\n".join([str(folder), *sorted(p.name for p in folder.iterdir())]))

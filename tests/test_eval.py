@@ -16,15 +16,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sdft.config import ConfigError, check, compose
+from sdft.config.command import ConfigError, check, compose
+from sdft.errors import UserError
 from sdft.evaluation.models import Models, with_lora, with_words
 from sdft.evaluation.subjects import Subject, Worn, read_subjects
 from sdft.formats.adapter import write_lora, write_words
 from sdft.models.load import pretrained
 from sdft.models.sdxl import SDXL
-from sdft.sampling import Sampler, generate
-from sdft.tuning import Adapter
-from sdft.types import UserError
+from sdft.sampling.generate import generate
+from sdft.sampling.samplers import Sampler
+from sdft.tuning.adapter import Adapter
 
 ROOT = Path(__file__).resolve().parents[1]
 WORD = "стиль_Техноманта"
@@ -225,7 +226,7 @@ def test_the_verb(run: tuple[Path, np.ndarray], tmp_path: Path) -> None:
 def test_a_sweep_becomes_one_comparison(
     run: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    import eval as verb
+    import sdft.evaluation.__main__ as verb
 
     for number, rank in enumerate((4, 8, 16)):
         job = tmp_path / "sweep" / str(number)
@@ -265,7 +266,7 @@ def test_a_sweep_becomes_one_comparison(
 def test_wrong_commands_are_told_in_a_sentence(
     words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    import eval as verb
+    import sdft.evaluation.__main__ as verb
 
     monkeypatch.setattr(sys, "argv", ["eval.py", *words, f"run_dir={tmp_path}"])
     with pytest.raises(SystemExit) as stopped:

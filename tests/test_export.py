@@ -15,7 +15,7 @@ from sdft.formats.adapter import write_lora, write_words
 from sdft.formats.diffusers_folder import write_folder
 from sdft.models.load import pretrained
 from sdft.models.sdxl import SDXL
-from sdft.tuning import Adapter
+from sdft.tuning.adapter import Adapter
 
 ALL_PARTS = ("unet", "text_encoder", "text_encoder_2")
 CAPTIONS = ["a red cat", "a photo of the dog"]

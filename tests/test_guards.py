@@ -12,14 +12,17 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from sdft.callbacks.guards import MOST_NAMED, Guard
 from sdft.data.datamodule import Images
+from sdft.errors import UserError
 from sdft.module import Finetuning
-from sdft.objective import Denoising
-from sdft.optimizer import adamw, constant
-from sdft.trainer import last_checkpoint, trainer
-from sdft.tuning import Full, learning
-from sdft.types import UserError
+from sdft.objective.denoising import Denoising
+from sdft.optimizers.optimizers import adamw
+from sdft.optimizers.schedules import constant
+from sdft.training.callbacks.guard import MOST_NAMED, Guard
+from sdft.training.checkpoints import last_checkpoint
+from sdft.training.trainer import trainer
+from sdft.tuning.full import Full
+from sdft.tuning.parameters import trainable_parameters
 
 
 def fit(model, data, folder: Path, num: int = 3, lr_schedule=constant, resume: Path | None = None) -> Finetuning:
@@ -30,7 +33,7 @@ def fit(model, data, folder: Path, num: int = 3, lr_schedule=constant, resume: P
     try:
         run.fit(module, data, ckpt_path=resume, weights_only=False)
     finally:
-        fit.weights = {name: p.detach().clone() for name, p in learning(module.model)}
+        fit.weights = {name: p.detach().clone() for name, p in trainable_parameters(module.model)}
     return module
 
 

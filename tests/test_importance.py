@@ -11,14 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdft.callbacks.importance import Importance
 from sdft.data.datamodule import Images
+from sdft.errors import UserError
 from sdft.module import Finetuning
-from sdft.objective import Denoising
-from sdft.optimizer import adamw, constant
-from sdft.trainer import last_checkpoint, trainer
-from sdft.tuning import Adapter, Full, learning
-from sdft.types import UserError
+from sdft.objective.denoising import Denoising
+from sdft.optimizers.optimizers import adamw
+from sdft.optimizers.schedules import constant
+from sdft.training.callbacks.importance import Importance
+from sdft.training.checkpoints import last_checkpoint
+from sdft.training.trainer import trainer
+from sdft.tuning.adapter import Adapter
+from sdft.tuning.full import Full
+from sdft.tuning.parameters import trainable_parameters
 
 FILE = "importance.safetensors"
 
@@ -37,7 +41,7 @@ class Gradients(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step == self.kill:
             raise Killed
-        self.seen.append({name: p.grad.clone() for name, p in learning(module.model)})
+        self.seen.append({name: p.grad.clone() for name, p in trainable_parameters(module.model)})
 
 
 @pytest.fixture
@@ -63,7 +67,7 @@ def test_it_is_the_mean_of_squared_gradients_times_the_samples_of_a_step(fit) ->
     gradients = Gradients()
     module, folder = fit("run", gradients)
     found = load_file(folder / FILE)
-    assert found.keys() == {f"unet/{name.removeprefix('unet.')}" for name, _ in learning(module.model)}
+    assert found.keys() == {f"unet/{name.removeprefix('unet.')}" for name, _ in trainable_parameters(module.model)}
     first, second = gradients.seen
     for name in first:
         by_hand = (4 * first[name] ** 2 + 4 * second[name] ** 2) / 2

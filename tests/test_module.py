@@ -12,15 +12,21 @@ import pytest
 import torch
 from checks import assert_equal
 
-from sdft.callbacks.ema import EMA
 from sdft.data.datamodule import Images
+from sdft.errors import UserError
 from sdft.module import Finetuning
-from sdft.objective import Denoising, MinSNR, UniformTimesteps
-from sdft.optimizer import adamw, constant, cosine
-from sdft.sampling import SCHEDULERS, Sampler
-from sdft.trainer import last_checkpoint, trainer
-from sdft.tuning import Adapter, Full, learning
-from sdft.types import UserError
+from sdft.objective.denoising import Denoising
+from sdft.objective.timesteps import UniformTimesteps
+from sdft.objective.weighting import MinSNR
+from sdft.optimizers.optimizers import adamw
+from sdft.optimizers.schedules import constant, cosine
+from sdft.sampling.samplers import SCHEDULERS, Sampler
+from sdft.training.callbacks.ema import EMA
+from sdft.training.checkpoints import last_checkpoint
+from sdft.training.trainer import trainer
+from sdft.tuning.adapter import Adapter
+from sdft.tuning.full import Full
+from sdft.tuning.parameters import trainable_parameters
 
 ROOT = Path(__file__).parents[1]
 ALL_PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -89,7 +95,7 @@ def test_the_adapters_that_a_run_starts_from_follow_from_its_seed(method: str, t
     for noise, seed in ((1, 0), (2, 0), (1, 5)):
         torch.manual_seed(noise)
         module = Finetuning(tiny_model(), Adapter(rank=2, method=method), Denoising(), adamw, constant, seed=seed)
-        starts.append(torch.cat([p.detach().flatten() for _, p in learning(module.model)]))
+        starts.append(torch.cat([p.detach().flatten() for _, p in trainable_parameters(module.model)]))
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
 
@@ -183,7 +189,7 @@ def test_accumulation_is_a_larger_batch(tiny_model, tiny_source, tmp_path: Path)
         data = images(tiny_source(6), tiny_source(2, "held out"), batch_size=batch_size, flip=True, caption_dropout=0.3)
         seen = Losses()
         settings(tmp_path / f"{batch_size}", 3, seen, accumulate_grad_batches=accumulate).fit(module, data)
-        weights.append({name: p.detach() for name, p in learning(module.model)})
+        weights.append({name: p.detach() for name, p in trainable_parameters(module.model)})
         losses.append(torch.tensor(list(seen.seen.values())).view(3, accumulate).mean(1))
     # Lightning reports the loss it differentiates: that of a batch, divided by the number accumulated.
     torch.testing.assert_close(losses[0] * 4, losses[1], rtol=1e-4, atol=0)
@@ -202,7 +208,7 @@ def test_checkpoints_hold_only_what_learns(tuning: str, tiny_model, tiny_source,
     module = Finetuning(tiny_model(), chosen, Denoising(), partial(adamw, lr=1e-3), constant, seed=0)
     settings(tmp_path, 3, EMA(0.9)).fit(module, images(tiny_source(4), tiny_source(2)))
     saved = read(tmp_path)
-    names = [name for name, _ in learning(module.model)]
+    names = [name for name, _ in trainable_parameters(module.model)]
     assert sorted(saved["state_dict"]) == sorted(f"model.{name}" for name in names)
     assert sum(len(group["params"]) for group in saved["optimizer_states"][0]["param_groups"]) == len(names)
     assert sorted(saved["callbacks"]["EMA"]["average"]) == sorted(names)
@@ -251,7 +257,8 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(tuning: str, tiny_mode
     assert list(resumed_losses.seen) == [6, 7, 8, 9, 10, 11]
     assert all(resumed_losses.seen[i] == straight_losses.seen[i] for i in resumed_losses.seen)
     assert straight_average.num_updates == resumed_average.num_updates == 6
-    for (name, a), (_, b) in zip(learning(straight.model), learning(resumed.model), strict=True):
+    both = zip(trainable_parameters(straight.model), trainable_parameters(resumed.model), strict=True)
+    for (name, a), (_, b) in both:
         assert torch.equal(a, b), name
         assert torch.equal(a, straight_average.average[name]), name  # the run ends with the average in place
     assert_same(read(tmp_path / "straight"), read(tmp_path / "killed"))
@@ -306,7 +313,7 @@ def test_a_checkpoint_of_another_tuning_is_refused(saved, wanted, tiny_model, ti
 def test_the_average_is_what_validates_and_stays(tiny_model, tiny_source, tmp_path: Path) -> None:
     """After n steps the decay is min(0.5, (1 + n) / (10 + n)); worked by hand from the weights of each step."""
     module = Finetuning(tiny_model(), Full(), Denoising(), partial(adamw, lr=1e-2), constant, seed=0)
-    name, weight = next(iter(learning(module.model)))
+    name, weight = next(iter(trainable_parameters(module.model)))
     lives, validated, by_hand = [], [], weight.detach().clone()
 
     class Watch(L.Callback):

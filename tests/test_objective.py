@@ -11,21 +11,19 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from sdft.batch import Batch
+from sdft.errors import UserError
 from sdft.models.sdxl import SDXL
 from sdft.module import Finetuning
-from sdft.objective import (
-    Debiased,
-    Denoising,
-    LogitNormalTimesteps,
-    MinSNR,
-    NoiseSchedule,
-    Uniform,
-    UniformTimesteps,
-)
-from sdft.optimizer import adamw, constant
+from sdft.objective.denoising import Denoising
+from sdft.objective.noise_schedule import NoiseSchedule
+from sdft.objective.timesteps import LogitNormalTimesteps, UniformTimesteps
+from sdft.objective.weighting import Debiased, MinSNR, Uniform
+from sdft.optimizers.optimizers import adamw
+from sdft.optimizers.schedules import constant
 from sdft.rng import Draws, seed_of
-from sdft.tuning import Adapter, Full
-from sdft.types import Batch, UserError
+from sdft.tuning.adapter import Adapter
+from sdft.tuning.full import Full
 
 SNR = {0: 1175.5, 200: 3.06, 400: 0.738, 600: 0.192, 800: 0.0383, 999: 0.00468}
 """SDXL's, to three digits: shared/SDXL_FACTS.md."""

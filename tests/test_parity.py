@@ -10,14 +10,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-
 from sdft.callbacks import exports
-from sdft.callbacks.exports import Export
+
+from sdft.errors import UserError
 from sdft.formats import lora_file
 from sdft.models.load import pretrained
-from sdft.objective import Denoising
-from sdft.tuning import Adapter, Full
-from sdft.types import UserError
+from sdft.objective.denoising import Denoising
+from sdft.training.callbacks.export import Export
+from sdft.tuning.adapter import Adapter
+from sdft.tuning.full import Full
 
 UNET, ENCODERS = ["unet"], ["unet", "text_encoder", "text_encoder_2"]
 

@@ -12,14 +12,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import train
 from sdft.data.datamodule import Images
-from sdft.footprint import Ledger, Setup, Weightless, needs_of, optimizer_copies
+from sdft.errors import UserError
 from sdft.module import Finetuning
-from sdft.objective import Denoising
-from sdft.optimizer import adamw, constant
-from sdft.preflight import Preflight, refuse_batch
+from sdft.objective.denoising import Denoising
+from sdft.optimizers.optimizers import adamw
+from sdft.optimizers.schedules import constant
+from sdft.planning.footprint import AllocationTracker, MetaBuild, Setup, memory_needs, optimizer_copies
+from sdft.planning.preflight import Preflight, refuse_batch
 from sdft.rng import Draws
-from sdft.tuning import Adapter, Full, learning
-from sdft.types import UserError
+from sdft.tuning.adapter import Adapter
+from sdft.tuning.full import Full
+from sdft.tuning.parameters import trainable_parameters
 
 MIB = 2**20
 PLAIN = Setup(max_steps=10, accumulate=1, precision="32-true", num_devices=1, num_shards=1, on_gpu=False)
@@ -34,7 +37,7 @@ def setting(tiny_model, tiny_source):
         model = tiny_model().to("meta") if on_meta else tiny_model()
         if checkpointing:
             model.unet.enable_gradient_checkpointing()
-        with Weightless():
+        with MetaBuild():
             return Finetuning(model, tuning, Denoising(), partial(adamw, lr=1e-3), constant, seed=0), data
 
     return build
@@ -42,7 +45,7 @@ def setting(tiny_model, tiny_source):
 
 def test_the_ledger_counts_what_lives_and_what_is_multiplied() -> None:
     known = torch.nn.Linear(4, 4)
-    with Ledger(known) as ledger:
+    with AllocationTracker(known) as ledger:
         a = torch.zeros(256)  # 1024 bytes
         b = a + 1  # 2048 together
         del a
@@ -66,24 +69,24 @@ def test_weights_gradients_states_and_average_by_hand(setting) -> None:
     module, data = setting(Full())
     unet = 4 * sum(p.numel() for p in module.model.unet.parameters())
     whole = 4 * sum(p.numel() for p in module.model.parameters())
-    found = needs_of(module, data, PLAIN, num_averages=1)
+    found = memory_needs(module, data, PLAIN, num_averages=1)
     ids = 2 * 77 * 8  # the one buffer of each encoder
     assert found.weights == whole + ids
     assert (found.gradients, found.states, found.average) == (unet, 2 * unet, unet)
-    divided = needs_of(*setting(Full()), PLAIN.__class__(**{**PLAIN.__dict__, "num_shards": 2}), num_averages=1)
+    divided = memory_needs(*setting(Full()), PLAIN.__class__(**{**PLAIN.__dict__, "num_shards": 2}), num_averages=1)
     assert divided.states == unet
     assert divided.step == found.step, "activations are not divided"
 
 
 @pytest.mark.parametrize("tuning", [Full, partial(Adapter, rank=2)], ids=["full", "lora"])
 def test_the_played_step_needs_what_the_real_one_does(tuning, setting) -> None:
-    played = needs_of(*setting(tuning()), PLAIN, num_averages=0)
+    played = memory_needs(*setting(tuning()), PLAIN, num_averages=0)
     module, data = setting(tuning(), on_meta=False)
-    for _, parameter in learning(module.model):
+    for _, parameter in trainable_parameters(module.model):
         parameter.grad = torch.zeros_like(parameter)
     (batch,) = [batch for batch, _ in zip(data.val_dataloader(), range(1), strict=False)]
     # Whatever attention a Trainer before this one has switched off.
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]), Ledger(module.model) as ledger:
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]), AllocationTracker(module.model) as ledger:
         report = module.objective(module.model, batch, Draws(0, batch.keys, batch.visits))
         loss = report.per_sample_B.mean()
         del report
@@ -93,7 +96,7 @@ def test_the_played_step_needs_what_the_real_one_does(tuning, setting) -> None:
 
 
 def test_checkpointing_trades_flops_for_memory(setting) -> None:
-    plain, recomputed = (needs_of(*setting(Full(), checkpointing=c), PLAIN, 0) for c in (False, True))
+    plain, recomputed = (memory_needs(*setting(Full(), checkpointing=c), PLAIN, 0) for c in (False, True))
     assert recomputed.step < plain.step
     assert recomputed.flops > plain.flops
 

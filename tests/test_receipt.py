@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from test_sweep import SMALL
 
-import train
-from sdft import receipt
-from sdft.types import UserError
+import sdft.training.__main__ as train
+from sdft.errors import UserError
+from sdft.training import receipt
 
 FILE = {"config": {"run_dir": "runs/a", "seed": 0}, "git": {}, "versions": {"torch": "1"}, "hardware": {},
         "threads": 2, "data": "d", "base_weights": "b", "outputs": {"lora": "1"}, "figures": {"loss": 0.5}}  # fmt: skip

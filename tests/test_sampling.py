@@ -8,11 +8,12 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from sdft.data.images import to_uint8
+from sdft.errors import UserError
 from sdft.models.sdxl import SDXL
-from sdft.objective import NoiseSchedule
+from sdft.objective.noise_schedule import NoiseSchedule
 from sdft.rng import generator
-from sdft.sampling import SCHEDULERS, Sampler, generate
-from sdft.types import UserError
+from sdft.sampling.generate import generate
+from sdft.sampling.samplers import SCHEDULERS, Sampler
 
 PROMPTS = ["a red cat", "a photo of the dog on a table", "neon lines"]
 SIZE_HW = (32, 48)
@@ -54,7 +55,7 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(name: str, model: SDXL) -> N
 def test_every_sampler_finds_what_a_perfect_model_knows(name: str, prediction: str, zero_snr: bool, tiny_model) -> None:
     """A model of a world with one picture, z0 = 0.5: its exact prediction leads from any noise to that picture."""
     model, schedule = tiny_model(), NoiseSchedule(zero_snr)
-    model.expect(prediction, zero_snr)
+    model.set_prediction_type(prediction, zero_snr)
 
     def denoise(z_t, t_B, cond):
         t = np.interp(t_B.numpy().astype(float), np.arange(1000), (schedule.s / schedule.a).clamp(max=2**12).log())

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 import train
-from sdft import receipt
-from sdft.sweep import finished, print_table
-from sdft.types import UserError
+from sdft.errors import UserError
+from sdft.training import receipt
+from sdft.training.sweep import finished, print_table
 
 SMALL = [
     "logger=csv",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sdft.callbacks.tracking import wandb_logger
+from sdft.training.callbacks.tracking import wandb_logger
 
 
 def test_the_id_of_a_run_is_kept_in_its_folder(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_what_comes_after_a_requeue_is_told_under_the_same_id(tmp_path: Path) ->
 @pytest.mark.parametrize("said", [{}, {"WANDB_MODE": "offline"}])
 def test_without_a_key_it_is_offline_and_silent(tmp_path: Path, said: dict[str, str]) -> None:
     """As a stranger meets it, by hand and by make; in a process of its own, as W&B looks only once."""
-    script = "import sys; from sdft.callbacks.tracking import wandb_logger; wandb_logger(sys.argv[1], 'x').experiment"
+    script = "import sys, sdft.training.callbacks.tracking as t; t.wandb_logger(sys.argv[1], 'x').experiment"
     env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")} | said
     env["HOME"] = str(tmp_path)
     command = [sys.executable, "-c", script, str(tmp_path / "run")]

@@ -13,14 +13,18 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from sdft.batch import Batch, Conditioning
+from sdft.errors import UserError
 from sdft.formats.diffusers_folder import write_folder
 from sdft.models.load import pretrained
 from sdft.models.sdxl import SDXL, tokenize
 from sdft.module import Finetuning
-from sdft.objective import Denoising
-from sdft.optimizer import adamw, constant
-from sdft.tuning import Adapter, Full, adapters, learning, scaled
-from sdft.types import Batch, Conditioning, UserError
+from sdft.objective.denoising import Denoising
+from sdft.optimizers.optimizers import adamw
+from sdft.optimizers.schedules import constant
+from sdft.tuning.adapter import Adapter, adapters, scaled
+from sdft.tuning.full import Full
+from sdft.tuning.parameters import trainable_parameters
 
 ALL_PARTS = ("unet", "text_encoder", "text_encoder_2")
 WORD = "стиль_Техноманта"
@@ -86,7 +90,7 @@ def test_exactly_what_should_learn_changes(name: str, tiny_model, tiny_batch) ->
 
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {key for key, _ in module.model.named_parameters() if should_learn(name, key)}
-    assert changed == {key for key, _ in learning(module.model)}
+    assert changed == {key for key, _ in trainable_parameters(module.model)}
     assert not any(key.startswith((LAST_LAYER, "text_encoder.final_layer_norm", "vae.")) for key in changed)
     touched = {key for step in gradients for key, gradient in step.items() if gradient.abs().max() > 0}
     assert touched == changed
@@ -185,12 +189,12 @@ def test_adapters_are_fp32_beside_a_bf16_base_and_change_nothing_untrained(metho
     with torch.no_grad():
         base = model.denoise(z_t, t, cond)
     Adapter(rank=3, method=method, layers="conv").attach(model)
-    assert {p.dtype for _, p in learning(model)} == {torch.float32}
+    assert {p.dtype for _, p in trainable_parameters(model)} == {torch.float32}
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
     untrained = model.denoise(z_t, t, cond)
     assert torch.equal(untrained, base)
     untrained.square().mean().backward()
-    assert any(p.grad is not None and p.grad.abs().max() > 0 for _, p in learning(model))
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for _, p in trainable_parameters(model))
 
 
 def test_no_adapter_is_ever_left_out_of_a_step(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +202,7 @@ def test_no_adapter_is_ever_left_out_of_a_step(tiny_model, monkeypatch: pytest.M
     for method in ("loha", "lokr"):
         model = tiny_model().train()
         Adapter(rank=3, method=method).attach(model)
-        for _, p in learning(model):
+        for _, p in trainable_parameters(model):
             nn.init.normal_(p)
         layer = model.unet.mid_block.attentions[0].proj_in
         x = torch.randn(4, layer.in_features)
@@ -272,7 +276,7 @@ class TestLearningRates:
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         assert rates == pytest.approx({"unet": 1e-3, "text_encoder": 2e-4, "text_encoder_2": 1e-4, "words": 5e-3})
         grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
-        assert sorted(grouped) == sorted(id(p) for _, p in learning(model))
+        assert sorted(grouped) == sorted(id(p) for _, p in trainable_parameters(model))
 
     def test_rate_zero_stops_a_part(self, tiny_model, tiny_batch) -> None:
         module = finetuning(tiny_model(), Adapter(rank=2, parts=ALL_PARTS, lr_scale={"text_encoder": 0.0}))

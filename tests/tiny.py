@@ -13,10 +13,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from sdft.batch import Batch
 from sdft.data.dataset import Sample
 from sdft.models.nano.build import scheduler, tokenizer
 from sdft.models.sdxl import SDXL
-from sdft.types import Batch
 
 WORDS = ("a", "photo", "of", "the", "red", "cat", "dog", "on", "table", "glowing", "neon", "lines")
 CAPTIONS = ("a red cat", "a photo of the dog", "the cat on a table", "neon lines")

@@ -21,15 +21,15 @@ PRELOADED = (
     "diffusers.models.autoencoders.autoencoder_kl",
     "diffusers.models.unets.unet_2d_condition",
     "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl",
-    "sdft.callbacks.ema",
-    "sdft.callbacks.exports",
-    "sdft.callbacks.previews",
-    "sdft.config",
+    "sdft.training.callbacks.ema",
+    "sdft.training.callbacks.export",
+    "sdft.training.callbacks.previews",
+    "sdft.config.command",
     "sdft.evaluation.page.write",
     "sdft.evaluation.verdict",
     "sdft.merging.merge",
     "sdft.module",
-    "sdft.trainer",
+    "sdft.training.trainer",
 )
 
 

@@ -13,13 +13,13 @@ from omegaconf import DictConfig
 from PIL import Image
 from tqdm import tqdm
 
-from sdft.config import build, verb
+from sdft.config.command import build, verb
 from sdft.data.contact_sheet import ContactSheet
 from sdft.data.dataset import Pictures
 from sdft.data.sharding import write_shards
 from sdft.data.sources import ToyWorld
 from sdft.data.survey import survey
-from sdft.types import UserError
+from sdft.errors import UserError
 
 MISSING = "(no caption)"
 

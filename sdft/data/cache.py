@@ -27,8 +27,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from sdft.data.places import Kind, Place, Places
-from sdft.memory import keep_freed_memory
-from sdft.types import UserError
+from sdft.errors import UserError
+from sdft.hardware import reuse_freed_memory
 
 SHARD_BYTES = 256 * 2**20
 """A shard is written when this much is ready; a killed build loses no more."""
@@ -55,7 +55,7 @@ class Cache:
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self.refresh()
-        keep_freed_memory()
+        reuse_freed_memory()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without open files, for a worker that is no fork."""

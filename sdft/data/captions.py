@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from sdft.errors import UserError
 from sdft.rng import Draws, generator
-from sdft.types import Fraction, Index, UserError
+from sdft.types import Fraction, Index
 
 
 class Tags:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
+from sdft.batch import Batch
 from sdft.data.buckets import bucket_sizes
 from sdft.data.cache import Cache, fingerprint
 from sdft.data.dataset import Pictures, RunOrder, Source, Variant, collate
@@ -27,7 +28,8 @@ from sdft.data.packed import Strings, distinct
 from sdft.data.record import Record
 from sdft.data.scan import Unreadables, only_readable
 from sdft.data.sources import Folder, HuggingFace, Shards
-from sdft.types import Batch, Count, Fraction, Index, UserError
+from sdft.errors import UserError
+from sdft.types import Count, Fraction, Index
 
 NUM_AHEAD = 4
 """Batches for which a disk is asked before they are read: one is too few to keep it busy."""

@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from sdft.batch import Batch
 from sdft.data.buckets import nearest_bucket
 from sdft.data.captions import Captions
 from sdft.data.decode import Encoded
 from sdft.data.images import Crop, Cut, cut_image, plan_cut
+from sdft.errors import UserError
 from sdft.rng import Draws, generator
-from sdft.types import Batch, Count, Fraction, UserError
+from sdft.types import Count, Fraction
 
 
 @dataclass(frozen=True)

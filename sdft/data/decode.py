@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from sdft.types import UserError
+from sdft.errors import UserError
 
 # Pillow warns from 89 megapixels on, which an honest scan can have; from twice that on it refuses, and so does this.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

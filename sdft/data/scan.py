@@ -20,7 +20,7 @@ from sdft.data.decode import Unreadable, examine
 from sdft.data.problems import listed
 from sdft.data.record import Record, Seen
 from sdft.data.sources.splits import Part, encoded
-from sdft.types import UserError
+from sdft.errors import UserError
 
 Unreadables = Literal["error", "skip"]
 T = TypeVar("T")

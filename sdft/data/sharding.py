@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 from sdft.data.dataset import Source
 from sdft.data.decode import Encoded
 from sdft.data.sources.shards import entries_of
-from sdft.types import Count, UserError
+from sdft.errors import UserError
+from sdft.types import Count
 
 
 def write_shards(source: Source, out: Path, per_shard: Count, bar: Callable[[Iterable], Iterable] = iter) -> list[Path]:

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from annotated_types import MinLen
 
+from sdft.distributed.processes import ProcessInfo
+from sdft.errors import UserError
 from sdft.evaluation.adherence import load_judge
 from sdft.evaluation.gallery import VERSIONS, Gallery, PictureFiles
 from sdft.evaluation.grid import Axes, Axis, Cell, Size, cells, options_of, read_prompts, size_in_words
@@ -26,9 +28,8 @@ from sdft.evaluation.sweeps import heat_maps
 from sdft.evaluation.tradeoff import weigh
 from sdft.models.load import NANO
 from sdft.models.sdxl import SDXL
-from sdft.processes import Place
-from sdft.sampling import Sampler
-from sdft.types import Count, UserError
+from sdft.sampling.samplers import Sampler
+from sdft.types import Count
 
 
 class Comparison:
@@ -115,7 +116,9 @@ class Comparison:
         return [measure for name, measure in self.metrics.items() if not missing[name]], told
 
 
-def draw(comparison: Comparison, subjects: Sequence[Subject], models: Models, place: Place = Place()) -> list[Drawn]:
+def draw(
+    comparison: Comparison, subjects: Sequence[Subject], models: Models, place: ProcessInfo = ProcessInfo()
+) -> list[Drawn]:
     """All pictures, by contestant; those of other ranks may still be missing, except on rank 0."""
     wanted = comparison.cells(subjects)
     precision: Literal["bf16", "fp32"] = "bf16" if models.device.type == "cuda" else "fp32"

@@ -22,12 +22,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from sdft.distributed.processes import ProcessInfo
+from sdft.errors import UserError
 from sdft.evaluation.grid import Cell, Setting
 from sdft.evaluation.models import Models
-from sdft.processes import Place
 from sdft.rng import seed_of
-from sdft.sampling import Texts, generate, refuse_size
-from sdft.types import UserError
+from sdft.sampling.generate import PromptEmbeddings, generate, refuse_size
 
 VERSIONS = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
 PATIENCE = 1800
@@ -50,7 +50,7 @@ class Gallery:
         digest = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=12)
         return self.folder / f"{digest.hexdigest()}.png"
 
-    def fill(self, cells: Sequence[Cell], place: Place = Place()) -> None:
+    def fill(self, cells: Sequence[Cell], place: ProcessInfo = ProcessInfo()) -> None:
         """Draw what is missing; rank 0 comes back when every picture is there, the others after their own.
 
         The batches are those of the whole grid, so what was stopped goes on with the same ones, and the same bits.
@@ -62,7 +62,7 @@ class Gallery:
             if place.rank == 0 and place.world_size > 1:
                 self._wait(list(missing), bar)
 
-    def _draw(self, wanted: list[tuple[Path, Cell]], place: Place, drawn: Callable[[int], object]) -> None:
+    def _draw(self, wanted: list[tuple[Path, Cell]], place: ProcessInfo, drawn: Callable[[int], object]) -> None:
         number = itertools.count()
         by_weights: dict[tuple, list[tuple[Path, Cell]]] = {}
         for path, cell in wanted:
@@ -78,7 +78,7 @@ class Gallery:
                 continue
             cell = mine[0][0][1]
             with self.models.open(cell.subject, cell.scale, cell.step) as model:
-                texts = Texts(model)
+                texts = PromptEmbeddings(model)
                 for batch in mine:
                     setting = batch[0][1].setting
                     refuse_size(model, setting.size_hw)

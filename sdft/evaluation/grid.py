@@ -13,10 +13,11 @@ from typing import Annotated, Literal
 
 from annotated_types import MinLen
 
+from sdft.errors import UserError
 from sdft.evaluation.results import Value
 from sdft.evaluation.subjects import FINAL, Subject
-from sdft.sampling import Name, Sampler
-from sdft.types import Count, Fraction, Index, NonNegative, UserError
+from sdft.sampling.samplers import Name, Sampler
+from sdft.types import Count, Fraction, Index, NonNegative
 
 Axis = Literal["sampler", "cfg", "steps", "rescale", "negative", "size", "scale", "step"]
 Size = Count | Annotated[Sequence[Count], MinLen(2)]

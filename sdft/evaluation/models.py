@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from sdft.errors import UserError
 from sdft.evaluation.subjects import FINAL, Subject
 from sdft.formats.adapter import lora_on, read_words
 from sdft.formats.lora_file import read_lora
@@ -24,8 +25,7 @@ from sdft.formats.lora_stack import stacked
 from sdft.formats.run_state import read_state
 from sdft.models.load import find_checkpoint
 from sdft.models.sdxl import SDXL
-from sdft.tuning import learning, put
-from sdft.types import UserError
+from sdft.tuning.parameters import copy_parameters, trainable_parameters
 
 
 class Models:
@@ -116,9 +116,9 @@ class Models:
         averages = [kept["average"] for kept in state["callbacks"].values() if "average" in kept]
         live = state["state_dict"] if not averages else {}
         weights = averages[0] if averages else {name.removeprefix("model."): value for name, value in live.items()}
-        if {name for name, _ in learning(model)} != set(weights):
+        if {name for name, _ in trainable_parameters(model)} != set(weights):
             raise UserError(f"{subject.key}: {path.name} holds other weights than the run's config trains")
-        put(model, weights)
+        copy_parameters(model, weights)
         return model
 
 
@@ -138,7 +138,7 @@ def sampled_as_trained(model: SDXL, loras: Sequence[LoraFile], key: str) -> Iter
     kept = model.scheduler
     if told:
         prediction, zero_snr = told.pop()  # type: ignore[misc]
-        model.expect(prediction, zero_snr or kept.config.rescale_betas_zero_snr)
+        model.set_prediction_type(prediction, zero_snr or kept.config.rescale_betas_zero_snr)
     try:
         yield
     finally:

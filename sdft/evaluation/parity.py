@@ -14,13 +14,13 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
+from sdft.batch import Conditioning
 from sdft.evaluation.models import with_lora, with_words
-from sdft.formats.adapter import lora_of, narrow_base
+from sdft.formats.adapter import lora_of, round_base
 from sdft.formats.diffusers_folder import FILES, SDXL_PARTS
 from sdft.formats.lora_file import read_lora
 from sdft.models.sdxl import SDXL
 from sdft.rng import generator
-from sdft.types import Conditioning
 
 LATENT_SIDE = 16
 LEAST_EFFECT = 0.05
@@ -56,7 +56,7 @@ def export_errors(
             differences = zip(trained, probe(again, words), scales, strict=True)
             errors[name] = max(rms(a - b) / scale for a, b, scale in differences)
     for part, dtype in dtypes.items():
-        narrow_base(getattr(model, part), dtype)
+        round_base(getattr(model, part), dtype)
     return errors
 
 

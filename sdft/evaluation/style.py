@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
+from sdft.errors import UserError
 from sdft.evaluation.distance import COLOUR, Distance, Pictures, Responses, StyleDistance, distance, ordered
 from sdft.rng import generator
-from sdft.types import UserError
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sdft.errors import UserError
 from sdft.evaluation.results import Value
 from sdft.formats.lora_file import is_lora, read_names
 from sdft.formats.run_folder import SUMMARY, Left, left_by
-from sdft.types import UserError
 
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 FILES = (".safetensors", ".ckpt", ".pt", ".bin")

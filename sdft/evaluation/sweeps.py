@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from sdft.errors import UserError
 from sdft.evaluation.results import Compared, Estimate, HeatMap, Metric, Results, Value
 from sdft.evaluation.subjects import Subject, read_subjects
 from sdft.formats.run_folder import SUMMARY
-from sdft.types import UserError
 
 REPEATS = "seed"
 """The value that makes repeats of one job rather than other jobs."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from sdft.evaluation.style import StyleGauge
 from sdft.models.load import NANO
 from sdft.models.nano.build import tokenizer
 from sdft.models.sdxl import SDXL
-from sdft.sampling import Sampler, generate
-from sdft.types import Count
+from sdft.sampling.generate import generate
+from sdft.sampling.samplers import Sampler
+from sdft.types import Count, Precision
 
 Base = Callable[[], AbstractContextManager]
 BEFORE_AFTER = "before_after.png"
@@ -59,15 +61,16 @@ class StyleVerdict:
         self.num_images, self.caption, self.reduced_side = min(num_images, len(reference.keys)), caption, reduced_side
         self.judge = judge
 
-    def __call__(self, model: SDXL, base: Base, folder: Path) -> dict[str, Any]:
+    def __call__(self, model: SDXL, base: Base, folder: Path, precision: Precision = "fp32") -> dict[str, Any]:
         """Figures of the run; writes `before_after.png` into `folder`."""
         captions = [self.reference[index].caption for index in range(self.num_images)]
         asked = [self.caption.format(caption=caption) for caption in captions]
+        draw = partial(self._draw, model, precision)
         with base():
-            before = self._draw(model, captions, "base")
-            shown = [self._draw(model, self.prompts)]
-        tuned = self._draw(model, asked, "tuned")
-        shown.append(self._draw(model, [self.caption.format(caption=prompt) for prompt in self.prompts]))
+            before = draw(captions, "base")
+            shown = [draw(self.prompts)]
+        tuned = draw(asked, "tuned")
+        shown.append(draw([self.caption.format(caption=prompt) for prompt in self.prompts]))
         save_grid(folder / BEFORE_AFTER, shown, ["base", "tuned"], self.prompts)
         if len(self.reference.keys) < LEAST_REFERENCES:
             why = f"not measured: {len(self.reference.keys)} held-out pictures, needs {LEAST_REFERENCES}"
@@ -85,13 +88,15 @@ class StyleVerdict:
             "distance_floor": gain.d_floor,
         }
         if self.caption != "{caption}":
-            unasked = self._draw(model, captions, "tuned, without the word")
+            unasked = draw(captions, "tuned, without the word")
             figures["style_gain_without_word"] = gauge(unasked).style_gain
         return figures | self._adherence(before, tuned, captions)
 
-    def _draw(self, model: SDXL, prompts: Sequence[str], progress: str | None = None) -> np.ndarray:
+    def _draw(
+        self, model: SDXL, precision: Precision, prompts: Sequence[str], progress: str | None = None
+    ) -> np.ndarray:
         size_hw = (self.size, self.size)
-        return generate(model, prompts, range(len(prompts)), self.sampler, size_hw, "bf16", progress)
+        return generate(model, prompts, range(len(prompts)), self.sampler, size_hw, precision, progress)
 
     def _references(self, model: SDXL) -> tuple[np.ndarray, np.ndarray]:
         """The held-out pictures, and the same through the VAE."""
@@ -128,7 +133,7 @@ class AutoencoderVerdict:
         self.references, self.size = references, size
 
     @torch.no_grad()
-    def __call__(self, vae: nn.Module, base: Base, folder: Path) -> dict[str, float]:
+    def __call__(self, vae: nn.Module, base: Base, folder: Path, precision: Precision = "fp32") -> dict[str, float]:
         """Mean PSNR of each reference; writes originals above reconstructions."""
         figures, rows, labels = {}, [], []
         for name, source in self.references.items():
@@ -153,7 +158,7 @@ class JudgeVerdict:
     def __init__(self, references: dict[str, ToyWorld], words: Sequence[str]):
         self.references, self.tokenizer = references, tokenizer(words, "<|endoftext|>")
 
-    def __call__(self, clip: nn.Module, base: Base, folder: Path) -> dict[str, float]:
+    def __call__(self, clip: nn.Module, base: Base, folder: Path, precision: Precision = "fp32") -> dict[str, float]:
         """Accuracy of each reference, and over all."""
         judge = Judge(clip, self.tokenizer, SUBJECTS)
         figures = {}

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from sdft.config import verb
+from sdft.config.command import verb
+from sdft.errors import UserError
 from sdft.formats.convert import convert
 from sdft.models.load import CONFIGS, SDXL_BASE, SDXL_ID, find_folder
-from sdft.types import UserError
 
 
 @verb("formats")

@@ -16,10 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from sdft.errors import UserError
 from sdft.formats.lora_file import Layout, read_names, save_whole, write_lora_file
 from sdft.formats.lora_keys import PARTS, layer_name
 from sdft.formats.lora_layer import DORA, DOWN, PEFT_NAMES, Layer, LoraFile, kohya_magnitude
-from sdft.types import UserError
 
 ADAPTER = "default"
 """peft's name of the adapters, trained or put on."""
@@ -84,7 +84,7 @@ def refuse_misfit(lora: LoraFile, modules: Mapping[str, nn.Module], key: str) ->
         raise UserError(f"{key}: the LoRA does not fit the base model, which model= chooses ({told})")
 
 
-def narrow_base(part_module: nn.Module, dtype: torch.dtype) -> None:
+def round_base(part_module: nn.Module, dtype: torch.dtype) -> None:
     """Bring the weights of a part into `dtype`; its adapters stay as they are."""
     adapted = [module for module in part_module.modules() if isinstance(module, BaseTunerLayer)]
     held = [getattr(layer, name) for layer in adapted for name in layer.adapter_layer_names]

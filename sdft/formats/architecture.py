@@ -13,9 +13,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from sdft.errors import UserError
 from sdft.formats.checkpoint import Checkpoint
 from sdft.formats.keys import PREFIXES, hub_name
-from sdft.types import UserError
 
 PARTS = tuple(PREFIXES)
 MOST_SHOWN = 400

@@ -19,10 +19,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sdft.errors import UserError
 from sdft.formats.foreign import refuse_other_architecture
 from sdft.formats.keys import PREFIXES, Place, hub_name, place_at
 from sdft.formats.stream import CODES, DTYPES, Entry, Stored, read_header
-from sdft.types import UserError
 
 INDEX = "model_index.json"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")

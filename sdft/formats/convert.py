@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from sdft.errors import UserError
 from sdft.formats.architecture import PARTS, empty_network, refuse_misfit
 from sdft.formats.checkpoint import PICKLES, open_checkpoint
 from sdft.formats.diffusers_folder import copy_as_folder
 from sdft.formats.lora_file import is_lora, read_lora, read_names, write_lora_file
 from sdft.formats.single_file import write_single_file
 from sdft.formats.stream import appearing
-from sdft.types import FLOATS, UserError
+from sdft.types import DTYPES
 
 MODEL_FORMATS = ("folder", "single_file")
 LORA_FORMATS = ("kohya", "diffusers")
@@ -39,11 +40,11 @@ def convert(
     """
     if to not in (*MODEL_FORMATS, *LORA_FORMATS):
         raise UserError(f"to={to}: must be one of {', '.join((*MODEL_FORMATS, *LORA_FORMATS))}")
-    if dtype is not None and dtype not in FLOATS:
+    if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype={dtype}: must be one of fp32, bf16, fp16, or null to keep each weight's own")
     path, target = Path(source).expanduser(), Path(out).expanduser().absolute()
     refuse_target(target, to, path)
-    number = FLOATS[dtype] if dtype else None
+    number = DTYPES[dtype] if dtype else None
     with appearing(target, overwrite=overwrite) as written:
         if holds_lora(source, path):
             convert_lora(source, path, written, to, number)

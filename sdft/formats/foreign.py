@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from sdft.errors import UserError
 from sdft.formats.keys import PREFIXES
-from sdft.types import UserError
 
 
 def refuse_other_architecture(where: str, names: Sequence[str]) -> None:

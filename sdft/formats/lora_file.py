@@ -17,10 +17,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sdft.errors import UserError
 from sdft.formats import lora_keys
 from sdft.formats.lora_layer import DORA, DOWN, TENSORS, UP, Layer, LoraFile, kohya_magnitude, most_common
 from sdft.formats.stream import appearing, entry_of, read_header, write_tensors
-from sdft.types import UserError
 
 Layout = Literal["kohya", "diffusers"]
 

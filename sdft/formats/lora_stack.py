@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import torch
 
+from sdft.errors import UserError
 from sdft.formats.lora_layer import DOWN, MID, UP, Layer, LoraFile
-from sdft.types import UserError
 
 
 def stacked(loras: Sequence[tuple[LoraFile, float]], key: str) -> LoraFile:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sdft.types import UserError
+from sdft.errors import UserError
 
 SLICE_FILES = "slice_files"
 """Under this name a state keeps the names of its slices."""

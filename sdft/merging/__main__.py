@@ -13,11 +13,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sdft.config import build, check, verb
-from sdft.config_keys import did_you_mean
+from sdft.config.command import build, check, verb
+from sdft.config.keys import did_you_mean
+from sdft.errors import UserError
 from sdft.merging.kinds import signature_of
 from sdft.merging.recipe import METHODS, Step
-from sdft.types import UserError
 
 
 @verb("merge")

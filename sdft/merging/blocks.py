@@ -13,8 +13,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from sdft.errors import UserError
 from sdft.formats.keys import PREFIXES, place_of
-from sdft.types import UserError
 
 GROUPS = {"input": 9, "middle": 3, "output": 9}
 UNET_BLOCKS = (

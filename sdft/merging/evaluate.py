@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from sdft import rng
+from sdft.errors import UserError
 from sdft.formats.lora_layer import DORA
 from sdft.merging.blocks import block_of, is_by_block, number_of
 from sdft.merging.inputs import Read
 from sdft.merging.kinds import Kind
 from sdft.merging.recipe import Recipe
 from sdft.merging.sources import Adapter, Held, change_of, rescaled
-from sdft.types import UserError
 
 PIECE = 2**18
 """Numbers in a piece of a weight: few enough that what is made of them stays in a core's cache. Random draws are made

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from sdft.formats.checkpoint import Checkpoint
 from sdft.formats.stream import Mapped, Stored
-from sdft.memory import available_memory
+from sdft.hardware import available_memory
 from sdft.merging.sources import Held, Source
 
 AHEAD = 2**29
@@ -100,7 +100,7 @@ class InputFile:
             self.ahead = float("inf")
             self.changed.notify()
 
-    def give_up(self) -> None:
+    def abort(self) -> None:
         """The hash ends where it is."""
         with self.changed:
             self.given_up = True
@@ -127,4 +127,4 @@ def opened(sources: Mapping[str, Source], bar: tqdm, to_write: int = 0) -> Itera
             yield Inputs(sources, files, hashes)
         finally:
             for file in files.values():
-                file.give_up()
+                file.abort()

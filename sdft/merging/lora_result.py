@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdft import rng
+from sdft.errors import UserError
 from sdft.formats.lora_file import ADAPTER_METADATA, adapter_metadata, diffusers_tensors, kohya_tensors
 from sdft.formats.lora_keys import is_convolution, kohya_name
 from sdft.formats.lora_layer import DORA, DOWN, MID, UP, Layer, LoraFile
@@ -27,7 +28,6 @@ from sdft.merging.inputs import Inputs
 from sdft.merging.recipe import Recipe
 from sdft.merging.sources import Adapter
 from sdft.merging.write import in_threads
-from sdft.types import UserError
 
 SEED = 0
 """Of the random ranges of decompositions; it moves the result by less than their error."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdft import __version__
+from sdft.errors import UserError
 from sdft.formats.checkpoint import INDEX, Checkpoint
 from sdft.formats.lora_layer import network_metadata
 from sdft.formats.metadata import lora_metadata
@@ -27,7 +28,7 @@ from sdft.merging.lora_result import told as told_of_lora
 from sdft.merging.recipe import Recipe, Step, open_recipe
 from sdft.merging.sources import Source
 from sdft.merging.write import DATE, Output, outputs_of, plan_lines, room_for, to_json, write_outputs
-from sdft.types import FLOATS, Count, UserError
+from sdft.types import DTYPES, Count
 
 Format = Literal["folder", "single_file", "kohya", "diffusers"]
 MODEL_FORMATS, LORA_FORMATS = ("folder", "single_file"), ("kohya", "diffusers")
@@ -77,7 +78,7 @@ def merge(
         yield from told_of_lora(write_lora(recipe, target, to, dtype or "fp16", rank, energy, threads, overwrite))
     else:
         like = recipe.models[0].checkpoint
-        outputs = outputs_of(like, to, FLOATS[dtype] if dtype else None)
+        outputs = outputs_of(like, to, DTYPES[dtype] if dtype else None)
         if dry_run:
             yield from plan_lines(outputs)
             yield from (f"reads {one.where}: {size_of(one) / 2**20:.1f} MiB" for one in recipe.sources.values())
@@ -184,7 +185,7 @@ def write_lora(
         tqdm(total=len(layers_of(recipe)), desc="layers", leave=False) as bar,
         opened(recipe.sources, read) as inputs,
     ):
-        found = compress(recipe, inputs, rank, energy, FLOATS[dtype], threads, bar)
+        found = compress(recipe, inputs, rank, energy, DTYPES[dtype], threads, bar)
         if not found.layers:
             raise UserError("the result is zero in every layer of a LoRA, so there is nothing to write")
         missed = {name: round(share, 6) for name, share in sorted(found.missed.items())}

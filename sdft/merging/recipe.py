@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from sdft.errors import UserError
 from sdft.merging import methods, sparse
 from sdft.merging.blocks import is_by_block, refuse_bad_map
 from sdft.merging.kinds import Kind, Signature, signature_of
 from sdft.merging.sources import Adapter, Importance, Model, Source, open_source, refuse_misfit
-from sdft.types import UserError
 
 METHODS: Mapping[str, Callable[..., Tensor]] = {
     method.__name__: method

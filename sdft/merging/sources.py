@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sdft.errors import UserError
 from sdft.formats.checkpoint import Checkpoint, open_checkpoint
 from sdft.formats.importance import open_importance
 from sdft.formats.lora_file import is_lora, read_lora, read_names
@@ -19,7 +20,6 @@ from sdft.formats.lora_layer import DORA, Layer, LoraFile
 from sdft.formats.run_folder import Left, left_by
 from sdft.merging.kinds import Kind
 from sdft.models.nano import WEIGHTS as NANO
-from sdft.types import UserError
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+from sdft.errors import UserError
 from sdft.merging.kinds import Amount, Changes, Density, Draw, Weight
 from sdft.merging.methods import mean
 from sdft.merging.statistics import Thresholds
-from sdft.types import Fraction, Index, UserError
+from sdft.types import Fraction, Index
 
 
 def ties(base: Weight, models: Changes, thresholds: Thresholds, density: Density = 0.2, alpha: Amount = 1.0) -> Weight:

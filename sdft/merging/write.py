@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sdft.errors import UserError
 from sdft.formats.checkpoint import LOGIT_SCALE, Checkpoint
 from sdft.formats.keys import Layout, place_of
 from sdft.formats.single_file import file_metadata, logit_scale, marks, single_entry
 from sdft.formats.stream import CODES, DTYPES, HASH, WIDTHS, Entry, entry_of, header_bytes
-from sdft.memory import keep_freed_memory
-from sdft.types import UserError
+from sdft.hardware import reuse_freed_memory
 
 DATE = "modelspec.date"
 Pieces = Callable[[str], Iterator[Tensor]]
@@ -140,7 +140,7 @@ def in_words(num_bytes: int) -> str:
 
 def in_threads(jobs: Sequence[Callable[[], None]], threads: int) -> None:
     """Run all jobs, each on one core; after an error none is begun."""
-    keep_freed_memory()
+    reuse_freed_memory()
     kept = torch.get_num_threads()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(job) for job in jobs]

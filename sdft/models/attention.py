@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 
-from sdft.types import UserError
+from sdft.errors import UserError
 
 Attention = Literal["sdpa", "xformers", "eager", "sliced"]
 REMEDY = "set model.attention=sdpa, which runs everywhere"

@@ -21,12 +21,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import nn
 from transformers import CLIPTokenizer
 
+from sdft.errors import UserError
 from sdft.formats.architecture import PARTS, empty_network, parameter_names, refuse_misfit
 from sdft.formats.checkpoint import INDEX, PICKLES, Checkpoint, open_checkpoint, open_vae
 from sdft.models.attention import Attention, set_attention
 from sdft.models.nano import WEIGHTS as NANO
 from sdft.models.sdxl import SDXL, EmptyPrompt
-from sdft.types import FLOATS, Count, UserError
+from sdft.types import DTYPES, Count
 
 # Their bars count files, not bytes; `train.py` says what is being loaded.
 diffusers.utils.logging.disable_progress_bar()
@@ -74,7 +75,7 @@ def pretrained(
     """
     checkpoint = find_checkpoint(weights, variant, allow_pickle)
     folder = checkpoint.root if checkpoint.is_folder else find_folder("model.config", config, CONFIGS)
-    dtypes = {part: torch.float32 for part in PARTS} | {part: FLOATS[said] for part, said in (dtype or {}).items()}
+    dtypes = {part: torch.float32 for part in PARTS} | {part: DTYPES[said] for part, said in (dtype or {}).items()}
     configs = {part: folder / part for part in PARTS if vae is None or part != "vae"}
     networks = load_networks(f"model.weights={weights}", checkpoint, configs, dtypes)
     if vae is not None:
@@ -88,7 +89,7 @@ def pretrained(
         prompt_chunks=prompt_chunks,
     )
     if not checkpoint.is_folder:
-        model.expect(checkpoint.prediction or "epsilon", checkpoint.zero_terminal_snr)
+        model.set_prediction_type(checkpoint.prediction or "epsilon", checkpoint.zero_terminal_snr)
     set_attention(model.unet, attention)
     if gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
@@ -99,7 +100,7 @@ def pretrained(
     return model
 
 
-def outline(
+def pretrained_on_meta(
     weights: str,
     config: str = "nano",
     dtype: Mapping[Part, Dtype] | None = None,
@@ -124,7 +125,7 @@ def outline(
         checkpoint = open_checkpoint("model.weights", local, allow_pickle, variant)
         refuse_misfit(f"model.weights={weights}", checkpoint, networks)
     for part, said in (dtype or {}).items():
-        networks[part].to(FLOATS[said])
+        networks[part].to(DTYPES[said])
     words = folder if (folder / "tokenizer").is_dir() else NANO
     model = SDXL(
         **networks,

@@ -16,13 +16,13 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from sdft.batch import Batch, Conditioning
 from sdft.models.words import ExtendedEmbedding, add_words
-from sdft.types import Batch, Conditioning
 
 EmptyPrompt = Literal["zeros", "empty"]
 
 
-def present(*parts: str) -> Callable:
+def on_device(*parts: str) -> Callable:
     """A method that needs `parts` on the device of the UNet; those that were sent away go back there after it."""
 
     def decorate(method: Callable) -> Callable:
@@ -84,7 +84,7 @@ class SDXL(nn.Module):
         yield self.tokenizer, self.text_encoder
         yield self.tokenizer_2, self.text_encoder_2
 
-    def expect(self, prediction: str, zero_terminal_snr: bool) -> None:
+    def set_prediction_type(self, prediction: str, zero_terminal_snr: bool) -> None:
         """Sample the way the model is trained: what the UNet predicts, and on which noise schedule."""
         config = dict(self.scheduler.config)
         # diffusers would put back the default of whatever is listed here.
@@ -106,12 +106,12 @@ class SDXL(nn.Module):
         tables = {name: encoder.get_input_embeddings() for name, encoder in encoders.items()}
         return {name: table.rows_ND for name, table in tables.items() if isinstance(table, ExtendedEmbedding)}
 
-    def send_away(self, *parts: str) -> None:
+    def offload(self, *parts: str) -> None:
         """Take parts that each step can do without off the device; what needs them fetches them."""
         for part in parts:
             getattr(self, part).to("cpu")
 
-    @present("vae")
+    @on_device("vae")
     def encode_moments(self, pixels_BCHW: Tensor) -> Tensor:
         """Posterior mean and log variance, stacked on C, in fp32: the VAE overflows in fp16."""
         with torch.no_grad(), torch.autocast(pixels_BCHW.device.type, enabled=False):
@@ -140,19 +140,19 @@ class SDXL(nn.Module):
         ids = (tokenize(tokenizer, [caption], self.prompt_chunks) for tokenizer, _ in self.context_encoders)
         return [ids_1NL[0].tolist() for ids_1NL in ids]
 
-    @present("text_encoder", "text_encoder_2")
+    @on_device("text_encoder", "text_encoder_2")
     def encode_prompts(self, captions: Sequence[str], dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(context_BLD, pooled_BP). Both encoders give their penultimate layer, without the final norm.
 
         Each chunk of a long prompt is encoded by itself and L is their sum; the first chunk gives the pooled vector.
         dropped: bool, B, or B x E where an encoder can be told nothing while the other is.
         """
-        silent_BE = None if dropped is None else dropped.reshape(len(captions), -1).expand(-1, 2)
+        dropped_by_encoder_BE = None if dropped is None else dropped.reshape(len(captions), -1).expand(-1, 2)
         contexts = []
         for place, (tokenizer, encoder) in enumerate(self.context_encoders):
             texts = captions
-            if silent_BE is not None and self.empty_prompt == "empty":
-                silent = silent_BE[:, place].tolist()
+            if dropped_by_encoder_BE is not None and self.empty_prompt == "empty":
+                silent = dropped_by_encoder_BE[:, place].tolist()
                 texts = ["" if nothing else text for text, nothing in zip(captions, silent, strict=True)]
             ids_BNL = tokenize(tokenizer, texts, self.prompt_chunks).to(encoder.device)
             states = encoder(ids_BNL.flatten(0, 1), output_hidden_states=True)
@@ -163,15 +163,15 @@ class SDXL(nn.Module):
         last_BLP = states.last_hidden_state.unflatten(0, ids_BNL.shape[:2])[:, 0]
         at_eos_BP = last_BLP[torch.arange(len(captions), device=encoder.device), first_eos_B]
         context_BLD, pooled_BP = torch.cat(contexts, dim=-1), encoder.text_projection(at_eos_BP)
-        if silent_BE is None:
+        if dropped_by_encoder_BE is None:
             return context_BLD, pooled_BP
-        return self._silenced(context_BLD, pooled_BP, silent_BE)
+        return self._silenced(context_BLD, pooled_BP, dropped_by_encoder_BE)
 
-    def _silenced(self, context_BLD: Tensor, pooled_BP: Tensor, silent_BE: Tensor) -> tuple[Tensor, Tensor]:
+    def _silenced(self, context_BLD: Tensor, pooled_BP: Tensor, dropped_by_encoder_BE: Tensor) -> tuple[Tensor, Tensor]:
         """Zeros for what silent encoders say, where `empty_prompt` asks for them; the last one gives the pooled."""
         if self.empty_prompt == "empty":
             return context_BLD, pooled_BP
-        kept_BE = (~silent_BE).to(context_BLD).expand(-1, 2)
+        kept_BE = (~dropped_by_encoder_BE).to(context_BLD).expand(-1, 2)
         widths = [encoder.config.hidden_size for _, encoder in self.context_encoders]
         kept_BD = torch.cat([kept_BE[:, e, None].expand(-1, width) for e, width in enumerate(widths)], dim=1)
         return context_BLD * kept_BD[:, None], pooled_BP * kept_BE[:, 1:]
@@ -179,9 +179,9 @@ class SDXL(nn.Module):
     def condition(self, batch: Batch) -> Conditioning:
         """Everything the UNet is told about a batch."""
         if batch.context_BLD is None:
-            context_BLD, pooled_BP = self.encode_prompts(batch.captions, batch.silent_BE)
+            context_BLD, pooled_BP = self.encode_prompts(batch.captions, batch.dropped_by_encoder_BE)
         else:
-            context_BLD, pooled_BP = self._silenced(batch.context_BLD, batch.pooled_BP, batch.silent_BE)
+            context_BLD, pooled_BP = self._silenced(batch.context_BLD, batch.pooled_BP, batch.dropped_by_encoder_BE)
         return Conditioning(context_BLD, pooled_BP, batch.time_ids_B6)
 
     def denoise(self, z_t_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
@@ -191,7 +191,7 @@ class SDXL(nn.Module):
         prediction = self.unet(z_t_BCHW.to(dtype), t_B, cond.context_BLD.to(dtype), added_cond_kwargs=added)
         return prediction.sample.float()
 
-    @present("vae")
+    @on_device("vae")
     def decode(self, z_BCHW: Tensor) -> Tensor:
         """Pixels in [-1, 1] of scaled latents."""
         shift = self.vae.config.shift_factor or 0.0

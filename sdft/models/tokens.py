@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers import CLIPTokenizer
 from transformers.utils import logging
 
+from sdft.errors import UserError
 from sdft.models.load import find_folder
-from sdft.types import UserError
 
 
 def token_counter(weights: str, config: str) -> Callable[[str], int]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AddedToken, CLIPTokenizer
 
-from sdft.types import UserError
+from sdft.errors import UserError
 
 
 class ExtendedEmbedding(nn.Module):

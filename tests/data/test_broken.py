@@ -19,7 +19,7 @@ from sdft.data.datamodule import Images, folder, shards
 from sdft.data.scan import readable
 from sdft.data.sharding import write_shards
 from sdft.data.sources import Folder
-from sdft.types import UserError
+from sdft.errors import UserError
 
 G = np.random.default_rng(0)
 NOISE = Image.fromarray(G.integers(0, 256, (40, 50, 3), dtype=np.uint8))

@@ -23,12 +23,13 @@ from sdft.data.datamodule import Images
 from sdft.data.dataset import collate
 from sdft.data.encoding import Ranks, cached_moments
 from sdft.data.sources import Folder
+from sdft.errors import UserError
 from sdft.module import Finetuning
-from sdft.objective import Denoising
-from sdft.optimizer import adamw, constant
-from sdft.trainer import trainer
-from sdft.tuning import Adapter
-from sdft.types import UserError
+from sdft.objective.denoising import Denoising
+from sdft.optimizers.optimizers import adamw
+from sdft.optimizers.schedules import constant
+from sdft.training.trainer import trainer
+from sdft.tuning.adapter import Adapter
 
 NUM = 6
 
@@ -135,7 +136,7 @@ class TestContent:
         data = images(root, tmp_path / "c", caption_dropout=0.4, encoder_dropout=encoder_dropout)
         prepare(model, data)
         batch = collate([data.pictures[i, visit] for i in range(5) for visit in range(4)])
-        silent = {tuple(row) for row in batch.silent_BE.tolist()}
+        silent = {tuple(row) for row in batch.dropped_by_encoder_BE.tolist()}
         assert len(silent) == (4 if encoder_dropout else 2)
         cached = model.condition(batch)
         batch.context_BLD = batch.pooled_BP = None

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from sdft.data.captions import Captions, Tags
+from sdft.errors import UserError
 from sdft.rng import Draws
-from sdft.types import UserError
 
 TEXT = "zorbix, red, round, shiny, big"
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from sdft.data import __main__ as commands
 from sdft.data.survey import NEAR, difference_hash, near_groups
+from sdft.errors import UserError
 from sdft.models.tokens import token_counter
-from sdft.types import UserError
 
 
 def run(command: str, capsys, monkeypatch, *words: str) -> str:

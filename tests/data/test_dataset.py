@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from sdft.data.datamodule import Images, folder
 from sdft.data.dataset import Pictures, RunOrder, Sample, collate
 from sdft.data.sources import Folder, Mix, ToyWorld, held_out
-from sdft.types import UserError
+from sdft.errors import UserError
 
 
 class TestRunOrder:

@@ -9,7 +9,7 @@ import pytest
 
 from sdft.data.datamodule import NUM_AHEAD, Ahead, Images, folder
 from sdft.data.dataset import RunOrder, bucket_turns
-from sdft.types import UserError
+from sdft.errors import UserError
 
 BUCKETS = {"wide": list(range(0, 7)), "high": list(range(7, 10)), "square": [10]}
 SIZE = 11

@@ -18,8 +18,8 @@ from sdft.data.scan import readable
 from sdft.data.sharding import sample_names, write_shards
 from sdft.data.sources import Folder, HuggingFace, Mix, Shards, metadata
 from sdft.data.sources.shards import INDEX_SUFFIX, expand
+from sdft.errors import UserError
 from sdft.rng import Draws
-from sdft.types import UserError
 
 
 def png(shade: int = 9) -> bytes:

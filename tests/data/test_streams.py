@@ -11,14 +11,16 @@ import lightning as L
 import pytest
 import torch
 
+from sdft.batch import Batch
 from sdft.data.datamodule import Images
 from sdft.data.dataset import Source
 from sdft.module import Finetuning
-from sdft.objective import Denoising
-from sdft.optimizer import adamw, constant
-from sdft.trainer import last_checkpoint, trainer
-from sdft.tuning import Adapter
-from sdft.types import Batch
+from sdft.objective.denoising import Denoising
+from sdft.optimizers.optimizers import adamw
+from sdft.optimizers.schedules import constant
+from sdft.training.checkpoints import last_checkpoint
+from sdft.training.trainer import trainer
+from sdft.tuning.adapter import Adapter
 
 
 class Stream(L.Callback):
@@ -39,7 +41,7 @@ class Stream(L.Callback):
         module.model.unet.register_forward_pre_hook(keep)
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Finetuning, batch: Batch, batch_idx: int) -> None:
-        tensors = (batch.pixels_BCHW, batch.time_ids_B6, batch.silent_BE, batch.loss_weight_B)
+        tensors = (batch.pixels_BCHW, batch.time_ids_B6, batch.dropped_by_encoder_BE, batch.loss_weight_B)
         for i, told in enumerate(zip(batch.keys, batch.visits, batch.captions, strict=True)):
             self.told.append((*told, *(tensor[i].numpy().tobytes() for tensor in tensors)))
 

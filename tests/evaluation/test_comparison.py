@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdft.errors import UserError
 from sdft.evaluation.comparison import Comparison, measure, sentence, weighed
 from sdft.evaluation.gallery import PictureFiles, write_picture
 from sdft.evaluation.grid import Axes
@@ -22,8 +23,7 @@ from sdft.evaluation.sweeps import Job, heat_maps, over_repeats, subjects_of, tr
 from sdft.evaluation.tables import terminal_table, write_sheet, write_tables
 from sdft.evaluation.tradeoff import pareto_front, weigh
 from sdft.models.load import pretrained
-from sdft.sampling import Sampler
-from sdft.types import UserError
+from sdft.sampling.samplers import Sampler
 
 ALERT = '<script>alert("1")</script>, кот 🐈'
 PROMPTS = [ALERT, "b", "c", "d", "e", "f", "g", "h"]

@@ -12,16 +12,17 @@ import torch
 from checks import full_disk
 from safetensors.torch import load_file, save_file
 
+from sdft.distributed.processes import ProcessInfo
+from sdft.errors import UserError
 from sdft.evaluation.gallery import Gallery, write_picture
 from sdft.evaluation.grid import Axes, Cell, cells
 from sdft.evaluation.models import Models, model_digest
 from sdft.evaluation.subjects import Subject, read_subjects
 from sdft.models.nano import WEIGHTS as NANO
 from sdft.models.sdxl import SDXL
-from sdft.processes import Place
-from sdft.sampling import Sampler
-from sdft.tuning import Adapter, learning
-from sdft.types import UserError
+from sdft.sampling.samplers import Sampler
+from sdft.tuning.adapter import Adapter
+from sdft.tuning.parameters import trainable_parameters
 
 PROMPTS = ["a red cat", "кот 🐈", "neon lines"]
 LAYER = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -103,29 +104,29 @@ def test_after_a_full_disk_the_same_pictures_come(models: Models, wanted: list[C
 def test_ranks_share_the_work_and_draw_the_same(models: Models, wanted: list[Cell], tmp_path: Path) -> None:
     gallery(tmp_path / "one", models).fill(wanted)
     two = gallery(tmp_path / "two", models)
-    two.fill(wanted, Place(1, 2))
+    two.fill(wanted, ProcessInfo(1, 2))
     half = contents(tmp_path / "two")
     assert len(wanted) * 0.3 < len(half) < len(wanted) * 0.7
-    two.fill(wanted, Place(0, 2))
+    two.fill(wanted, ProcessInfo(0, 2))
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 @pytest.mark.parametrize(
     ("told", "place"),
     [
-        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Place(5, 8, 1)),
-        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, Place(1, 2, 1)),
-        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "1"}, Place(2, 3, 1)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "3"}, Place()),
-        ({}, Place()),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, ProcessInfo(5, 8, 1)),
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, ProcessInfo(1, 2, 1)),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "1"}, ProcessInfo(2, 3, 1)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "3"}, ProcessInfo()),
+        ({}, ProcessInfo()),
     ],
 )
-def test_the_launcher_says_who_this_is(told: dict[str, str], place: Place, monkeypatch) -> None:
+def test_the_launcher_says_who_this_is(told: dict[str, str], place: ProcessInfo, monkeypatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    assert Place.of_process() == place
+    assert ProcessInfo.current() == place
 
 
 def test_a_picture_is_named_by_what_it_was_made_from(models: Models, wanted: list[Cell], lora: Path) -> None:
@@ -158,7 +159,7 @@ def test_loras_have_strengths_and_stack(models: Models, lora: Path) -> None:
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def predicted(subject: Subject, scale: float = 1.0) -> torch.Tensor:
-        from sdft.types import Conditioning
+        from sdft.batch import Conditioning
 
         with models.open(subject, scale) as model, torch.no_grad():
             context, pooled = model.encode_prompts(["a red cat"])
@@ -194,7 +195,7 @@ def test_checkpoints_of_a_run_are_opened_on_one_model(tiny_model, tmp_path: Path
         return opened[-1]
 
     (tmp_path / "checkpoints").mkdir()
-    learned = {name: p.detach() for name, p in learning(revive(tmp_path))}
+    learned = {name: p.detach() for name, p in trainable_parameters(revive(tmp_path))}
     for step, callbacks in ((50, {"EMA": {"average": {k: v + 1 for k, v in learned.items()}}}), (100, {})):
         state = {f"model.{name}": value + 2 for name, value in learned.items()}
         file = tmp_path / "checkpoints" / f"step_{step:06d}.ckpt"
@@ -204,7 +205,7 @@ def test_checkpoints_of_a_run_are_opened_on_one_model(tiny_model, tmp_path: Path
     assert run.steps == (50, 100, 150)
     for step, added in ((50, 1), (100, 2)):
         with models.open(run, step=step) as model:
-            for name, p in learning(model):
+            for name, p in trainable_parameters(model):
                 assert torch.equal(p, learned[name] + added)
     assert len(opened) == 2, "one for this test, one for all checkpoints"
     assert models.identity(run, 1.0, 50) != models.identity(run, 1.0, 100)

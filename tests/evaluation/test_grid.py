@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from sdft.errors import UserError
 from sdft.evaluation.grid import Axes, cells, read_prompts
 from sdft.evaluation.subjects import FINAL, Subject, Worn
-from sdft.sampling import Sampler
-from sdft.types import UserError
+from sdft.sampling.samplers import Sampler
 
 BASE = Subject("base", "nano", weights="nano")
 MINE = Subject("mine", "lora", worn=(Worn(Path("lora.safetensors")),))

@@ -17,6 +17,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from sdft.data.sources import ToyWorld
+from sdft.errors import UserError
 from sdft.evaluation.distance import wasserstein
 from sdft.evaluation.grid import Axes, cells
 from sdft.evaluation.metrics import features, likeness, loss, measure, pixels, reference
@@ -24,8 +25,7 @@ from sdft.evaluation.metrics.measure import Drawn, Lab, read_source
 from sdft.evaluation.models import Models
 from sdft.evaluation.subjects import Subject
 from sdft.models.load import NANO
-from sdft.sampling import Sampler
-from sdft.types import UserError
+from sdft.sampling.samplers import Sampler
 
 BASE = Subject("base", "nano", weights="nano")
 
@@ -112,9 +112,9 @@ def test_a_copy_of_the_training_set_is_flagged() -> None:
     given = lab(training=source)
     jpeg = [np.clip(image.astype(int) + 3, 0, 255).astype(np.uint8) for image in copies]
     fresh, _ = toy("dreamy", 10)
-    assert mean(likeness.Copies()(drawn(copies), given)) == 1
-    assert mean(likeness.Copies()(drawn(jpeg), given)) == 1
-    assert mean(likeness.Copies()(drawn(fresh), given)) == 0
+    assert mean(likeness.TrainableDDP()(drawn(copies), given)) == 1
+    assert mean(likeness.TrainableDDP()(drawn(jpeg), given)) == 1
+    assert mean(likeness.TrainableDDP()(drawn(fresh), given)) == 0
     assert mean(likeness.Novelty()(drawn(copies), given)) < 1e-3 < 0.6 < mean(likeness.Novelty()(drawn(fresh), given))
 
 

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 from scipy.optimize import minimize
 
+from sdft.errors import UserError
 from sdft.evaluation.page.write import thumbnail, write_page
 from sdft.evaluation.results import (
     Compared,
@@ -32,7 +33,6 @@ from sdft.evaluation.results import (
     Tradeoff,
     Verdict,
 )
-from sdft.types import UserError
 
 ALERT = """<script>alert(1)</script> it's "quoted" </script><!-- <img src=x onerror=alert(2)>"""
 RIGHT_TO_LEFT = "חתול אדום 🐈 & שולחן"

@@ -10,9 +10,9 @@ from scipy.stats import wasserstein_distance
 
 from sdft.data.toy.looks import LOOKS, render
 from sdft.data.toy.scenes import sample_scene, split_index
+from sdft.errors import UserError
 from sdft.evaluation.distance import PATCH, StyleDistance, directions, distance, ordered, patch_basis, wasserstein
 from sdft.evaluation.style import StyleGauge, style_gain
-from sdft.types import UserError
 
 TARGETS = ("dreamy", "photo", "technomant")
 NUM, NUM_REFERENCES = 48, 96

@@ -12,12 +12,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sdft.errors import UserError
 from sdft.formats.adapter import lora_of, write_lora
 from sdft.formats.lora_file import is_lora, read_lora, write_lora_file
 from sdft.formats.lora_layer import Layer, LoraFile, network_metadata
 from sdft.models.sdxl import SDXL
-from sdft.tuning import Adapter, learning
-from sdft.types import UserError
+from sdft.tuning.adapter import Adapter
+from sdft.tuning.parameters import trainable_parameters
 
 ALL_PARTS = ("unet", "text_encoder", "text_encoder_2")
 ALPHA = 7.0
@@ -45,7 +46,7 @@ def trained(tiny_model: Callable[..., SDXL]) -> Callable[[str], SDXL]:
             made[name] = tiny_model()
             Adapter(rank=3, alpha=ALPHA, **TUNINGS[name]).attach(made[name])
             g = torch.Generator().manual_seed(8)
-            for _, p in learning(made[name]):
+            for _, p in trainable_parameters(made[name]):
                 p.data.copy_(torch.randn(p.shape, generator=g))
         return made[name]
 

@@ -14,7 +14,7 @@ from torch import nn
 from sdft.formats.architecture import empty_network
 from sdft.formats.lora_keys import is_convolution, kohya_name, layer_name, layer_of, other_model
 from sdft.models.load import SDXL_BASE
-from sdft.tuning import Adapter
+from sdft.tuning.adapter import Adapter
 
 BY_HAND = {
     "unet/down_blocks.1.attentions.0.proj_in": "lora_unet_input_blocks_4_1_proj_in",

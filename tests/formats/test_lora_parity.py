@@ -13,14 +13,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sdft.errors import UserError
 from sdft.evaluation.models import with_lora
 from sdft.formats.adapter import lora_of, write_lora
 from sdft.formats.lora_file import write_lora_file
 from sdft.formats.lora_layer import Layer, LoraFile
 from sdft.models.load import pretrained
 from sdft.models.sdxl import SDXL
-from sdft.tuning import Adapter
-from sdft.types import UserError
+from sdft.tuning.adapter import Adapter
 
 ALL_PARTS = ("unet", "text_encoder", "text_encoder_2")
 ALPHA = 7.0

@@ -115,7 +115,7 @@ def test_the_hash_is_that_of_the_tensors_bytes(single: Path) -> None:
 
 def test_a_v_prediction_model_is_recognised_in_every_format(tmp_path: Path) -> None:
     model = pretrained("nano")
-    model.expect("v_prediction", zero_terminal_snr=True)
+    model.set_prediction_type("v_prediction", zero_terminal_snr=True)
     from sdft.formats.diffusers_folder import write_folder
 
     write_folder(model, tmp_path / "v", torch.float16)

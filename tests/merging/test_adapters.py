@@ -14,6 +14,7 @@ from small_models import LAYER, LONG, SHAPES, read, tensors_of
 from torch import Tensor
 
 from sdft import rng
+from sdft.errors import UserError
 from sdft.formats.adapter import lora_on
 from sdft.formats.lora_file import read_lora, write_lora_file
 from sdft.formats.lora_layer import DORA, DOWN, MID, UP, Layer, LoraFile
@@ -23,7 +24,6 @@ from sdft.merging.merge import merge
 from sdft.merging.recipe import Step
 from sdft.merging.sources import change_of
 from sdft.models.load import pretrained
-from sdft.types import UserError
 
 Model = Callable[..., Path]
 

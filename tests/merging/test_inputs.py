@@ -12,6 +12,7 @@ import torch
 from small_models import read
 from tqdm import tqdm
 
+from sdft.errors import UserError
 from sdft.formats import stream
 from sdft.formats.stream import Mapped, Stored
 from sdft.merging import inputs, methods, sparse
@@ -19,7 +20,6 @@ from sdft.merging.inputs import InputFile, opened
 from sdft.merging.merge import merge
 from sdft.merging.recipe import Step
 from sdft.merging.sources import open_source
-from sdft.types import UserError
 
 Model = Callable[..., Path]
 

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from small_models import LAYER, LONG, SHAPES, read, tensors_of
 
+from sdft.errors import UserError
 from sdft.formats.checkpoint import open_checkpoint
 from sdft.formats.importance import write_importance
 from sdft.formats.lora_file import write_lora_file
@@ -28,7 +29,6 @@ from sdft.merging.evaluate import PIECE
 from sdft.merging.merge import merge
 from sdft.merging.recipe import Step
 from sdft.models.load import NANO, pretrained
-from sdft.types import UserError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 ROOT = Path(__file__).resolve().parents[2]

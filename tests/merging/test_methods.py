@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdft.errors import UserError
 from sdft.merging import methods, sparse
 from sdft.merging.kinds import Kind, signature_of
 from sdft.merging.recipe import METHODS
 from sdft.merging.statistics import gram, gram_of_differences, thresholds, turn
-from sdft.types import UserError
 
 
 def t(*numbers: float) -> Tensor:

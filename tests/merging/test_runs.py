@@ -11,6 +11,8 @@ import pytest
 import torch
 from small_models import LAYER, LONG, read, tensors_of
 
+from sdft.batch import Conditioning
+from sdft.errors import UserError
 from sdft.formats.diffusers_folder import write_folder
 from sdft.formats.lora_file import write_lora_file
 from sdft.formats.lora_layer import DOWN, UP, Layer, LoraFile
@@ -20,8 +22,8 @@ from sdft.merging.recipe import Step
 from sdft.merging.way import way
 from sdft.models.load import NANO, pretrained
 from sdft.models.sdxl import SDXL
-from sdft.sampling import Sampler, generate
-from sdft.types import Conditioning, UserError
+from sdft.sampling.generate import generate
+from sdft.sampling.samplers import Sampler
 
 WEIGHT = f"unet/{LAYER}.weight"
 

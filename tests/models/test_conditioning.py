@@ -8,12 +8,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
+from sdft.batch import Batch, Conditioning
 from sdft.data.images import plan_cut
 from sdft.formats.diffusers_folder import SDXL_PARTS
 from sdft.models.load import pretrained
 from sdft.models.sdxl import SDXL, tokenize
-from sdft.sampling import Sampler, generate
-from sdft.types import Batch, Conditioning
+from sdft.sampling.generate import generate
+from sdft.sampling.samplers import Sampler
 
 CAPTIONS = ["a red cat on a table", "a fairy tale forest at night, in the snow"]
 LONG = "a red cat on the road at night in the snow near the castle " * 8
@@ -33,7 +34,7 @@ def pipeline_of(model: SDXL) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(**{part: getattr(model, part) for part in SDXL_PARTS}, add_watermarker=False)
 
 
-def batch_of(time_ids: list[tuple[int, ...]], dropped: tuple[int, ...] = ()) -> Batch:
+def fake_batch(time_ids: list[tuple[int, ...]], dropped: tuple[int, ...] = ()) -> Batch:
     return Batch(
         keys=["a", "b"],
         visits=[0, 0],
@@ -68,7 +69,7 @@ def test_a_flip_mirrors_the_crop_that_is_not_in_the_centre() -> None:
 @torch.no_grad()
 def test_the_conditioning_is_what_diffusers_makes_of_the_same_input(model: SDXL) -> None:
     sizes = [plan_cut((1003, 683), (1024, 1024)).time_ids_6, plan_cut((1000, 1500), (1024, 1024)).time_ids_6]
-    cond = model.condition(batch_of(sizes))
+    cond = model.condition(fake_batch(sizes))
     pipeline = pipeline_of(model)
     context, _, pooled, _ = pipeline.encode_prompt(CAPTIONS, device="cpu", do_classifier_free_guidance=False)
     assert torch.equal(cond.context_BLD, context)
@@ -82,7 +83,7 @@ def test_the_conditioning_is_what_diffusers_makes_of_the_same_input(model: SDXL)
 @torch.no_grad()
 def test_the_unet_answers_alike(model: SDXL) -> None:
     """The whole call: what `denoise` hands to the UNet against a call as the pipeline makes it."""
-    cond = model.condition(batch_of([(1003, 683, 240, 0, 64, 64), (1000, 1500, 0, 256, 64, 64)]))
+    cond = model.condition(fake_batch([(1003, 683, 240, 0, 64, 64), (1000, 1500, 0, 256, 64, 64)]))
     z_t = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     ours = model.denoise(z_t, torch.tensor([7, 800]), cond)
     pipeline = pipeline_of(model)
@@ -98,7 +99,7 @@ def test_sizes_reach_the_embedding_in_full_also_in_bf16(model: SDXL) -> None:
     seen = []
     hook = model.unet.add_time_proj.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
     with torch.autocast("cpu", torch.bfloat16):
-        cond = model.condition(batch_of([(1003, 683, 240, 1, 64, 64)] * 2))
+        cond = model.condition(fake_batch([(1003, 683, 240, 1, 64, 64)] * 2))
         model.denoise(torch.zeros(2, 4, 16, 16), torch.tensor([1, 2]), cond)
     hook.remove()
     (given, embedded), *_ = seen
@@ -110,7 +111,7 @@ def test_sizes_reach_the_embedding_in_full_also_in_bf16(model: SDXL) -> None:
 @pytest.mark.parametrize("empty_prompt", ["zeros", "empty"])
 def test_a_dropped_caption_is_the_absent_negative_prompt(empty_prompt: str) -> None:
     model = pretrained("nano", empty_prompt=empty_prompt)
-    cond = model.condition(batch_of([(64, 64, 0, 0, 64, 64)] * 2, dropped=(1,)))
+    cond = model.condition(fake_batch([(64, 64, 0, 0, 64, 64)] * 2, dropped=(1,)))
     pipeline = pipeline_of(model)
     pipeline.register_to_config(force_zeros_for_empty_prompt=empty_prompt == "zeros")
     context, negative, pooled, negative_pooled = pipeline.encode_prompt(CAPTIONS, device="cpu", negative_prompt=None)
@@ -124,8 +125,8 @@ def test_a_dropped_caption_is_the_absent_negative_prompt(empty_prompt: str) -> N
 def test_one_encoder_can_be_told_nothing(empty_prompt: str) -> None:
     """Of the 128 channels of the context the first gives 48; the second gives the others and the pooled vector."""
     model = pretrained("nano", empty_prompt=empty_prompt)
-    batch = batch_of([(64, 64, 0, 0, 64, 64)] * 2)
-    said, nothing = model.condition(batch), model.condition(batch_of([(64, 64, 0, 0, 64, 64)] * 2, dropped=(0, 1)))
+    batch = fake_batch([(64, 64, 0, 0, 64, 64)] * 2)
+    said, nothing = model.condition(batch), model.condition(fake_batch([(64, 64, 0, 0, 64, 64)] * 2, dropped=(0, 1)))
     batch.dropped_BE = torch.tensor([[True, False], [False, True]])
     cond = model.condition(batch)
     first = torch.cat([nothing.context_BLD[0, :, :48], said.context_BLD[0, :, 48:]], dim=-1)
@@ -177,4 +178,4 @@ def test_a_prompt_does_not_depend_on_its_neighbours(nano: SDXL) -> None:
     together, _ = nano.encode_prompts(CAPTIONS)
     alone, _ = nano.encode_prompts(CAPTIONS[:1])
     assert torch.allclose(together[:1], alone, atol=1e-6)
-    assert isinstance(nano.condition(batch_of([(64, 64, 0, 0, 64, 64)] * 2)), Conditioning)
+    assert isinstance(nano.condition(fake_batch([(64, 64, 0, 0, 64, 64)] * 2)), Conditioning)

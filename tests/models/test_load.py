@@ -11,12 +11,13 @@ from diffusers import StableDiffusionXLPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from safetensors.torch import load_file, save_file
 
+from sdft.batch import Conditioning
+from sdft.errors import UserError
 from sdft.formats.checkpoint import open_checkpoint
 from sdft.formats.convert import convert
 from sdft.formats.keys import PREFIXES
 from sdft.models.attention import refuse_device
 from sdft.models.load import NANO, pretrained
-from sdft.types import Conditioning, UserError
 
 
 @pytest.fixture(scope="module")

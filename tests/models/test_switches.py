@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdft.batch import Batch
+from sdft.errors import UserError
 from sdft.models.load import pretrained
 from sdft.module import Finetuning
-from sdft.objective import Denoising
-from sdft.optimizer import adamw, constant
-from sdft.tuning import Adapter, Full
-from sdft.types import Batch, UserError
+from sdft.objective.denoising import Denoising
+from sdft.optimizers.optimizers import adamw
+from sdft.optimizers.schedules import constant
+from sdft.tuning.adapter import Adapter
+from sdft.tuning.full import Full
 
 MODES: dict[str, Callable] = {
     "full": Full,
@@ -106,7 +109,7 @@ def test_adapters_are_fp32_beside_a_base_in_bf16(mode: str, plain) -> None:
 @pytest.mark.parametrize(("zero_snr", "remedy"), [(False, "objective=v"), (True, "objective=v_zero_snr")])
 def test_weights_that_predict_v_are_not_trained_as_epsilon(zero_snr: bool, remedy: str) -> None:
     model = pretrained("nano")
-    model.expect("v_prediction", zero_snr)
+    model.set_prediction_type("v_prediction", zero_snr)
     with pytest.raises(UserError, match=f"the weights predict v; choose {remedy}$"):
         Finetuning(model, Full(), Denoising(), adamw, constant, seed=0)
     if zero_snr:

@@ -22,18 +22,23 @@ import torch
 from checks import assert_equal
 from tiny import TinySource, build_tiny_model
 
-from sdft.callbacks.ema import EMA
-from sdft.callbacks.exports import Export
-from sdft.callbacks.guards import Guard
 from sdft.data.datamodule import Images
+from sdft.distributed.strategies import ddp, fsdp
+from sdft.errors import UserError
 from sdft.formats.run_state import read_state
 from sdft.module import Finetuning
-from sdft.objective import Denoising, MinSNR
-from sdft.optimizer import adamw, cosine
-from sdft.strategies import ddp, fsdp
-from sdft.trainer import best_checkpoint, last_checkpoint, trainer
-from sdft.tuning import Adapter, Full, learning
-from sdft.types import UserError
+from sdft.objective.denoising import Denoising
+from sdft.objective.weighting import MinSNR
+from sdft.optimizers.optimizers import adamw
+from sdft.optimizers.schedules import cosine
+from sdft.training.callbacks.ema import EMA
+from sdft.training.callbacks.export import Export
+from sdft.training.callbacks.guard import Guard
+from sdft.training.checkpoints import best_checkpoint, last_checkpoint
+from sdft.training.trainer import trainer
+from sdft.tuning.adapter import Adapter
+from sdft.tuning.full import Full
+from sdft.tuning.parameters import trainable_parameters
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 TUNINGS = {
@@ -200,7 +205,7 @@ def train(run: Run) -> dict[str, Any]:
     fit.fit(module, data, ckpt_path=run.resume, weights_only=False)
     if run.strategy in ("fsdp", "hybrid"):
         module = fit.strategy.gathered(module, new_module)
-    weights = {name: p.detach().clone() for name, p in learning(module.model)} if fit.is_global_zero else {}
+    weights = {name: p.detach().clone() for name, p in trainable_parameters(module.model)} if fit.is_global_zero else {}
     validation = {name: float(value) for name, value in fit.callback_metrics.items() if name.startswith("val/")}
     if run.export and fit.is_global_zero:
         Export().write(module, run.folder, {"title": "run", "prediction": "epsilon", "size_hw": (32, 32), "words": ()})
@@ -226,7 +231,7 @@ def _rank(run: Run, rank: int, world_size: int, port: int, function: Any) -> Non
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
-    ["sdft.module", "sdft.trainer", "sdft.strategies", "sdft.callbacks.exports", "sdft.config", "peft"]
+    ["sdft.module", "sdft.training.trainer", "sdft.training.callbacks.export", "sdft.config.command", "peft"]
 )
 
 

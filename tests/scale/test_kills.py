@@ -17,8 +17,8 @@ from checks import assert_equal
 from safetensors.torch import load_file
 from small_runs import EVERYTHING, KillAt, Run, assert_same_end, finish, result, start
 
-from sdft.callbacks.preempt import AGAIN
 from sdft.formats.run_state import read_state
+from sdft.training.callbacks.preemption import AGAIN
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,7 +71,7 @@ def train_py(words: list[str], run: Run) -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     sys.argv = ["train.py", *words, f"run_dir={run.folder}"]
-    import train
+    import sdft.training.__main__ as train
 
     train.main()
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from warm import WarmPython
 
-from sdft import receipt
+from sdft.training import receipt
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [

@@ -18,7 +18,7 @@ import torch
 from small_runs import WRONG, KillAt, Run, assert_same_end, finish, result, start
 from test_disk import FullFrom
 
-from sdft.callbacks.preempt import AGAIN, Preempt
+from sdft.errors import UserError
 from sdft.formats.run_state import (
     SLICE_FILES,
     link_state,
@@ -28,7 +28,7 @@ from sdft.formats.run_state import (
     write_slices,
     write_state,
 )
-from sdft.types import UserError
+from sdft.training.callbacks.preemption import AGAIN, Preempt
 
 WEIGHTS = {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(1, 2)}
 NAMES = ["one", "two"]

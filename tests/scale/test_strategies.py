@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from small_runs import WRONG, KillAt, Run, finish, result, start
 from torch.profiler import ProfilerActivity
 
-from sdft.callbacks.ema import EMA
+from sdft.distributed.sharding import local_shard
+from sdft.distributed.strategies import TrainableDDP, auto
 from sdft.formats.run_state import read_state, slices_folder
-from sdft.shards import own_share
-from sdft.strategies import Copies, auto
-from sdft.tuning import Full, learning
+from sdft.training.callbacks.ema import EMA
+from sdft.tuning.full import Full
+from sdft.tuning.parameters import trainable_parameters
 
 KILLED = -9
 
@@ -37,7 +38,7 @@ class Sent(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         copies = trainer.strategy.model
-        assert {id(p) for p in copies._module_parameters} == {id(p) for _, p in learning(module.model)}
+        assert {id(p) for p in copies._module_parameters} == {id(p) for _, p in trainable_parameters(module.model)}
         assert not copies.modules_buffers
         assert not copies.find_unused_parameters
 
@@ -48,7 +49,7 @@ class Held(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         (average,) = (callback.average for callback in trainer.callbacks if isinstance(callback, EMA))
         for weights in (list(module.model.unet.parameters()), list(average.values())):
-            assert sum(own_share(weight).numel() for weight in weights) < 0.6 * sum(w.numel() for w in weights)
+            assert sum(local_shard(weight).numel() for weight in weights) < 0.6 * sum(w.numel() for w in weights)
 
 
 class Bytes(L.Callback):
@@ -77,8 +78,8 @@ class Bytes(L.Callback):
         return sum(num for num in map(math.prod, shapes) if num > 100)
 
     def expected(self, trainer: L.Trainer, module: Any) -> tuple[int, int, int]:
-        learn = sum(p.numel() for _, p in learning(module.model))
-        if isinstance(trainer.strategy, Copies):
+        learn = sum(p.numel() for _, p in trainable_parameters(module.model))
+        if isinstance(trainer.strategy, TrainableDDP):
             return learn, 0, 0
         whole = sum(p.numel() for p in module.model.unet.parameters())
         batches, size = trainer.accumulate_grad_batches, trainer.strategy.mesh.size(-1)
@@ -207,5 +208,5 @@ def test_shards_that_do_not_fit_the_devices_are_refused(tmp_path: Path) -> None:
 
 def test_several_devices_are_copies_where_nothing_is_said() -> None:
     assert auto("cpu", 1, 1) == auto("cpu", "auto", 1) == "auto"
-    assert isinstance(auto("cpu", 2, 1), Copies)
-    assert isinstance(auto("cpu", 1, 2), Copies)
+    assert isinstance(auto("cpu", 2, 1), TrainableDDP)
+    assert isinstance(auto("cpu", 1, 2), TrainableDDP)

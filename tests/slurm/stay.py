@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 
-from sdft.callbacks.preempt import Preempt
+from sdft.training.callbacks.preemption import Preempt
 from sdft.types import Count, Index
 
 

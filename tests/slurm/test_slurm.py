@@ -23,8 +23,8 @@ import pytest
 from PIL import Image
 from warm import WarmPython
 
-from sdft import receipt
 from sdft.formats.run_state import read_state
+from sdft.training import receipt
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = Path(__file__).with_name("slurm_up.sh")

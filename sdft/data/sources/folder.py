@@ -15,7 +15,8 @@ from sdft.data.problems import listed
 from sdft.data.record import stamp_of
 from sdft.data.sources import metadata
 from sdft.data.sources.splits import Split, places_of
-from sdft.types import Fraction, NonNegative, UserError
+from sdft.errors import UserError
+from sdft.types import Fraction, NonNegative
 
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 CAPTION_SUFFIXES = (".txt", ".caption")

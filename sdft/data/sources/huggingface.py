@@ -13,7 +13,8 @@ from sdft.data.packed import Strings
 from sdft.data.problems import listed
 from sdft.data.sources import metadata
 from sdft.data.sources.splits import Split, places_of
-from sdft.types import Fraction, NonNegative, UserError
+from sdft.errors import UserError
+from sdft.types import Fraction, NonNegative
 
 SAVED = ("state.json", "dataset_dict.json")
 """What `save_to_disk` leaves in a folder."""

@@ -13,17 +13,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sdft.data.captions import checked_texts
-from sdft.types import UserError
+from sdft.errors import UserError
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_COLUMNS = ("text", "caption", "captions")
-Texts = tuple[tuple[str, ...], tuple[float, ...]]
+PromptEmbeddings = tuple[tuple[str, ...], tuple[float, ...]]
 """Captions of one picture, and their weights or nothing."""
 
 
-def read_tables(root: Path, tables: list[str]) -> tuple[dict[str, Texts], list[str]]:
+def read_tables(root: Path, tables: list[str]) -> tuple[dict[str, PromptEmbeddings], list[str]]:
     """Captions by picture, both relative to `root`, and what is wrong with the tables."""
-    found: dict[str, Texts] = {}
+    found: dict[str, PromptEmbeddings] = {}
     problems = []
     for table in tables:
         folder = PurePosixPath(table).parent
@@ -41,18 +41,18 @@ def read_tables(root: Path, tables: list[str]) -> tuple[dict[str, Texts], list[s
     return found, problems
 
 
-def packed(texts: Texts) -> str:
+def packed(texts: PromptEmbeddings) -> str:
     """The captions of one picture as one text."""
     return json.dumps(texts)
 
 
-def unpacked(line: str) -> Texts:
+def unpacked(line: str) -> PromptEmbeddings:
     """The other way."""
     texts, weights = json.loads(line)
     return tuple(texts), tuple(weights)
 
 
-def texts_of(row: Mapping[str, Any]) -> Texts:
+def texts_of(row: Mapping[str, Any]) -> PromptEmbeddings:
     """The captions of one row and their weights. ValueError says what is wrong."""
     value = next((row[column] for column in CAPTION_COLUMNS if row.get(column) is not None), None)
     if value is None:

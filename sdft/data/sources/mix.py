@@ -9,7 +9,8 @@ from sdft.data.dataset import Sample, Source
 from sdft.data.decode import Encoded
 from sdft.data.packed import EndToEnd, Strings
 from sdft.data.sources.splits import encoded
-from sdft.types import Count, Positive, UserError
+from sdft.errors import UserError
+from sdft.types import Count, Positive
 
 
 class Mix:

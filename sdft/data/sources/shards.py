@@ -25,7 +25,8 @@ from sdft.data.record import stamp_of
 from sdft.data.sources import metadata
 from sdft.data.sources.folder import IMAGE_SUFFIXES
 from sdft.data.sources.splits import Split, places_of
-from sdft.types import Fraction, NonNegative, UserError
+from sdft.errors import UserError
+from sdft.types import Fraction, NonNegative
 
 INDEX_SUFFIX = ".index.jsonl"
 

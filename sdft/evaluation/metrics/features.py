@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel
 
+from sdft.errors import UserError
 from sdft.evaluation.metrics.measure import Pictures
-from sdft.types import Count, UserError
+from sdft.types import Count
 
 
 class Thumbnails:

@@ -9,7 +9,9 @@ from sdft.data.dataset import Pictures, batches
 from sdft.evaluation.metrics.measure import Drawn, Lab
 from sdft.evaluation.results import Estimate, Metric
 from sdft.evaluation.statistics import estimate
-from sdft.objective import NUM_TIMESTEPS, Denoising, UniformTimesteps
+from sdft.objective.denoising import Denoising
+from sdft.objective.noise_schedule import NUM_TIMESTEPS
+from sdft.objective.timesteps import UniformTimesteps
 from sdft.rng import Draws
 from sdft.types import Count, Fraction
 

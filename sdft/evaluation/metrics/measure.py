@@ -19,12 +19,12 @@ from torch import Tensor
 from sdft.data.dataset import Source
 from sdft.data.sources import Folder, ToyWorld
 from sdft.data.sources.toy import Look
+from sdft.errors import UserError
 from sdft.evaluation.adherence import Judge
 from sdft.evaluation.grid import Cell
 from sdft.evaluation.results import Estimate, Metric
 from sdft.evaluation.statistics import units
 from sdft.models.sdxl import SDXL
-from sdft.types import UserError
 
 Pictures = np.ndarray | Sequence[np.ndarray]
 """uint8 RGB, N x H x W x 3 or a sequence of H x W x 3."""

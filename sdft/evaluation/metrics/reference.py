@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sdft.errors import UserError
 from sdft.evaluation.distance import PATCH, SCALES, ordered
 from sdft.evaluation.distance import StyleDistance as Ruler
 from sdft.evaluation.distance import distance as between
 from sdft.evaluation.metrics.measure import Drawn, Extractor, Lab, SourcePictures, cosine
 from sdft.evaluation.results import Estimate, Metric
 from sdft.evaluation.statistics import jackknife
-from sdft.types import Count, UserError
+from sdft.types import Count
 
 MOST_PIXELS = 256
 """Side to which larger pictures are reduced: it keeps brush strokes."""

@@ -21,8 +21,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from sdft.errors import UserError
 from sdft.evaluation.results import HeatMap, Results
-from sdft.types import UserError
 
 HERE = Path(__file__).parent
 SCRIPTS = ("elements", "pictures", "grid", "enlarge", "tables", "charts", "bradley_terry", "vote", "page")

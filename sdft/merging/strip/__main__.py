@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from sdft.config import build, verb
+from sdft.config.command import build, verb
 from sdft.evaluation.pictures import save_grid
 
 STRIP = "strip.png"

@@ -11,20 +11,22 @@ import torch
 from omegaconf import DictConfig
 from transformers import CLIPModel
 
-from sdft.config import build, verb
+from sdft.config.command import build, verb
 from sdft.data.sources import ToyWorld
 from sdft.data.toy.lexicon import VOCABULARY
 from sdft.data.toy.scenes import SUBJECTS
+from sdft.errors import UserError
 from sdft.evaluation.adherence import load_judge
 from sdft.evaluation.pictures import save_grid
 from sdft.evaluation.verdict import BEFORE_AFTER
 from sdft.formats.diffusers_folder import write_folder
 from sdft.formats.run_folder import read_summary
+from sdft.hardware import autocast_precision, default_precision
 from sdft.models.load import pretrained
 from sdft.models.nano.build import tokenizer
 from sdft.models.sdxl import SDXL
-from sdft.sampling import Sampler, generate
-from sdft.types import UserError
+from sdft.sampling.generate import generate
+from sdft.sampling.samplers import Sampler
 
 NUM_SHOWN = 24
 
@@ -56,7 +58,8 @@ def recognised(model: SDXL, sampler: Sampler, weights: Path, out: Path, num_imag
     """The share of pictures of held-out prompts whose subject the judge names; draws `samples.png`."""
     scenes = ToyWorld(["plain"], num_images, "test")
     prompts = [scenes.scene(index).caption for index in range(num_images)]
-    pictures = generate(model, prompts, range(num_images), sampler, (size, size), "bf16", progress="pictures")
+    precision = autocast_precision(default_precision(on_gpu=False))
+    pictures = generate(model, prompts, range(num_images), sampler, (size, size), precision, progress="pictures")
     rows = [pictures[first : first + 8] for first in range(0, NUM_SHOWN, 8)]
     save_grid(out / "samples.png", [np.asarray(row) for row in rows])
     judge = load_judge(str(weights / "clip"), SUBJECTS)

@@ -23,8 +23,8 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+from sdft.errors import UserError
 from sdft.models.sdxl import SDXL
-from sdft.types import UserError
 
 IMAGE_SIZE = 64
 CONTEXT_WIDTHS = (48, 80)

@@ -1,4 +1,4 @@
-"""How nano's VAE and its CLIP learn: two objectives of the same shape as `sdft.objective`.
+"""How nano's VAE and its CLIP learn: two objectives of the same shape as `sdft.objective.denoising`.
 
 Only for building nano itself; SDXL's own VAE and CLIP are never trained here.
 """
@@ -13,9 +13,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPModel
 
+from sdft.batch import Batch, LossReport
 from sdft.models.nano.build import tokenizer
 from sdft.rng import Draws
-from sdft.types import Batch, LossReport, NonNegative
+from sdft.types import NonNegative
 
 
 class Reconstruction:

@@ -1,0 +1,112 @@
+"""Weights divided among processes: what one of them holds, and the whole.
+
+A sharded weight is a DTensor cut along its first axis into equal slices, the last ones perhaps shorter or empty.
+Knows torch and nothing else; who cuts them and why is for `strategies`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+Name = TypeVar("Name")
+MESSAGE_BYTES = 2**28
+"""Of one rank at a time, when weights are put together."""
+
+
+def shard_like(parameter: Tensor, weight: Tensor) -> Tensor:
+    """A weight in shards where the parameter is, each rank cutting its own out of the whole that it holds."""
+    if not isinstance(parameter, DTensor) or isinstance(weight, DTensor):
+        return weight
+    weight = weight.to(parameter.device, parameter.dtype)
+    return distribute_tensor(weight, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def local_shard(weight: Tensor) -> Tensor:
+    """What this rank holds of a weight, not a copy; without gradients."""
+    with torch.no_grad():
+        return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all numbers of some tensors, all of them whole or all sharded."""
+    own = torch.nn.utils.get_total_norm([local_shard(tensor) for tensor in tensors])
+    mesh = next((tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)), None)
+    if mesh is None:
+        return own
+    # torch's own way, which knows DTensors, sends one message a tensor.
+    squared = own.square()
+    dist.all_reduce(squared, group=mesh.get_group(-1))
+    return squared.sqrt()
+
+
+def clip_gradients(parameters: Iterable[Tensor], largest: float) -> None:
+    """Scale all gradients down to a norm of at most `largest`."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    factor = (largest / (norm(gradients) + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local_shard(gradient) for gradient in gradients], factor)
+
+
+def snapshot(state: Any) -> tuple[Any, list[Tensor]]:
+    """A copy of a nested state in CPU memory: with outlines (on the meta device) for its sharded tensors, and this
+    rank's slices of these, in the same order."""
+    slices: list[Tensor] = []
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, DTensor):
+            slices.append(local_shard(value).to("cpu", copy=True))
+            return torch.empty(value.shape, dtype=value.dtype, device="meta")
+        if isinstance(value, Tensor):
+            return value.detach().to("cpu", copy=True)
+        if isinstance(value, Mapping):
+            return {name: copied(one) for name, one in value.items()}
+        return type(value)(copied(one) for one in value) if isinstance(value, list | tuple) else value
+
+    return copied(state), slices
+
+
+def whole(weights: Mapping[Name, Tensor]) -> dict[Name, Tensor]:
+    """The same weights, sharded ones put together in the memory of rank 0.
+
+    All ranks must ask; for the others a sharded weight comes back empty.
+    """
+    found = dict(weights)
+    sharded = {name: weight for name, weight in weights.items() if isinstance(weight, DTensor)}
+    for message in _messages(sharded):
+        size = next(iter(message.values())).device_mesh.size(-1)
+        slices = [_padded(weight, size) for weight in message.values()]
+        sent = torch.cat(slices)
+        received = [torch.empty_like(sent) for _ in range(size)]
+        dist.all_gather(received, sent, next(iter(message.values())).device_mesh.get_group(-1))
+        columns = torch.stack(received).split([one.numel() for one in slices], dim=1)
+        for (name, weight), column in zip(message.items(), columns, strict=True):
+            first = dist.get_rank() == 0
+            found[name] = column.reshape(-1)[: weight.numel()].view(weight.shape).cpu() if first else torch.empty(0)
+    return found
+
+
+def _messages(weights: Mapping[Name, DTensor]) -> Iterator[dict[Name, DTensor]]:
+    """Weights of one type, together, up to a size."""
+    message: dict[Name, DTensor] = {}
+    num_bytes = 0
+    for name, weight in weights.items():
+        other = message and next(iter(message.values())).dtype != weight.dtype
+        if other or num_bytes > MESSAGE_BYTES:
+            yield message
+            message, num_bytes = {}, 0
+        message[name] = weight
+        num_bytes += local_shard(weight).nbytes
+    if message:
+        yield message
+
+
+def _padded(weight: DTensor, size: int) -> Tensor:
+    """This rank's slice, flat and as long as the longest: end to end, the slices then begin with the whole."""
+    share, rows = local_shard(weight).reshape(-1), -(-weight.shape[0] // size)
+    return F.pad(share, (0, rows * weight.numel() // max(weight.shape[0], 1) - share.numel()))

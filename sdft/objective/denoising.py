@@ -1,0 +1,72 @@
+"""The denoising objective: predict the noise or the velocity of a noisy latent.
+
+Numerics only. The model is any `sdft.protocols.DiffusionModel`; nothing here knows what it is made of.
+
+Symbols: z0 clean latents, eps noise, z_t = a z0 + s eps with a^2 + s^2 = 1, snr = a^2 / s^2, v = a eps - s z0
+(Salimans and Ho, arXiv:2202.00512, for v).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sdft.batch import Batch, LossReport
+from sdft.errors import UserError
+from sdft.objective.noise_schedule import NoiseSchedule
+from sdft.objective.timesteps import LogitNormalTimesteps, UniformTimesteps
+from sdft.objective.weighting import Debiased, Prediction, Uniform, Weighting
+from sdft.rng import Draws
+from sdft.types import NonNegative
+
+
+class Denoising:
+    """Predict the noise (`epsilon`) or the velocity (`v_prediction`) of z_t.
+
+    zero_terminal_snr: train down to pure noise; only with v_prediction, since epsilon is 0/0 there.
+    offset_noise: adds one normal number a channel to the noise, times this (0.0357 trained the base SDXL).
+    """
+
+    def __init__(
+        self,
+        prediction: Prediction = "epsilon",
+        weighting: Weighting | None = None,
+        timesteps: UniformTimesteps | LogitNormalTimesteps | None = None,
+        zero_terminal_snr: bool = False,
+        offset_noise: NonNegative = 0.0,
+    ):
+        if zero_terminal_snr and prediction == "epsilon":
+            raise UserError(
+                "objective.zero_terminal_snr=true: epsilon is 0/0 at zero signal; choose objective=v_zero_snr"
+            )
+        if isinstance(weighting, Debiased) and prediction != "epsilon":
+            raise UserError("objective/weighting=debiased is defined for epsilon; choose min_snr with v_prediction")
+        self.prediction, self.zero_terminal_snr = prediction, zero_terminal_snr
+        self.weighting, self.timesteps = weighting or Uniform(), timesteps or UniformTimesteps()
+        self.offset_noise = offset_noise
+        self.schedule = NoiseSchedule(zero_terminal_snr)
+
+    def __call__(self, model, batch: Batch, draws: Draws) -> LossReport:
+        """The weighted squared error of each sample; the figure `eps_mse` compares across objectives."""
+        shape = model.latent_shape(batch)
+        z0 = model.encode_images(batch, draws.normal("posterior", shape).to(model.device))
+        cond = model.condition(batch)
+        eps = self._noise(draws, shape).to(z0)
+        t_B = self.timesteps(draws.uniform("timestep")).to(z0.device)
+        a, s = self.schedule.at(t_B)
+        prediction = model.denoise(a * z0 + s * eps, t_B, cond)
+        target = eps if self.prediction == "epsilon" else a * eps - s * z0
+        mse_B = (prediction - target).square().mean(dim=(1, 2, 3))
+        weight_B = self.weighting(self.schedule.snr[t_B.cpu()], self.prediction).float().to(mse_B)
+        # v is wrong by d where eps is wrong by a d: eps = a v + s z_t.
+        eps_mse_B = mse_B if self.prediction == "epsilon" else mse_B * a.flatten().square()
+        return LossReport(weight_B * mse_B, {"eps_mse": eps_mse_B})
+
+    def comparable(self) -> Denoising:
+        """The same question unweighted and over all timesteps: its `eps_mse` compares between runs."""
+        return Denoising(self.prediction, zero_terminal_snr=self.zero_terminal_snr)
+
+    def _noise(self, draws: Draws, shape: tuple[int, int, int]) -> Tensor:
+        eps = draws.normal("noise", shape)
+        if self.offset_noise:
+            eps = eps + self.offset_noise * draws.normal("offset", (shape[0], 1, 1))
+        return eps

@@ -1,0 +1,226 @@
+"""What one device holds and computes in a training step, counted by playing the step on tensors without numbers.
+
+Knows memory and FLOPs; must not know what of them is too much (`preflight`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sdft.batch import Batch
+from sdft.hardware import autocast_precision
+from sdft.models.sdxl import SDXL
+from sdft.rng import Draws
+from sdft.tuning.parameters import part_of, trainable_parameters
+from sdft.types import DTYPES
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How the run is spread: optimiser steps, batches of one step, precision, processes, and over how many of them the
+    weights are divided."""
+
+    max_steps: int
+    accumulate: int
+    precision: str
+    num_devices: int
+    num_shards: int
+    on_gpu: bool
+
+
+@dataclass(frozen=True)
+class MemoryNeeds:
+    """Bytes on one device, and the FLOPs of one batch there."""
+
+    weights: float
+    gradients: float
+    states: float
+    average: float
+    step: float
+    """What the forward and the backward pass add at their peak: activations, weights cast to another dtype, gradients
+    on their way."""
+    update: float
+    """What the optimiser adds while it moves the weights."""
+    flops: float
+
+    @property
+    def total(self) -> float:
+        """A step and an update never happen at once; gradients may be there from the batch before."""
+        return self.weights + self.gradients + self.states + self.average + max(self.step, self.update)
+
+
+class MetaBuild(TorchFunctionMode):
+    """Inside, a model on the meta device can be built and given adapters: what would bring it to the CPU leaves it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.cpu:
+            return args[0]
+        return function(*args, **(kwargs or {}))
+
+
+def memory_needs(module: Any, data: Any, setup: Setup, num_averages: int) -> MemoryNeeds:
+    """What a device holds and computes. FSDP divides weights, gradients, states and average among the devices."""
+    away = offloaded_parts(module.model, data)
+    tensors = [*module.model.named_parameters(), *module.model.named_buffers()]
+    held = [t for name, t in tensors if part_of(name) not in away]
+    learned = sum(p.nbytes for _, p in trainable_parameters(module.model))
+    copies, temporary = optimizer_copies(module.optimizer)
+    step, flops = trace_step(module, data, setup)
+    return MemoryNeeds(
+        weights=sum(t.nbytes for t in held) / setup.num_shards,
+        gradients=learned / setup.num_shards,
+        states=copies * learned / setup.num_shards,
+        average=num_averages * learned / setup.num_shards,
+        step=step,
+        update=temporary * learned / setup.num_shards,
+        flops=flops,
+    )
+
+
+def offloaded_parts(model: nn.Module, data: Any) -> set[str]:
+    """The parts that have nothing to do in a step, because what they would compute is kept."""
+    if not isinstance(model, SDXL) or data.cache == "off":
+        return set()
+    encoders = {"text_encoder", "text_encoder_2"}
+    learn = any(part_of(name) in encoders or "rows_ND" in name for name, _ in trainable_parameters(model))
+    return {"vae", *(encoders if data.cache == "disk" and not learn else ())}
+
+
+def optimizer_copies(build: Callable) -> tuple[float, float]:
+    """(what the optimiser keeps, what it needs for a moment), as multiples of the weights: seen on a small weight."""
+    weight = nn.Parameter(torch.zeros(512, 512))
+    optimizer = build([{"params": [weight], "name": "probe", "lr_scale": 1.0}])
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    kept = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+    with AllocationTracker() as ledger:
+        optimizer.step()
+    return round(kept / weight.nbytes, 2), round(ledger.peak / weight.nbytes, 2)
+
+
+def trace_step(module: Any, data: Any, setup: Setup) -> tuple[int, int]:
+    """(peak bytes, FLOPs) of the forward and backward pass of one batch of the largest size."""
+    precision = autocast_precision(setup.precision)
+    narrow = None if precision == "fp32" else DTYPES[precision]
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        module.model.to_empty(device="cpu")
+        for _, parameter in trainable_parameters(module.model):
+            parameter.grad = torch.zeros_like(parameter)
+        if narrow is not None and setup.on_gpu:
+            for norm in module.model.modules():
+                if isinstance(norm, nn.GroupNorm | nn.LayerNorm):
+                    norm.forward = norm_in_fp32(norm)  # type: ignore[method-assign]
+        batch = fake_batch(module.model, data)
+        stack.enter_context(sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]))
+        ledger = stack.enter_context(AllocationTracker(module.model))
+        with torch.autocast("cpu", narrow, enabled=narrow is not None):
+            report = module.objective(module.model, batch, Draws(0, batch.keys, batch.visits))
+            loss = report.per_sample_B.mean()
+            del report
+        loss.backward()
+    return ledger.peak, ledger.flops
+
+
+def attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    """Of torch's attention on a CPU, which torch does not count."""
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def attention_backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    """Of its backward pass."""
+    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+
+
+FLOPS = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+
+
+def fake_batch(model: nn.Module, data: Any) -> Batch:
+    """A batch as the run would read it, of its largest size."""
+    h, w = max(data.pictures.by_size(), key=lambda hw: hw[0] * hw[1])
+    num = data.batch_size
+    batch = Batch(
+        keys=[str(i) for i in range(num)],
+        visits=[0] * num,
+        captions=[data.pictures.source[0].caption] * num,
+        dropped_B=torch.zeros(num, dtype=torch.bool),
+        time_ids_B6=torch.zeros(num, 6),
+        loss_weight_B=torch.ones(num),
+    )
+    away = offloaded_parts(model, data)
+    if "vae" in away:
+        f, channels = model.vae_factor, model.vae.config.latent_channels
+        batch.moments_BCHW = torch.zeros(num, 2 * channels, h // f, w // f)
+    else:
+        batch.pixels_BCHW = torch.zeros(num, 3, h, w)
+    if "text_encoder" in away:
+        with torch.no_grad():
+            batch.context_BLD, batch.pooled_BP = model.encode_prompts(batch.captions)
+    return batch
+
+
+class AllocationTracker(TorchDispatchMode):
+    """Counts the bytes of what is made inside the `with` and still lives, and the FLOPs of what is multiplied.
+
+    `peak` is the most bytes there ever were; `known` is not counted.
+    """
+
+    def __init__(self, *known: nn.Module):
+        super().__init__()
+        self.now = self.peak = self.flops = 0
+        self._seen = WeakIdKeyDictionary()
+        for module in known:
+            for tensor in (*module.parameters(), *module.buffers()):
+                self._seen[tensor.untyped_storage()] = True
+                if tensor.grad is not None:
+                    self._seen[tensor.grad.untyped_storage()] = True
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if formula := FLOPS.get(function._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._seen:
+            self._seen[storage] = True
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, storage.nbytes()).atexit = False
+
+    def _gone(self, num_bytes: int) -> None:
+        self.now -= num_bytes
+
+
+def norm_in_fp32(norm: nn.GroupNorm | nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    """The forward pass of a norm as autocast computes it on a GPU, and not on a CPU: on an input widened to fp32."""
+
+    def forward(x: Tensor) -> Tensor:
+        weight, bias = (p if p is None else p.float() for p in (norm.weight, norm.bias))
+        if isinstance(norm, nn.GroupNorm):
+            return F.group_norm(x.float(), norm.num_groups, weight, bias, norm.eps)
+        return F.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
+
+    return forward

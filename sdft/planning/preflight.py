@@ -1,0 +1,164 @@
+"""What a run would be, need and take, told from shapes: nothing is loaded, trained or written.
+
+Knows what cannot work and how a footprint reads; must not know configs.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdft.errors import UserError
+from sdft.planning.footprint import MemoryNeeds, Setup, memory_needs, offloaded_parts
+from sdft.tuning.full import Full
+from sdft.tuning.parameters import part_of
+from sdft.types import Positive
+
+GIB = 2**30
+LIBRARIES = 1.0
+"""GiB that CUDA, cuDNN and the allocator's gaps take on a GPU, whatever is trained."""
+SHARE_OF_RATE = 0.4
+"""Of the rate of large matrix products that a training step reaches; convolutions and small layers take the rest."""
+
+
+class Preflight:
+    """Says what a run would be and refuses one that cannot work.
+
+    memory: GiB of the GPU to plan for; that of this machine's GPU where not said, and any without one.
+    tflops: its rate at matrix products in the run's precision, in 10^12 a second, such as 800 for an H100 in bf16;
+        measured on this machine where not said.
+    """
+
+    def __init__(self, memory: Positive | None = None, tflops: Positive | None = None):
+        self.memory, self.tflops = memory, tflops
+
+    def __call__(self, module: Any, data: Any, setup: Setup, num_averages: int) -> list[str]:
+        """The lines to print, after the checks. `module` was built inside `MetaBuild`, on the meta device."""
+        refuse_precision(setup)
+        refuse_batch(data, setup)
+        needs = memory_needs(module, data, setup, num_averages)
+        self.refuse_memory(needs, module, data, setup)
+        run = describe_run(module, data, setup.max_steps, setup.accumulate, setup.num_devices)
+        return [*describe_parts(module.model), *run, *self.describe_needs(needs, setup)]
+
+    def limit(self, setup: Setup) -> float | None:
+        """GiB of one device, where there is a limit to plan for."""
+        if self.memory is None and setup.on_gpu and torch.cuda.is_available():
+            return torch.cuda.get_device_properties(0).total_memory / GIB
+        return self.memory
+
+    def refuse_memory(self, needs: MemoryNeeds, module: Any, data: Any, setup: Setup) -> None:
+        """Raise UserError where a step does not fit, with what would make it smaller."""
+        limit, wanted = self.limit(setup), needs.total / GIB + LIBRARIES
+        if limit is None or wanted <= limit:
+            return
+        unet, full = getattr(module.model, "unet", None), isinstance(module.tuning, Full)
+        fixed = {*offloaded_parts(module.model, data), "vae", *(module.tuning.parts if full else ())}
+        frozen = (name for name, p in module.model.named_parameters() if p.itemsize > 2 and not p.requires_grad)
+        wide = {part_of(name) for name in frozen} - fixed
+        narrow = ", ".join(f"{part}: bf16" for part in sorted(wide))
+        remedies = {
+            "model.gradient_checkpointing=true": unet is not None and not unet.is_gradient_checkpointing,
+            f"'model.dtype={{{narrow}}}'": bool(wide),
+            "data.batch_size=1 with trainer.accumulate_grad_batches": data.batch_size > 1,
+            "tuning=lora_unet": full,
+            "strategy=fsdp on several devices": setup.num_shards == 1,
+        }
+        offered = " or ".join([remedy for remedy, helps in remedies.items() if helps] or ["a larger GPU"])
+        raise UserError(f"the run needs {wanted:.1f} GiB on each GPU and there are {limit:.1f}; set {offered}")
+
+    def describe_needs(self, needs: MemoryNeeds, setup: Setup) -> list[str]:
+        """Memory and time."""
+        sums = {
+            "weights": needs.weights,
+            "gradients": needs.gradients,
+            "optimiser": needs.states,
+            "average": needs.average,
+            "activations" if needs.step > needs.update else "update": max(needs.step, needs.update),
+        }
+        if setup.on_gpu:
+            sums["libraries"] = LIBRARIES * GIB
+        limit = self.limit(setup)
+        of = f" of {limit:.1f}" if limit else ""
+        rate = (self.tflops or measured_rate(setup.precision) / 1e12) * 1e12
+        seconds = needs.flops * setup.accumulate / (rate * SHARE_OF_RATE)
+        where = "stated" if self.tflops else "measured here; preflight.tflops=... states another device's"
+        return [
+            f"  memory of each device: {sum(sums.values()) / GIB:.2f} GiB{of} = "
+            + " + ".join(f"{name} {value / GIB:.2f}" for name, value in sums.items() if value),
+            f"  time of a step: {seconds:.3g} s = {needs.flops * setup.accumulate / 1e12:.4g} TFLOP at "
+            f"{SHARE_OF_RATE:.0%} of {rate / 1e12:.3g} TFLOP/s ({where})",
+            f"  time of the run: {seconds * setup.max_steps / 60:.3g} min, validation and pictures aside",
+        ]
+
+
+def describe_run(module: Any, data: Any, max_steps: int, accumulate: int, num_devices: int) -> list[str]:
+    """The run in a few lines: pictures, what learns, batches and steps."""
+    num_pictures = len(data.pictures.source.keys)
+    per_step = data.batch_size * accumulate * num_devices
+    lines = [f"  left out: {name} ({problem})" for name, problem in data.skipped]
+    if data.bucketed:
+        lines.append("  sizes (w x h), with the steps of a pass:")
+        for (h, w), indices in data.pictures.by_size().items():
+            lines.append(f"    {w}x{h}: {len(indices)} pictures, {-(-len(indices) // per_step)} steps")
+    total = sum(p.numel() for p in module.model.parameters())
+    for group in module.tuning.groups(module.model):
+        count = sum(p.numel() for p in group["params"])
+        lines.append(f"  learns {group['name']}: {count:,} of {total:,} parameters ({count / total:.2%})")
+    lines.append(
+        f"  effective batch {per_step} ({data.batch_size} x {accumulate} accumulated x {num_devices} devices), "
+        f"{max_steps} steps = {max_steps * per_step / num_pictures:.1f} passes over {num_pictures} pictures"
+    )
+    return lines
+
+
+def describe_parts(model: nn.Module) -> list[str]:
+    """Parameters and dtypes of each part."""
+    parts: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        parts.setdefault(part_of(name), []).append(parameter)
+    lines = []
+    for part, owned in parts.items():
+        count, kinds = sum(p.numel() for p in owned), sorted({str(p.dtype).removeprefix("torch.") for p in owned})
+        learns = sum(p.numel() for p in owned if p.requires_grad)
+        size = sum(p.nbytes for p in owned) / GIB
+        lines.append(f"  {part:15} {count:>13,} parameters, {size:.2f} GiB {'+'.join(kinds)}, {learns:,} learn")
+    return lines
+
+
+def refuse_precision(setup: Setup) -> None:
+    """Raise UserError for bf16 on a GPU that has none."""
+    here = setup.on_gpu and torch.cuda.is_available()
+    if here and setup.precision.startswith("bf16") and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name()
+        raise UserError(f"trainer.precision={setup.precision}: {name} has no bf16; set trainer.precision=16-mixed")
+
+
+def refuse_batch(data: Any, setup: Setup) -> None:
+    """Raise UserError where one step would show a picture twice."""
+    num_pictures, batches = len(data.pictures.source.keys), setup.accumulate * setup.num_devices
+    if data.batch_size * batches > num_pictures:
+        fitting = num_pictures // batches
+        remedy = f"data.batch_size={fitting}" if fitting else "fewer devices or trainer.accumulate_grad_batches=1"
+        raise UserError(
+            f"data.batch_size={data.batch_size}: a step takes {data.batch_size * batches} pictures "
+            f"({data.batch_size} x {setup.accumulate} accumulated x {setup.num_devices} devices) and there are "
+            f"{num_pictures}; set {remedy}, or add pictures"
+        )
+
+
+def measured_rate(precision: str) -> float:
+    """FLOP/s of a large matrix product on this machine, in the precision of the run."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 8192 if device == "cuda" else 1024
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float16 if "16" in precision else torch.float32
+    a = torch.zeros(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(seconds)

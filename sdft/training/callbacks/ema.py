@@ -1,0 +1,73 @@
+"""An exponential moving average of what learns, used for validation, previews and the exported weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import lightning as L
+import torch
+from annotated_types import Ge, Lt
+from torch import Tensor
+
+from sdft.distributed.sharding import local_shard, shard_like
+from sdft.tuning.parameters import copy_parameters, trainable_parameters
+
+
+class EMA(L.Callback):
+    """Averages the learning weights after each optimiser step; of sharded weights, each rank its shards.
+
+    decay: of the average; early on it is (1 + n) / (10 + n) after n steps, so that the start is soon forgotten.
+    """
+
+    def __init__(self, decay: Annotated[float, Ge(0), Lt(1)] = 0.999):
+        self.decay = decay
+        self.num_updates = 0
+        self.average: dict[str, Tensor] = {}
+        self._live: dict[str, Tensor] | None = None
+        self._learning: list[Tensor] = []
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # Not in on_fit_start: a strategy that shards restores the checkpoint, and with it the average, after that.
+        saved = self.average
+        self._learning = [p for _, p in trainable_parameters(module.model)]
+        self.average = {name: p.detach().clone() for name, p in trainable_parameters(module.model)}
+        for name, value in saved.items():
+            self.average[name].copy_(shard_like(self.average[name], value))
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.num_updates:
+            return
+        self.num_updates = trainer.global_step
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        averages = [local_shard(value) for value in self.average.values()]
+        torch._foreach_lerp_(averages, [local_shard(p) for p in self._learning], 1 - decay)
+
+    @contextmanager
+    def averaged(self, module: L.LightningModule) -> Iterator[None]:
+        """The model with the average in place, inside the `with`."""
+        live = {name: p.detach().clone() for name, p in trainable_parameters(module.model)}
+        copy_parameters(module.model, self.average)
+        try:
+            yield
+        finally:
+            copy_parameters(module.model, live)
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._live = {name: p.detach().clone() for name, p in trainable_parameters(module.model)}
+        copy_parameters(module.model, self.average)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        copy_parameters(module.model, self._live)
+        self._live = None
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        copy_parameters(module.model, self.average)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_updates": self.num_updates, "average": self.average}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.num_updates, self.average = state["num_updates"], state["average"]

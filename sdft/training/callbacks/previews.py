@@ -1,0 +1,65 @@
+"""Pictures of the same prompts and seeds while training, beside the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+
+from sdft.errors import UserError
+from sdft.evaluation.pictures import save_grid
+from sdft.hardware import autocast_precision
+from sdft.sampling.generate import generate
+from sdft.sampling.samplers import Sampler
+from sdft.training.callbacks.tracking import log_picture
+from sdft.types import Count, Precision
+
+
+class Previews(L.Callback):
+    """Draws `prompts` every so many steps, with the averaged weights where there is an EMA.
+
+    run_dir: the pictures go to `previews/` in it.
+    every: steps between two previews.
+    size: side of the pictures, in pixels.
+    """
+
+    def __init__(self, run_dir: str, prompts: Sequence[str], sampler: Sampler, size: Count, every: Count = 200):
+        if not prompts:
+            raise UserError("callbacks.previews.prompts is empty: give at least one prompt")
+        self.folder, self.prompts, self.sampler = Path(run_dir) / "previews", list(prompts), sampler
+        self.size, self.every = size, every
+        self._base: np.ndarray | None = None
+        self._last = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        if step == self._last or step % self.every or step == trainer.max_steps:
+            return
+        self._last = step
+        # Weights that are divided among the ranks come together only where all of them compute.
+        if trainer.is_global_zero or hasattr(trainer.strategy, "divide"):
+            self._draw(trainer, module, step)
+
+    def _draw(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
+        precision = autocast_precision(trainer.precision)
+        if self._base is None:
+            with module.tuning.base(module.model):
+                self._base = self._pictures(module, precision)
+        averages = [callback for callback in trainer.callbacks if hasattr(callback, "averaged")]
+        if averages:
+            with averages[0].averaged(module):
+                now = self._pictures(module, precision)
+        else:
+            now = self._pictures(module, precision)
+        if not trainer.is_global_zero:
+            return
+        path = self.folder / f"step_{step:06d}.png"
+        save_grid(path, [self._base, now], ["base", f"step {step}"], self.prompts)
+        log_picture(trainer, "previews", path, step)
+
+    def _pictures(self, module: L.LightningModule, precision: Precision) -> np.ndarray:
+        seeds = range(len(self.prompts))
+        return generate(module.model, self.prompts, seeds, self.sampler, (self.size, self.size), precision)

@@ -1,0 +1,88 @@
+"""Which checkpoints a run keeps, and how they are written and read."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import CheckpointIO
+
+from sdft.errors import UserError
+from sdft.formats.run_state import link_state, read_state, remove_state, write_state
+from sdft.types import Count
+
+VALIDATION_FIGURE = "val/eps_mse"
+
+
+def last_checkpoint(run_dir: str | None, every: Count = 100, keep: Count = 1) -> ModelCheckpoint:
+    """Keeps `checkpoints/last.ckpt`, from which `resume=` goes on.
+
+    every: optimiser steps between two saves; the last step is saved too.
+    keep: how many saves stay; those before the last are `step_000100.ckpt` and so on.
+    """
+    return LastCheckpoints(folder_of(run_dir), every, keep)
+
+
+def best_checkpoint(run_dir: str | None, monitor: str = VALIDATION_FIGURE, mode: Literal["min", "max"] = "min"):
+    """Keeps `checkpoints/best.ckpt`, the one with the best validation figure."""
+    return ModelCheckpoint(
+        folder_of(run_dir), filename="best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False
+    )
+
+
+def folder_of(run_dir: str | None) -> str:
+    """Where a run keeps its checkpoints."""
+    return str(Path(run_dir or ".") / "checkpoints")
+
+
+class LastCheckpoints(ModelCheckpoint):
+    """The last save under a name that does not change, and with the ones before it also by its step."""
+
+    def __init__(self, folder: str, every: int, keep: int):
+        super().__init__(folder, filename="last", every_n_train_steps=every, enable_version_counter=False)
+        self.every, self.keep = every, keep
+
+    @property
+    def state_key(self) -> str:
+        return type(self).__qualname__  # Lightning's own says how often is saved, which a resumed run may change
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        every = 1 if trainer.global_step == trainer.max_steps else self.every
+        self._every_n_train_steps = every
+        super().on_train_batch_end(trainer, *args)
+        if self.keep > 1 and trainer.is_global_zero and trainer.global_step % every == 0:
+            keep = partial(keep_by_step, Path(str(self.dirpath)) / "last.ckpt", trainer.global_step, self.keep)
+            after_save = getattr(trainer.strategy, "once_saved", None)
+            after_save(keep) if after_save else keep()
+
+
+def keep_by_step(last: Path, step: int, keep: int) -> None:
+    """Give the last save a second name, and drop the oldest; a name takes no space."""
+    by_step = last.with_name(f"step_{step:06d}.ckpt")
+    if not last.is_file() or (by_step.is_file() and by_step.samefile(last)):
+        return
+    try:
+        link_state(last, by_step)
+    except OSError as error:
+        raise UserError(f"{by_step} cannot be made ({error.strerror}); set callbacks.last.keep=1") from error
+    kept = {file.with_name(file.name.removesuffix(".slices")) for file in last.parent.glob("step_*.ckpt*")}
+    for old in sorted(kept)[:-keep]:
+        remove_state(old)
+
+
+class RunFiles(CheckpointIO):
+    """How Lightning's checkpoints come to disk and back: its own way is neither atomic between disks nor synced."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        write_state(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_state(Path(path))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        remove_state(Path(path))

@@ -1,0 +1,163 @@
+"""receipt.json: what a run was made from and what came of it, so that it can be made again and compared.
+
+Knows hashes of code, packages, machine, data and weights, and how two receipts differ. Must not know how a run is made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdft.data.cache import digest, fingerprint
+from sdft.errors import UserError
+from sdft.formats.stream import read_header
+
+NAME = "receipt.json"
+PACKAGES = ("accelerate", "diffusers", "hydra-core", "lightning", "numpy", "peft", "pillow", "safetensors", "torch",
+            "transformers")  # fmt: skip
+MADE_FROM = ("config", "git", "versions", "hardware", "threads", "data", "base_weights")
+"""What can make two runs differ."""
+OF_THE_RUN = ("run_dir", "dry_run", "reproduce")
+"""Keys that say where and not what."""
+
+
+def begun(config: Mapping[str, Any], overrides: Sequence[str], model: nn.Module, data: Any, num_devices: int) -> dict:
+    """The receipt of a run that is about to start. Reads every base weight and every picture's digest once."""
+    return {
+        "config": dict(config),
+        "overrides": list(overrides),
+        "git": git_state(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "hardware": hardware(num_devices),
+        "threads": torch.get_num_threads(),
+        "seed": config["seed"],
+        "data": data_digest(data),
+        "base_weights": fingerprint(model),
+    }
+
+
+def finished(receipt: dict, artifacts: Mapping[str, Path], summary: Mapping[str, Any]) -> dict:
+    """The same with what came of it: a hash of each file of weights, and the figures but for times."""
+    weights = {name: path for name, path in artifacts.items() if path.is_dir() or path.suffix == ".safetensors"}
+    figures = {k: v for k, v in summary.items() if isinstance(v, int | float) and not k.endswith("seconds")}
+    return {**receipt, "outputs": {name: weights_digest(path) for name, path in weights.items()}, "figures": figures}
+
+
+def read(path: str | Path) -> dict:
+    """A receipt. Raises UserError where there is none, or where its run was never finished."""
+    file = Path(path).expanduser()
+    file = file / NAME if file.is_dir() else file
+    try:
+        receipt = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"reproduce={path}: cannot be read ({error}); pass the {NAME} of a run") from error
+    if "outputs" not in receipt:
+        raise UserError(f"reproduce={path}: this run was not finished, so there is nothing to compare with")
+    return receipt
+
+
+def recalled(words: Sequence[str]) -> list[str]:
+    """The words of a command; those of `reproduce=RECEIPT` are preceded by the ones its run was started with."""
+    for word in words:
+        if word.startswith("reproduce=") and (path := word.partition("=")[2]) not in ("", "null"):
+            said = read(path)["overrides"]
+            return [*(word for word in said if word.partition("=")[0] not in OF_THE_RUN), *words]
+    return list(words)
+
+
+def compared(old: dict, new: dict) -> str:
+    """One paragraph that begins with `identical`. Raises UserError with all that differs where the weights do."""
+    causes = "; ".join(differences({k: old[k] for k in MADE_FROM}, {k: new[k] for k in MADE_FROM}))
+    figures = "; ".join(differences(old["figures"], new["figures"]))
+    if old["outputs"] != new["outputs"]:
+        names = sorted(k for k in {*old["outputs"], *new["outputs"]} if old["outputs"].get(k) != new["outputs"].get(k))
+        raise UserError(
+            f"reproduce: the weights of {', '.join(names)} are not those of the receipt; what the runs were made from "
+            + (f"differs: {causes}" if causes else "is the same, so something in this run depends on luck")
+        )
+    said = f"identical: {', '.join(sorted(old['outputs']))}, every weight"
+    said += f"; but figures differ: {figures}" if figures else "; and every figure"
+    return said + (f"\n  although made from something else: {causes}" if causes else "")
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """`key: old -> new` for every value that differs."""
+    if not path and "config" in old:
+        old, new = ({**r, "config": portable(r["config"])} for r in (old, new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys((*old, *new)):
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
+    elif old != new:
+        yield f"{path}: {old} -> {new}"
+
+
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the place of its run."""
+    text = json.dumps({k: v for k, v in config.items() if k not in OF_THE_RUN})
+    return json.loads(text.replace(json.dumps(config["run_dir"])[1:-1], "RUN_DIR"))
+
+
+def git_state() -> dict[str, Any]:
+    """The commit of the code and, where files differ from it, a hash of the differences; empty outside a checkout."""
+
+    def git(*words: str) -> str:
+        root = Path(__file__).resolve().parents[2]
+        return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain")
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(changed),
+            "diff": digest([changed, git("diff", "HEAD")]) if changed else None,
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+
+
+def hardware(num_devices: int) -> dict[str, Any]:
+    """What computes: floats add up differently on another processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return {
+        "machine": platform.machine(),
+        "processor": names[0] if names else platform.processor(),
+        "num_processors": len(os.sched_getaffinity(0)),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "num_devices": num_devices,
+    }
+
+
+def data_digest(data: Any) -> str:
+    """Every key, caption and picture of the run: stored ones by their bytes, drawn ones by their pixels."""
+    found = hashlib.sha256()
+    for pictures, seen in ((data.pictures, data.seen), (data.held_out, data.seen_held_out)):
+        for index, key in enumerate(pictures.source.keys):
+            sample = pictures.source[index]
+            captions = sample.captions.every if sample.captions else None
+            content = seen.digest(index) or hashlib.sha256(sample.image_HWC.tobytes()).hexdigest()
+            found.update(json.dumps([key, content, captions or sample.caption, sample.loss_weight]).encode())
+    return found.hexdigest()
+
+
+def weights_digest(path: Path) -> str:
+    """The tensors of a safetensors file, or of all below a folder, without what else a header says, such as dates."""
+    found = hashlib.sha256()
+    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        stored, _ = read_header(str(path), file)
+        found.update(json.dumps([[entry.name, entry.dtype, entry.shape] for entry in stored]).encode())
+        with file.open("rb") as opened:
+            opened.seek(8 + int.from_bytes(opened.read(8), "little"))
+            hashlib.file_digest(opened, lambda: found)  # type: ignore[arg-type, return-value]
+    return found.hexdigest()

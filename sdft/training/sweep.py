@@ -1,0 +1,110 @@
+"""The jobs of a sweep: which are finished, one as a command of its own, and the table of what came of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdft.config.command import ERROR, quoted
+from sdft.errors import UserError
+from sdft.formats.run_folder import read_summary
+from sdft.training import receipt
+
+FIGURES = {"style_gain": "style gain", "adherence": "adherence", "train_seconds": "seconds"}
+
+
+def finished(job: Path, overrides: list[str]) -> dict | None:
+    """The summary of a job that has run to its end before, else None.
+
+    Raises UserError where the folder holds the finished job of another command.
+    """
+    summary, file = read_summary(job), job / receipt.NAME
+    if summary is None or not file.is_file():
+        return None
+    before = json.loads(file.read_text(encoding="utf-8"))
+    if "outputs" not in before:
+        return None
+    now, then = ([w for w in words if not w.startswith("resume=")] for words in (overrides, before["overrides"]))
+    if now != then:
+        raise UserError(
+            f"hydra.sweep.dir: {job} holds a finished job of another sweep ({' '.join(then)}); a grid that has grown "
+            "numbers its jobs anew, so give it another hydra.sweep.dir"
+        )
+    return summary
+
+
+def run_apart(job: Any) -> None:
+    """Run a job, as Hydra describes it, as a command of its own, which writes into the same folder.
+
+    For a job of several processes: Lightning starts the others with the command line of the first, which would be the
+    whole sweep's, and leaves an environment in which the next job would be taken for one of them.
+    Raises UserError where it fails.
+    """
+    folder = Path(job.runtime.output_dir)
+    places = [source.path for source in job.runtime.config_sources if source.provider == "command-line"]
+    words = [f"--config-name={job.job.config_name}", *(f"--config-dir={place}" for place in places)]
+    words += [word for word in (*job.overrides.hydra, *job.overrides.task) if not word.startswith("hydra.mode=")]
+    words += [f"hydra.job.num={job.job.num}", f"hydra.run.dir={quoted(folder)}"]
+    status = subprocess.run([sys.executable, sys.argv[0], *words], check=False).returncode
+    if status:
+        problem = folder / ERROR
+        told = problem.read_text(encoding="utf-8").strip() if problem.is_file() else f"ended with status {status}"
+        raise UserError(told)
+
+
+def print_table(sweep_dir: Path) -> None:
+    """One row a job, the best style gain first; a job without a figure shows a dash, and why it failed."""
+    rows = [_row(*job) for job in jobs_of(sweep_dir)]
+    if not rows:
+        return
+    said = dict.fromkeys(key for row in rows for key in row["said"])
+    varied = [key for key in said if len({row["said"].get(key) for row in rows}) > 1]
+    named = FIGURES | {row["metric"]: row["metric"] for row in rows if row["metric"] and row["metric"] not in FIGURES}
+    rows.sort(key=_gain, reverse=True)
+    cells = [[*varied, *named.values(), "folder"]]
+    for row in rows:
+        figures = [_figure(row.get(name)) for name in named]
+        cells.append([*(row["said"].get(key, "") for key in varied), *figures, row["folder"]])
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+    table = "\n".join([*lines, *(f"{row['folder']} failed: {row['error']}" for row in rows if "error" in row)])
+    written = sweep_dir / f".table.{os.getpid()}.partial"  # the tasks of an array may end together
+    written.write_text(table + "\n", encoding="utf-8")
+    written.replace(sweep_dir / "table.txt")
+    print(f"\n{table}\n\nwritten to {sweep_dir / 'table.txt'}")
+
+
+def jobs_of(sweep_dir: Path) -> list[tuple[Path, dict[str, str], dict]]:
+    """Folder, what was said, and summary of each job in order; no summary where a job did not finish."""
+    found = []
+    for job in sorted((job for job in sweep_dir.glob("*") if (job / ".hydra").is_dir()), key=_order):
+        words = yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
+        found.append((job, dict(word.split("=", 1) for word in words), read_summary(job) or {}))
+    return found
+
+
+def _row(job: Path, said: dict[str, str], summary: dict) -> dict:
+    metric = (yaml.safe_load((job / ".hydra" / "config.yaml").read_text(encoding="utf-8")) or {}).get("metric")
+    row = {"said": said, "folder": job.name, "metric": metric} | summary
+    if not summary and (job / ERROR).is_file():
+        row["error"] = (job / ERROR).read_text(encoding="utf-8").strip()
+    return row
+
+
+def _order(job: Path) -> tuple[int, str]:
+    return (int(job.name) if job.name.isdigit() else 10**9, job.name)
+
+
+def _gain(row: dict) -> float:
+    gain = row.get("style_gain")
+    return -1e9 if gain is None else gain
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"

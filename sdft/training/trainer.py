@@ -1,0 +1,103 @@
+"""The Lightning Trainer with the switches that mean something here, and its checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from sdft.hardware import default_precision, num_gpus
+from sdft.training.checkpoints import RunFiles
+from sdft.types import Count, NonNegative
+
+# Raised inside Lightning 2.6 by torch 2.13 at every step; goes with the Lightning release that drops LeafSpec.
+warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+# One process here serves pictures faster than workers do; `data.num_workers` is the knob, and the README names it.
+warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+for noise in (
+    ".*smaller than the logging interval.*",
+    ".*Experiment logs directory.*",  # hydra has written its own files into the run folder
+    ".*Checkpoint directory .* exists and is not empty.*",  # as after every resume
+    ".*ended before the epoch ended and your dataloader is not resumable.*",  # it is: see data.dataset.RunOrder
+):
+    warnings.filterwarnings("ignore", message=noise)
+
+
+def trainer(
+    max_steps: Count,
+    validate_every: Count = 100,
+    accumulate_grad_batches: Count = 1,
+    gradient_clip_val: NonNegative = 1.0,
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "auto",
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto",
+    devices: int | Literal["auto"] = "auto",
+    num_nodes: Count = 1,
+    log_every: Count = 10,
+    progress_bar: bool = True,
+    strategy: Any = "auto",
+    callbacks: Sequence[L.Callback] = (),
+    loggers: Sequence[Any] = (),
+    run_dir: str | None = None,
+) -> L.Trainer:
+    """A Trainer.
+
+    max_steps: optimiser steps.
+    validate_every: optimiser steps between two validations.
+    accumulate_grad_batches: batches of one optimiser step.
+    gradient_clip_val: largest norm of the gradient; 0 clips nothing.
+    precision: `auto` is bf16-mixed where the device computes bf16 natively (see `sdft.hardware.default_precision`).
+    devices, num_nodes: processes of one node, and nodes.
+    log_every: optimiser steps between two logged figures.
+    """
+    if not torch.cuda.is_available():
+        # This switch governs the CPU kernel too, whose backward was a third of nano's step.
+        torch.backends.cuda.enable_flash_sdp(False)
+    return L.Trainer(
+        max_steps=max_steps,
+        max_epochs=1,  # The run is one endless sequence of samples: see data.dataset.RunOrder.
+        val_check_interval=min(validate_every, max_steps) * accumulate_grad_batches,
+        accumulate_grad_batches=accumulate_grad_batches,
+        gradient_clip_val=gradient_clip_val or None,
+        precision=default_precision(num_gpus(accelerator) > 0) if precision == "auto" else precision,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        log_every_n_steps=log_every,
+        enable_progress_bar=progress_bar,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        inference_mode=False,  # Validation would put shards together into tensors that training could not use again.
+        strategy=strategy,
+        plugins=[RunFiles()],
+        callbacks=[*callbacks, *([Progress()] if progress_bar else [])],
+        logger=list(loggers),
+        use_distributed_sampler=False,
+        default_root_dir=run_dir,
+    )
+
+
+class Progress(TQDMProgressBar):
+    """One line: steps, rate, time left, loss. A resumed run starts where it stopped, and so does its rate."""
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        super().on_train_start(trainer, *_)
+        self._span(trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        super().on_train_epoch_start(trainer, *_)
+        self._span(trainer)
+
+    def _span(self, trainer: L.Trainer) -> None:
+        bar = self.train_progress_bar
+        bar.set_description("training")
+        bar.total = trainer.max_steps * trainer.accumulate_grad_batches
+        bar.initial = bar.n = trainer.global_step * trainer.accumulate_grad_batches
+
+    def get_metrics(self, *args: Any) -> dict[str, Any]:
+        return {name: value for name, value in super().get_metrics(*args).items() if name != "v_num"}

@@ -1,0 +1,42 @@
+"""Trainable parameters: listing them, copying values into them, grouping them by part of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdft.distributed.sharding import shard_like
+from sdft.errors import UserError
+
+WORDS = "words"
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The named parameters that learn."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+@torch.no_grad()
+def copy_parameters(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy `weights` into the model's parameters of the same names; of a sharded one, each rank its shard."""
+    for name, p in trainable_parameters(model):
+        p.copy_(shard_like(p, weights[name]))
+
+
+def parameter_groups(model: nn.Module, parts: Sequence[str], lr_scale: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The learning parameters of each part."""
+    groups = []
+    for part in parts:
+        owned = [p for name, p in trainable_parameters(model) if part_of(name) == part]
+        if not owned:
+            raise UserError(f"tuning: nothing learns in {part!r}")
+        groups.append({"params": owned, "name": part, "lr_scale": lr_scale.get(part, 1.0)})
+    return groups
+
+
+def part_of(parameter_name: str) -> str:
+    """The part a parameter belongs to; the rows of new words are a part of their own."""
+    return WORDS if parameter_name.endswith(".rows_ND") else parameter_name.split(".")[0]
