@@ -56,6 +56,7 @@ def pretrained(
     empty_prompt: EmptyPrompt | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
+    family: type[SDXL] = SDXL,
 ) -> SDXL:
     """SDXL with the given weights.
 
@@ -73,6 +74,7 @@ def pretrained(
         says.
     variant: of the weight files of a folder or Hub id, such as `fp16`.
     allow_pickle: also open `.ckpt` files; a pickle can run code if torch's restricted unpickler has a hole.
+    family: the class that is built, for loaders of subclasses.
 
     Raises UserError where weights are missing, do not fit, or the attention is not available.
     """
@@ -83,7 +85,7 @@ def pretrained(
     networks = load_networks(f"model.weights={weights}", checkpoint, configs, dtypes)
     if vae is not None:
         networks["vae"] = load_vae(vae, folder / "vae", dtypes["vae"])
-    model = SDXL(
+    model = family(
         **networks,
         tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
         tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
@@ -113,6 +115,7 @@ def pretrained_on_meta(
     empty_prompt: EmptyPrompt | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
+    family: type[SDXL] = SDXL,
     **_: Any,
 ) -> SDXL:
     """The model that `pretrained` would load, on the meta device: only configs and headers are read.
@@ -131,7 +134,7 @@ def pretrained_on_meta(
     for part, name in (dtype or {}).items():
         networks[part].to(DTYPES[name])
     tokenizers = folder if (folder / "tokenizer").is_dir() else NANO
-    model = SDXL(
+    model = family(
         **networks,
         tokenizer=CLIPTokenizer.from_pretrained(tokenizers / "tokenizer"),
         tokenizer_2=CLIPTokenizer.from_pretrained(tokenizers / "tokenizer_2"),
