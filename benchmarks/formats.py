@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from sdft.formats.architecture import PARTS, empty_network, parameter_names
-from sdft.formats.checkpoint import open_checkpoint
-from sdft.formats.keys import place_of
-from sdft.formats.stream import Entry, write_tensors
+from sdft.formats.keys import mapping_for_weight
+from sdft.formats.model_checkpoint import open_checkpoint
+from sdft.formats.safetensors_io import TensorInfo, write_tensors
 from sdft.models.load import NANO, SDXL_BASE
 
 LOAD = """
@@ -38,8 +38,8 @@ def write_random(path: Path) -> None:
     for part in PARTS:
         network = empty_network(part, SDXL_BASE / part)
         for weight, name in parameter_names(part, network).items():
-            place = place_of(part, weight.split("/", 1)[1])
-            entries[place.single] = Entry("F16", place.single_shape(tuple(network.get_parameter(name).shape)))
+            place = mapping_for_weight(part, weight.split("/", 1)[1])
+            entries[place.single] = TensorInfo("F16", place.single_shape(tuple(network.get_parameter(name).shape)))
     starts = {name: 997 * i for i, name in enumerate(entries)}
 
     def compute(name: str) -> torch.Tensor:

@@ -29,12 +29,12 @@ import torch
 
 from benchmarks.formats import private_kib
 from sdft.formats.architecture import PARTS, empty_network, parameter_names
-from sdft.formats.checkpoint import open_checkpoint
-from sdft.formats.keys import place_of
+from sdft.formats.keys import mapping_for_weight
 from sdft.formats.lora_file import read_lora
 from sdft.formats.lora_layer import DOWN
-from sdft.formats.stream import Entry, appearing, write_tensors
-from sdft.merging.sources import change_of
+from sdft.formats.model_checkpoint import open_checkpoint
+from sdft.formats.safetensors_io import TensorInfo, atomic_output, write_tensors
+from sdft.merging.sources import lora_delta
 from sdft.models.load import SDXL_BASE
 
 SAMPLED = 5
@@ -78,9 +78,9 @@ def write_random(path: Path, seed: int, scale: float) -> None:
     for part in PARTS:
         network = empty_network(part, SDXL_BASE / part)
         for weight, name in parameter_names(part, network).items():
-            place = place_of(part, weight.split("/", 1)[1])
+            place = mapping_for_weight(part, weight.split("/", 1)[1])
             shape = [max(1, int(n * scale)) if n > 16 else n for n in network.get_parameter(name).shape]
-            entries[place.single] = Entry("F16", place.single_shape(tuple(shape)))
+            entries[place.single] = TensorInfo("F16", place.single_shape(tuple(shape)))
     starts = {name: 997 * i for i, name in enumerate(entries)}
 
     def compute(name: str) -> torch.Tensor:
@@ -162,7 +162,7 @@ def main() -> None:
         a, b, c = (Path(folder) / f"{name}.safetensors" for name in "abc")
         for seed, path in enumerate((a, b, c)):
             if not path.exists():
-                with appearing(path) as written:
+                with atomic_output(path) as written:
                     write_random(written, seed, arguments.scale)
         print(f"three files of {a.stat().st_size / 2**30:.2f} GiB".ljust(40) + "   wall     CPU private", flush=True)
         out, lora = (Path(folder) / f"{name}.safetensors" for name in ("out", "lora"))
@@ -216,7 +216,7 @@ def print_residuals(a: Path, b: Path, lora: Path) -> None:
             change = (read_a(f"{name}.weight").float() - read_b(f"{name}.weight").float()).flatten(1)
             rank = len(layers[name].tensors[DOWN])
             best = torch.linalg.svdvals(change)[rank:].norm()
-            missed = (change - change_of(layers[name])).norm()
+            missed = (change - lora_delta(layers[name])).norm()
             print(f"{name}, {list(change.shape)}, rank {rank}: {missed / best - 1:.3%} above the best, goal 1%")
 
 

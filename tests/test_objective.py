@@ -239,7 +239,7 @@ def test_lora_step_equals_plain_pytorch(name: str, tiny_model, tiny_batch) -> No
     optimizer.step()
 
     assert loss == pytest.approx(float(by_hand), abs=1e-6)
-    apart = largest_difference(lora_of(module.model.unet), adapters)
+    apart = largest_difference(lora_from_model(module.model.unet), adapters)
     assert apart <= 1e-6
 
 
@@ -318,10 +318,10 @@ def with_random_lora(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
         for name, p in unet.named_parameters():
             if "lora_B" in name:
                 p.copy_(0.05 * torch.randn(p.shape, generator=g))
-    return {name: tensor.detach().clone() for name, tensor in lora_of(unet).items()}
+    return {name: tensor.detach().clone() for name, tensor in lora_from_model(unet).items()}
 
 
-def lora_of(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
+def lora_from_model(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
     """`LAYER.lora_A` and `LAYER.lora_B` of every adapted layer."""
     named = {name: p for name, p in unet.named_parameters() if "lora_" in name}
     return {name.removesuffix(".default.weight"): p for name, p in named.items()}

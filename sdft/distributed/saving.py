@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sdft.formats.run_state import SLICE_FILES, slices_folder, write_slices, write_state
+from sdft.formats.training_checkpoint import SLICE_FILES, slices_folder, write_slices, write_state
 
 POLL_INTERVAL = 0.05
 """Seconds between two checks for the files of the other processes."""

@@ -18,11 +18,11 @@ import torch
 
 from sdft.errors import UserError
 from sdft.evaluation.subjects import FINAL, Subject
-from sdft.formats.adapter import lora_on, read_words
+from sdft.formats.adapter import applied_lora, read_words
 from sdft.formats.lora_file import read_lora
 from sdft.formats.lora_layer import LoraFile
-from sdft.formats.lora_stack import stacked
-from sdft.formats.run_state import read_state
+from sdft.formats.lora_stack import stack_loras
+from sdft.formats.training_checkpoint import read_state
 from sdft.models.load import find_checkpoint
 from sdft.models.sdxl import SDXL
 from sdft.tuning.parameters import copy_parameters, trainable_parameters
@@ -67,7 +67,7 @@ class Models:
             loras = [(read_lora(path, subject.key), strength) for path, strength in paths]
             if any(strength for _, strength in loras):
                 stack.enter_context(sampled_as_trained(model, [lora for lora, _ in loras], subject.key))
-                stack.enter_context(lora_on(model, stacked(loras, subject.key), subject.key))
+                stack.enter_context(applied_lora(model, stack_loras(loras, subject.key), subject.key))
             for worn in subject.worn:
                 if worn.words is not None:
                     stack.enter_context(with_words(model, worn.words, subject.key))
@@ -125,7 +125,7 @@ class Models:
 @contextmanager
 def with_lora(model: SDXL, path: Path, key: str = "lora") -> Iterator[None]:
     """The model with a LoRA at full strength inside the `with`; afterwards it has its own modules and bits again."""
-    with lora_on(model, read_lora(path, key), key):
+    with applied_lora(model, read_lora(path, key), key):
         yield
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdft.batch import Conditioning
 from sdft.evaluation.models import with_lora, with_words
-from sdft.formats.adapter import lora_of, round_base
+from sdft.formats.adapter import cast_base_weights, lora_from_model
 from sdft.formats.diffusers_folder import FILES, SDXL_PARTS
 from sdft.formats.lora_file import read_lora
 from sdft.models.sdxl import SDXL
@@ -49,14 +49,15 @@ def export_errors(
     for name in written:
         if name == "words":
             continue  # read together with each LoRA
-        if name.startswith("lora") and read_lora(written[name], name).layers.keys() != lora_of(model).layers.keys():
+        layers = lora_from_model(model).layers
+        if name.startswith("lora") and read_lora(written[name], name).layers.keys() != layers.keys():
             errors[name] = math.inf  # one layer of many would hardly show in the prediction
             continue
         with opened(name, written, reload) as again:
             differences = zip(trained, probe(again, words), scales, strict=True)
             errors[name] = max(rms(a - b) / scale for a, b, scale in differences)
     for part, dtype in dtypes.items():
-        round_base(getattr(model, part), dtype)
+        cast_base_weights(getattr(model, part), dtype)
     return errors
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from sdft.errors import UserError
 from sdft.evaluation.results import Value
 from sdft.formats.lora_file import is_lora, read_names
-from sdft.formats.run_folder import SUMMARY, Left, left_by
+from sdft.formats.run_folder import SUMMARY, RunOutputs, read_run_outputs
 
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 FILES = (".safetensors", ".ckpt", ".pt", ".bin")
@@ -129,7 +129,7 @@ def _place(name: str, source: str) -> Subject:
     if source == "nano":
         return Subject(name, source, weights=source)
     if path.is_dir():
-        if (left := left_by(path)) is not None:
+        if (left := read_run_outputs(path)) is not None:
             return _run(name, source, path, left)
         if (path / "model_index.json").is_file():
             return Subject(name, source, weights=source)
@@ -142,7 +142,7 @@ def _place(name: str, source: str) -> Subject:
     raise UserError(f"{key}: there is no such file or folder, and it is no hub id (owner/name)")
 
 
-def _run(name: str, source: str, folder: Path, left: Left) -> Subject:
+def _run(name: str, source: str, folder: Path, left: RunOutputs) -> Subject:
     """A run folder."""
     key, what, paths = f"subjects.{name}={source}", left.summary, left.artifacts
     for kind in ("lora", "lora_kohya", "words", "model"):

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from sdft.errors import UserError
-from sdft.formats.lora_file import Layout, read_names, save_whole, write_lora_file
+from sdft.formats.lora_file import Layout, read_names, save_atomically, write_lora_file
 from sdft.formats.lora_keys import PARTS, layer_name
 from sdft.formats.lora_layer import DORA, DOWN, PEFT_NAMES, Layer, LoraFile, kohya_magnitude
 
@@ -35,10 +35,10 @@ def write_lora(
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Save the trained adapters of every part; the file appears whole or not at all."""
-    write_lora_file(lora_of(model), path, layout, dtype, metadata)
+    write_lora_file(lora_from_model(model), path, layout, dtype, metadata)
 
 
-def lora_of(model: nn.Module) -> LoraFile:
+def lora_from_model(model: nn.Module) -> LoraFile:
     """The trained adapters of every part; their tensors are the model's own."""
     layers = {}
     for part in PARTS:
@@ -49,7 +49,7 @@ def lora_of(model: nn.Module) -> LoraFile:
 
 
 @contextmanager
-def lora_on(model: nn.Module, lora: LoraFile, key: str) -> Iterator[None]:
+def applied_lora(model: nn.Module, lora: LoraFile, key: str) -> Iterator[None]:
     """The model with a LoRA at full strength inside the `with`; afterwards it has its own modules and bits again.
 
     Raises UserError, before anything is changed, where the model has no place for one of the layers.
@@ -67,7 +67,7 @@ def lora_on(model: nn.Module, lora: LoraFile, key: str) -> Iterator[None]:
         yield
     finally:
         for part in PARTS:
-            _take_off(model.get_submodule(part))
+            _remove_adapters(model.get_submodule(part))
 
 
 def refuse_misfit(lora: LoraFile, modules: Mapping[str, nn.Module], key: str) -> None:
@@ -84,7 +84,7 @@ def refuse_misfit(lora: LoraFile, modules: Mapping[str, nn.Module], key: str) ->
         raise UserError(f"{key}: the LoRA does not fit the base model, which model= chooses ({told})")
 
 
-def round_base(part_module: nn.Module, dtype: torch.dtype) -> None:
+def cast_base_weights(part_module: nn.Module, dtype: torch.dtype) -> None:
     """Bring the weights of a part into `dtype`; its adapters stay as they are."""
     adapted = [module for module in part_module.modules() if isinstance(module, BaseTunerLayer)]
     held = [getattr(layer, name) for layer in adapted for name in layer.adapter_layer_names]
@@ -134,7 +134,7 @@ def _fill(adapted: BaseTunerLayer, layer: Layer) -> None:
     adapted.train(base.training)
 
 
-def _take_off(part_module: nn.Module) -> None:
+def _remove_adapters(part_module: nn.Module) -> None:
     for name, adapted in list(part_module.named_modules()):
         if isinstance(adapted, BaseTunerLayer):
             parent, _, child = name.rpartition(".")
@@ -167,7 +167,7 @@ def _layer_of(adapted: BaseTunerLayer) -> Layer:
 def write_words(model: nn.Module, words: list[str], path: Path) -> None:
     """Save the learned rows of new words as `clip_l` and `clip_g`, the textual-inversion format of SDXL."""
     tensors = {name: rows.detach().to("cpu", torch.float32).contiguous() for name, rows in model.word_rows.items()}
-    save_whole(tensors, path, {"words": "\n".join(words)})
+    save_atomically(tensors, path, {"words": "\n".join(words)})
 
 
 def read_words(path: Path, key: str = "words") -> tuple[list[str], dict[str, Tensor]]:

@@ -14,11 +14,11 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdft.errors import UserError
-from sdft.formats.checkpoint import Checkpoint
 from sdft.formats.keys import PREFIXES, hub_name
+from sdft.formats.model_checkpoint import Checkpoint
 
 PARTS = tuple(PREFIXES)
-MOST_SHOWN = 400
+MAX_LISTED = 400
 """Lines of a list of misfits; beyond, it is another model and the rest says nothing new."""
 
 
@@ -64,5 +64,5 @@ def refuse_misfit(where: str, checkpoint: Checkpoint, networks: Mapping[str, nn.
 def listed(problems: Iterable[str]) -> str:
     """One problem a line, in order."""
     lines = sorted(problems)
-    rest = [f"  and {len(lines) - MOST_SHOWN} more"] if len(lines) > MOST_SHOWN else []
-    return "\n".join([f"  {line}" for line in lines[:MOST_SHOWN]] + rest)
+    rest = [f"  and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
+    return "\n".join([f"  {line}" for line in lines[:MAX_LISTED]] + rest)

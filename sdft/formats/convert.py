@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from sdft.errors import UserError
 from sdft.formats.architecture import PARTS, empty_network, refuse_misfit
-from sdft.formats.checkpoint import PICKLES, open_checkpoint
 from sdft.formats.diffusers_folder import copy_as_folder
 from sdft.formats.lora_file import is_lora, read_lora, read_names, write_lora_file
+from sdft.formats.model_checkpoint import PICKLES, open_checkpoint
+from sdft.formats.safetensors_io import atomic_output
 from sdft.formats.single_file import write_single_file
-from sdft.formats.stream import appearing
 from sdft.types import DTYPES
 
 MODEL_FORMATS = ("folder", "single_file")
@@ -45,7 +45,7 @@ def convert(
     path, target = Path(source).expanduser(), Path(out).expanduser().absolute()
     refuse_target(target, to, path)
     number = DTYPES[dtype] if dtype else None
-    with appearing(target, overwrite=overwrite) as written:
+    with atomic_output(target, overwrite=overwrite) as written:
         if holds_lora(source, path):
             convert_lora(source, path, written, to, number)
         elif to in LORA_FORMATS:

@@ -16,9 +16,9 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sdft.formats.checkpoint import INDEX, SCALE_KEY, Checkpoint
 from sdft.formats.keys import PREFIXES, hub_name
-from sdft.formats.stream import CODES, Entry, appearing, write_tensors
+from sdft.formats.model_checkpoint import INDEX, LOGIT_SCALE_KEY, Checkpoint
+from sdft.formats.safetensors_io import DTYPE_NAMES, TensorInfo, atomic_output, write_tensors
 
 SDXL_PARTS = (*PREFIXES, "tokenizer", "tokenizer_2", "scheduler")
 FILES = {
@@ -32,14 +32,14 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.onnx
 
 def write_folder(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Save `model` (an SDXL, or one diffusers or transformers model) as `folder`, which appears whole or not at all."""
-    with appearing(folder, overwrite=True) as written:
+    with atomic_output(folder, overwrite=True) as written:
         if hasattr(model, "save_pretrained"):
             in_dtype(model, dtype).save_pretrained(written)
             return
         save_all_but_weights(model, written, dtype)
         for part, file in FILES.items():
             tensors = {hub_name(part, name): tensor for name, tensor in getattr(model, part).state_dict().items()}
-            entries = {name: Entry(CODES[dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+            entries = {name: TensorInfo(DTYPE_NAMES[dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
             write_tensors(written / part / file, entries, {"format": "pt"}, tensors.__getitem__)
 
 
@@ -67,11 +67,11 @@ def copy_as_folder(
     with checkpoint.opened() as read:
         for part, file in FILES.items():
             entries = {
-                weight.removeprefix(f"{part}/"): Entry(CODES[dtype] if dtype else view.dtype, view.shape)
+                weight.removeprefix(f"{part}/"): TensorInfo(DTYPE_NAMES[dtype] if dtype else view.dtype, view.shape)
                 for weight, view in checkpoint.weights.items()
                 if weight.startswith(f"{part}/")
             }
-            write_tensors(folder / part / file, entries, said_of(part, checkpoint), reading(read, part), bar)
+            write_tensors(folder / part / file, entries, part_metadata(part, checkpoint), part_reader(read, part), bar)
 
 
 def copy_all_but_weights(checkpoint: Checkpoint, folder: Path, config: Path) -> None:
@@ -81,21 +81,21 @@ def copy_all_but_weights(checkpoint: Checkpoint, folder: Path, config: Path) -> 
     for part in SDXL_PARTS:
         shutil.copytree(config / part, folder / part, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
     if not checkpoint.is_folder:
-        state_prediction(folder / "scheduler" / "scheduler_config.json", checkpoint)
+        write_prediction_type(folder / "scheduler" / "scheduler_config.json", checkpoint)
 
 
-def said_of(part: str, checkpoint: Checkpoint) -> dict[str, str]:
+def part_metadata(part: str, checkpoint: Checkpoint) -> dict[str, str]:
     """The metadata of one part's file."""
     scale = checkpoint.logit_scale() if part == "text_encoder_2" else None
-    return {"format": "pt"} | ({SCALE_KEY: f"{CODES[scale.dtype]}:{scale.item()!r}"} if scale is not None else {})
+    return {"format": "pt"} | ({LOGIT_SCALE_KEY: f"{DTYPE_NAMES[scale.dtype]}:{scale.item()!r}"} if scale is not None else {})
 
 
-def reading(read: Callable[[str], Tensor], part: str) -> Callable[[str], Tensor]:
+def part_reader(read: Callable[[str], Tensor], part: str) -> Callable[[str], Tensor]:
     """A function that reads a weight of one part by its name in the part."""
     return lambda name: read(f"{part}/{name}")
 
 
-def state_prediction(file: Path, checkpoint: Checkpoint) -> None:
+def write_prediction_type(file: Path, checkpoint: Checkpoint) -> None:
     """Let the scheduler's config say what the checkpoint says of itself."""
     config: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
     config["prediction_type"] = checkpoint.prediction or "epsilon"

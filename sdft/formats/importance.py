@@ -10,12 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sdft.formats.checkpoint import Checkpoint, View
 from sdft.formats.keys import hub_name
-from sdft.formats.stream import appearing, entry_of, read_header, write_tensors
+from sdft.formats.model_checkpoint import Checkpoint, WeightView
+from sdft.formats.safetensors_io import atomic_output, read_header, tensor_info, write_tensors
 
 FILE = "importance.safetensors"
-MARK = "sdft.importance"
+METADATA_KEY = "sdft.importance"
 """In the metadata of such a file: what was measured."""
 
 
@@ -25,14 +25,14 @@ def write_importance(importance: Mapping[str, Tensor], path: Path) -> None:
     for parameter, tensor in importance.items():
         part, _, name = parameter.partition(".")
         tensors[f"{part}/{hub_name(part, name)}"] = tensor
-    entries = {name: entry_of(tensor) for name, tensor in tensors.items()}
-    with appearing(path, overwrite=True) as written:
-        write_tensors(written, entries, {"format": "pt", MARK: "mean squared gradient"}, tensors.__getitem__)
+    entries = {name: tensor_info(tensor) for name, tensor in tensors.items()}
+    with atomic_output(path, overwrite=True) as written:
+        write_tensors(written, entries, {"format": "pt", METADATA_KEY: "mean squared gradient"}, tensors.__getitem__)
 
 
 def open_importance(where: str, path: Path) -> Checkpoint | None:
     """What a file says of weights, `part/name`, from its header alone; none where it is no such file."""
     stored, metadata = read_header(where, path)
-    if MARK not in metadata:
+    if METADATA_KEY not in metadata:
         return None
-    return Checkpoint(path, {one.name: View(one.dtype, one.shape, one) for one in stored}, [], metadata)
+    return Checkpoint(path, {one.name: WeightView(one.dtype, one.shape, one) for one in stored}, [], metadata)

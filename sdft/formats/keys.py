@@ -24,14 +24,14 @@ PREFIXES = {
 
 NUM_LEVELS, NUM_RESNETS = 3, 2
 """Of the UNet: SDXL's topology, whatever the widths and depths."""
-MOST_LAYERS = 64
+MAX_LAYERS = 64
 """Of a text encoder; SDXL's have 12 and 32."""
 
 Layout = Literal["same", "transposed", "conv"]
 
 
 @dataclass(frozen=True)
-class Place:
+class KeyMapping:
     """One tensor of a single file, and the weights of a folder that hold the same numbers.
 
     Several weights are stacked on the first axis. `transposed` swaps the axes; `conv` is a 1x1 convolution that is a
@@ -72,31 +72,31 @@ class Place:
             return tensors[0][:, :, None, None]
         return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
 
-    def to_folder(self, tensor: Tensor, slot: int) -> Tensor:
-        """Weight number `slot` of the single file's tensor; a view of it."""
+    def to_folder(self, tensor: Tensor, index: int) -> Tensor:
+        """Weight number `index` of the single file's tensor; a view of it."""
         if self.layout == "transposed":
             return tensor.T
         if self.layout == "conv":
             return tensor[:, :, 0, 0]
-        return tensor.chunk(len(self.names))[slot] if len(self.names) > 1 else tensor
+        return tensor.chunk(len(self.names))[index] if len(self.names) > 1 else tensor
 
 
-def place_of(part: str, name: str, num_vae_levels: int = 4) -> Place:
+def mapping_for_weight(part: str, name: str, num_vae_levels: int = 4) -> KeyMapping:
     """Where a weight of a folder lies in a single file. Raises KeyError for a weight that SDXL does not have."""
     if part == "text_encoder_2":
         if name == "text_projection.weight":
-            return Place(f"{PREFIXES[part]}text_projection", part, (name,), "transposed")
+            return KeyMapping(f"{PREFIXES[part]}text_projection", part, (name,), "transposed")
         before, _, after = name.partition(".self_attn.")
         if after.split(".")[0] in ("q_proj", "k_proj", "v_proj"):
             leaf = after.split(".")[1]
             single = f"{PREFIXES[part]}{_renamed(before, _encoder_2())}.attn.in_proj_{leaf}"
-            return Place(single, part, tuple(f"{before}.self_attn.{x}_proj.{leaf}" for x in "qkv"))
+            return KeyMapping(single, part, tuple(f"{before}.self_attn.{x}_proj.{leaf}" for x in "qkv"))
     table = _table(part, num_vae_levels)
     layout: Layout = "conv" if part == "vae" and ".attentions." in name and _is_matrix(name) else "same"
-    return Place(PREFIXES[part] + _renamed(name, table), part, (name,), layout)
+    return KeyMapping(PREFIXES[part] + _renamed(name, table), part, (name,), layout)
 
 
-def place_at(single: str, num_vae_levels: int = 4) -> Place:
+def mapping_for_single_key(single: str, num_vae_levels: int = 4) -> KeyMapping:
     """The weights that a tensor of a single file holds. Raises KeyError for one that SDXL does not have."""
     part = next((part for part, prefix in PREFIXES.items() if single.startswith(prefix)), None)
     if part is None:
@@ -104,13 +104,13 @@ def place_at(single: str, num_vae_levels: int = 4) -> Place:
     inner = single.removeprefix(PREFIXES[part])
     if part == "text_encoder_2":
         if inner == "text_projection":
-            return Place(single, part, ("text_projection.weight",), "transposed")
+            return KeyMapping(single, part, ("text_projection.weight",), "transposed")
         before, found, leaf = inner.partition(".attn.in_proj_")
         if found:
             layer = _renamed(before, _reversed(part, num_vae_levels))
-            return Place(single, part, tuple(f"{layer}.self_attn.{x}_proj.{leaf}" for x in "qkv"))
+            return KeyMapping(single, part, tuple(f"{layer}.self_attn.{x}_proj.{leaf}" for x in "qkv"))
     name = _renamed(inner, _reversed(part, num_vae_levels))
-    return place_of(part, name, num_vae_levels)
+    return mapping_for_weight(part, name, num_vae_levels)
 
 
 def hub_name(part: str, name: str) -> str:
@@ -207,7 +207,7 @@ def _encoder_2() -> dict[str, str]:
         "mlp.fc2": "mlp.c_proj",
         "self_attn.out_proj": "attn.out_proj",
     }
-    for i in range(MOST_LAYERS):
+    for i in range(MAX_LAYERS):
         layer, block = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
         table[layer] = block
         table |= {f"{layer}.{leaf}": f"{block}.{other}" for leaf, other in leaves.items()}

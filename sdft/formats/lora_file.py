@@ -20,7 +20,7 @@ from torch import Tensor
 from sdft.errors import UserError
 from sdft.formats import lora_keys
 from sdft.formats.lora_layer import DORA, DOWN, TENSORS, UP, Layer, LoraFile, kohya_magnitude, most_common
-from sdft.formats.stream import appearing, entry_of, read_header, write_tensors
+from sdft.formats.safetensors_io import atomic_output, read_header, tensor_info, write_tensors
 
 Layout = Literal["kohya", "diffusers"]
 
@@ -43,7 +43,7 @@ ADAPTER_METADATA = "lora_adapter_metadata"
 
 def is_lora(names: Iterable[str]) -> bool:
     """Whether a file with these tensors is a LoRA, of any kind and for any model."""
-    return any(suffix not in (None, ALPHA) for _, suffix in map(split, names))
+    return any(suffix not in (None, ALPHA) for _, suffix in map(split_key, names))
 
 
 def read_lora(path: Path, key: str) -> LoraFile:
@@ -55,11 +55,11 @@ def read_lora(path: Path, key: str) -> LoraFile:
     if not is_lora(names):
         raise UserError(f"{key}: {path.name} holds no LoRA; none of its {len(names)} tensors is a LoRA's")
     refuse_unknown(names, key, path)
-    alphas = _told_alphas(metadata, key)
+    alphas = _alphas_from_metadata(metadata, key)
     layers: dict[str, dict[str, Tensor]] = {}
     with safe_open(path, framework="pt") as file:
         for name in names:
-            module, suffix = split(name)
+            module, suffix = split_key(name)
             assert suffix is not None  # refuse_unknown has listed those without
             layer = lora_keys.layer_of(module)
             tensors, tensor = layers.setdefault(layer, {}), SUFFIXES[suffix]
@@ -97,7 +97,7 @@ def write_lora_file(
         written[name] = tensor.detach().cpu().contiguous()
     if layout == "diffusers":
         told[ADAPTER_METADATA] = json.dumps(adapter_metadata(lora), indent=2, sort_keys=True)
-    save_whole(written, path, told)
+    save_atomically(written, path, told)
 
 
 def kohya_tensors(lora: LoraFile, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
@@ -112,7 +112,7 @@ def kohya_tensors(lora: LoraFile, dtype: torch.dtype | None) -> Iterator[tuple[s
 
 def diffusers_tensors(lora: LoraFile, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a diffusers file, by name: peft's keys behind the part."""
-    if without := lora.without_diffusers_form:
+    if without := lora.not_in_diffusers:
         kinds = " and ".join(sorted({lora.layers[name].kind for name in without}))
         raise UserError(f"diffusers has no form for {kinds} ({without[0]}); write the kohya layout")
     for part in lora_keys.PARTS:
@@ -148,10 +148,10 @@ def adapter_metadata(lora: LoraFile) -> dict[str, Any]:
     return told
 
 
-def save_whole(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+def save_atomically(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write a safetensors file so that a crash leaves nothing, or what was there, under its name."""
-    entries = {name: entry_of(tensor) for name, tensor in tensors.items()}
-    with appearing(path, overwrite=True) as written:
+    entries = {name: tensor_info(tensor) for name, tensor in tensors.items()}
+    with atomic_output(path, overwrite=True) as written:
         write_tensors(written, entries, {"format": "pt", **metadata}, tensors.__getitem__)
 
 
@@ -161,7 +161,7 @@ def read_names(key: str, path: Path) -> tuple[list[str], dict[str, str]]:
     return [tensor.name for tensor in stored], metadata
 
 
-def split(name: str) -> tuple[str, str | None]:
+def split_key(name: str) -> tuple[str, str | None]:
     """The module and the end of a tensor's name; no end where it is none of a LoRA's."""
     # Until the summer of 2023, diffusers had its LoRAs in the attention's processor.
     name = re.sub(r"\.processor\.(\w+)_lora\.", r".\1.lora.", name).replace(".to_out.lora.", ".to_out.0.lora.")
@@ -175,7 +175,7 @@ def refuse_unknown(names: list[str], key: str, path: Path) -> None:
     """Raise UserError that lists every tensor that SDXL has no place for, and whose it looks like."""
     unknown = []
     for name in names:
-        module, suffix = split(name)
+        module, suffix = split_key(name)
         if model := lora_keys.other_model(name):
             raise UserError(f"{key}: {path.name} is a LoRA for {model} ({name}); it does not fit SDXL")
         try:
@@ -205,7 +205,7 @@ def _layer(name: str, tensors: dict[str, Tensor], alphas: Callable[[str, int | N
     return layer if alpha is not None else Layer(tensors, alphas(name, layer.rank))
 
 
-def _told_alphas(metadata: Mapping[str, str], key: str) -> Callable[[str, int | None], float]:
+def _alphas_from_metadata(metadata: Mapping[str, str], key: str) -> Callable[[str, int | None], float]:
     """(layer, rank) -> alpha of a layer without an alpha of its own: by diffusers' metadata, else its rank."""
     try:
         told = json.loads(metadata.get(ADAPTER_METADATA) or "{}")

@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterator
 from functools import cache
 
-from sdft.formats.keys import MOST_LAYERS, PREFIXES, hub_name, place_of, unet_modules
+from sdft.formats.keys import MAX_LAYERS, PREFIXES, hub_name, mapping_for_weight, unet_modules
 
 PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 """The parts that LoRAs change, and how kohya's names of their layers begin."""
 
-MOST_BLOCKS = 32
+MAX_BLOCKS = 32
 """Transformer blocks of one attention; SDXL's have up to 10."""
 
 ATTENTION_LEAVES = ("to_q", "to_k", "to_v", "to_out.0")
@@ -70,7 +70,7 @@ def _kohya_names() -> dict[str, str]:
     """Every layer that a LoRA of SDXL may have -> kohya's name."""
     names = {}
     for module in _unet_layers():
-        single = place_of("unet", module).single.removeprefix(PREFIXES["unet"])
+        single = mapping_for_weight("unet", module).single.removeprefix(PREFIXES["unet"])
         names[f"unet/{module}"] = PARTS["unet"] + single.replace(".", "_")
     for part in ("text_encoder", "text_encoder_2"):
         names |= {f"{part}/{module}": PARTS[part] + module.replace(".", "_") for module in _encoder_layers()}
@@ -89,12 +89,12 @@ def _unet_layers() -> Iterator[str]:
     for module in unet_modules():
         if ".attentions." in module:
             yield from (f"{module}.proj_in", f"{module}.proj_out")
-            for block in range(MOST_BLOCKS):
+            for block in range(MAX_BLOCKS):
                 yield from (f"{module}.transformer_blocks.{block}.{leaf}" for leaf in BLOCK_LEAVES)
         elif "norm" not in module:
             yield module
 
 
 def _encoder_layers() -> Iterator[str]:
-    for i in range(MOST_LAYERS):
+    for i in range(MAX_LAYERS):
         yield from (f"text_model.encoder.layers.{i}.{leaf}" for leaf in ENCODER_LEAVES)

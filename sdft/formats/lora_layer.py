@@ -95,7 +95,7 @@ class LoraFile:
         return {name.partition("/")[2]: layer for name, layer in self.layers.items() if name.startswith(f"{part}/")}
 
     @property
-    def without_diffusers_form(self) -> list[str]:
+    def not_in_diffusers(self) -> list[str]:
         """The layers that diffusers has no form for: LoHa and LoKr."""
         return [name for name, layer in self.layers.items() if layer.kind in ("loha", "lokr")]
 
@@ -128,14 +128,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def _lora_shape(shapes: Shapes) -> tuple[int, int]:
     _require(shapes, {DOWN, UP}, {MID, DORA})
-    _fit(shapes, len(shapes[DOWN]) in (2, 4), len(shapes[UP]) in (2, 4))
+    _require_shapes(shapes, len(shapes[DOWN]) in (2, 4), len(shapes[UP]) in (2, 4))
     (rank, *inner), (rows, *across) = shapes[DOWN], shapes[UP]
-    _fit(shapes, rank > 0, prod(across) == rank)
+    _require_shapes(shapes, rank > 0, prod(across) == rank)
     # The rows are what is normed: LyCORIS can norm the columns instead, and peft cannot.
-    _fit(shapes, DORA not in shapes or shapes[DORA] == (rows, *[1] * len(inner)))
+    _require_shapes(shapes, DORA not in shapes or shapes[DORA] == (rows, *[1] * len(inner)))
     if MID not in shapes:
         return rows, prod(inner)
-    _fit(shapes, prod(inner[1:]) == 1, len(shapes[MID]) == 4, shapes[MID][:2] == (rank, rank))
+    _require_shapes(shapes, prod(inner[1:]) == 1, len(shapes[MID]) == 4, shapes[MID][:2] == (rank, rank))
     return rows, inner[0] * prod(shapes[MID][2:])
 
 
@@ -143,13 +143,13 @@ def _loha_shape(shapes: Shapes) -> tuple[int, int]:
     cores = LOHA_CORES if any(name in shapes for name in LOHA_CORES) else ()
     _require(shapes, {*LOHA, *cores}, set())
     first, second, *others = (shapes[name] for name in LOHA)
-    _fit(shapes, [first, second] == others, len(first) == len(second) == 2)
+    _require_shapes(shapes, [first, second] == others, len(first) == len(second) == 2)
     (outer, inner), (rank, columns) = first, second
     if not cores:
-        _fit(shapes, inner == rank > 0)
+        _require_shapes(shapes, inner == rank > 0)
         return outer, columns
     core, same = (shapes[name] for name in cores)
-    _fit(shapes, outer == rank > 0, core == same, len(core) == 4, core[:2] == (rank, rank))
+    _require_shapes(shapes, outer == rank > 0, core == same, len(core) == 4, core[:2] == (rank, rank))
     return inner, columns * prod(core[2:])
 
 
@@ -162,15 +162,15 @@ def _lokr_shape(shapes: Shapes) -> tuple[int, int]:
 def _lokr_factor(shapes: Shapes, whole: str, core: str) -> tuple[int, int]:
     low = [f"{whole}_a", f"{whole}_b"]
     if whole in shapes:
-        _fit(shapes, not {*low, core} & shapes.keys(), len(shapes[whole]) in (2, 4))
+        _require_shapes(shapes, not {*low, core} & shapes.keys(), len(shapes[whole]) in (2, 4))
         return shapes[whole][0], prod(shapes[whole][1:])
     _require(shapes, set(low), set(shapes))
-    _fit(shapes, *(len(shapes[name]) == 2 for name in low))
+    _require_shapes(shapes, *(len(shapes[name]) == 2 for name in low))
     (outer, inner), (rank, columns) = (shapes[name] for name in low)
     if core not in shapes:
-        _fit(shapes, inner == rank > 0)
+        _require_shapes(shapes, inner == rank > 0)
         return outer, columns
-    _fit(shapes, len(shapes[core]) == 4, shapes[core][:2] == (outer, rank))
+    _require_shapes(shapes, len(shapes[core]) == 4, shapes[core][:2] == (outer, rank))
     return inner, columns * prod(shapes[core][2:])
 
 
@@ -181,7 +181,7 @@ def _require(shapes: Shapes, needed: set[str], allowed: set[str]) -> None:
         raise ValueError(f"has {' and '.join(odd)}, which does not go with its other tensors")
 
 
-def _fit(shapes: Shapes, *conditions: bool) -> None:
+def _require_shapes(shapes: Shapes, *conditions: bool) -> None:
     if not all(conditions):
         told = ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
         raise ValueError(f"has shapes that contradict each other ({told})")

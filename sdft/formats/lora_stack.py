@@ -14,7 +14,7 @@ from sdft.errors import UserError
 from sdft.formats.lora_layer import DOWN, MID, UP, Layer, LoraFile
 
 
-def stacked(loras: Sequence[tuple[LoraFile, float]], key: str) -> LoraFile:
+def stack_loras(loras: Sequence[tuple[LoraFile, float]], key: str) -> LoraFile:
     """The sum of the changes, each times its strength; exact, with the sum of the ranks.
 
     Raises UserError for what has no such form: a DoRA at another strength than 1, and stacks of other kinds.
@@ -22,16 +22,16 @@ def stacked(loras: Sequence[tuple[LoraFile, float]], key: str) -> LoraFile:
     loras = [(lora, strength) for lora, strength in loras if strength]
     if len(loras) == 1:
         lora, strength = loras[0]
-        return LoraFile({name: scaled(layer, strength, key) for name, layer in lora.layers.items()}, lora.metadata)
+        return LoraFile({name: scale_layer(layer, strength, key) for name, layer in lora.layers.items()}, lora.metadata)
     found: dict[str, Layer] = {}
     for lora, strength in loras:
         for name, layer in lora.layers.items():
-            layer = scaled(layer, strength, key)
-            found[name] = added(found[name], layer, key) if name in found else layer
+            layer = scale_layer(layer, strength, key)
+            found[name] = add_layers(found[name], layer, key) if name in found else layer
     return LoraFile(found)
 
 
-def scaled(layer: Layer, strength: float, key: str) -> Layer:
+def scale_layer(layer: Layer, strength: float, key: str) -> Layer:
     """A layer whose change is so many times as large."""
     if strength == 1:
         return layer
@@ -42,7 +42,7 @@ def scaled(layer: Layer, strength: float, key: str) -> Layer:
     return replace(layer, alpha=layer.alpha * strength)
 
 
-def added(a: Layer, b: Layer, key: str) -> Layer:
+def add_layers(a: Layer, b: Layer, key: str) -> Layer:
     """(up_a down_a) s_a + (up_b down_b) s_b as one product of longer factors."""
     if not {a.kind, b.kind} <= {"lora", "locon"} or MID in a.tensors or MID in b.tensors:
         raise UserError(f"{key}: {a.kind} and {b.kind} cannot be stacked; merge them with python -m sdft.merging")

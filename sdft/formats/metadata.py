@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterable
 
-from sdft.formats.stream import HASH
+from sdft.formats.safetensors_io import HASH_KEY
 
 ARCHITECTURE = "stable-diffusion-xl-v1-base"
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
@@ -34,7 +34,7 @@ def model_metadata(
         "modelspec.resolution": f"{w}x{h}",
         "modelspec.date": date(),
         "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
-        HASH: "",
+        HASH_KEY: "",
         **phrase,
     }
 

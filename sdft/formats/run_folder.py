@@ -15,7 +15,7 @@ SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
-class Left:
+class RunOutputs:
     """What a run left."""
 
     summary: Mapping[str, Any]
@@ -38,9 +38,9 @@ def read_summary(run: Path) -> dict[str, Any] | None:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def left_by(run: Path) -> Left | None:
+def read_run_outputs(run: Path) -> RunOutputs | None:
     """What a run left; none where it did not finish. What was deleted since is not looked for."""
     summary = read_summary(run)
     if summary is None:
         return None
-    return Left(summary, {kind: run / Path(path).name for kind, path in summary.get("artifacts", {}).items()})
+    return RunOutputs(summary, {kind: run / Path(path).name for kind, path in summary.get("artifacts", {}).items()})

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sdft.formats.checkpoint import LOGIT_SCALE, SCALE_KEY, Checkpoint
-from sdft.formats.keys import PREFIXES, Place, place_of
+from sdft.formats.keys import PREFIXES, KeyMapping, mapping_for_weight
 from sdft.formats.metadata import model_metadata
-from sdft.formats.stream import CODES, DTYPES, WIDTHS, Entry, entry_of, write_tensors
+from sdft.formats.model_checkpoint import LOGIT_SCALE, LOGIT_SCALE_KEY, Checkpoint
+from sdft.formats.safetensors_io import DTYPE_NAMES, DTYPES, ITEM_SIZES, TensorInfo, tensor_info, write_tensors
 
 TEXT_PROJECTION = f"{PREFIXES['text_encoder_2']}text_projection"
 
@@ -35,17 +35,17 @@ def write_single_file(
     places = {}
     for weight in checkpoint.weights:
         part, _, name = weight.partition("/")
-        place = place_of(part, name, checkpoint.num_vae_levels)
+        place = mapping_for_weight(part, name, checkpoint.num_vae_levels)
         places[place.single] = place
     entries = {name: single_entry(checkpoint, place, dtype) for name, place in places.items()}
     extras = marks(checkpoint) | {LOGIT_SCALE: logit_scale(checkpoint, entries, dtype)}
-    entries |= {name: entry_of(tensor) for name, tensor in extras.items()}
+    entries |= {name: tensor_info(tensor) for name, tensor in extras.items()}
     with checkpoint.opened() as read:
-        write_tensors(path, entries, file_metadata(checkpoint) | (metadata or {}), computed(places, extras, read), bar)
+        write_tensors(path, entries, file_metadata(checkpoint) | (metadata or {}), tensor_computer(places, extras, read), bar)
 
 
-def computed(
-    places: dict[str, Place], extras: dict[str, Tensor], read: Callable[[str], Tensor]
+def tensor_computer(
+    places: dict[str, KeyMapping], extras: dict[str, Tensor], read: Callable[[str], Tensor]
 ) -> Callable[[str], Tensor]:
     """A function that makes one tensor of the file."""
 
@@ -60,14 +60,14 @@ def computed(
     return compute
 
 
-def single_entry(checkpoint: Checkpoint, place: Place, dtype: torch.dtype | None) -> Entry:
+def single_entry(checkpoint: Checkpoint, place: KeyMapping, dtype: torch.dtype | None) -> TensorInfo:
     """What the file will say of one tensor; several weights in one take the widest of their dtypes."""
     views = [checkpoint.weights[weight] for weight in place.weights]
-    code = CODES[dtype] if dtype else max((view.dtype for view in views), key=WIDTHS.__getitem__)
-    return Entry(code, place.single_shape(views[0].shape))
+    code = DTYPE_NAMES[dtype] if dtype else max((view.dtype for view in views), key=ITEM_SIZES.__getitem__)
+    return TensorInfo(code, place.single_shape(views[0].shape))
 
 
-def logit_scale(checkpoint: Checkpoint, entries: dict[str, Entry], dtype: torch.dtype | None) -> Tensor:
+def logit_scale(checkpoint: Checkpoint, entries: dict[str, TensorInfo], dtype: torch.dtype | None) -> Tensor:
     """CLIP's temperature as it was read; else OpenCLIP's ceiling, ln 100, which is SDXL's."""
     said = checkpoint.logit_scale()
     if said is None:
@@ -84,5 +84,5 @@ def marks(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def file_metadata(checkpoint: Checkpoint) -> dict[str, str]:
     """What the source says of itself, over what can be said of any model."""
     said = model_metadata(checkpoint.root.stem, checkpoint.prediction or "epsilon")
-    kept = {name: value for name, value in checkpoint.metadata.items() if name != SCALE_KEY and "hash" not in name}
+    kept = {name: value for name, value in checkpoint.metadata.items() if name != LOGIT_SCALE_KEY and "hash" not in name}
     return said | kept

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from sdft.config.command import build, check, verb
 from sdft.config.keys import did_you_mean
 from sdft.errors import UserError
-from sdft.merging.kinds import signature_of
+from sdft.merging.annotations import signature_of
 from sdft.merging.recipe import METHODS, Step
 
 
@@ -29,7 +29,7 @@ def main(cfg: DictConfig) -> None:
     if cfg.dry_run:
         return
     print(f"{cfg.out}: {'; '.join(map(in_words, steps.items()))}")
-    subjects = ", ".join(f"{name}: {plain(path)}" for name, path in subjects_of(steps, cfg.out).items())
+    subjects = ", ".join(f"{name}: {quote_value(path)}" for name, path in subjects_of(steps, cfg.out).items())
     print(f"next: look at it with python eval.py subjects={shlex.quote(f'{{{subjects}}}')}")
 
 
@@ -37,7 +37,7 @@ def chosen_step(cfg: DictConfig) -> Step:
     """The step that `merge=` chose."""
     method = build(cfg.method)
     inputs: Any = OmegaConf.to_container(cfg.inputs, resolve=True)
-    refuse_odd_inputs("", inputs)
+    refuse_bad_inputs("", inputs)
     return Step(method.func, inputs, method.keywords)
 
 
@@ -63,7 +63,7 @@ def read_recipe(file: Path, numbers: Mapping[str, Any]) -> dict[str, Step]:
     return {str(name): read_step(str(name), dict(step or {})) for name, step in resolved["steps"].items()}
 
 
-def refuse_odd_inputs(prefix: str, inputs: Mapping[str, Any]) -> None:
+def refuse_bad_inputs(prefix: str, inputs: Mapping[str, Any]) -> None:
     """Raise UserError for an input that is no name."""
     for key, given in inputs.items():
         if not all(isinstance(one, str) for one in (given if isinstance(given, list) else [given])):
@@ -82,7 +82,7 @@ def read_step(name: str, said: dict[str, Any]) -> Step:
         guess = did_you_mean(odd[0], known) or f"; it takes {', '.join(known)}"
         raise UserError(f"{name}.{odd[0]}: {method} has no such argument{guess}")
     inputs = {key: said.pop(key) for key in signature.inputs if key in said}
-    refuse_odd_inputs(f"{name}.", inputs)
+    refuse_bad_inputs(f"{name}.", inputs)
     node = {"_target_": f"{wanted.__module__}.{method}", "_partial_": True, **said}
     checked = OmegaConf.create({name: node})
     check(checked)
@@ -93,7 +93,7 @@ def read_step(name: str, said: dict[str, Any]) -> Step:
 
 def subjects_of(steps: Mapping[str, Step], out: str) -> dict[str, str]:
     """Names for the inputs and the result, to look at them side by side."""
-    paths = dict.fromkeys(one for step in steps.values() for _, one in step.named() if one not in steps)
+    paths = dict.fromkeys(one for step in steps.values() for _, one in step.input_items() if one not in steps)
     return dict(zip("abcdefghijklmnopqrstuvwxyz", paths, strict=False)) | {"merged": out}
 
 
@@ -104,7 +104,7 @@ def in_words(item: tuple[str, Step]) -> str:
     return f"{name} = {step.method.__name__}({arguments})"
 
 
-def plain(path: str) -> str:
+def quote_value(path: str) -> str:
     """A path as a value on Hydra's command line, quoted where it must be."""
     return path if re.fullmatch(r"[A-Za-z0-9_./+-]+", path) else json.dumps(path, ensure_ascii=False)
 

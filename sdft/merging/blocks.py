@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from sdft.errors import UserError
-from sdft.formats.keys import PREFIXES, place_of
+from sdft.formats.keys import PREFIXES, mapping_for_weight
 
 GROUPS = {"input": 9, "middle": 3, "output": 9}
 UNET_BLOCKS = (
@@ -25,7 +25,7 @@ UNET_BLOCKS = (
 """`time` embeds the step and the sizes, `out` ends; the others are LDM's input, middle and output blocks."""
 BLOCKS = (*UNET_BLOCKS, "text_encoder", "text_encoder_2", "vae")
 REST = "rest"
-WORDS = (*BLOCKS, *GROUPS, "unet", REST)
+SELECTORS = (*BLOCKS, *GROUPS, "unet", REST)
 """What a map from blocks to numbers may name: a block, a group of blocks, the whole UNet, or all that is not named."""
 
 PRESETS: Mapping[str, Mapping[str, float]] = {
@@ -46,7 +46,7 @@ def block_of(weight: str) -> str:
     part, _, name = weight.partition("/")
     if part != "unet":
         return part
-    single = place_of(part, name).single.removeprefix(PREFIXES["unet"])
+    single = mapping_for_weight(part, name).single.removeprefix(PREFIXES["unet"])
     found = re.match(r"(input|middle|output)_blocks?\.(\d+)\.", single)
     if found:
         return f"{found[1]}_{found[2]}"
@@ -58,26 +58,26 @@ def is_by_block(number: object) -> bool:
     return isinstance(number, Mapping) or (isinstance(number, str) and number in PRESETS)
 
 
-def number_of(number: Number, block: str) -> float:
+def number_for_block(number: Number, block: str) -> float:
     """The number of one block: by its own name, else by its group's, `unet`'s, or `rest`'s."""
     if isinstance(number, str):
         number = PRESETS[number]
     if not isinstance(number, Mapping):
         return number
-    return next(number[word] for word in words_for(block) if word in number)
+    return next(number[word] for word in selectors_for(block) if word in number)
 
 
-def refuse_bad_map(key: str, number: Number) -> None:
+def refuse_bad_block_map(key: str, number: Number) -> None:
     """Raise UserError, which starts with `key`, for words that are no blocks, and for blocks without a number."""
     if not isinstance(number, Mapping):
         return
-    if odd := [word for word in number if word not in WORDS]:
-        raise UserError(f"{key}: there is no block {odd[0]!r}; blocks are called {', '.join(WORDS)}")
-    if lacking := [block for block in BLOCKS if not any(word in number for word in words_for(block))]:
+    if odd := [word for word in number if word not in SELECTORS]:
+        raise UserError(f"{key}: there is no block {odd[0]!r}; blocks are called {', '.join(SELECTORS)}")
+    if lacking := [block for block in BLOCKS if not any(word in number for word in selectors_for(block))]:
         raise UserError(f"{key}: says no number for {', '.join(lacking)}; add them, or `rest` for all others")
 
 
-def words_for(block: str) -> Iterator[str]:
+def selectors_for(block: str) -> Iterator[str]:
     """The words that speak of a block, the narrowest first."""
     yield block
     if block in UNET_BLOCKS:
@@ -86,13 +86,13 @@ def words_for(block: str) -> Iterator[str]:
     yield REST
 
 
-def draw_blocks(numbers: Mapping[str, Number], path: Path) -> None:
+def plot_blocks(numbers: Mapping[str, Number], path: Path) -> None:
     """A picture of numbers by block, one row of bars for each name."""
     width, height, left = 34, 120, 60
     image = Image.new("RGB", (left + width * len(BLOCKS) + 20, (height + 70) * len(numbers)), "white")
     draw = ImageDraw.Draw(image)
     for row, (name, number) in enumerate(numbers.items()):
-        values = [number_of(number, block) for block in BLOCKS]
+        values = [number_for_block(number, block) for block in BLOCKS]
         low, high = min(0.0, *values), max(0.0, *values)
         top, scale = row * (height + 70) + 25, height / ((high - low) or 1.0)
         axis = top + high * scale

@@ -15,19 +15,26 @@ from tqdm import tqdm
 
 from sdft import __version__
 from sdft.errors import UserError
-from sdft.formats.checkpoint import INDEX, Checkpoint
 from sdft.formats.lora_layer import network_metadata
 from sdft.formats.metadata import lora_metadata
-from sdft.formats.stream import HASH, appearing
-from sdft.merging.blocks import draw_blocks
-from sdft.merging.evaluate import Blend, what_is_damaged
-from sdft.merging.inputs import opened
-from sdft.merging.kinds import Density, Kind
-from sdft.merging.lora_result import Compressed, compress, layers_of, write_lora_file
-from sdft.merging.lora_result import told as told_of_lora
+from sdft.formats.model_checkpoint import INDEX, Checkpoint
+from sdft.formats.safetensors_io import HASH_KEY, atomic_output
+from sdft.merging.annotations import Density, Kind
+from sdft.merging.blocks import plot_blocks
+from sdft.merging.compute import MergedWeight, nonfinite_message
+from sdft.merging.input_files import opened
+from sdft.merging.lora_output import ExtractedLora, extract_lora, output_layers, report_lines, write_lora_file
+from sdft.merging.model_output import (
+    DATE,
+    OutputFile,
+    plan_lines,
+    plan_outputs,
+    reporting_full_disk,
+    to_json,
+    write_outputs,
+)
 from sdft.merging.recipe import Recipe, Step, open_recipe
 from sdft.merging.sources import Source
-from sdft.merging.write import DATE, Output, outputs_of, plan_lines, room_for, to_json, write_outputs
 from sdft.types import DTYPES, Count
 
 Format = Literal["folder", "single_file", "kohya", "diffusers"]
@@ -68,26 +75,26 @@ def merge(
     target = Path(out).expanduser().absolute()
     is_lora = recipe.kind(recipe.result) == Kind.DELTA
     to = format_of(to, target, is_lora)
-    refuse_odd_options(is_lora, rank, energy)
+    refuse_size_options(is_lora, rank, energy)
     refuse_target(target, to, recipe.sources, overwrite)
     if is_lora:
         if dry_run:
-            yield from (f"  {name}  {list(shape)}" for name, shape in layers_of(recipe).items())
-            yield f"{target}: a LoRA of up to {len(layers_of(recipe))} layers, as {to}"
+            yield from (f"  {name}  {list(shape)}" for name, shape in output_layers(recipe).items())
+            yield f"{target}: a LoRA of up to {len(output_layers(recipe))} layers, as {to}"
             return
-        yield from told_of_lora(write_lora(recipe, target, to, dtype or "fp16", rank, energy, threads, overwrite))
+        yield from report_lines(write_lora(recipe, target, to, dtype or "fp16", rank, energy, threads, overwrite))
     else:
         like = recipe.models[0].checkpoint
-        outputs = outputs_of(like, to, DTYPES[dtype] if dtype else None)
+        outputs = plan_outputs(like, to, DTYPES[dtype] if dtype else None)
         if dry_run:
             yield from plan_lines(outputs)
-            yield from (f"reads {one.where}: {size_of(one) / 2**20:.1f} MiB" for one in recipe.sources.values())
+            yield from (f"reads {one.where}: {file_bytes(one) / 2**20:.1f} MiB" for one in recipe.sources.values())
             return
-        folder = configs(recipe, config) if to == "folder" else None
+        folder = config_folder(recipe, config) if to == "folder" else None
         write_model(recipe, target, like, outputs, folder, threads, overwrite)
     if by_block := recipe.numbers_by_block():
         picture = target.with_name(f"{target.stem}.blocks.png")
-        draw_blocks(by_block, picture)
+        plot_blocks(by_block, picture)
         yield f"{picture}: the numbers by block"
 
 
@@ -104,7 +111,7 @@ def format_of(to: Format | None, target: Path, is_lora: bool) -> Format:
     return to
 
 
-def refuse_odd_options(is_lora: bool, rank: int | None, energy: float | None) -> None:
+def refuse_size_options(is_lora: bool, rank: int | None, energy: float | None) -> None:
     """Raise UserError for a LoRA of unknown size, and for a size of a model."""
     if is_lora and rank is None and energy is None:
         raise UserError("rank is not set: the result is a LoRA; pass rank=32, or energy=0.9 for ranks by layer")
@@ -126,7 +133,7 @@ def refuse_target(target: Path, to: str, sources: Mapping[str, Source], overwrit
         raise UserError(f"out={target}: is no model, so it is not overwritten")
 
 
-def configs(recipe: Recipe, config: str) -> Path:
+def config_folder(recipe: Recipe, config: str) -> Path:
     """The folder whose configs and tokenizers the result gets: the first input that is one, else `config`."""
     for model in recipe.models:
         if model.checkpoint.is_folder:
@@ -140,32 +147,33 @@ def write_model(
     recipe: Recipe,
     target: Path,
     like: Checkpoint,
-    outputs: list[Output],
+    outputs: list[OutputFile],
     config: Path | None,
     threads: int,
     overwrite: bool,
 ) -> None:
     """Compute and write a whole model, while the inputs are hashed."""
     to_write = sum(output.num_bytes for output in outputs)
-    total = to_write + sum(map(size_of, recipe.sources.values()))
+    total = to_write + sum(map(file_bytes, recipe.sources.values()))
     with (
-        room_for(target, to_write),
-        appearing(target, overwrite=overwrite) as written,
+        reporting_full_disk(target, to_write),
+        atomic_output(target, overwrite=overwrite) as written,
         tqdm(total=total, desc="merging", unit="B", unit_scale=True, leave=False) as bar,
         opened(recipe.sources, bar, to_write) as inputs,
     ):
 
-        def pieces(weight: str) -> Iterator[Tensor]:
-            yield from Blend(recipe, inputs.readers, weight, like.weights[weight].shape).pieces()
-            inputs.used(weight)
+        def chunks(weight: str) -> Iterator[Tensor]:
+            yield from MergedWeight(recipe, inputs.readers, weight, like.weights[weight].shape).chunks()
+            inputs.release(weight)
 
         if config is not None:
             from sdft.formats.diffusers_folder import copy_all_but_weights  # diffusers takes seconds to import
 
             copy_all_but_weights(like, written, config)
-        before = metadata(recipe, lambda file: UNKNOWN)
-        damage, after = partial(what_is_damaged, recipe, inputs.readers), partial(metadata, recipe, inputs.hash_of)
-        write_outputs(outputs, written, pieces, damage, threads, before, after, bar)
+        placeholders = metadata(recipe, lambda file: UNKNOWN)
+        explain = partial(nonfinite_message, recipe, inputs.readers)
+        final_metadata = partial(metadata, recipe, inputs.hash_of)
+        write_outputs(outputs, written, chunks, explain, threads, placeholders, final_metadata, bar)
 
 
 def write_lora(
@@ -177,34 +185,34 @@ def write_lora(
     energy: float | None,
     threads: int,
     overwrite: bool,
-) -> Compressed:
+) -> ExtractedLora:
     """Compute and write a LoRA."""
     with (
-        appearing(target, overwrite=overwrite) as written,
+        atomic_output(target, overwrite=overwrite) as written,
         tqdm(desc="hashing", unit="B", unit_scale=True, leave=False) as read,
-        tqdm(total=len(layers_of(recipe)), desc="layers", leave=False) as bar,
+        tqdm(total=len(output_layers(recipe)), desc="layers", leave=False) as bar,
         opened(recipe.sources, read) as inputs,
     ):
-        found = compress(recipe, inputs, rank, energy, DTYPES[dtype], threads, bar)
+        found = extract_lora(recipe, inputs, rank, energy, DTYPES[dtype], threads, bar)
         if not found.layers:
             raise UserError("the result is zero in every layer of a LoRA, so there is nothing to write")
-        missed = {name: round(share, 6) for name, share in sorted(found.missed.items())}
+        errors = {name: round(share, 6) for name, share in sorted(found.errors.items())}
         # hash and date are left out: one is of other bytes, with the other no two runs would agree.
-        said = {key: value for key, value in lora_metadata(target.stem).items() if key not in (HASH, DATE)}
-        told = said | network_metadata(found.lora) | metadata(recipe, inputs.hash_of) | {"sdft.missed": to_json(missed)}
+        general = {key: value for key, value in lora_metadata(target.stem).items() if key not in (HASH_KEY, DATE)}
+        own = network_metadata(found.lora) | metadata(recipe, inputs.hash_of) | {"sdft.missed": to_json(errors)}
         size = sum(tensor.nbytes for layer in found.layers.values() for tensor in layer.tensors.values())
-        with room_for(target, size):
-            write_lora_file(found.lora, written, to, told)
+        with reporting_full_disk(target, size):
+            write_lora_file(found.lora, written, to, general | own)
     return found
 
 
 def metadata(recipe: Recipe, hash_of: HashOf) -> dict[str, str]:
     """What every file says about its making."""
-    labels = labelled(recipe.sources)
+    labels = source_labels(recipe.sources)
     steps = {
         name: {
             "method": step.method.__name__,
-            **{key: relabelled(given, labels) for key, given in step.inputs.items()},
+            **{key: with_labels(given, labels) for key, given in step.inputs.items()},
             **step.numbers,
         }
         for name, step in recipe.steps.items()
@@ -213,26 +221,26 @@ def metadata(recipe: Recipe, hash_of: HashOf) -> dict[str, str]:
         labels[name]: {str(file.relative_to(source.folder)): hash_of(file) for file in source.files}
         for name, source in recipe.sources.items()
     }
-    told = {"steps": steps, "result": recipe.result, "inputs": inputs, "sdft": __version__}
-    return {"modelspec.merged_from": ", ".join(labels.values()), "sdft.merge": to_json(told)}
+    content = {"steps": steps, "result": recipe.result, "inputs": inputs, "sdft": __version__}
+    return {"modelspec.merged_from": ", ".join(labels.values()), "sdft.merge": to_json(content)}
 
 
-def relabelled(given: Any, labels: Mapping[str, str]) -> Any:
+def with_labels(given: Any, labels: Mapping[str, str]) -> Any:
     """An input, or several, by their labels; names of steps stay."""
     return labels.get(given, given) if isinstance(given, str) else [labels.get(one, one) for one in given]
 
 
-def labelled(sources: Mapping[str, Source]) -> dict[str, str]:
+def source_labels(sources: Mapping[str, Source]) -> dict[str, str]:
     """What metadata calls the sources: their names without the folders above, numbered where two are alike."""
     labels: dict[str, str] = {}
     for name, source in sources.items():
-        plain = "nano" if name == "nano" else source.root.name
-        count = sum(label.split(" #")[0] == plain for label in labels.values())
-        labels[name] = f"{plain} #{count + 1}" if count else plain
+        label = "nano" if name == "nano" else source.root.name
+        count = sum(used.split(" #")[0] == label for used in labels.values())
+        labels[name] = f"{label} #{count + 1}" if count else label
     return labels
 
 
-def size_of(source: Source) -> int:
+def file_bytes(source: Source) -> int:
     """Bytes of an input's files."""
     return sum(file.stat().st_size for file in source.files)
 

@@ -1,7 +1,7 @@
 """What becomes of tensors: each method is a pure function of tensors and numbers, and its annotations say of which.
 
 Tensors are pieces of weights in fp32 (fp64 where an input is), cut along the first axis; what a method must know of
-whole tensors, it asks for as a statistic. The methods that thin deltas out are in `sparse`.
+whole tensors, it asks for as a statistic. The methods that thin deltas out are in `sparsify`.
 Must not know keys, files or models.
 """
 
@@ -14,8 +14,19 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from sdft.merging.kinds import Amount, Change, Delta, Deltas, Importances, PerInput, Share, TwoOrMore, Weight, Weights
-from sdft.merging.statistics import Gram, GramOfDifferences, MeanImportance, Turn, channels_last
+from sdft.merging.annotations import (
+    BlockFloat,
+    BlockFraction,
+    Delta,
+    Deltas,
+    Importances,
+    PerInput,
+    TaskVector,
+    TwoOrMoreTaskVectors,
+    Weight,
+    Weights,
+)
+from sdft.merging.statistics import Gram, GramOfDifferences, MeanImportance, Procrustes, channels_last
 from sdft.types import NonNegative, Positive
 
 SMALLEST_ANGLE = 1e-3
@@ -23,7 +34,7 @@ SMALLEST_ANGLE = 1e-3
 WEISZFELD_STEPS = 100
 
 
-def weighted_sum(a: Weight, b: Weight, alpha: Share = 0.5) -> Weight:
+def weighted_sum(a: Weight, b: Weight, alpha: BlockFraction = 0.5) -> Weight:
     """(1 - alpha) a + alpha b.
 
     alpha 0 is `a` and alpha 1 is `b`, bit for bit. Where `a` and `b` are equal the result is their value: a part that
@@ -63,7 +74,7 @@ def difference(a: Weight, b: Weight) -> Delta:
     return a - b
 
 
-def add(base: Weight, delta: Delta, scale: Amount = 1.0) -> Weight:
+def add(base: Weight, delta: Delta, scale: BlockFloat = 1.0) -> Weight:
     """base + scale delta: a LoRA baked into a model."""
     return base if scale == 0 else torch.add(base, delta, alpha=scale)
 
@@ -74,12 +85,12 @@ def sum_of(deltas: Deltas, scales: Annotated[Sequence[float] | None, PerInput("d
     return sum((delta * scale for delta, scale in zip(deltas, scales, strict=True)), zero(deltas[0]))
 
 
-def add_difference(a: Weight, b: Weight, c: Weight, alpha: Amount = 1.0) -> Weight:
+def add_difference(a: Weight, b: Weight, c: Weight, alpha: BlockFloat = 1.0) -> Weight:
     """a + alpha (b - c): what was learned between c and b, added to a."""
     return a if alpha == 0 else torch.add(a, b - c, alpha=alpha)
 
 
-def train_difference(a: Weight, b: Weight, c: Weight, alpha: Amount = 1.0) -> Weight:
+def train_difference(a: Weight, b: Weight, c: Weight, alpha: BlockFloat = 1.0) -> Weight:
     """a + alpha s (b - c) with s = |b - a| / (|b - c| + |b - a|), number by number.
 
     As if a had been trained towards b: what a has already is not added again. (supermerger adds 1.8 times as much.)
@@ -89,7 +100,7 @@ def train_difference(a: Weight, b: Weight, c: Weight, alpha: Amount = 1.0) -> We
     return a if alpha == 0 else torch.add(a, learned * share, alpha=alpha)
 
 
-def slerp(a: Weight, b: Weight, gram: Gram, alpha: Share = 0.5) -> Weight:
+def slerp(a: Weight, b: Weight, gram: Gram, alpha: BlockFraction = 0.5) -> Weight:
     """From a to b on the arc between their directions, tensor by tensor; on the chord where the arc is flat."""
     norms = sqrt(float(gram[0, 0])), sqrt(float(gram[1, 1]))
     angle = acos(max(-1.0, min(1.0, float(gram[0, 1]) / (norms[0] * norms[1])))) if all(norms) else 0.0
@@ -98,7 +109,7 @@ def slerp(a: Weight, b: Weight, gram: Gram, alpha: Share = 0.5) -> Weight:
     return torch.add(a * (sin((1 - alpha) * angle) / sin(angle)), b, alpha=sin(alpha * angle) / sin(angle))
 
 
-def model_stock(base: Weight, models: TwoOrMore, gram: Gram) -> Weight:
+def model_stock(base: Weight, models: TwoOrMoreTaskVectors, gram: Gram) -> Weight:
     """base + t mean(delta), where t = N cos / (1 + (N - 1) cos) and cos is the mean between two deltas, at least 0.
 
     Model Stock, arXiv:2403.19522, equation 7: the nearer the models agree, the nearer the result is to their mean.
@@ -125,7 +136,7 @@ def geometric_median(models: Weights, gram: GramOfDifferences) -> Weight:
     return first + sum(((m - first) * float(s) for m, s in zip(models[1:], shares[1:], strict=True)), zero(first))
 
 
-def cosine_adaptive(base: Weight, a: Change, b: Change, gram: Gram, alpha: Share = 1.0) -> Weight:
+def cosine_adaptive(base: Weight, a: TaskVector, b: TaskVector, gram: Gram, alpha: BlockFraction = 1.0) -> Weight:
     """The weighted sum of a and b with the share alpha (1 - cos), cos between their deltas, at least 0.
 
     Where both learned the same, a stands; where they learned different things, b comes in.
@@ -134,14 +145,14 @@ def cosine_adaptive(base: Weight, a: Change, b: Change, gram: Gram, alpha: Share
     return base + torch.lerp(a, b, alpha * (1 - max(0.0, min(1.0, cosine))))
 
 
-def rotate(a: Weight, b: Weight, turn: Turn, alpha: Share = 0.5) -> Weight:
+def rotate(a: Weight, b: Weight, procrustes: Procrustes, alpha: BlockFraction = 0.5) -> Weight:
     """The weighted sum of a and of b after its input channels were turned to lie nearest to those of a.
 
     Vectors are not turned. Slow: a singular value decomposition for each matrix.
     """
-    if turn is None:
+    if procrustes is None:
         return weighted_sum(a, b, alpha)
-    turned = (channels_last(b) @ turn[0]) @ turn[1]
+    turned = (channels_last(b) @ procrustes[0]) @ procrustes[1]
     kernel = b.shape[2:]
     return weighted_sum(a, turned.reshape(b.shape[0], *kernel, b.shape[1]).movedim(-1, 1), alpha)
 

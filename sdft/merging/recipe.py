@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from sdft.errors import UserError
-from sdft.merging import methods, sparse
-from sdft.merging.blocks import is_by_block, refuse_bad_map
-from sdft.merging.kinds import Kind, Signature, signature_of
-from sdft.merging.sources import Adapter, Importance, Model, Source, open_source, refuse_misfit
+from sdft.merging import methods, sparsify
+from sdft.merging.annotations import Kind, Signature, signature_of
+from sdft.merging.blocks import is_by_block, refuse_bad_block_map
+from sdft.merging.sources import Adapter, Importance, Model, Source, open_source, refuse_mismatch
 
 METHODS: Mapping[str, Callable[..., Tensor]] = {
     method.__name__: method
@@ -34,10 +34,10 @@ METHODS: Mapping[str, Callable[..., Tensor]] = {
         methods.cosine_adaptive,
         methods.rotate,
         methods.clamp,
-        sparse.ties,
-        sparse.dare,
-        sparse.dare_ties,
-        sparse.della,
+        sparsify.ties,
+        sparsify.dare,
+        sparsify.dare_ties,
+        sparsify.della,
     )
 }
 """All that a recipe may name."""
@@ -60,7 +60,7 @@ class Step:
     def signature(self) -> Signature:
         return signature_of(self.method)
 
-    def named(self) -> Iterator[tuple[str, str]]:
+    def input_items(self) -> Iterator[tuple[str, str]]:
         """(argument, input), in the order of the method's arguments."""
         for argument in self.signature.inputs:
             given = self.inputs[argument]
@@ -108,16 +108,16 @@ def open_recipe(steps: Mapping[str, Step]) -> Recipe:
     alone = len(steps) == 1
     for name, step in steps.items():
         refuse_bad_arguments("" if alone else f"{name}.", step)
-    result = result_of(steps)
+    result = find_result(steps)
     sources: dict[str, Source] = {}
-    for name in in_order(steps, result):
-        for argument, one in steps[name].named():
+    for name in topological_order(steps, result):
+        for argument, one in steps[name].input_items():
             if one not in steps and one not in sources:
                 sources[one] = open_source(argument if alone else f"{name}.{argument}", one)
     recipe = Recipe(steps, result, sources)
     for name, step in steps.items():
         refuse_wrong_kinds("" if alone else f"{name}.", step, recipe)
-    refuse_misfit(recipe.models, recipe.adapters, recipe.importances)
+    refuse_mismatch(recipe.models, recipe.adapters, recipe.importances)
     return recipe
 
 
@@ -140,16 +140,16 @@ def refuse_bad_arguments(prefix: str, step: Step) -> None:
         if argument not in step.signature.numbers:
             known = ", ".join(step.signature.numbers)
             raise UserError(f"{prefix}{argument}: {method} has no such number; it takes {known or 'none'}")
-        refuse_bad_map(f"{prefix}{argument}", number)
+        refuse_bad_block_map(f"{prefix}{argument}", number)
     for argument, paired in step.signature.per_input.items():
         listed: Any = {**step.inputs, **step.numbers}.get(argument)
         if listed is not None and len(listed) != len(step.inputs[paired]):
             raise UserError(f"{prefix}{argument}: {len(listed)} for {len(step.inputs[paired])} {paired}; one for each")
 
 
-def result_of(steps: Mapping[str, Step]) -> str:
+def find_result(steps: Mapping[str, Step]) -> str:
     """The one step that no other uses. Raises UserError where there is none, or more than one."""
-    used = {one for step in steps.values() for _, one in step.named()}
+    used = {one for step in steps.values() for _, one in step.input_items()}
     ends = [name for name in steps if name not in used]
     if not steps:
         raise UserError("the recipe has no steps; write them under `steps:`")
@@ -160,7 +160,7 @@ def result_of(steps: Mapping[str, Step]) -> str:
     return ends[0]
 
 
-def in_order(steps: Mapping[str, Step], result: str) -> list[str]:
+def topological_order(steps: Mapping[str, Step], result: str) -> list[str]:
     """The steps, each after those that it uses. Raises UserError for a circle."""
     done: dict[str, None] = {}
 
@@ -168,7 +168,7 @@ def in_order(steps: Mapping[str, Step], result: str) -> list[str]:
         if name in path:
             circle = " -> ".join([*path[path.index(name) :], name])
             raise UserError(f"steps go round in a circle: {circle}; one of them must not use the next")
-        for _, one in steps[name].named():
+        for _, one in steps[name].input_items():
             if one in steps and one not in done:
                 visit(one, (*path, name))
         done[name] = None
@@ -181,13 +181,13 @@ def in_order(steps: Mapping[str, Step], result: str) -> list[str]:
 
 def refuse_wrong_kinds(prefix: str, step: Step, recipe: Recipe) -> None:
     """Raise UserError where a weight stands for a delta, a delta for a weight, or an importance for either."""
-    for argument, one in step.named():
+    for argument, one in step.input_items():
         wanted, given = step.signature.inputs[argument].kind, recipe.kind(one)
-        if given not in ((Kind.WEIGHT, Kind.DELTA) if wanted == Kind.CHANGE else (wanted,)):
+        if given not in ((Kind.WEIGHT, Kind.DELTA) if wanted == Kind.TASK_VECTOR else (wanted,)):
             remedy = REMEDIES.get((given, wanted), NO_IMPORTANCE)
             method = step.method.__name__
             raise UserError(f"{prefix}{argument}={one}: is {given.value}, and {method} needs {wanted.value}; {remedy}")
         source = recipe.sources.get(one)
         if isinstance(source, Adapter) and source.depends_on_base and "base" not in step.signature.inputs:
-            told = "is a DoRA, whose change depends on the model; bake it into one first (merge=bake)"
-            raise UserError(f"{prefix}{argument}={one}: {told}")
+            message = "is a DoRA, whose change depends on the model; bake it into one first (merge=bake)"
+            raise UserError(f"{prefix}{argument}={one}: {message}")

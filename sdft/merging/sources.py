@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from sdft.errors import UserError
-from sdft.formats.checkpoint import Checkpoint, open_checkpoint
 from sdft.formats.importance import open_importance
 from sdft.formats.lora_file import is_lora, read_lora, read_names
 from sdft.formats.lora_layer import DORA, Layer, LoraFile
-from sdft.formats.run_folder import Left, left_by
-from sdft.merging.kinds import Kind
+from sdft.formats.model_checkpoint import Checkpoint, open_checkpoint
+from sdft.formats.run_folder import RunOutputs, read_run_outputs
+from sdft.merging.annotations import Kind
 from sdft.models.nano import WEIGHTS as NANO
 
 
 @dataclass(frozen=True)
-class Held:
+class TensorSource:
     """Tensors by the names of a model's weights."""
 
     where: str
@@ -42,13 +42,13 @@ class Held:
         return self.checkpoint.files
 
 
-class Model(Held):
+class Model(TensorSource):
     """A checkpoint, whose weights are weights."""
 
     kind = Kind.WEIGHT
 
 
-class Importance(Held):
+class Importance(TensorSource):
     """How much the weights of a model matter to its loss; what was not measured is not in it."""
 
     kind = Kind.IMPORTANCE
@@ -86,8 +86,8 @@ Source = Model | Importance | Adapter
 def open_source(key: str, source: str) -> Source:
     """The input that `source` names, from headers alone; `key` names it in errors."""
     where, path = f"{key}={source}", NANO if source == "nano" else Path(source).expanduser()
-    if (left := left_by(path)) is not None:
-        path = weights_of(where, left)
+    if (left := read_run_outputs(path)) is not None:
+        path = run_weights(where, left)
     if path.suffix == ".safetensors" and path.is_file():
         if is_lora(read_names(where, path)[0]):
             return Adapter(where, path, read_lora(path, where))
@@ -102,17 +102,17 @@ def open_source(key: str, source: str) -> Source:
     return Model(where, checkpoint)
 
 
-def weights_of(where: str, left: Left) -> Path:
+def run_weights(where: str, left: RunOutputs) -> Path:
     """What a run learned, where a merge can hold it."""
     if left.weights is None or not left.weights.exists():
         raise UserError(f"{where}: the run left neither a LoRA nor a model; pass a finished run, or a file")
     if "words" in left.artifacts:
-        told = "the run learned new words too, which no merge can hold"
-        raise UserError(f"{where}: {told}; to merge what else it learned, pass {left.weights}")
+        message = "the run learned new words too, which no merge can hold"
+        raise UserError(f"{where}: {message}; to merge what else it learned, pass {left.weights}")
     return left.weights
 
 
-def refuse_misfit(models: Sequence[Model], adapters: Sequence[Adapter], importances: Sequence[Importance]) -> None:
+def refuse_mismatch(models: Sequence[Model], adapters: Sequence[Adapter], importances: Sequence[Importance]) -> None:
     """Raise UserError that names every weight in which the inputs do not fit each other."""
     if not models:
         return
@@ -129,11 +129,11 @@ def refuse_misfit(models: Sequence[Model], adapters: Sequence[Adapter], importan
         ]
         said = first.checkpoint.prediction, other.checkpoint.prediction
         if None not in said and said[0] != said[1]:
-            told = f"{first.where} predicts {said[0]} and {other.where} {said[1]}"
-            raise UserError(f"{told}: a blend of the two means nothing")
+            message = f"{first.where} predicts {said[0]} and {other.where} {said[1]}"
+            raise UserError(f"{message}: a blend of the two means nothing")
     shapes = {name: view.shape for name, view in first.checkpoint.weights.items()}
     for adapter in adapters:
-        problems += adapter_misfits(adapter, shapes, first.where)
+        problems += adapter_mismatches(adapter, shapes, first.where)
     for importance in importances:
         held = {name: view.shape for name, view in importance.checkpoint.weights.items()}
         problems += [
@@ -142,11 +142,11 @@ def refuse_misfit(models: Sequence[Model], adapters: Sequence[Adapter], importan
             if shapes.get(name) != shape
         ]
     if problems:
-        told = "\n".join(f"  {line}" for line in problems)
-        raise UserError(f"the inputs do not fit each other in {len(problems)} weights:\n{told}")
+        message = "\n".join(f"  {line}" for line in problems)
+        raise UserError(f"the inputs do not fit each other in {len(problems)} weights:\n{message}")
 
 
-def adapter_misfits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], model: str) -> list[str]:
+def adapter_mismatches(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], model: str) -> list[str]:
     """One line for each layer that the model has no place for."""
     problems = []
     for name, layer in adapter.lora.layers.items():
@@ -159,7 +159,7 @@ def adapter_misfits(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], mod
     return problems
 
 
-def change_of(layer: Layer) -> Tensor:
+def lora_delta(layer: Layer) -> Tensor:
     """fp32 rows x columns: what a layer adds to its weight; of a DoRA, before its rows are rescaled."""
     held = {name: tensor.float() for name, tensor in layer.tensors.items()}
     if layer.kind == "loha":
@@ -174,7 +174,7 @@ def change_of(layer: Layer) -> Tensor:
     return product.flatten(1) * layer.scale
 
 
-def rescaled(layer: Layer, change: Tensor, base: Tensor, rows: slice) -> Tensor:
+def dora_delta(layer: Layer, change: Tensor, base: Tensor, rows: slice) -> Tensor:
     """A DoRA's change of some rows of a weight: their directions are moved, their norms are set."""
     moved = base + change
     norms = moved.flatten(1).norm(dim=1)

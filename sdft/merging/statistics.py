@@ -1,6 +1,6 @@
 """Figures of whole tensors that some methods need before they can make the first number: read piece by piece.
 
-Each takes the inputs of a method without `base`, and its numbers. Memory does not grow with the tensor, `turn` aside,
+Each takes the inputs of a method without `base`, and its numbers. Memory does not grow with the tensor, `procrustes` aside,
 which holds two matrices. Must not know keys, files or models.
 """
 
@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdft.merging.kinds import Blocks, Statistic
+from sdft.merging.annotations import Chunks, Statistic
 
-SAMPLE, EVERY = 2**18, 17
+SAMPLE, SAMPLE_STRIDE = 2**18, 17
 """Of so many numbers, in whole rows, each 17th tells where a threshold may lie: a prime, so that columns take turns."""
-NEAR = 0.02
+SAMPLE_MARGIN = 0.02
 """A share of the numbers, to both sides of it, in which a threshold is looked for first."""
 
 
-def gram(blocks: Blocks, **numbers: Any) -> Tensor:
+def gram(blocks: Chunks, **numbers: Any) -> Tensor:
     """fp64 N x N: the inner products of the inputs."""
     total: Tensor | float = 0.0
     for tensors in blocks():
@@ -32,19 +32,22 @@ def gram(blocks: Blocks, **numbers: Any) -> Tensor:
     return total + total.triu(1).T
 
 
-def gram_of_differences(blocks: Blocks, **numbers: Any) -> Tensor:
+def gram_of_differences(blocks: Chunks, **numbers: Any) -> Tensor:
     """fp64 N x N: the inner products of the inputs' differences to the first one."""
     return gram(lambda sample=None: (tuple(tensor - tensors[0] for tensor in tensors) for tensors in blocks(sample)))
 
 
-def thresholds(blocks: Blocks, density: float, **numbers: Any) -> list[float]:
+def thresholds(blocks: Chunks, density: float, **numbers: Any) -> list[float]:
     """Of each input the magnitude that a share `density` of its numbers reaches.
 
     Exact: some rows say about where it lies, then all numbers above are counted and those near it put in order.
     """
-    rows = zip(*([magnitudes(tensor)[::EVERY] for tensor in tensors] for tensors in blocks(SAMPLE)), strict=True)
+    rows = zip(*([magnitudes(tensor)[::SAMPLE_STRIDE] for tensor in tensors] for tensors in blocks(SAMPLE)), strict=True)
     samples = [np.sort(np.concatenate(parts)) for parts in rows]
-    bounds = [(at_share(sample, density + NEAR, 0.0), at_share(sample, density - NEAR, np.inf)) for sample in samples]
+    bounds = [
+        (quantile_bound(one, density + SAMPLE_MARGIN, 0.0), quantile_bound(one, density - SAMPLE_MARGIN, np.inf))
+        for one in samples
+    ]
     found: list[float | None] = [None] * len(samples)
     while None in found:
         counted = count_between(blocks, bounds)
@@ -61,7 +64,7 @@ def thresholds(blocks: Blocks, density: float, **numbers: Any) -> list[float]:
     return [one for one in found if one is not None]
 
 
-def count_between(blocks: Blocks, bounds: Sequence[tuple[float, float]]) -> list[tuple[int, int, np.ndarray]]:
+def count_between(blocks: Chunks, bounds: Sequence[tuple[float, float]]) -> list[tuple[int, int, np.ndarray]]:
     """Of each input: how many numbers it has, how many magnitudes lie at the upper bound or above, those between."""
     sizes, above = [0] * len(bounds), [0] * len(bounds)
     near: list[list[np.ndarray]] = [[] for _ in bounds]
@@ -75,7 +78,7 @@ def count_between(blocks: Blocks, bounds: Sequence[tuple[float, float]]) -> list
     return [(size, count, np.concatenate(parts)) for size, count, parts in zip(sizes, above, near, strict=True)]
 
 
-def at_share(ordered: np.ndarray, share: float, beyond: float) -> float:
+def quantile_bound(ordered: np.ndarray, share: float, beyond: float) -> float:
     """The magnitude that a share of a sample reaches; `beyond` where there is no such share."""
     place = len(ordered) - round(share * len(ordered))
     return float(ordered[place]) if 0 < share < 1 and place < len(ordered) else beyond
@@ -86,7 +89,7 @@ def magnitudes(tensor: Tensor) -> np.ndarray:
     return tensor.reshape(-1).abs().numpy()
 
 
-def mean_importance(blocks: Blocks, **numbers: Any) -> float:
+def mean_importance(blocks: Chunks, **numbers: Any) -> float:
     """The mean of all numbers of the importances, which are the second half of the inputs."""
     total, size = 0.0, 0
     for tensors in blocks():
@@ -96,7 +99,7 @@ def mean_importance(blocks: Blocks, **numbers: Any) -> float:
     return total / size
 
 
-def turn(blocks: Blocks, **numbers: Any) -> tuple[Tensor, Tensor] | None:
+def procrustes(blocks: Chunks, **numbers: Any) -> tuple[Tensor, Tensor] | None:
     """The orthogonal Q, as a product of two factors, that brings b Q nearest to a (Procrustes); none of a vector.
 
     a and b are seen as rows x C, where C are the input channels. With b'a = U S V' it is Q = U V'; where the rows are
@@ -130,4 +133,4 @@ Gram = Annotated[Tensor, Statistic(gram)]
 GramOfDifferences = Annotated[Tensor, Statistic(gram_of_differences)]
 MeanImportance = Annotated[float, Statistic(mean_importance)]
 Thresholds = Annotated[list[float], Statistic(thresholds)]
-Turn = Annotated[tuple[Tensor, Tensor] | None, Statistic(turn)]
+Procrustes = Annotated[tuple[Tensor, Tensor] | None, Statistic(procrustes)]

@@ -23,7 +23,7 @@ from transformers import CLIPTokenizer
 
 from sdft.errors import UserError
 from sdft.formats.architecture import PARTS, empty_network, parameter_names, refuse_misfit
-from sdft.formats.checkpoint import INDEX, PICKLES, Checkpoint, open_checkpoint, open_vae
+from sdft.formats.model_checkpoint import INDEX, PICKLES, Checkpoint, open_checkpoint, open_vae
 from sdft.models.attention import Attention, set_attention
 from sdft.models.nano import WEIGHTS as NANO
 from sdft.models.sdxl import SDXL, EmptyPrompt

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import CheckpointIO
 
 from sdft.errors import UserError
-from sdft.formats.run_state import link_state, read_state, remove_state, write_state
+from sdft.formats.training_checkpoint import link_state, read_state, remove_state, write_state
 from sdft.types import Count
 
 VALIDATION_FIGURE = "val/eps_mse"

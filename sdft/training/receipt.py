@@ -21,7 +21,7 @@ from torch import nn
 
 from sdft.data.cache import digest, fingerprint
 from sdft.errors import UserError
-from sdft.formats.stream import read_header
+from sdft.formats.safetensors_io import read_header
 
 NAME = "receipt.json"
 PACKAGES = ("accelerate", "diffusers", "hydra-core", "lightning", "numpy", "peft", "pillow", "safetensors", "torch",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sdft.formats.architecture import PARTS, empty_network, parameter_names
-from sdft.formats.keys import Place, hub_name, place_at, place_of
+from sdft.formats.keys import KeyMapping, hub_name, mapping_for_single_key, mapping_for_weight
 from sdft.models.load import NANO, SDXL_BASE
 
 UNET, ENCODER_1, ENCODER_2, VAE = (
@@ -66,11 +66,11 @@ def test_the_shipped_configs_are_sdxls(part: str, sdxl) -> None:
 
 @pytest.mark.parametrize("part", PARTS)
 def test_every_weight_of_sdxl_has_one_place_and_comes_back_from_it(part: str, sdxl) -> None:
-    places: dict[str, Place] = {}
+    places: dict[str, KeyMapping] = {}
     for weight in parameter_names(part, sdxl[part]):
         name = weight.split("/", 1)[1]
-        place = place_of(part, name)
-        assert place_at(place.single) == place
+        place = mapping_for_weight(part, name)
+        assert mapping_for_single_key(place.single) == place
         assert name in place.names
         assert places.setdefault(place.single, place) == place
     mapped = [weight for place in places.values() for weight in place.weights]
@@ -81,47 +81,47 @@ def test_every_weight_of_sdxl_has_one_place_and_comes_back_from_it(part: str, sd
 def test_the_vae_of_nano_has_three_levels() -> None:
     for weight in parameter_names("vae", empty_network("vae", NANO / "vae")):
         name = weight.split("/", 1)[1]
-        assert place_at(place_of("vae", name, 3).single, 3).names == (name,)
-    deepest = place_of("vae", "decoder.up_blocks.0.resnets.0.conv1.bias", 3)
+        assert mapping_for_single_key(mapping_for_weight("vae", name, 3).single, 3).names == (name,)
+    deepest = mapping_for_weight("vae", "decoder.up_blocks.0.resnets.0.conv1.bias", 3)
     assert deepest.single == f"{VAE}decoder.up.2.block.0.conv1.bias"
 
 
 @pytest.mark.parametrize(("part", "name", "single"), BY_HAND, ids=[name for _, name, _ in BY_HAND])
 def test_names_written_by_hand(part: str, name: str, single: str) -> None:
-    assert place_of(part, name).single == single
-    assert place_at(single).names == (name,)
+    assert mapping_for_weight(part, name).single == single
+    assert mapping_for_single_key(single).names == (name,)
 
 
 def test_queries_keys_and_values_are_stacked_in_this_order() -> None:
-    place = place_at(f"{ENCODER_2}transformer.resblocks.3.attn.in_proj_weight")
+    place = mapping_for_single_key(f"{ENCODER_2}transformer.resblocks.3.attn.in_proj_weight")
     layer = "text_model.encoder.layers.3.self_attn"
     assert place.names == (f"{layer}.q_proj.weight", f"{layer}.k_proj.weight", f"{layer}.v_proj.weight")
     assert place.folder_shape((3840, 1280)) == (1280, 1280)
     assert place.single_shape((1280, 1280)) == (3840, 1280)
     stacked = torch.arange(12.0).view(6, 2)
-    parts = [place.to_folder(stacked, slot) for slot in range(3)]
+    parts = [place.to_folder(stacked, index) for index in range(3)]
     assert parts[1].tolist() == [[4, 5], [6, 7]]
     assert torch.equal(place.to_single(parts), stacked)
 
 
 def test_the_projection_is_transposed_and_attention_of_the_vae_is_a_convolution() -> None:
-    projection = place_of("text_encoder_2", "text_projection.weight")
+    projection = mapping_for_weight("text_encoder_2", "text_projection.weight")
     matrix = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     assert projection.to_single([matrix]).tolist() == [[1, 3], [2, 4]]
     assert projection.to_folder(projection.to_single([matrix]), 0).tolist() == matrix.tolist()
-    attention = place_of("vae", "encoder.mid_block.attentions.0.to_q.weight")
+    attention = mapping_for_weight("vae", "encoder.mid_block.attentions.0.to_q.weight")
     assert attention.single_shape((512, 512)) == (512, 512, 1, 1)
     assert attention.to_single([matrix]).shape == (2, 2, 1, 1)
     assert attention.to_folder(attention.to_single([matrix]), 0).tolist() == matrix.tolist()
-    assert place_of("vae", "encoder.mid_block.attentions.0.to_q.bias").layout == "same"
+    assert mapping_for_weight("vae", "encoder.mid_block.attentions.0.to_q.bias").layout == "same"
 
 
 def test_what_sdxl_does_not_have_has_no_place() -> None:
     for single in ("model_ema.decay", f"{UNET}input_blocks.12.0.in_layers.0.weight", f"{VAE}loss.logvar"):
         with pytest.raises(KeyError):
-            place_at(single)
+            mapping_for_single_key(single)
     with pytest.raises(KeyError):
-        place_of("unet", "down_blocks.3.resnets.0.conv1.weight")
+        mapping_for_weight("unet", "down_blocks.3.resnets.0.conv1.weight")
 
 
 def test_encoder_1_has_one_name_in_files_whatever_transformers_calls_it() -> None:

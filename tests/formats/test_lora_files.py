@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdft.errors import UserError
-from sdft.formats.adapter import lora_of, write_lora
+from sdft.formats.adapter import lora_from_model, write_lora
 from sdft.formats.lora_file import is_lora, read_lora, write_lora_file
 from sdft.formats.lora_layer import Layer, LoraFile, network_metadata
 from sdft.models.sdxl import SDXL
@@ -93,7 +93,7 @@ def test_the_tensors_of_both_layouts_are_named_as_other_programs_name_them(train
 @pytest.mark.parametrize("start", ["kohya", "diffusers"])
 def test_there_and_back_is_bit_identical(name: str, dtype, start: str, trained: Callable, tmp_path: Path) -> None:
     layouts = ("kohya", "diffusers", "kohya") if start == "kohya" else ("diffusers", "kohya", "diffusers")
-    lora = uneven(lora_of(trained(name)))
+    lora = uneven(lora_from_model(trained(name)))
     paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
     write_lora_file(lora, paths[0], layouts[0], dtype, {"said": "before"})
     for source, target, layout in zip(paths, paths[1:], layouts[1:], strict=False):
@@ -121,7 +121,7 @@ def uneven(lora: LoraFile) -> LoraFile:
 
 
 def test_an_alpha_that_the_dtype_cannot_hold_stays_true(trained: Callable, tmp_path: Path) -> None:
-    layers = {name: Layer(layer.tensors, 7.3) for name, layer in lora_of(trained("lora")).layers.items()}
+    layers = {name: Layer(layer.tensors, 7.3) for name, layer in lora_from_model(trained("lora")).layers.items()}
     for layout in ("kohya", "diffusers"):
         write_lora_file(LoraFile(layers), tmp_path / "lora.safetensors", layout, torch.bfloat16)
         read = read_lora(tmp_path / "lora.safetensors", "in").layers
@@ -173,9 +173,9 @@ def test_what_kohyas_metadata_say(trained: Callable) -> None:
     def told(lora: LoraFile) -> list[str]:
         return [network_metadata(lora)[f"ss_network_{what}"] for what in ("module", "dim", "alpha")]
 
-    assert told(lora_of(trained("locon"))) == ["networks.lora", "3", "7"]
-    assert told(lora_of(trained("loha"))) == ["lycoris.kohya", "3", "7"]
-    assert told(uneven(lora_of(trained("lora")))) == ["networks.lora", "Dynamic", "Dynamic"]
+    assert told(lora_from_model(trained("locon"))) == ["networks.lora", "3", "7"]
+    assert told(lora_from_model(trained("loha"))) == ["lycoris.kohya", "3", "7"]
+    assert told(uneven(lora_from_model(trained("lora")))) == ["networks.lora", "Dynamic", "Dynamic"]
 
 
 def test_a_file_has_the_mode_that_the_umask_says_and_nothing_lies_beside_it(trained: Callable, tmp_path: Path) -> None:

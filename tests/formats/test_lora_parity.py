@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdft.errors import UserError
 from sdft.evaluation.models import with_lora
-from sdft.formats.adapter import lora_of, write_lora
+from sdft.formats.adapter import lora_from_model, write_lora
 from sdft.formats.lora_file import write_lora_file
 from sdft.formats.lora_layer import Layer, LoraFile
 from sdft.models.load import pretrained
@@ -199,7 +199,7 @@ def uneven(lora: LoraFile) -> LoraFile:
 
 def test_uneven_ranks_and_alphas_are_kept(nano: SDXL, trained: Callable, tmp_path: Path) -> None:
     """By diffusers in its own layout, here in both: diffusers 0.42 loses uneven alphas of a kohya file's attention."""
-    lora = uneven(lora_of(trained("lora_te")))
+    lora = uneven(lora_from_model(trained("lora_te")))
     expected = {
         name.replace("text_encoder/text_model.", "text_encoder/").replace("/", "."): layer.scale
         for name, layer in lora.layers.items()
@@ -224,7 +224,7 @@ def test_layers_of_all_kinds_go_together(nano: SDXL, trained: Callable, tmp_path
     attention = "unet/down_blocks.1.attentions.0.transformer_blocks.0"
     kinds = {"lora": f"{attention}.attn1.to_q", "locon": "unet/down_blocks.0.resnets.0.conv1"}
     kinds |= {name: f"{attention}.attn1.to_{x}" for name, x in (("loha", "k"), ("lokr", "v"), ("dora", "out.0"))}
-    layers = {name: lora_of(trained(kind)).layers[name] for kind, name in kinds.items()}
+    layers = {name: lora_from_model(trained(kind)).layers[name] for kind, name in kinds.items()}
     write_lora_file(LoraFile(layers), tmp_path / "lora.safetensors", "kohya")
     inputs = {name: torch.randn(1, 96, generator=torch.Generator().manual_seed(2)) for name in kinds.values()}
     inputs[kinds["locon"]] = torch.randn(1, 64, 5, 5, generator=torch.Generator().manual_seed(2))

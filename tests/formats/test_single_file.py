@@ -13,8 +13,8 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sdft.formats.checkpoint import LOGIT_SCALE, open_checkpoint
 from sdft.formats.convert import convert
+from sdft.formats.model_checkpoint import LOGIT_SCALE, open_checkpoint
 from sdft.models.load import NANO, pretrained
 
 PROJECTION = "conditioner.embedders.1.model.text_projection"
@@ -157,7 +157,7 @@ def test_killed_while_writing_leaves_nothing_under_the_final_name(single: Path, 
     """The process dies without a chance to clean up, in the middle of the tensors."""
     script = (
         "import os, sys\n"
-        "import sdft.formats.stream as stream\n"
+        "import sdft.formats.safetensors_io as safetensors_io\n"
         "from sdft.formats.convert import convert\n"
         "from sdft.models.load import NANO\n"
         "count = 0\n"
@@ -165,7 +165,7 @@ def test_killed_while_writing_leaves_nothing_under_the_final_name(single: Path, 
         "    global count\n"
         "    count += 1\n"
         "    if count == 300: os.kill(os.getpid(), 9)\n"
-        "stream.tqdm.update = dying\n"
+        "safetensors_io.tqdm.update = dying\n"
         "convert(sys.argv[1], sys.argv[2], 'single_file', NANO)\n"
     )
     out = tmp_path / "never.safetensors"

@@ -10,7 +10,7 @@ import torch
 from small_models import tensors_of, write_model
 from torch import Tensor
 
-from sdft.formats.checkpoint import open_checkpoint
+from sdft.formats.model_checkpoint import open_checkpoint
 from sdft.formats.single_file import write_single_file
 
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdft.formats.checkpoint import open_checkpoint
 from sdft.formats.diffusers_folder import FILES
+from sdft.formats.model_checkpoint import open_checkpoint
 
 LONG = "text_encoder/text_model.embeddings.token_embedding.weight"
 """More numbers than are computed at a time."""

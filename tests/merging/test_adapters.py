@@ -15,14 +15,14 @@ from torch import Tensor
 
 from sdft import rng
 from sdft.errors import UserError
-from sdft.formats.adapter import lora_on
+from sdft.formats.adapter import applied_lora
 from sdft.formats.lora_file import read_lora, write_lora_file
 from sdft.formats.lora_layer import DORA, DOWN, MID, UP, Layer, LoraFile
 from sdft.merging import methods
-from sdft.merging.factors import nearest, product_nearest
+from sdft.merging.low_rank import best_low_rank, best_low_rank_of_sum
 from sdft.merging.merge import merge
 from sdft.merging.recipe import Step
-from sdft.merging.sources import change_of
+from sdft.merging.sources import lora_delta
 from sdft.models.load import pretrained
 
 Model = Callable[..., Path]
@@ -70,7 +70,7 @@ def test_baking_is_what_peft_does(kind: str, tmp_path: Path) -> None:
         layer = layers_for(*weight.shape)[kind]
     file = write(tmp_path / "lora.safetensors", **{f"unet/{name}": layer})
     baked = read(run(methods.add, {"base": "nano", "delta": file}, tmp_path / "out", dtype="fp32"))
-    with lora_on(model, read_lora(file, "lora"), "lora"):
+    with applied_lora(model, read_lora(file, "lora"), "lora"):
         adapted = model.unet.get_submodule(name)
         adapted.merge()
         expected = adapted.get_base_layer().weight.detach().clone()
@@ -95,7 +95,7 @@ def test_a_core_of_a_convolution_is_multiplied_in() -> None:
     for o in range(6):
         for i in range(4):
             expected[o, i] = sum(up[o, r, 0, 0] * mid[r, s] * down[s, i, 0, 0] for r in range(2) for s in range(2))
-    assert torch.allclose(change_of(Layer({UP: up, MID: mid, DOWN: down}, 2.0)), expected.flatten(1), atol=1e-7)
+    assert torch.allclose(lora_delta(Layer({UP: up, MID: mid, DOWN: down}, 2.0)), expected.flatten(1), atol=1e-7)
 
 
 def test_a_sum_of_loras_is_the_sum_of_what_they_do(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_sum_of_loras_is_the_sum_of_what_they_do(tmp_path: Path) -> None:
     for i, scale in enumerate((1.0, -0.5)):
         layer = Layer({UP: random(12, 2, seed=i), DOWN: random(2, 8, seed=10 + i)}, 1.0 + i)
         files.append(write(tmp_path / f"{i}.safetensors", **{f"unet/{LAYER}": layer}))
-        expected += scale * change_of(layer)
+        expected += scale * lora_delta(layer)
     for to in ("kohya", "diffusers"):
         out = run(
             methods.sum_of, {"deltas": files}, tmp_path / f"{to}.safetensors", {"scales": [1.0, -0.5]},
@@ -111,7 +111,7 @@ def test_a_sum_of_loras_is_the_sum_of_what_they_do(tmp_path: Path) -> None:
         )  # fmt: skip
         (layer,) = read_lora(out, "out").layers.values()
         assert layer.rank == 4
-        assert torch.allclose(change_of(layer), expected, atol=1e-6)
+        assert torch.allclose(lora_delta(layer), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
@@ -119,10 +119,10 @@ def test_a_resized_lora_is_the_nearest_of_its_rank(kind: str, tmp_path: Path) ->
     layer = layers_for(12, 8)[kind]
     file = write(tmp_path / "lora.safetensors", **{f"unet/{LAYER}": layer})
     out = run(methods.sum_of, {"deltas": [file]}, tmp_path / "out.safetensors", rank=1, dtype="fp32")
-    found = change_of(read_lora(out, "out").layers[f"unet/{LAYER}"])
-    singular = torch.linalg.svdvals(change_of(layer))
+    found = lora_delta(read_lora(out, "out").layers[f"unet/{LAYER}"])
+    singular = torch.linalg.svdvals(lora_delta(layer))
     missed = float(singular[1:].square().sum().sqrt())
-    assert float((found - change_of(layer)).norm()) == pytest.approx(missed, rel=1e-3)
+    assert float((found - lora_delta(layer)).norm()) == pytest.approx(missed, rel=1e-3)
     with safe_open(out, framework="pt") as opened:
         told = json.loads(opened.metadata()["sdft.missed"])
     assert told == {f"unet/{LAYER}": pytest.approx(missed / float(singular.norm()), abs=1e-4)}
@@ -158,18 +158,18 @@ def test_extraction_does_not_depend_on_threads(model: Model, tmp_path: Path) -> 
 def test_the_rank_follows_from_the_energy() -> None:
     matrix = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.0]))  # squares 9, 4, 1 of 14
     for energy, rank in ((0.6, 1), (0.65, 2), (0.92, 2), (0.95, 3), (1.0, 3)):
-        up, down, missed = nearest(matrix, None, energy, torch.Generator())
+        up, down, missed = best_low_rank(matrix, None, energy, torch.Generator())
         assert len(down) == rank
         expected = [0, 5 / 14, 1 / 14, 0][rank] ** 0.5
         assert missed == pytest.approx(expected, abs=1e-3)
         assert float((up @ down - matrix).norm() / matrix.norm()) == pytest.approx(expected, abs=1e-3)
-    assert len(nearest(matrix, 1, 0.95, torch.Generator())[1]) == 1
+    assert len(best_low_rank(matrix, 1, 0.95, torch.Generator())[1]) == 1
 
 
 @pytest.mark.parametrize("shape", [(400, 300), (300, 400)])
 def test_the_random_range_is_within_a_percent_of_the_optimum(shape: tuple[int, int]) -> None:
     matrix = random(*shape)  # a flat spectrum, the worst case
-    up, down, missed = nearest(matrix, 8, None, rng.generator(0, "test"))
+    up, down, missed = best_low_rank(matrix, 8, None, rng.generator(0, "test"))
     assert len(down) == 8
     best = float(torch.linalg.svdvals(matrix)[8:].square().sum().sqrt())
     real = float((matrix - up @ down).norm())
@@ -180,7 +180,7 @@ def test_the_random_range_is_within_a_percent_of_the_optimum(shape: tuple[int, i
 def test_the_product_is_never_made_and_the_same() -> None:
     pairs = [(random(30, 3), random(3, 20, seed=1)), (random(30, 2, seed=2), random(2, 20, seed=3))]
     matrix = sum(up @ down for up, down in pairs)
-    up, down, missed = product_nearest(pairs, 2, None)
+    up, down, missed = best_low_rank_of_sum(pairs, 2, None)
     u, s, v = torch.linalg.svd(matrix)
     assert torch.allclose(up @ down, (u[:, :2] * s[:2]) @ v[:2], atol=1e-5)
     assert missed == pytest.approx(float(s[2:].square().sum().sqrt() / s.norm()), rel=1e-3)

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from small_models import LAYER, SHAPES, tensors_of, write_model
 
-from sdft.formats.checkpoint import Checkpoint
 from sdft.formats.importance import write_importance
 from sdft.formats.lora_file import write_lora_file
 from sdft.formats.lora_layer import DORA, DOWN, UP, Layer, LoraFile
+from sdft.formats.model_checkpoint import Checkpoint
 from sdft.merging.__main__ import main
 
 LINES = [

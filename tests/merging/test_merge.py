@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from small_models import LAYER, LONG, SHAPES, read, tensors_of
 
 from sdft.errors import UserError
-from sdft.formats.checkpoint import open_checkpoint
 from sdft.formats.importance import write_importance
 from sdft.formats.lora_file import write_lora_file
 from sdft.formats.lora_layer import DOWN, UP, Layer, LoraFile
-from sdft.merging import methods, sparse
+from sdft.formats.model_checkpoint import open_checkpoint
+from sdft.merging import methods, sparsify
 from sdft.merging.__main__ import main
-from sdft.merging.evaluate import PIECE
+from sdft.merging.compute import CHUNK_SIZE
 from sdft.merging.merge import merge
 from sdft.merging.recipe import Step
 from sdft.models.load import NANO, pretrained
@@ -55,7 +55,7 @@ def test_a_weighted_sum_of_folders(model: Model, tmp_path: Path) -> None:
     assert merged.keys() == SHAPES.keys()
     for name in SHAPES:
         assert torch.allclose(merged[name].double(), 0.75 * x[name].double() + 0.25 * y[name].double(), atol=1e-6), name
-    assert torch.Size(SHAPES[LONG]).numel() > PIECE
+    assert torch.Size(SHAPES[LONG]).numel() > CHUNK_SIZE
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out"]
     assert (tmp_path / "out" / "tokenizer" / "config.json").is_file()
 
@@ -85,9 +85,9 @@ def test_formats_mix_freely_and_come_out_alike(model: Model, as_file: Callable, 
 @pytest.mark.parametrize(
     ("method", "suffix"),
     [
-        (sparse.dare_ties, ""),
-        (sparse.dare_ties, ".safetensors"),
-        (sparse.ties, ""),
+        (sparsify.dare_ties, ""),
+        (sparsify.dare_ties, ".safetensors"),
+        (sparsify.ties, ""),
         (methods.model_stock, ""),
         (methods.cosine_adaptive, ""),
     ],
@@ -157,12 +157,12 @@ def test_random_masks_differ_between_weights_and_inputs(model: Model, tmp_path: 
     ones = {name: torch.ones(shape) for name, shape in SHAPES.items()}
     base, a = model("base", **zeros), model("a", **ones)
     b = model("b", **{name: 2 * tensor for name, tensor in ones.items()})
-    merged = read(run(sparse.dare, {"base": base, "models": [a, b]}, tmp_path / "out", {"density": 0.5}))
+    merged = read(run(sparsify.dare, {"base": base, "models": [a, b]}, tmp_path / "out", {"density": 0.5}))
     # mean of 0 or 2 and of 0 or 4: all four cases occur, so the masks of the inputs differ.
     assert set(merged[LONG].unique().tolist()) == {0.0, 1.0, 2.0, 3.0}
     q, k = (merged[f"text_encoder_2/text_model.encoder.layers.0.self_attn.{x}_proj.weight"] for x in "qk")
     assert not torch.equal(q, k)
-    rows = PIECE // 512
+    rows = CHUNK_SIZE // 512
     assert not torch.equal(merged[LONG][:50], merged[LONG][rows : rows + 50])
 
 
@@ -171,7 +171,7 @@ def test_a_lora_is_a_change_among_models(model: Model, tmp_path: Path) -> None:
     up, down = torch.randn(12, 2), torch.randn(2, 8)
     lora = tmp_path / "lora.safetensors"
     write_lora_file(LoraFile({f"unet/{LAYER}": Layer({DOWN: down, UP: up}, 1.0)}), lora, "kohya")
-    out = run(sparse.ties, {"base": base, "models": [tuned, lora]}, tmp_path / "out", {"density": 1.0, "alpha": 1.0})
+    out = run(sparsify.ties, {"base": base, "models": [tuned, lora]}, tmp_path / "out", {"density": 1.0, "alpha": 1.0})
     weight = f"unet/{LAYER}.weight"
     x, y = tensors_of(0)[weight], tensors_of(1)[weight]
     delta = torch.stack([y - x, up @ down * 0.5])

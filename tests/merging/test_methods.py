@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from sdft.errors import UserError
-from sdft.merging import methods, sparse
-from sdft.merging.kinds import Kind, signature_of
+from sdft.merging import methods, sparsify
+from sdft.merging.annotations import Kind, signature_of
 from sdft.merging.recipe import METHODS
-from sdft.merging.statistics import gram, gram_of_differences, thresholds, turn
+from sdft.merging.statistics import gram, gram_of_differences, procrustes, thresholds
 
 
 def t(*numbers: float) -> Tensor:
@@ -33,7 +33,7 @@ def uniform(seed: int, number: int, shape: Sequence[int]) -> Tensor:
     return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(100 * seed + number))
 
 
-def pieces_of(tensors: list[Tensor], count: int):
+def chunks_of(tensors: list[Tensor], count: int):
     """The tensors as a method's statistics see them."""
     return lambda sample=None: zip(*(tensor[:sample].chunk(count) for tensor in tensors), strict=True)
 
@@ -45,7 +45,7 @@ def apply(name: str, *, pieces: int = 1, **arguments) -> Tensor:
     flat = [tensor for one in given for tensor in (one if isinstance(one, list) else [one])]
 
     numbers = {key: value for key, value in arguments.items() if key in signature.numbers}
-    statistics = {key: of(pieces_of(flat, pieces), **numbers) for key, of in signature.statistics.items()}
+    statistics = {key: of(chunks_of(flat, pieces), **numbers) for key, of in signature.statistics.items()}
     draw = {"draw": uniform} if signature.draws else {}
     return METHODS[name](**arguments, **statistics, **draw)
 
@@ -112,7 +112,7 @@ def test_dare_is_right_on_average() -> None:
 
 
 def test_della_keeps_larger_numbers_more_often() -> None:
-    assert sparse.ranks(torch.tensor([[3.0, -1, 2], [0, 5, -4]])).tolist() == [[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]]
+    assert sparsify.ranks(torch.tensor([[3.0, -1, 2], [0, 5, -4]])).tolist() == [[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]]
     delta = torch.arange(1.0, 1001).repeat(200, 1)
     kept = apply("della", base=torch.zeros_like(delta), models=[delta], density=0.5, window=0.4, seed=3) != 0
     assert kept[:, :100].float().mean().item() == pytest.approx(0.32, abs=0.02)
@@ -187,7 +187,7 @@ def test_merging_x_with_x_is_x(name: str, inputs: dict) -> None:
     for key, wanted in signature.inputs.items():
         if wanted.kind == Kind.IMPORTANCE:
             continue
-        tensor = x - base if wanted.kind == Kind.CHANGE else x
+        tensor = x - base if wanted.kind == Kind.TASK_VECTOR else x
         given[key] = base if key == "base" else [tensor, tensor.clone()] if wanted.many else tensor.clone()
     merged = apply(name, **given, **inputs)
     exact = name in ("weighted_sum", "slerp", "linear", "fisher", "geometric_median", "clamp")
@@ -210,7 +210,7 @@ def test_more_identities() -> None:
 @pytest.mark.parametrize("pieces", [1, 4])
 def test_thresholds_are_the_exact_order_statistic(density: float, pieces: int) -> None:
     x, y = random(0, 400, 5), (random(1, 400, 5) * 3).round()
-    found = thresholds(pieces_of([x, y], pieces), density=density)
+    found = thresholds(chunks_of([x, y], pieces), density=density)
     for tensor, threshold in zip((x, y), found, strict=True):
         magnitudes = np.sort(tensor.abs().numpy().ravel())[::-1]
         expected = 0.0 if density == 1.0 else magnitudes[round(density * 2000) - 1]
@@ -228,23 +228,23 @@ def test_thresholds_are_exact_where_a_sample_misleads(first_rows: float) -> None
 def test_thresholds_of_what_is_no_number_come_to_an_end() -> None:
     for odd in (float("nan"), float("inf")):
         full = torch.full((5, 4), odd)
-        assert len(thresholds(pieces_of([full], 1), density=0.5)) == 1
+        assert len(thresholds(chunks_of([full], 1), density=0.5)) == 1
 
 
 def test_statistics_do_not_depend_on_the_pieces() -> None:
     tensors = [random(seed, 64, 9) for seed in range(3)]
     whole = torch.stack([tensor.double().flatten() for tensor in tensors])
     for pieces in (1, 5):
-        found = gram(pieces_of(tensors, pieces))
+        found = gram(chunks_of(tensors, pieces))
         assert torch.allclose(found, whole @ whole.T, rtol=1e-5, atol=1e-4)
-        found = gram_of_differences(pieces_of(tensors, pieces))
+        found = gram_of_differences(chunks_of(tensors, pieces))
         moved = whole - whole[0]
         assert torch.allclose(found, moved @ moved.T, rtol=1e-5, atol=1e-4)
 
 
 def test_a_turn_is_orthogonal_and_no_other_comes_nearer() -> None:
     a, b = random(0, 40, 6), random(1, 40, 6)
-    factors = turn(lambda: iter([(a, b)]))
+    factors = procrustes(lambda: iter([(a, b)]))
     assert factors is not None
     q = factors[0] @ factors[1]
     assert torch.allclose(q.T @ q, torch.eye(6), atol=1e-5)
@@ -256,6 +256,6 @@ def test_every_method_says_what_it_takes_and_gives() -> None:
     assert signature_of(methods.add).inputs["delta"].kind == Kind.DELTA
     assert signature_of(methods.difference).result == Kind.DELTA
     assert all(signature_of(method).inputs for method in METHODS.values())
-    changes = [m for m in METHODS.values() if any(i.kind == Kind.CHANGE for i in signature_of(m).inputs.values())]
+    changes = [m for m in METHODS.values() if any(i.kind == Kind.TASK_VECTOR for i in signature_of(m).inputs.values())]
     assert changes
     assert all("base" in signature_of(method).inputs for method in changes)

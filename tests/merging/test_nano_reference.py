@@ -12,7 +12,7 @@ from small_models import read, write_model
 
 from sdft import rng
 from sdft.formats.importance import write_importance
-from sdft.merging.evaluate import PIECE
+from sdft.merging.compute import CHUNK_SIZE
 from sdft.merging.merge import merge
 from sdft.merging.recipe import METHODS, Step
 from sdft.models.load import NANO
@@ -86,7 +86,7 @@ def elected(deltas: list[Array]) -> Array:
 
 
 def draws(weight: str, number: int, shape: tuple[int, ...]) -> Array:
-    rows = max(1, PIECE // int(np.prod(shape[1:], initial=1)))
+    rows = max(1, CHUNK_SIZE // int(np.prod(shape[1:], initial=1)))
     parts = []
     for i, start in enumerate(range(0, shape[0], rows)):
         generator = rng.generator(SEED, "merging", f"{weight}/{number}", i)

@@ -17,9 +17,9 @@ from sdft.formats.diffusers_folder import write_folder
 from sdft.formats.lora_file import write_lora_file
 from sdft.formats.lora_layer import DOWN, UP, Layer, LoraFile
 from sdft.merging import methods
+from sdft.merging.interpolation import interpolate
 from sdft.merging.merge import merge
 from sdft.merging.recipe import Step
-from sdft.merging.way import way
 from sdft.models.load import NANO, pretrained
 from sdft.models.sdxl import SDXL
 from sdft.sampling.generate import generate
@@ -47,7 +47,8 @@ def runs(tmp_path: Path, model: Callable[..., Path]) -> dict[str, Path]:
 
 
 def test_the_way_from_a_lora_to_a_whole_model(runs: dict[str, Path], tmp_path: Path) -> None:
-    points = list(way(str(runs["lora"]), str(runs["full"]), str(tmp_path / "out"), [0.25, 1.0], str(runs["base"])))
+    ends, base = (str(runs["lora"]), str(runs["full"])), str(runs["base"])
+    points = list(interpolate(*ends, str(tmp_path / "out"), [0.25, 1.0], base))
     assert [name for name, _ in points] == ["lora", "0.25", "1", "full"]
     assert points[-1][1] == str(runs["full"] / "model")
     a, blend, last, b = (read(Path(path)) for _, path in points)

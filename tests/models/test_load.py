@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from sdft.batch import Conditioning
 from sdft.errors import UserError
-from sdft.formats.checkpoint import open_checkpoint
 from sdft.formats.convert import convert
 from sdft.formats.keys import PREFIXES
+from sdft.formats.model_checkpoint import open_checkpoint
 from sdft.models.attention import refuse_device
 from sdft.models.load import NANO, pretrained
 

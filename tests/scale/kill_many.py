@@ -19,7 +19,7 @@ from pathlib import Path
 
 from small_runs import EVERYTHING, Run, assert_same_end, finish, result, start
 
-from sdft.formats.run_state import read_state
+from sdft.formats.training_checkpoint import read_state
 
 SETTINGS = {"max_steps": 16, "save_every": 2, "validate_every": 6}
 

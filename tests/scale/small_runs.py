@@ -25,7 +25,7 @@ from tiny import TinySource, build_tiny_model
 from sdft.data.datamodule import Images
 from sdft.distributed.strategies import ddp, fsdp
 from sdft.errors import UserError
-from sdft.formats.run_state import read_state
+from sdft.formats.training_checkpoint import read_state
 from sdft.module import Finetuning
 from sdft.objective.denoising import Denoising
 from sdft.objective.weighting import MinSNR

@@ -17,7 +17,7 @@ from checks import full_disk
 from small_runs import WRONG, Run, finish, start
 
 from sdft.errors import UserError
-from sdft.formats.run_state import num_bytes, read_state, write_state
+from sdft.formats.training_checkpoint import num_bytes, read_state, write_state
 
 STATE = {"weights": {"a": torch.arange(300_000.0), "b": torch.ones(100)}, "step": 7}
 SIZE = 4 * 300_100

@@ -17,7 +17,7 @@ from checks import assert_equal
 from safetensors.torch import load_file
 from small_runs import EVERYTHING, KillAt, Run, assert_same_end, finish, result, start
 
-from sdft.formats.run_state import read_state
+from sdft.formats.training_checkpoint import read_state
 from sdft.training.callbacks.preemption import REQUEUE
 
 ROOT = Path(__file__).resolve().parents[2]

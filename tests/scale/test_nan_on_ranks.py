@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_runs import WRONG, Run, finish, start
 
-from sdft.formats.run_state import read_state
+from sdft.formats.training_checkpoint import read_state
 
 
 class Spoil(L.Callback):

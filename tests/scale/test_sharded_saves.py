@@ -19,7 +19,7 @@ from small_runs import WRONG, KillAt, Run, assert_same_end, finish, result, star
 from test_disk import FullFrom
 
 from sdft.errors import UserError
-from sdft.formats.run_state import (
+from sdft.formats.training_checkpoint import (
     SLICE_FILES,
     link_state,
     read_state,

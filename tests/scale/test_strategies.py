@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity
 
 from sdft.distributed.sharding import local_shard
 from sdft.distributed.strategies import TrainableDDP, auto
-from sdft.formats.run_state import read_state, slices_folder
+from sdft.formats.training_checkpoint import read_state, slices_folder
 from sdft.training.callbacks.ema import EMA
 from sdft.tuning.full import Full
 from sdft.tuning.parameters import trainable_parameters

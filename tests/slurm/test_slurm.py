@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 from warm import WarmPython
 
-from sdft.formats.run_state import read_state
+from sdft.formats.training_checkpoint import read_state
 from sdft.training import receipt
 
 ROOT = Path(__file__).resolve().parents[2]

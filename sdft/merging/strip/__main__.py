@@ -17,10 +17,10 @@ STRIP = "strip.png"
 @verb("strip")
 def main(cfg: DictConfig) -> None:
     """One row of pictures for each prompt, from one end to the other, all from the same noise."""
-    way, load, draw = build(cfg.way), build(cfg.model), build(cfg.draw)
+    interpolate, load, draw = build(cfg.interpolation), build(cfg.model), build(cfg.draw)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names, columns = [], []
-    for name, path in way():
+    for name, path in interpolate():
         model = load(weights=path).to(device).eval()
         precision = "bf16" if device.type == "cuda" else "fp32"
         columns.append(draw(model, seeds=range(len(cfg.prompts)), precision=precision, progress=name))

@@ -13,14 +13,14 @@ from torch import nn
 
 from sdft.errors import UserError
 from sdft.evaluation.parity import LEAST_EFFECT, export_errors
-from sdft.formats.adapter import lora_of, write_words
-from sdft.formats.checkpoint import open_checkpoint
+from sdft.formats.adapter import lora_from_model, write_words
 from sdft.formats.diffusers_folder import write_folder
 from sdft.formats.lora_file import write_lora_file
 from sdft.formats.lora_layer import network_metadata
 from sdft.formats.metadata import lora_metadata, model_metadata
+from sdft.formats.model_checkpoint import open_checkpoint
+from sdft.formats.safetensors_io import atomic_output
 from sdft.formats.single_file import write_single_file
-from sdft.formats.stream import appearing
 from sdft.protocols import DiffusionModel
 from sdft.types import DTYPES, Positive
 
@@ -83,18 +83,18 @@ class Export:
         write_folder(module.model, written["model"], self.dtype)
         if self.single_file and isinstance(module.model, DiffusionModel):
             written["single_file"] = folder / "model.safetensors"
-            with appearing(written["single_file"], overwrite=True) as path:
+            with atomic_output(written["single_file"], overwrite=True) as path:
                 write_single_file(open_checkpoint("export", written["model"]), path, metadata=model_metadata(**said))
         return written
 
 
 def write_adapter(module: L.LightningModule, folder: Path, said: dict[str, Any]) -> dict[str, Path]:
     """The adapter in diffusers' and in kohya's naming, and the embeddings of new words."""
-    lora, written = lora_of(module.model), {}
+    lora, written = lora_from_model(module.model), {}
     metadata = lora_metadata(**said) | network_metadata(lora)
     if module.objective.zero_terminal_snr:
         metadata["ss_zero_terminal_snr"] = "True"  # kohya's key; without it, images come out grey
-    if not lora.without_diffusers_form:
+    if not lora.not_in_diffusers:
         written["lora"] = folder / "lora.safetensors"
         write_lora_file(lora, written["lora"], "diffusers", torch.float16, metadata)
     written["lora_kohya"] = folder / "lora_kohya.safetensors"

@@ -12,14 +12,14 @@ from typing import Annotated
 from annotated_types import MinLen
 
 from sdft.merging import methods
-from sdft.merging.kinds import Kind
+from sdft.merging.annotations import Kind
 from sdft.merging.merge import merge
 from sdft.merging.recipe import Step
 from sdft.merging.sources import open_source
 from sdft.types import Count, Fraction
 
 
-def way(
+def interpolate(
     a: str,
     b: str,
     out: str,

@@ -14,18 +14,18 @@ from torch import Tensor
 from sdft import rng
 from sdft.errors import UserError
 from sdft.formats.lora_layer import DORA
-from sdft.merging.blocks import block_of, is_by_block, number_of
-from sdft.merging.inputs import Read
-from sdft.merging.kinds import Kind
+from sdft.merging.annotations import Kind
+from sdft.merging.blocks import block_of, is_by_block, number_for_block
+from sdft.merging.input_files import ReadWeight
 from sdft.merging.recipe import Recipe
-from sdft.merging.sources import Adapter, Held, change_of, rescaled
+from sdft.merging.sources import Adapter, TensorSource, dora_delta, lora_delta
 
-PIECE = 2**18
+CHUNK_SIZE = 2**18
 """Numbers in a piece of a weight: few enough that what is made of them stays in a core's cache. Random draws are made
 piece by piece, so results depend on it."""
 
 
-def what_is_damaged(recipe: Recipe, readers: Mapping[str, Read], weight: str) -> str:
+def nonfinite_message(recipe: Recipe, readers: Mapping[str, ReadWeight], weight: str) -> str:
     """In words, the inputs that hold NaN or infinity where they say something of a weight."""
     damaged = []
     for name, source in recipe.sources.items():
@@ -40,14 +40,14 @@ def what_is_damaged(recipe: Recipe, readers: Mapping[str, Read], weight: str) ->
     return f"{weight}: {said} NaN or infinity there; nothing is written"
 
 
-class Blend:
+class MergedWeight:
     """One weight of a recipe's result.
 
-    weight: `part/name`. shape: of it. readers: of `Inputs`. every: 1, or only one row in so many.
+    weight: `part/name`. shape: of it. readers: of `OpenInputs`. every: 1, or only one row in so many.
     """
 
     def __init__(
-        self, recipe: Recipe, readers: Mapping[str, Read], weight: str, shape: tuple[int, ...], every: int = 1
+        self, recipe: Recipe, readers: Mapping[str, ReadWeight], weight: str, shape: tuple[int, ...], every: int = 1
     ):
         self.recipe, self.readers, self.weight, self.shape, self.every = recipe, readers, weight, shape, every
         self.block = block_of(weight)
@@ -57,7 +57,7 @@ class Blend:
         self._now: dict[tuple[str, int], Tensor] = {}
         """The values of one piece: several steps may use one of them."""
 
-    def pieces(self) -> Iterator[Tensor]:
+    def chunks(self) -> Iterator[Tensor]:
         """The result from its first row to its last, in the dtype of the arithmetic."""
         for index in range(len(self.spans)):
             yield self.value(self.recipe.result, index)
@@ -66,7 +66,7 @@ class Blend:
     def spans(self) -> list[slice]:
         """The rows of each piece."""
         rows = self.shape[0] if self.shape else 1
-        step = self.every * max(1, PIECE // max(1, torch.Size(self.shape[1:]).numel()))
+        step = self.every * max(1, CHUNK_SIZE // max(1, torch.Size(self.shape[1:]).numel()))
         return [slice(start, min(start + step, rows), self.every) for start in range(0, rows, step)]
 
     @cached_property
@@ -87,7 +87,7 @@ class Blend:
             self._now[name, index] = value
         return self._now[name, index]
 
-    def _held(self, name: str, source: Held, index: int) -> Tensor:
+    def _held(self, name: str, source: TensorSource, index: int) -> Tensor:
         if self.weight not in source.checkpoint.weights:  # an importance that was not measured
             return self._zeros(index)
         if name not in self._read:
@@ -122,7 +122,7 @@ class Blend:
             made = []
             for one in [given] if isinstance(given, str) else given:
                 tensor = self.value(one, index, base)
-                if wanted.kind == Kind.CHANGE and self.recipe.kind(one) == Kind.WEIGHT:
+                if wanted.kind == Kind.TASK_VECTOR and self.recipe.kind(one) == Kind.WEIGHT:
                     assert base is not None, "a change is one of an input called base"
                     tensor = tensor - self.value(base, index)
                 made.append(tensor)
@@ -132,7 +132,7 @@ class Blend:
     def _blocks(self, name: str, sample: int | None = None) -> Iterator[tuple[Tensor, ...]]:
         every = max(1, torch.Size(self.shape).numel() // sample) if sample else 1
         if every > 1:
-            yield from Blend(self.recipe, self.readers, self.weight, self.shape, every)._blocks(name)
+            yield from MergedWeight(self.recipe, self.readers, self.weight, self.shape, every)._blocks(name)
             return
         for index in range(len(self.spans)):
             inputs = self._inputs(name, index)
@@ -142,19 +142,19 @@ class Blend:
     def _numbers(self, name: str) -> dict[str, object]:
         step = self.recipe.steps[name]
         given = {**step.signature.numbers, **step.numbers}
-        return {key: number_of(number, self.block) if is_by_block(number) else number for key, number in given.items()}
+        return {key: number_for_block(number, self.block) if is_by_block(number) else number for key, number in given.items()}
 
     def _change(self, name: str, source: Adapter, index: int, base: str | None) -> Tensor:
         span, layer = self.spans[index], source.layer_of(self.weight)
         if layer is None:
             return self._zeros(index)
         if name not in self._changes:
-            self._changes[name] = change_of(layer).reshape(self.shape)
+            self._changes[name] = lora_delta(layer).reshape(self.shape)
         change = self._changes[name][span].to(self.dtype)
         if DORA not in layer.tensors:
             return change
         assert base is not None, "a DoRA without a base is refused by the recipe"
-        return rescaled(layer, change, self.value(base, index), span)
+        return dora_delta(layer, change, self.value(base, index), span)
 
     def _draw(self, index: int, seed: int, number: int, shape: tuple[int, ...]) -> Tensor:
         generator = rng.generator(seed, "merging", f"{self.weight}/{number}", index)

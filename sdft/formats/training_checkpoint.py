@@ -44,12 +44,12 @@ def read_state(path: Path) -> dict[str, Any]:
 
     Raises UserError where a file is missing, cut off or altered.
     """
-    state = _opened(path, path)
+    state = _load_verified(path, path)
     names = state.pop(SLICE_FILES, None)
     if names is None:
         return state
-    slices = [_opened(slices_folder(path) / name, path)["slices"] for name in names]
-    return _joined(state, zip(*slices, strict=True))
+    slices = [_load_verified(slices_folder(path) / name, path)["slices"] for name in names]
+    return _attach_slices(state, zip(*slices, strict=True))
 
 
 def link_state(path: Path, other: Path) -> None:
@@ -72,20 +72,20 @@ def slices_folder(path: Path) -> Path:
     return path.with_name(f"{path.name}.slices")
 
 
-class Slices(NamedTuple):
+class SlicedTensor(NamedTuple):
     """A tensor cut along its first axis."""
 
     parts: Sequence[Tensor]
 
 
-class Joined(dict[Any, Any]):
+class LazyDict(dict[Any, Any]):
     """A dict that puts a tensor together when it is asked for, each time anew: the memory is that of one tensor.
 
     It is a dict for those who insist on one (torch's optimisers).
     """
 
     def __getitem__(self, key: Any) -> Any:
-        return _whole(super().__getitem__(key))
+        return _concatenated(super().__getitem__(key))
 
     def __iter__(self) -> Iterator[Any]:
         return super().__iter__()  # written out: Python copies a dict whose iteration is its own without asking it
@@ -95,7 +95,7 @@ class Joined(dict[Any, Any]):
     values: Any = Mapping.values
     pop: Any = MutableMapping.pop
 
-    def __deepcopy__(self, memo: Any) -> Joined:
+    def __deepcopy__(self, memo: Any) -> LazyDict:
         return self  # Lightning copies what it gives to callbacks, which would read all of it
 
 
@@ -125,10 +125,10 @@ def _write(state: Mapping[str, Any], file: Path, path: Path) -> None:
         cause = _os_error(error)
         if cause is None:
             raise
-        raise UserError(_complaint(file, path, cause, num_bytes(state))) from error
+        raise UserError(_write_error_message(file, path, cause, num_bytes(state))) from error
 
 
-def _opened(file: Path, path: Path) -> dict[str, Any]:
+def _load_verified(file: Path, path: Path) -> dict[str, Any]:
     """The content of one of the files of the state `path`."""
     try:
         with zipfile.ZipFile(file) as archive:
@@ -136,26 +136,26 @@ def _opened(file: Path, path: Path) -> dict[str, Any]:
         if damaged is None:
             return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(_unusable(path, f"{file} is missing")) from error
+        raise UserError(_read_error_message(path, f"{file} is missing")) from error
     except (zipfile.BadZipFile, OSError, EOFError) as error:
-        raise UserError(_unusable(path, f"{file} is damaged ({error})")) from error
-    raise UserError(_unusable(path, f"{file} is damaged (its entry {damaged} was altered)"))
+        raise UserError(_read_error_message(path, f"{file} is damaged ({error})")) from error
+    raise UserError(_read_error_message(path, f"{file} is damaged (its entry {damaged} was altered)"))
 
 
-def _joined(outline: Any, slices: Iterator[Sequence[Tensor]]) -> Any:
+def _attach_slices(outline: Any, slices: Iterator[Sequence[Tensor]]) -> Any:
     """A nested state; tensors without numbers are in slices, in the same order."""
     if isinstance(outline, Tensor):
-        return Slices(next(slices)) if outline.is_meta else outline
+        return SlicedTensor(next(slices)) if outline.is_meta else outline
     if isinstance(outline, dict):
-        values = {name: _joined(value, slices) for name, value in outline.items()}
-        return Joined(values) if any(isinstance(value, Slices) for value in values.values()) else values
+        values = {name: _attach_slices(value, slices) for name, value in outline.items()}
+        return LazyDict(values) if any(isinstance(value, SlicedTensor) for value in values.values()) else values
     if isinstance(outline, list | tuple):
-        return type(outline)(_whole(_joined(value, slices)) for value in outline)
+        return type(outline)(_concatenated(_attach_slices(value, slices)) for value in outline)
     return outline
 
 
-def _whole(value: Any) -> Any:
-    return torch.cat(value.parts) if isinstance(value, Slices) else value
+def _concatenated(value: Any) -> Any:
+    return torch.cat(value.parts) if isinstance(value, SlicedTensor) else value
 
 
 def _remove_slices(path: Path, keep: Sequence[str] = ()) -> None:
@@ -185,7 +185,7 @@ def _os_error(error: BaseException | None) -> OSError | None:
     return error
 
 
-def _complaint(file: Path, path: Path, error: OSError, needed: int) -> str:
+def _write_error_message(file: Path, path: Path, error: OSError, needed: int) -> str:
     kept = f"; the {path.name} of before is intact" if path.is_file() else ""
     text = f"{file}: the checkpoint cannot be written ({error.strerror or error}){kept}. "
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -198,7 +198,7 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def _unusable(path: Path, why: str) -> str:
+def _read_error_message(path: Path, why: str) -> str:
     others = sorted(other.name for other in path.parent.glob("*.ckpt") if other != path)
     instead = f"resume={path.parent / others[-1]}" if others else "no resume"
     return f"resume: {why}; start again with {instead}"

@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from sdft.errors import UserError
-from sdft.merging.kinds import Amount, Changes, Density, Draw, Weight
+from sdft.merging.annotations import BlockFloat, Density, Draw, TaskVectors, Weight
 from sdft.merging.methods import mean
 from sdft.merging.statistics import Thresholds
 from sdft.types import Fraction, Index
 
 
-def ties(base: Weight, models: Changes, thresholds: Thresholds, density: Density = 0.2, alpha: Amount = 1.0) -> Weight:
+def ties(
+    base: Weight, models: TaskVectors, thresholds: Thresholds, density: Density = 0.2, alpha: BlockFloat = 1.0
+) -> Weight:
     """base + alpha TIES(deltas), arXiv:2306.01708: trim, elect a sign, take the mean of those that have it.
 
     density: the share of each delta that is kept, the largest magnitudes of the tensor.
@@ -30,14 +32,14 @@ def ties(base: Weight, models: Changes, thresholds: Thresholds, density: Density
 
 
 def dare(
-    base: Weight, models: Changes, draw: Draw, density: Density = 0.5, alpha: Amount = 1.0, seed: Index = 0
+    base: Weight, models: TaskVectors, draw: Draw, density: Density = 0.5, alpha: BlockFloat = 1.0, seed: Index = 0
 ) -> Weight:
     """base + alpha mean(DARE(delta)), arXiv:2311.03099: each is kept with the chance `density`, and divided by it."""
     return torch.add(base, mean(dropped(models, draw, density, seed)), alpha=alpha)
 
 
 def dare_ties(
-    base: Weight, models: Changes, draw: Draw, density: Density = 0.5, alpha: Amount = 1.0, seed: Index = 0
+    base: Weight, models: TaskVectors, draw: Draw, density: Density = 0.5, alpha: BlockFloat = 1.0, seed: Index = 0
 ) -> Weight:
     """base + alpha times the mean, by TIES' election, of deltas that DARE has thinned out."""
     return torch.add(base, elected_mean(dropped(models, draw, density, seed)), alpha=alpha)
@@ -45,11 +47,11 @@ def dare_ties(
 
 def della(
     base: Weight,
-    models: Changes,
+    models: TaskVectors,
     draw: Draw,
     density: Density = 0.5,
     window: Fraction = 0.2,
-    alpha: Amount = 1.0,
+    alpha: BlockFloat = 1.0,
     seed: Index = 0,
 ) -> Weight:
     """base + alpha DELLA(deltas), arXiv:2406.11617: DARE that rather keeps larger numbers, then TIES' election.

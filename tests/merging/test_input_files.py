@@ -13,10 +13,10 @@ from small_models import read
 from tqdm import tqdm
 
 from sdft.errors import UserError
-from sdft.formats import stream
-from sdft.formats.stream import Mapped, Stored
-from sdft.merging import inputs, methods, sparse
-from sdft.merging.inputs import InputFile, opened
+from sdft.formats import safetensors_io
+from sdft.formats.safetensors_io import MappedFile, StoredTensor
+from sdft.merging import input_files, methods, sparsify
+from sdft.merging.input_files import InputFile, opened
 from sdft.merging.merge import merge
 from sdft.merging.recipe import Step
 from sdft.merging.sources import open_source
@@ -27,8 +27,8 @@ Model = Callable[..., Path]
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hash a page at a time, and three pages ahead."""
-    monkeypatch.setattr(stream, "CHUNK", 2**12)
-    monkeypatch.setattr(inputs, "AHEAD", 3 * 2**12)
+    monkeypatch.setattr(safetensors_io, "CHUNK", 2**12)
+    monkeypatch.setattr(input_files, "MAX_HASH_LEAD", 3 * 2**12)
 
 
 @pytest.fixture
@@ -45,16 +45,16 @@ def files(monkeypatch: pytest.MonkeyPatch) -> list[InputFile]:
     return found
 
 
-def forgotten(monkeypatch: pytest.MonkeyPatch) -> list[Stored]:
+def dropped_pages(monkeypatch: pytest.MonkeyPatch) -> list[StoredTensor]:
     """What is forgotten from now on."""
-    found: list[Stored] = []
-    forget = Mapped.forget
+    found: list[StoredTensor] = []
+    drop_pages = MappedFile.drop_pages
 
-    def note(mapped: Mapped, stored: Stored) -> None:
+    def note(mapped: MappedFile, stored: StoredTensor) -> None:
         found.append(stored)
-        forget(mapped, stored)
+        drop_pages(mapped, stored)
 
-    monkeypatch.setattr(Mapped, "forget", note)
+    monkeypatch.setattr(MappedFile, "drop_pages", note)
     return found
 
 
@@ -62,10 +62,10 @@ def test_every_tensor_is_forgotten_once_where_memory_is_short(
     model: Model, as_file: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_steps: None
 ) -> None:
     a, b, c = as_file(model("a", 0)), model("b", 1), model("c", 2)
-    step = {"merged": Step(sparse.ties, {"base": str(a), "models": [str(b), str(c)]})}
+    step = {"merged": Step(sparsify.ties, {"base": str(a), "models": [str(b), str(c)]})}
     list(merge(step, str(tmp_path / "kept")))
-    gone = forgotten(monkeypatch)
-    monkeypatch.setattr(inputs, "available_memory", lambda: 0)
+    gone = dropped_pages(monkeypatch)
+    monkeypatch.setattr(input_files, "available_memory", lambda: 0)
     list(merge(step, str(tmp_path / "forgotten")))
     views = [view for one in (a, b, c) for view in open_source("in", str(one)).checkpoint.weights.values()]
     assert sorted(gone, key=str) == sorted({view.stored for view in views}, key=str)
@@ -76,7 +76,7 @@ def test_every_tensor_is_forgotten_once_where_memory_is_short(
 def test_nothing_is_forgotten_where_memory_holds_all(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gone = forgotten(monkeypatch)
+    gone = dropped_pages(monkeypatch)
     step = Step(methods.weighted_sum, {"a": str(model("a", 0)), "b": str(model("b", 1))})
     list(merge({"merged": step}, str(tmp_path / "out")))
     assert gone == []
@@ -86,22 +86,23 @@ def test_what_is_forgotten_was_hashed_and_read_by_all(
     model: Model, monkeypatch: pytest.MonkeyPatch, small_steps: None
 ) -> None:
     seen: list[tuple[int, int, int]] = []
-    forget = InputFile._forget
+    drop_pages = InputFile._drop_pages
 
     def note(file: InputFile) -> None:
-        before = set(file.not_hashed)
-        forget(file)
-        seen.extend((one.start + one.num_bytes, file.num_hashed, file.uses[one]) for one in before - {*file.not_hashed})
+        before = set(file.pages_to_drop)
+        drop_pages(file)
+        dropped = before - set(file.pages_to_drop)
+        seen.extend((one.start + one.num_bytes, file.num_hashed, file.uses[one]) for one in dropped)
 
-    monkeypatch.setattr(InputFile, "_forget", note)
-    monkeypatch.setattr(inputs, "available_memory", lambda: 0)
+    monkeypatch.setattr(InputFile, "_drop_pages", note)
+    monkeypatch.setattr(input_files, "available_memory", lambda: 0)
     path = model("a")
     twice = {name: open_source(name, str(path)) for name in ("a", "again")}
     weights = list(twice["a"].checkpoint.weights)
     with opened(twice, tqdm(disable=True)) as found:
         for weight in weights:
             assert torch.equal(found.readers["a"](weight), found.readers["again"](weight))
-            found.used(weight)
+            found.release(weight)
         for file in twice["a"].files:
             assert found.hash_of(file) == hashlib.sha256(file.read_bytes()).hexdigest()
     assert len(seen) == len(weights)
@@ -112,21 +113,21 @@ def test_a_hash_is_little_ahead_of_what_was_read(
     model: Model, monkeypatch: pytest.MonkeyPatch, small_steps: None, files: list[InputFile]
 ) -> None:
     lead: list[float] = []
-    sha256 = Mapped.sha256
+    sha256 = MappedFile.sha256
 
-    def note(mapped: Mapped, come_to: Callable[[int], object]) -> str:
+    def note(mapped: MappedFile, on_progress: Callable[[int], object]) -> str:
         def told(end: int) -> None:
-            lead.append(end - next(file.num_used for file in files if file.mapped is mapped))
-            come_to(end)
+            lead.append(end - next(file.num_released for file in files if file.mapped is mapped))
+            on_progress(end)
 
         return sha256(mapped, told)
 
-    monkeypatch.setattr(Mapped, "sha256", note)
+    monkeypatch.setattr(MappedFile, "sha256", note)
     source = open_source("a", str(model("a")))
     with opened({"a": source}, tqdm(disable=True)) as found:
         for weight in source.checkpoint.weights:
             found.readers["a"](weight)
-            found.used(weight)
+            found.release(weight)
         assert all(len(found.hash_of(file)) == 64 for file in source.files)
     assert max(lead) <= 4 * 2**12
     assert max(file.num_hashed for file in files) > 8 * 2**12, "the files are too small to tell"

@@ -23,7 +23,7 @@ class Kind(Enum):
 
     WEIGHT = "a weight"
     DELTA = "a delta"
-    CHANGE = "a change of base"
+    TASK_VECTOR = "a change of base"
     """Given as a delta, or as a weight from which the input `base` is taken; the method sees a delta."""
     IMPORTANCE = "an importance"
     """Of each number of a weight to the loss: a mean squared gradient, 0 where none was measured."""
@@ -33,24 +33,24 @@ Weight = Annotated[Tensor, Kind.WEIGHT]
 Delta = Annotated[Tensor, Kind.DELTA]
 Weights = Annotated[Sequence[Tensor], Kind.WEIGHT, MinLen(1)]
 Deltas = Annotated[Sequence[Tensor], Kind.DELTA, MinLen(1)]
-Change = Annotated[Tensor, Kind.CHANGE]
-Changes = Annotated[Sequence[Tensor], Kind.CHANGE, MinLen(1)]
-TwoOrMore = Annotated[Sequence[Tensor], Kind.CHANGE, MinLen(2)]
+TaskVector = Annotated[Tensor, Kind.TASK_VECTOR]
+TaskVectors = Annotated[Sequence[Tensor], Kind.TASK_VECTOR, MinLen(1)]
+TwoOrMoreTaskVectors = Annotated[Sequence[Tensor], Kind.TASK_VECTOR, MinLen(2)]
 Importances = Annotated[Sequence[Tensor], Kind.IMPORTANCE, MinLen(1)]
 
 Preset = Literal["style", "content", "structure"]
 if TYPE_CHECKING:
-    Share = float
-    Amount = float
+    BlockFraction = float
+    BlockFloat = float
 else:
     # What a config may say; a method gets the number of the weight's block (`blocks`).
-    Share = Fraction | Preset | dict[str, Fraction]
-    Amount = float | Preset | dict[str, float]
+    BlockFraction = Fraction | Preset | dict[str, Fraction]
+    BlockFloat = float | Preset | dict[str, float]
 Density = Annotated[float, Gt(0), Le(1)]
 
 
 
-class Blocks(Protocol):
+class Chunks(Protocol):
     """The inputs of a method, `base` left out, piece by piece from the start of the tensor; may be asked for anew."""
 
     def __call__(self, sample: int | None = None) -> Iterator[tuple[Tensor, ...]]:

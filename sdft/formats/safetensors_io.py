@@ -24,15 +24,16 @@ from sdft.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The numbers with a fraction, as files call them; 8-bit floats are not among them, they need a scale."""
-CODES = {dtype: code for code, dtype in DTYPES.items()} | {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}
-WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}
+ITEM_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 """Bytes of one number; 1 for all others."""
 CHUNK = 2**20
-HASH = "modelspec.hash_sha256"
+HASH_KEY = "modelspec.hash_sha256"
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorInfo:
     """What a file says of one tensor."""
 
     dtype: str
@@ -40,11 +41,11 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        return WIDTHS.get(self.dtype, 1) * torch.Size(self.shape).numel()
+        return ITEM_SIZES.get(self.dtype, 1) * torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
-class Stored(Entry):
+class StoredTensor(TensorInfo):
     """One tensor of a file."""
 
     file: Path
@@ -53,12 +54,12 @@ class Stored(Entry):
     """Of its bytes in the file."""
 
 
-def entry_of(tensor: Tensor) -> Entry:
+def tensor_info(tensor: Tensor) -> TensorInfo:
     """What a file would say of a tensor."""
-    return Entry(CODES[tensor.dtype], tuple(tensor.shape))
+    return TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
 
 
-def read_header(where: str, file: Path) -> tuple[list[Stored], dict[str, str]]:
+def read_header(where: str, file: Path) -> tuple[list[StoredTensor], dict[str, str]]:
     """Tensors and metadata of one file, in the order of their bytes. Raises UserError, which starts with `where`."""
     try:
         with safe_open(file, framework="pt"):  # checks the header against the size of the file
@@ -70,7 +71,7 @@ def read_header(where: str, file: Path) -> tuple[list[Stored], dict[str, str]]:
         raise UserError(f"{where}: {file.name} is cut off or no safetensors file ({error}); get it anew") from error
     metadata = header.pop("__metadata__", None) or {}
     stored = [
-        Stored(entry["dtype"], tuple(entry["shape"]), file, name, begin + entry["data_offsets"][0])
+        StoredTensor(entry["dtype"], tuple(entry["shape"]), file, name, begin + entry["data_offsets"][0])
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     ]
     return stored, metadata
@@ -78,7 +79,7 @@ def read_header(where: str, file: Path) -> tuple[list[Stored], dict[str, str]]:
 
 def write_tensors(
     path: Path,
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, TensorInfo],
     metadata: Mapping[str, str],
     compute: Callable[[str], Tensor],
     bar: tqdm | None = None,
@@ -88,9 +89,9 @@ def write_tensors(
     Where the metadata has a place for the hash of the tensors' bytes (modelspec.hash_sha256), it is filled in.
     """
     # The widest dtype first, as the library writes it: each tensor then starts at a multiple of its dtype's size.
-    order = sorted(entries, key=lambda name: (-WIDTHS.get(entries[name].dtype, 1), name))
-    metadata = dict(metadata) | ({HASH: "0x" + "0" * 64} if HASH in metadata else {})
-    digest = hashlib.sha256() if HASH in metadata else None
+    order = sorted(entries, key=lambda name: (-ITEM_SIZES.get(entries[name].dtype, 1), name))
+    metadata = dict(metadata) | ({HASH_KEY: "0x" + "0" * 64} if HASH_KEY in metadata else {})
+    digest = hashlib.sha256() if HASH_KEY in metadata else None
     with path.open("wb") as file:
         file.write(header_bytes(entries, order, metadata))
         for name in order:
@@ -105,12 +106,12 @@ def write_tensors(
                 bar.update(len(content))
         if digest:
             file.seek(0)
-            file.write(header_bytes(entries, order, metadata | {HASH: "0x" + digest.hexdigest()}))
+            file.write(header_bytes(entries, order, metadata | {HASH_KEY: "0x" + digest.hexdigest()}))
         file.flush()
         os.fsync(file.fileno())
 
 
-def header_bytes(entries: Mapping[str, Entry], order: list[str], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(entries: Mapping[str, TensorInfo], order: list[str], metadata: Mapping[str, str]) -> bytes:
     """Length and header of a file with `entries` in this order."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -123,7 +124,7 @@ def header_bytes(entries: Mapping[str, Entry], order: list[str], metadata: Mappi
 
 
 @contextmanager
-def appearing(target: Path, key: str = "out", overwrite: bool = False) -> Iterator[Path]:
+def atomic_output(target: Path, key: str = "out", overwrite: bool = False) -> Iterator[Path]:
     """A path to write to, inside the `with`; it becomes `target` at the end, and nothing does after an error.
 
     key: names the target in errors. overwrite: replace what is there.
@@ -143,7 +144,7 @@ def appearing(target: Path, key: str = "out", overwrite: bool = False) -> Iterat
         written.rename(target)
 
 
-class Mapped:
+class MappedFile:
     """A file as memory, whose pages come when they are read."""
 
     def __init__(self, path: Path):
@@ -153,14 +154,14 @@ class Mapped:
             self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.content.madvise(mmap.MADV_SEQUENTIAL)
 
-    def tensor(self, stored: Stored) -> Tensor:
+    def tensor(self, stored: StoredTensor) -> Tensor:
         """A view."""
         size = torch.Size(stored.shape)
         return torch.frombuffer(
             self.content, dtype=DTYPES[stored.dtype], count=size.numel(), offset=stored.start
         ).view(size)
 
-    def forget(self, stored: Stored) -> None:
+    def drop_pages(self, stored: StoredTensor) -> None:
         """Let the system have the memory of a tensor, which is read anew where it is asked for again."""
         first = -(-stored.start // mmap.PAGESIZE) * mmap.PAGESIZE
         size = (stored.start + stored.num_bytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
@@ -169,12 +170,12 @@ class Mapped:
             with self.path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), first, size, os.POSIX_FADV_DONTNEED)
 
-    def sha256(self, come_to: Callable[[int], object]) -> str:
-        """The hash of the bytes; `come_to` is told how far it is. To copy what is hashed would cost a third more."""
+    def sha256(self, on_progress: Callable[[int], object]) -> str:
+        """The hash of the bytes; `on_progress` is told how far it is. To copy what is hashed would cost a third more."""
         digest = hashlib.sha256()
         with memoryview(self.content) as content:
             for start in range(0, len(content), CHUNK):
                 with content[start : start + CHUNK] as part:
                     digest.update(part)
-                come_to(min(start + CHUNK, len(content)))
+                on_progress(min(start + CHUNK, len(content)))
         return digest.hexdigest()

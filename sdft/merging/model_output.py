@@ -21,25 +21,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sdft.errors import UserError
-from sdft.formats.checkpoint import LOGIT_SCALE, Checkpoint
-from sdft.formats.keys import Layout, place_of
+from sdft.formats.keys import Layout, mapping_for_weight
+from sdft.formats.model_checkpoint import LOGIT_SCALE, Checkpoint
+from sdft.formats.safetensors_io import DTYPE_NAMES, DTYPES, HASH_KEY, ITEM_SIZES, TensorInfo, header_bytes, tensor_info
 from sdft.formats.single_file import file_metadata, logit_scale, marks, single_entry
-from sdft.formats.stream import CODES, DTYPES, HASH, WIDTHS, Entry, entry_of, header_bytes
 from sdft.hardware import reuse_freed_memory
 
 DATE = "modelspec.date"
-Pieces = Callable[[str], Iterator[Tensor]]
+ChunksOf = Callable[[str], Iterator[Tensor]]
 """A weight, `part/name` -> its rows in pieces."""
 
 
 @dataclass
-class Output:
+class OutputFile:
     """One file to write."""
 
     path: str
     """Within the folder; empty where the file is all there is."""
     metadata: dict[str, str]
-    entries: dict[str, Entry] = field(default_factory=dict)
+    entries: dict[str, TensorInfo] = field(default_factory=dict)
     weights: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Of each tensor the weights that it holds, one after the other."""
     layouts: dict[str, Layout] = field(default_factory=dict)
@@ -48,47 +48,47 @@ class Output:
     @property
     def order(self) -> list[str]:
         """The widest dtype first, so that each tensor starts at a multiple of its dtype's size."""
-        return sorted(self.entries, key=lambda name: (-WIDTHS.get(self.entries[name].dtype, 1), name))
+        return sorted(self.entries, key=lambda name: (-ITEM_SIZES.get(self.entries[name].dtype, 1), name))
 
     @property
     def num_bytes(self) -> int:
         return sum(entry.num_bytes for entry in self.entries.values())
 
 
-def outputs_of(like: Checkpoint, to: str, dtype: torch.dtype | None) -> list[Output]:
+def plan_outputs(like: Checkpoint, to: str, dtype: torch.dtype | None) -> list[OutputFile]:
     """The files of a model with the weights of `like`, in its dtypes where none is said."""
     if to == "folder":
         # Imports diffusers: seconds, which a single file need not wait for.
-        from sdft.formats.diffusers_folder import FILES, said_of
+        from sdft.formats.diffusers_folder import FILES, part_metadata
 
-        outputs = [Output(f"{part}/{file}", said_of(part, like)) for part, file in FILES.items()]
+        outputs = [OutputFile(f"{part}/{file}", part_metadata(part, like)) for part, file in FILES.items()]
         for output in outputs:
             part = output.path.split("/")[0]
             for weight, view in like.weights.items():
                 if weight.startswith(f"{part}/"):
                     name = weight.removeprefix(f"{part}/")
-                    output.entries[name] = Entry(CODES[dtype] if dtype else view.dtype, view.shape)
+                    output.entries[name] = TensorInfo(DTYPE_NAMES[dtype] if dtype else view.dtype, view.shape)
                     output.weights[name] = (weight,)
         return outputs
-    output = Output("", {key: said for key, said in file_metadata(like).items() if key not in (HASH, DATE)})
+    output = OutputFile("", {key: said for key, said in file_metadata(like).items() if key not in (HASH_KEY, DATE)})
     for weight in like.weights:
         part, _, name = weight.partition("/")
-        place = place_of(part, name, like.num_vae_levels)
+        place = mapping_for_weight(part, name, like.num_vae_levels)
         output.entries[place.single] = single_entry(like, place, dtype)
         output.weights[place.single], output.layouts[place.single] = place.weights, place.layout
     output.constants = marks(like) | {LOGIT_SCALE: logit_scale(like, output.entries, dtype)}
-    output.entries |= {name: entry_of(tensor) for name, tensor in output.constants.items()}
+    output.entries |= {name: tensor_info(tensor) for name, tensor in output.constants.items()}
     return [output]
 
 
 def write_outputs(
-    outputs: list[Output],
+    outputs: list[OutputFile],
     target: Path,
-    pieces: Pieces,
-    damage: Callable[[str], str],
+    chunks: ChunksOf,
+    explain_nonfinite: Callable[[str], str],
     threads: int,
-    before: Mapping[str, str],
-    after: Callable[[], Mapping[str, str]],
+    placeholders: Mapping[str, str],
+    final_metadata: Callable[[], Mapping[str, str]],
     bar: tqdm,
 ) -> None:
     """Write the files; `target` is the file, or the folder that has its other content already.
@@ -102,34 +102,34 @@ def write_outputs(
             # No buffer: threads write to the file by offsets.
             opened = stack.enter_context((target / output.path if output.path else target).open("wb", buffering=0))
             files.append(opened.fileno())
-            head = header_bytes(output.entries, output.order, output.metadata | dict(before))
+            head = header_bytes(output.entries, output.order, output.metadata | dict(placeholders))
             # Takes the space, so that a full disk is known before the work.
             os.posix_fallocate(opened.fileno(), 0, len(head) + output.num_bytes)
             offset = len(head)
             for name in output.order:
-                jobs.append(partial(write_tensor, output, name, opened.fileno(), offset, pieces, damage, bar))
+                jobs.append(partial(write_tensor, output, name, opened.fileno(), offset, chunks, explain_nonfinite, bar))
                 offset += output.entries[name].num_bytes
-        in_threads(jobs, threads)
-        said = dict(after())
+        run_in_threads(jobs, threads)
+        said = dict(final_metadata())
         for output, descriptor in zip(outputs, files, strict=True):
             os.pwrite(descriptor, header_bytes(output.entries, output.order, output.metadata | said), 0)
             os.fsync(descriptor)
 
 
 @contextmanager
-def room_for(target: Path, num_bytes: int) -> Iterator[None]:
+def reporting_full_disk(target: Path, num_bytes: int) -> Iterator[None]:
     """What is written to `target` inside the `with`. Raises UserError where it does not fit on the disk."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        free = shutil.disk_usage(existing(target)).free
-        told = f"needs {in_words(num_bytes)}, {in_words(free)} are free there ({error.strerror})"
-        raise UserError(f"out={target}: {told}; make room or choose another place") from error
+        free = shutil.disk_usage(existing_parent(target)).free
+        message = f"needs {in_words(num_bytes)}, {in_words(free)} are free there ({error.strerror})"
+        raise UserError(f"out={target}: {message}; make room or choose another place") from error
 
 
-def existing(path: Path) -> Path:
+def existing_parent(path: Path) -> Path:
     """The nearest folder above a path that is there."""
     return next(parent for parent in path.parents if parent.is_dir())
 
@@ -138,7 +138,7 @@ def in_words(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.1f} MiB"
 
 
-def in_threads(jobs: Sequence[Callable[[], None]], threads: int) -> None:
+def run_in_threads(jobs: Sequence[Callable[[], None]], threads: int) -> None:
     """Run all jobs, each on one core; after an error none is begun."""
     reuse_freed_memory()
     kept = torch.get_num_threads()
@@ -155,21 +155,21 @@ def in_threads(jobs: Sequence[Callable[[], None]], threads: int) -> None:
 
 @torch.no_grad()
 def write_tensor(
-    output: Output,
+    output: OutputFile,
     name: str,
     descriptor: int,
     offset: int,
-    pieces: Pieces,
-    damage: Callable[[str], str],
+    chunks: ChunksOf,
+    explain_nonfinite: Callable[[str], str],
     bar: tqdm,
 ) -> None:
     """Compute one tensor and write it at its place."""
     dtype = DTYPES.get(output.entries[name].dtype)
     if name in output.constants:
-        put(output.constants[name], descriptor, offset)
+        write_at(output.constants[name], descriptor, offset)
         return
     for weight in output.weights[name]:
-        found = pieces(weight)
+        found = chunks(weight)
         if output.layouts.get(name) == "transposed":
             found = iter([torch.cat(list(found)).T])
         for piece in found:
@@ -177,16 +177,16 @@ def write_tensor(
             # Rounding keeps the order, so the ends speak for all; a NaN is both. Far faster than to ask each number.
             if not torch.stack(torch.aminmax(piece)).to(dtype).isfinite().all():
                 if not piece.isfinite().all():
-                    raise UserError(damage(weight))
-                told = f"comes out as {float(piece.abs().max()):g}, too large for its dtype (dtype=fp32 holds it)"
-                raise UserError(f"{weight}: {told}; nothing is written")
-            offset += put(narrow, descriptor, offset)
+                    raise UserError(explain_nonfinite(weight))
+                message = f"comes out as {float(piece.abs().max()):g}, too large for its dtype (dtype=fp32 holds it)"
+                raise UserError(f"{weight}: {message}; nothing is written")
+            offset += write_at(narrow, descriptor, offset)
             bar.update(narrow.nbytes)
     # Writing to disk begins now, not at the fsync, and what is there gives its memory to what comes next.
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def put(tensor: Tensor, descriptor: int, offset: int) -> int:
+def write_at(tensor: Tensor, descriptor: int, offset: int) -> int:
     """Write a tensor's bytes at an offset; returns their number."""
     content = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     written = 0
@@ -195,7 +195,7 @@ def put(tensor: Tensor, descriptor: int, offset: int) -> int:
     return written
 
 
-def plan_lines(outputs: list[Output]) -> Iterator[str]:
+def plan_lines(outputs: list[OutputFile]) -> Iterator[str]:
     """What would be written: one line for each tensor, and one for each file."""
     for output in outputs:
         for name in output.order:

@@ -20,27 +20,27 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sdft.errors import UserError
-from sdft.formats.foreign import refuse_other_architecture
-from sdft.formats.keys import PREFIXES, Place, hub_name, place_at
-from sdft.formats.stream import CODES, DTYPES, Entry, Stored, read_header
+from sdft.formats.keys import PREFIXES, KeyMapping, hub_name, mapping_for_single_key
+from sdft.formats.other_architectures import refuse_other_architecture
+from sdft.formats.safetensors_io import DTYPE_NAMES, DTYPES, StoredTensor, TensorInfo, read_header
 
 INDEX = "model_index.json"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-HARMLESS = ("position_ids", "denoiser.sigmas", "v_pred", "ztsnr")
+IGNORED_TENSORS = ("position_ids", "denoiser.sigmas", "v_pred", "ztsnr")
 """Tensors, or last words of their names, that are no weights: buffers and marks."""
 OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 LOGIT_SCALE = "conditioner.embedders.1.model.logit_scale"
-SCALE_KEY = "logit_scale"
+LOGIT_SCALE_KEY = "logit_scale"
 """In the metadata of a folder's second encoder: dtype and value of a tensor that diffusers has no place for."""
 
 
 @dataclass(frozen=True)
-class View(Entry):
+class WeightView(TensorInfo):
     """One weight: the tensor that holds its numbers, and which of them."""
 
-    stored: Stored
-    place: Place | None = None
-    slot: int = 0
+    stored: StoredTensor
+    place: KeyMapping | None = None
+    index: int = 0
 
 
 @dataclass
@@ -48,14 +48,14 @@ class Checkpoint:
     """The weights of a model by `part/name`, found in `root`."""
 
     root: Path
-    weights: dict[str, View]
+    weights: dict[str, WeightView]
     unknown: list[str]
     """Tensors without a place in SDXL."""
     metadata: dict[str, str]
     marks: frozenset[str] = frozenset()
     """Tensors that say something by being there."""
     num_vae_levels: int = 4
-    scale: Stored | None = None
+    scale: StoredTensor | None = None
     """CLIP's temperature, in single files; images do not depend on it."""
     pickled: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
@@ -97,8 +97,8 @@ class Checkpoint:
     def logit_scale(self) -> Tensor | None:
         """CLIP's temperature, where the checkpoint kept it."""
         if self.scale is not None:
-            return read_one(self.scale, self.pickled)
-        code, _, value = self.metadata.get(SCALE_KEY, "").partition(":")
+            return read_stored(self.scale, self.pickled)
+        code, _, value = self.metadata.get(LOGIT_SCALE_KEY, "").partition(":")
         return torch.tensor(float(value), dtype=DTYPES[code]) if code else None
 
     @contextmanager
@@ -107,7 +107,7 @@ class Checkpoint:
         with ExitStack() as stack:
             files: dict[Path, safe_open] = {}
 
-            def tensor(stored: Stored) -> Tensor:
+            def tensor(stored: StoredTensor) -> Tensor:
                 if self.pickled:
                     return self.pickled[stored.name]
                 if stored.file not in files:
@@ -116,13 +116,13 @@ class Checkpoint:
 
             yield lambda weight: self.read(weight, tensor)
 
-    def read(self, weight: str, tensor: Callable[[Stored], Tensor]) -> Tensor:
+    def read(self, weight: str, tensor: Callable[[StoredTensor], Tensor]) -> Tensor:
         """One weight, where `tensor` reads what the file holds."""
         view = self.weights[weight]
-        return view.place.to_folder(tensor(view.stored), view.slot) if view.place else tensor(view.stored)
+        return view.place.to_folder(tensor(view.stored), view.index) if view.place else tensor(view.stored)
 
 
-def read_one(stored: Stored, pickled: dict[str, Tensor]) -> Tensor:
+def read_stored(stored: StoredTensor, pickled: dict[str, Tensor]) -> Tensor:
     """One small tensor."""
     if pickled:
         return pickled[stored.name]
@@ -170,14 +170,14 @@ def open_vae(key: str, path: Path) -> Checkpoint:
     for tensor in stored:
         try:
             if any(".down_blocks." in name for name in names):
-                weights[f"vae/{_today('vae', tensor.name)}"] = View(tensor.dtype, tensor.shape, tensor)
+                weights[f"vae/{_current_name('vae', tensor.name)}"] = WeightView(tensor.dtype, tensor.shape, tensor)
             elif not whole or tensor.name.startswith(prefix):
-                place = place_at(tensor.name if whole else prefix + tensor.name, levels)
-                weights[place.weights[0]] = View(tensor.dtype, place.folder_shape(tensor.shape), tensor, place)
+                place = mapping_for_single_key(tensor.name if whole else prefix + tensor.name, levels)
+                weights[place.weights[0]] = WeightView(tensor.dtype, place.folder_shape(tensor.shape), tensor, place)
         except KeyError:
             unknown.append(tensor.name)
     checkpoint = Checkpoint(path, weights, unknown, {}, num_vae_levels=levels)
-    refuse_odd_numbers(where, checkpoint)
+    refuse_quantized(where, checkpoint)
     return checkpoint
 
 
@@ -200,15 +200,15 @@ def _folder(where: str, root: Path, variant: str | None) -> Checkpoint:
             stored, metadata = read_header(where, file)
             checkpoint.metadata |= metadata
             for tensor in stored:
-                if tensor.name.rpartition(".")[2] in HARMLESS:
+                if tensor.name.rpartition(".")[2] in IGNORED_TENSORS:
                     continue
-                weight = f"{part}/{_today(part, tensor.name)}"
+                weight = f"{part}/{_current_name(part, tensor.name)}"
                 if weight in checkpoint.weights:
                     first = checkpoint.weights[weight].stored.file.name
                     raise UserError(f"{where}: {weight} is in {first} and in {file.name}; leave one of them there")
-                checkpoint.weights[weight] = View(tensor.dtype, tensor.shape, tensor)
+                checkpoint.weights[weight] = WeightView(tensor.dtype, tensor.shape, tensor)
     checkpoint.num_vae_levels = _count_vae_levels(checkpoint.weights)
-    refuse_odd_numbers(where, checkpoint)
+    refuse_quantized(where, checkpoint)
     return checkpoint
 
 
@@ -230,7 +230,7 @@ def part_files(where: str, folder: Path, variant: str | None = None) -> list[Pat
     raise UserError(f"{where}: {folder.name} has the variants {variants}; choose one by model.variant")
 
 
-def _today(part: str, name: str) -> str:
+def _current_name(part: str, name: str) -> str:
     """A name in a folder as it is written today: VAE folders of 2023 have other names of the attention layers."""
     name = hub_name(part, name)
     if part == "vae" and ".attentions." in name:
@@ -241,7 +241,7 @@ def _today(part: str, name: str) -> str:
     return name
 
 
-def _single_file(where: str, root: Path, stored: list[Stored], metadata: dict[str, str]) -> Checkpoint:
+def _single_file(where: str, root: Path, stored: list[StoredTensor], metadata: dict[str, str]) -> Checkpoint:
     names = [tensor.name for tensor in stored]
     refuse_other_architecture(where, names)
     levels = _count_vae_levels(names)
@@ -250,16 +250,16 @@ def _single_file(where: str, root: Path, stored: list[Stored], metadata: dict[st
         if tensor.name == LOGIT_SCALE:
             checkpoint.scale = tensor
             continue
-        if tensor.name.rpartition(".")[2] in HARMLESS or tensor.name in HARMLESS:
+        if tensor.name.rpartition(".")[2] in IGNORED_TENSORS or tensor.name in IGNORED_TENSORS:
             continue
         try:
-            place = place_at(tensor.name, levels)
+            place = mapping_for_single_key(tensor.name, levels)
         except KeyError:
             checkpoint.unknown.append(tensor.name)
             continue
-        for slot, weight in enumerate(place.weights):
-            checkpoint.weights[weight] = View(tensor.dtype, place.folder_shape(tensor.shape), tensor, place, slot)
-    refuse_odd_numbers(where, checkpoint)
+        for index, weight in enumerate(place.weights):
+            checkpoint.weights[weight] = WeightView(tensor.dtype, place.folder_shape(tensor.shape), tensor, place, index)
+    refuse_quantized(where, checkpoint)
     return checkpoint
 
 
@@ -271,13 +271,13 @@ def _pickle(where: str, root: Path) -> Checkpoint:
         raise UserError(f"{where}: holds more than weights, or is cut off, and is not opened ({reason})") from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    stored = [Stored(CODES.get(t.dtype, "?"), tuple(t.shape), root, name) for name, t in tensors.items()]
+    stored = [StoredTensor(DTYPE_NAMES.get(t.dtype, "?"), tuple(t.shape), root, name) for name, t in tensors.items()]
     checkpoint = _single_file(where, root, stored, {})
     checkpoint.pickled = tensors
     return checkpoint
 
 
-def refuse_odd_numbers(where: str, checkpoint: Checkpoint) -> None:
+def refuse_quantized(where: str, checkpoint: Checkpoint) -> None:
     """Raise UserError for weights that are no plain floating-point numbers."""
     odd = sorted({view.dtype for view in checkpoint.weights.values()} - DTYPES.keys())
     if odd:
