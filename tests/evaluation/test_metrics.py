@@ -112,9 +112,9 @@ def test_a_copy_of_the_training_set_is_flagged() -> None:
     given = lab(training=source)
     jpeg = [np.clip(image.astype(int) + 3, 0, 255).astype(np.uint8) for image in copies]
     fresh, _ = toy("dreamy", 10)
-    assert mean(likeness.TrainableDDP()(drawn(copies), given)) == 1
-    assert mean(likeness.TrainableDDP()(drawn(jpeg), given)) == 1
-    assert mean(likeness.TrainableDDP()(drawn(fresh), given)) == 0
+    assert mean(likeness.Copies()(drawn(copies), given)) == 1
+    assert mean(likeness.Copies()(drawn(jpeg), given)) == 1
+    assert mean(likeness.Copies()(drawn(fresh), given)) == 0
     assert mean(likeness.Novelty()(drawn(copies), given)) < 1e-3 < 0.6 < mean(likeness.Novelty()(drawn(fresh), given))
 
 

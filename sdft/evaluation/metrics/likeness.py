@@ -102,7 +102,7 @@ class Novelty:
         return (_distances(drawn.seen_by(self.extractor), training).min(1).values / unit.clamp(min=1e-9)).numpy()
 
 
-class TrainableDDP:
+class Copies:
     """The share of pictures that are near copies of a training picture.
 
     threshold: the novelty below which a picture is a copy.
