@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sdft.errors import UserError
-from sdft.evaluation.parity import LEAST_EFFECT, export_errors
+from sdft.evaluation.export_check import MIN_EFFECT, export_errors
 from sdft.formats.adapter import lora_of, write_words
 from sdft.formats.checkpoint import open_checkpoint
 from sdft.formats.diffusers_folder import write_folder
@@ -43,7 +43,7 @@ class Export:
     ):
         self.dtype, self.single_file = DTYPES[dtype], single_file
         # Rounding a whole nano was seen to move its prediction by 0.2 to 0.9 eps of itself; twice that is let pass.
-        rounding = 2 * torch.finfo(self.dtype).eps / LEAST_EFFECT
+        rounding = 2 * torch.finfo(self.dtype).eps / MIN_EFFECT
         self.tolerance = tolerance or 0.02 + rounding
 
     def __call__(
