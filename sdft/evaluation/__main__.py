@@ -15,14 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 from sdft.config.command import build, verb
 from sdft.distributed.processes import ProcessInfo
 from sdft.errors import UserError
-from sdft.evaluation.comparison import Comparison, draw, measure, weighed
-from sdft.evaluation.models import Models
+from sdft.evaluation.comparison import Comparison, generate_images, measure, recommend
 from sdft.evaluation.page.write import write_page
 from sdft.evaluation.results import Results
 from sdft.evaluation.statistics import LEVEL
+from sdft.evaluation.subject_loader import SubjectLoader
 from sdft.evaluation.subjects import Subject
-from sdft.evaluation.sweeps import Job, subjects_of, trained_figures, with_trained
-from sdft.evaluation.tables import terminal_table, write_sheet, write_tables
+from sdft.evaluation.sweeps import Job, add_training_values, job_subjects, training_values
+from sdft.evaluation.tables import terminal_table, write_contact_sheet, write_tables
 from sdft.models.sdxl import SDXL
 from sdft.training.sweep import jobs_of
 
@@ -38,21 +38,21 @@ def main(cfg: DictConfig) -> None:
     # The cheap parts first: a wrong path is told before any weights are read.
     jobs = read_jobs(comparison.sweep) if comparison.sweep else []
     subjects = sweep_subjects(cfg, jobs) if comparison.sweep else comparison.read_subjects()
-    wanted = comparison.cells(subjects)
-    baseline = next(c.contestant for c in wanted if c.subject.name == (comparison.baseline or subjects[0].name))
-    lab = comparison.open_lab()
-    measures, left_out = comparison.measured(lab)
-    models = Models(comparison.model, cfg.model.get("weights"), find_device(), revive)
-    drawn = draw(comparison, subjects, models, place)
+    wanted = comparison.build_grid(subjects)
+    baseline = next(c.variant for c in wanted if c.subject.name == (comparison.baseline or subjects[0].name))
+    inputs = comparison.read_inputs()
+    measures, left_out = comparison.available_metrics(inputs)
+    models = SubjectLoader(comparison.model, cfg.model.get("weights"), find_device(), rebuild)
+    generated = generate_images(comparison, subjects, models, place)
     if place.rank > 0:
         return
-    results = measure(comparison, drawn, baseline, lab, measures)
+    results = measure(comparison, generated, baseline, inputs, measures)
     if jobs:
-        results = with_trained(results, trained_figures(jobs, subjects))
-    tradeoff, why_not = weighed(comparison, results, baseline)
+        results = add_training_values(results, training_values(jobs, subjects))
+    tradeoff, why_not = recommend(comparison, results, baseline)
     results = replace(results, tradeoff=tradeoff)
     written = write(comparison, results)
-    tell(results, comparison.front, written, left_out, why_not)
+    print_report(results, comparison.front, written, left_out, why_not)
 
 
 def find_device() -> torch.device:
@@ -79,10 +79,10 @@ def sweep_subjects(cfg: DictConfig, jobs: Sequence[Job]) -> list[Subject]:
     """The base and every finished job."""
     weights = cfg.model.get("weights")
     base = [Subject("base", weights, weights=weights)] if weights is not None else []
-    return [*base, *subjects_of(jobs)]
+    return [*base, *job_subjects(jobs)]
 
 
-def revive(run: Path) -> SDXL:
+def rebuild(run: Path) -> SDXL:
     """The model of a run as it was at its first step, what learns in it attached."""
     config = run / ".hydra" / "config.yaml"
     if not config.is_file():
@@ -100,7 +100,7 @@ def write(comparison: Comparison, results: Results) -> list[Path]:
     folder = comparison.run_dir
     try:
         tables = write_tables(folder, results)
-        write_sheet(folder / "grid.png", results)
+        write_contact_sheet(folder / "grid.png", results)
         write_page(folder / "report.html", results)
     except OSError as error:
         raise UserError(
@@ -115,7 +115,7 @@ def write(comparison: Comparison, results: Results) -> list[Path]:
     return [folder / "report.html", folder / "grid.png", *tables, folder / "pictures"]
 
 
-def tell(
+def print_report(
     results: Results, front: Sequence[str], written: Sequence[Path], left_out: Sequence[str], why_not: str
 ) -> None:
     """What came out and where it lies."""

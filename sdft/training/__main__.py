@@ -114,7 +114,7 @@ def announce(cfg: DictConfig, module, data, trainer) -> None:
 
 def conclude(cfg: DictConfig, trainer, module, export, verdict, train_seconds: float, record: dict) -> float | None:
     """Export, judge and report a finished run."""
-    from sdft.evaluation.verdict import BEFORE_AFTER
+    from sdft.evaluation.after_training import BEFORE_AFTER
     from sdft.training.callbacks.tracking import finish, log_picture
     from sdft.tuning.parameters import trainable_parameters
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sdft.errors import UserError
-from sdft.evaluation.parity import LEAST_EFFECT, export_errors
+from sdft.evaluation.export_check import MIN_EFFECT, export_errors
 from sdft.formats.adapter import lora_from_model, write_words
 from sdft.formats.diffusers_folder import write_folder
 from sdft.formats.lora_file import write_lora_file
@@ -42,7 +42,7 @@ class Export:
     ):
         self.dtype, self.single_file = DTYPES[dtype], single_file
         # Rounding the whole of nano moves its prediction by 0.2 to 0.9 eps, relative; twice that is allowed.
-        rounding = 2 * torch.finfo(self.dtype).eps / LEAST_EFFECT
+        rounding = 2 * torch.finfo(self.dtype).eps / MIN_EFFECT
         self.tolerance = tolerance or 0.02 + rounding
 
     def __call__(

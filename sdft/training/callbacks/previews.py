@@ -10,7 +10,7 @@ import lightning as L
 import numpy as np
 
 from sdft.errors import UserError
-from sdft.evaluation.pictures import save_grid
+from sdft.evaluation.image_grid import save_grid
 from sdft.hardware import autocast_precision
 from sdft.protocols import WeightAverage, strategy_hooks
 from sdft.sampling.generate import generate
