@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from sdft.errors import UserError
 from sdft.evaluation.run import CompareResult, find_device
 from sdft.evaluation.run import compare as run_comparison
 from sdft.evaluation.subject_loader import SubjectLoader
-from sdft.evaluation.subjects import read_subjects
+from sdft.evaluation.subjects import Worn, read_subjects
 from sdft.merging.run import MergeResult
 from sdft.merging.run import merge as run_merge
 from sdft.progress import no_progress_bars
@@ -56,9 +57,7 @@ def compose(root: str, overrides: Sequence[str] = (), *config_dirs: Any) -> Dict
         return config.compose(root, overrides, *config_dirs)
 
 
-def finetune(
-    cfg: DictConfig | Sequence[str] = (), *, verbose: bool = False, progress: bool = False
-) -> FinetuneResult:
+def finetune(cfg: DictConfig | Sequence[str] = (), *, verbose: bool = False, progress: bool = False) -> FinetuneResult:
     """Fine-tune a model on one device; the same as `python train.py OVERRIDES`.
 
     cfg: overrides, or a config of `compose("train", ...)`, which is checked again. With overrides, metrics are logged
@@ -117,19 +116,19 @@ def load_model(
     source, chosen = str(model), str(model)
     if (recorded := Path(source).expanduser() / ".hydra" / "config.yaml").is_file():
         chosen = str(OmegaConf.to_container(OmegaConf.load(recorded), resolve=True)["model"].get("weights"))  # type: ignore
-    words_given = [f"model={'nano' if chosen == 'nano' else 'sdxl'}", f"model.weights={_value(chosen)}"]
+    chosen_options = [f"model={'nano' if chosen == 'nano' else 'sdxl'}", f"model.weights={_value(chosen)}"]
     if dtype is not None:
-        words_given.append(f"model.dtype={_value(dict.fromkeys(('unet', 'text_encoder', 'text_encoder_2'), dtype))}")
-    cfg = compose("eval", [*words_given, "model.gradient_checkpointing=false", *overrides, "subjects={model: nano}"])
+        chosen_options.append(f"model.dtype={_value(dict.fromkeys(('unet', 'text_encoder', 'text_encoder_2'), dtype))}")
+    cfg = compose("eval", [*chosen_options, "model.gradient_checkpointing=false", *overrides, "subjects={model: nano}"])
     config.check(cfg)
     parts: list[Any] = [source]
     if lora is not None:
         parts.append({"lora": str(lora), "scale": scale})
-    if words is not None:
-        parts.append(str(words))
     with _quiet(progress=False), ExitStack() as stack:
         try:
             (subject,) = read_subjects({"model": parts if len(parts) > 1 else source})
+            if words is not None:
+                subject = replace(subject, worn=(*subject.worn, Worn(words=Path(words).expanduser())))
             loader = SubjectLoader(config.build(cfg.model), chosen, torch.device(device or find_device()))
             loaded = stack.enter_context(loader.open(subject))
         except UserError as error:
@@ -164,7 +163,7 @@ def sample(
     if not prompts:
         return []
     if isinstance(sampler, str):
-        sampler = copy.copy(_sampler(sampler, steps, float(cfg), negative, float(rescale), batch_size))
+        sampler = _sampler(sampler, steps, cfg, negative, rescale, batch_size)
     size_hw = (size, size) if isinstance(size, int) else (size[0], size[1])
     precision = precision or ("bf16" if model.device.type == "cuda" else "fp32")
     with _quiet(progress):
@@ -195,8 +194,8 @@ def compare(
 ) -> CompareResult:
     """Compare what models draw; the same as `python eval.py subjects={...} key=value ...`.
 
-    subjects: name -> `nano`, a hub id, a folder, a checkpoint, a run folder, a LoRA file, `{"lora": ..., "scale": ...}`,
-        or a list of these. None if `sweep=` names the folder of a sweep.
+    subjects: name -> `nano`, a hub id, a folder, a checkpoint, a run folder, a LoRA file, a dict with `lora` and
+        `scale`, or a list of these. None if `sweep=` names the folder of a sweep.
     overrides: of groups and single keys, as in `["model=sdxl", "sampler.steps=30"]`.
     settings: top-level keys of `conf/eval.yaml`: prompts, seeds, size, reference, judge, run_dir, ...
     """
@@ -231,13 +230,14 @@ def _training_config(given: DictConfig | Sequence[str]) -> tuple[DictConfig, lis
     named = dict(word.split("=", 1) for word in words if "=" in word)
     file = named.pop("reproduce", None)
     if file not in (None, "null") and (recorded := receipt.read(str(file)))["overrides"] is None:
-        run_dir = named.pop("run_dir", None) or str(compose("train", [f"name={_value(recorded['config']['name'])}"]).run_dir)
+        old = recorded["config"]
+        run_dir = named.pop("run_dir", None) or str(compose("train", [f"name={_value(old['name'])}"]).run_dir)
         if named:
             raise UserError(f"reproduce={file}: goes with run_dir only, not with {', '.join(named)}")
-        text = json.dumps(recorded["config"]).replace(json.dumps(recorded["config"]["run_dir"])[1:-1], run_dir)
+        text = json.dumps(old).replace(json.dumps(old["run_dir"])[1:-1], json.dumps(run_dir)[1:-1])
         return OmegaConf.create(json.loads(text) | {"reproduce": str(file)}), None
     words = receipt.recalled(words)
-    if not any(re.match(r"[+~]*(logger|experiment)\b", word) and word.startswith(("logger", "~logger")) for word in words):
+    if not any(re.match(r"~?logger\b", word) for word in words):
         words = ["logger=csv", *words]
     return compose("train", words), words
 
