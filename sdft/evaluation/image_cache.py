@@ -20,12 +20,12 @@ from typing import Literal, overload
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from sdft.distributed.processes import ProcessInfo
 from sdft.errors import UserError
 from sdft.evaluation.grid import GenerationSettings, GridCell
 from sdft.evaluation.subject_loader import SubjectLoader
+from sdft.progress import tqdm
 from sdft.rng import seed_of
 from sdft.sampling.generate import PromptEmbeddings, generate, refuse_size
 

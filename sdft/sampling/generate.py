@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sdft.batch import Conditioning
 from sdft.data.images import to_uint8
 from sdft.errors import UserError
+from sdft.progress import tqdm
 from sdft.protocols import DiffusionModel
 from sdft.rng import generator
 from sdft.sampling.guidance import guided

@@ -32,11 +32,13 @@ OF_THE_RUN = ("run_dir", "dry_run", "reproduce")
 """Config keys without influence on the result."""
 
 
-def begun(config: Mapping[str, Any], overrides: Sequence[str], model: nn.Module, data: Any, num_devices: int) -> dict:
+def begun(
+    config: Mapping[str, Any], overrides: Sequence[str] | None, model: nn.Module, data: Any, num_devices: int
+) -> dict:
     """The receipt of a run that is about to start. Hashes all base weights and images."""
     return {
         "config": dict(config),
-        "overrides": list(overrides),
+        "overrides": None if overrides is None else list(overrides),  # None: only the config is known
         "git": git_state(),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "hardware": hardware(num_devices),
@@ -72,6 +74,11 @@ def recalled(words: Sequence[str]) -> list[str]:
     for word in words:
         if word.startswith("reproduce=") and (path := word.partition("=")[2]) not in ("", "null"):
             recorded = read(path)["overrides"]
+            if recorded is None:
+                raise UserError(
+                    f"reproduce={path}: this run was started from Python with a config and no overrides; repeat it "
+                    f"there, sdft.finetune(['reproduce={path}'])"
+                )
             return [*(word for word in recorded if word.partition("=")[0] not in OF_THE_RUN), *words]
     return list(words)
 

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from sdft.hardware import default_precision, num_gpus
+from sdft.progress import are_shown
 from sdft.training.checkpoints import RunFiles
 from sdft.types import Count, NonNegative
 
@@ -55,6 +56,7 @@ def trainer(
     devices, num_nodes: processes per node, and nodes.
     log_every: optimizer steps between two logged figures.
     """
+    progress_bar = progress_bar and are_shown()
     if not torch.cuda.is_available():
         # This switch also disables the CPU kernel, whose backward pass took a third of nano's step.
         torch.backends.cuda.enable_flash_sdp(False)
