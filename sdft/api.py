@@ -31,7 +31,7 @@ from sdft.errors import UserError
 from sdft.evaluation.run import CompareResult, find_device
 from sdft.evaluation.run import compare as run_comparison
 from sdft.evaluation.subject_loader import SubjectLoader
-from sdft.evaluation.subjects import Worn, read_subjects
+from sdft.evaluation.subjects import AdapterFiles, read_subjects
 from sdft.merging.run import MergeResult
 from sdft.merging.run import merge as run_merge
 from sdft.progress import no_progress_bars
@@ -47,14 +47,16 @@ __all__ = ["CompareResult", "FinetuneResult", "MergeResult", "compare", "compose
            "sample"]  # fmt: skip
 
 
-def compose(root: str, overrides: Sequence[str] = (), *config_dirs: Any) -> DictConfig:
+def compose(root: str, overrides: Sequence[str] = (), config_dirs: Sequence[str | Path] = ()) -> DictConfig:
     """The config of a command (`train`, `eval`, `merge` ...), as its command line with these overrides composes it.
+
+    config_dirs: folders of your own that add options to any group, as `--config-dir` does.
 
     Interpolations stay, so that a value that is changed afterwards changes all that refers to it.
     Raises ConfigError, a UserError, for anything misspelt, misplaced or missing.
     """
     with _hydra_restored():
-        return config.compose(root, overrides, *config_dirs)
+        return config.compose(root, overrides, config_dirs=config_dirs)
 
 
 def finetune(cfg: DictConfig | Sequence[str] = (), *, verbose: bool = False, progress: bool = False) -> FinetuneResult:
@@ -128,7 +130,7 @@ def load_model(
         try:
             (subject,) = read_subjects({"model": parts if len(parts) > 1 else source})
             if words is not None:
-                subject = replace(subject, worn=(*subject.worn, Worn(words=Path(words).expanduser())))
+                subject = replace(subject, worn=(*subject.worn, AdapterFiles(words=Path(words).expanduser())))
             loader = SubjectLoader(config.build(cfg.model), chosen, torch.device(device or find_device()))
             loaded = stack.enter_context(loader.open(subject))
         except UserError as error:
