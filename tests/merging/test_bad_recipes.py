@@ -27,7 +27,7 @@ LINES = [
     ("a={a} b={b} threads=0", "error: threads=0: must be greater than or equal to 1"),
     ("a=nowhere b={b}", "a=nowhere: there is no such file or folder"),
     ("a={a} b={pickle}", "is not a .safetensors file"),
-    ("a={a} b={cut}", "cut.safetensors is cut off or no safetensors file"),
+    ("a={a} b={cut}", "cut.safetensors is truncated or not a safetensors file"),
     ("a={a} b={sd15}", "is a Stable Diffusion 1 or 2 model"),
     ("a={a} b={v}", "predicts epsilon and b={v} v_prediction"),
     ("a={a} b={lacking}", "only in a={a}: unet/conv_in.bias"),
