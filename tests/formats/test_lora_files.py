@@ -224,7 +224,7 @@ BAD = {
         {f"{KOHYA_QUERY}.hada_w{i}_{x}": (4, 4) for i in (1, 2) for x in "ab"} | {f"{KOHYA_QUERY}.dora_scale": (4, 1)},
         "has dora_scale, which does not belong to its other tensors",
     ),
-    "twice": ({DOWN: (2, 4), UP: (4, 2), f"unet.{QUERY}.lora_A.weight": (2, 4)}, "holds lora_down.weight of .* twice"),
+    "twice": ({DOWN: (2, 4), UP: (4, 2), f"unet.{QUERY}.lora_A.weight": (2, 4)}, "has lora_down.weight of .* twice"),
 }
 
 
