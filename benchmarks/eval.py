@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-from sdft.evaluation.gallery import Gallery
-from sdft.evaluation.grid import Axes, cells
-from sdft.evaluation.models import Models
+from sdft.evaluation.grid import Axes, build_grid
+from sdft.evaluation.image_cache import ImageCache
+from sdft.evaluation.subject_loader import SubjectLoader
 from sdft.evaluation.subjects import read_subjects
 from sdft.formats.adapter import write_lora
 from sdft.models.load import NANO, pretrained
@@ -45,12 +45,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sources = write_loras(Path(folder))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        models = Models(lambda weights="nano": pretrained(weights), "nano", device)
-        gallery = Gallery(Path(folder) / "ours", models, "fp32", BATCH)
+        models = SubjectLoader(lambda weights="nano": pretrained(weights), "nano", device)
+        cache = ImageCache(Path(folder) / "ours", models, "fp32", BATCH)
         pipeline, ours, theirs = None, 0.0, 0.0
         for subject in read_subjects(sources):
             begun = time.perf_counter()
-            gallery.fill(cells([subject], PROMPTS, range(SEEDS), Sampler("euler", STEPS, CFG), SIZE, Axes()))
+            cache.fill(build_grid([subject], PROMPTS, range(SEEDS), Sampler("euler", STEPS, CFG), SIZE, Axes()))
             ours += time.perf_counter() - begun
 
             begun = time.perf_counter()

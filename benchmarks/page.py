@@ -20,7 +20,7 @@ from playwright.sync_api import Browser, sync_playwright
 from sdft.data.toy.looks import LOOKS, render
 from sdft.data.toy.scenes import sample_scene
 from sdft.evaluation.page.write import write_page
-from sdft.evaluation.results import Compared, Estimate, Metric, Picture, Results
+from sdft.evaluation.results import Estimate, ImageResult, MetricInfo, Results, SubjectSummary
 
 PROMPTS, SEEDS, OPENINGS = 50, 10, 5
 DISTINCT = 40
@@ -53,11 +53,11 @@ def results(folder: Path, side: int) -> Results:
     for number, (name, prompt, seed) in enumerate(product(names, prompts, range(SEEDS))):
         settings = {"prompt": prompt, "seed": seed, "sampler": "dpm++ 2m", "steps": 20, "cfg": 5.0, "size": side}
         path = f"{number % DISTINCT}.png"
-        pictures.append(Picture(name, {"prompt": prompt, "seed": seed}, path, settings, {"adherence": 0.3}))
-    metric = Metric("adherence", "adherence", "higher", "How well a picture fits its prompt.")
+        pictures.append(ImageResult(name, {"prompt": prompt, "seed": seed}, path, settings, {"adherence": 0.3}))
+    metric = MetricInfo("adherence", "adherence", "higher", "How well a picture fits its prompt.")
     figures = {name: {"adherence": Estimate(0.3, 0.29, 0.31)} for name in names}
     axes = {"prompt": prompts, "seed": range(SEEDS)}
-    return Results("many", {}, axes, [Compared(n, "lora", n) for n in names], [metric], pictures, figures)
+    return Results("many", {}, axes, [SubjectSummary(n, "lora", n) for n in names], [metric], pictures, figures)
 
 
 def seconds_to_open(browser: Browser, page: Path) -> tuple[float, int]:

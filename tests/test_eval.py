@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from sdft.config.command import ConfigError, check, compose
 from sdft.errors import UserError
-from sdft.evaluation.models import Models, with_lora, with_words
-from sdft.evaluation.subjects import Subject, Worn, read_subjects
+from sdft.evaluation.subject_loader import SubjectLoader, with_lora, with_words
+from sdft.evaluation.subjects import AdapterFiles, Subject, read_subjects
 from sdft.formats.adapter import write_lora, write_words
 from sdft.models.load import pretrained
 from sdft.models.sdxl import SDXL
@@ -63,8 +63,8 @@ def base() -> SDXL:
 
 
 @pytest.fixture
-def models(base: SDXL) -> Models:
-    models = Models(lambda weights="nano": pretrained(weights), "nano", torch.device("cpu"))
+def models(base: SDXL) -> SubjectLoader:
+    models = SubjectLoader(lambda weights="nano": pretrained(weights), "nano", torch.device("cpu"))
     models.base = base
     return models
 
@@ -78,11 +78,11 @@ def traces(model: SDXL) -> Iterator[object]:
     yield [getattr(part, "peft_config", None) for part in (model.unet, model.text_encoder, model.text_encoder_2)]
 
 
-def test_a_run_draws_what_its_model_drew_and_leaves_no_trace(run: tuple[Path, np.ndarray], models: Models) -> None:
+def test_a_run_draws_what_its_model_drew_and_leaves_no_trace(run, models: SubjectLoader) -> None:
     folder, expected = run
     before, plain = list(traces(models.base)), picture(models.base)
     (subject,) = read_subjects({"mine": str(folder)})
-    assert subject.worn == (Worn(folder / "lora.safetensors", folder / "words.safetensors"),)
+    assert subject.worn == (AdapterFiles(folder / "lora.safetensors", folder / "words.safetensors"),)
     assert (subject.name, subject.source, subject.weights) == ("mine", str(folder), None)
     with models.open(subject) as model:
         drawn = picture(model)
@@ -102,15 +102,15 @@ def test_the_new_words_matter_by_themselves(run: tuple[Path, np.ndarray], base: 
     assert list(traces(base)) == before
 
 
-def test_a_lora_file_goes_on_the_base(run: tuple[Path, np.ndarray], models: Models) -> None:
+def test_a_lora_file_goes_on_the_base(run: tuple[Path, np.ndarray], models: SubjectLoader) -> None:
     (subject,) = read_subjects({"file": str(run[0] / "lora.safetensors")})
-    assert (subject.kind, subject.worn) == ("LoRA", (Worn(run[0] / "lora.safetensors"),))
+    assert (subject.kind, subject.worn) == ("LoRA", (AdapterFiles(run[0] / "lora.safetensors"),))
     with models.open(subject) as model:
         assert model is models.base
         assert any("lora_" in name for name, _ in model.text_encoder_2.named_parameters())
 
 
-def test_the_base_is_not_loaded_twice_and_others_are(models: Models, tmp_path: Path) -> None:
+def test_the_base_is_not_loaded_twice_and_others_are(models: SubjectLoader, tmp_path: Path) -> None:
     with models.open(Subject("base", "nano", weights="nano")) as model:
         assert model is models.base
     with (

@@ -19,7 +19,11 @@ LAYERS = {
     "train": VERBS,
     "eval": VERBS,
     "sdft.config": VERBS,
+    "sdft.api": VERBS,
+    "sdft.training.run": VERBS,
     "sdft.training.sweep": VERBS,
+    "sdft.evaluation.run": VERBS,
+    "sdft.merging.run": VERBS,
     "sdft.planning.dry_run": VERBS,
     "sdft.training": LIGHTNING,
     "sdft.module": LIGHTNING,
@@ -36,6 +40,8 @@ LAYERS = {
     "sdft.distributed.sharding": WORDS,
     "sdft.errors": WORDS,
     "sdft.hardware": WORDS,
+    "sdft.progress": WORDS,
+    "sdft.protocols": WORDS,
     "sdft.rng": WORDS,
     "sdft.types": WORDS,
 }
@@ -66,7 +72,7 @@ FENCES = {
 }
 """Who may import what; a third party that is not named here is free."""
 
-FOR_WORDS = {"torch", "annotated_types", *sys.stdlib_module_names}
+FOR_WORDS = {"torch", "annotated_types", "tqdm", *sys.stdlib_module_names}
 
 FILES = sorted([*(ROOT / "sdft").rglob("*.py"), *ROOT.glob("*.py")])
 

@@ -26,7 +26,7 @@ PRELOADED = (
     "sdft.training.callbacks.previews",
     "sdft.config.command",
     "sdft.evaluation.page.write",
-    "sdft.evaluation.verdict",
+    "sdft.evaluation.after_training",
     "sdft.merging.merge",
     "sdft.module",
     "sdft.training.trainer",

@@ -37,7 +37,9 @@ from sdft.errors import UserError
 
 __all__ = ["CONF_DIR", "ConfigError", "build", "check", "compose", "quoted", "verb"]
 
-CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+PACKAGE = Path(__file__).resolve().parents[1]
+CONF_DIR = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
+"""In an installed package beside its modules, in a checkout beside `sdft/`."""
 MOST_JOBS = 1000
 ERROR = "error.txt"
 """In the folder of a job of a sweep that failed."""

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 from PIL import Image
-from tqdm import tqdm
 
 from sdft.config.command import build, verb
 from sdft.data.contact_sheet import ContactSheet
@@ -20,6 +19,7 @@ from sdft.data.sharding import write_shards
 from sdft.data.sources import ToyWorld
 from sdft.data.survey import survey
 from sdft.errors import UserError
+from sdft.progress import tqdm
 
 MISSING = "(no caption)"
 
@@ -95,8 +95,14 @@ def toy(cfg: DictConfig) -> None:
 
 COMMANDS = {"check": check, "cache": cache, "shard": shard, "toy": toy}
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Run the command that the first argument names."""
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         print(f"error: name one of: {', '.join(COMMANDS)}, as in python -m sdft.data toy out=DIR", file=sys.stderr)
         raise SystemExit(2)
     COMMANDS[sys.argv.pop(1)]()
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,6 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from tqdm import tqdm
 
 from sdft.batch import Batch
 from sdft.data.buckets import bucket_sizes
@@ -29,6 +28,7 @@ from sdft.data.record import Record
 from sdft.data.scan import Unreadables, only_readable
 from sdft.data.sources import Folder, HuggingFace, Shards
 from sdft.errors import UserError
+from sdft.progress import tqdm
 from sdft.types import Count, Fraction, Index
 
 NUM_AHEAD = 4

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sdft.data.cache import Cache, digest, fingerprint
 from sdft.data.dataset import Pictures, States, Variant, collate
 from sdft.data.packed import Lookup, Strings
 from sdft.data.scan import Scan, in_threads
+from sdft.progress import tqdm
 
 PIXELS_AT_ONCE = 4 * 1024 * 1024
 """Of one batch of the encoder: four pictures at SDXL's size."""

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Literal, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from sdft.data.dataset import Source
 from sdft.data.decode import Unreadable, examine
@@ -21,6 +20,7 @@ from sdft.data.problems import listed
 from sdft.data.record import Record, Seen
 from sdft.data.sources.splits import Part, encoded
 from sdft.errors import UserError
+from sdft.progress import tqdm
 
 Unreadables = Literal["error", "skip"]
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from annotated_types import MinLen
 from sdft.errors import UserError
 from sdft.evaluation.results import Value
 from sdft.evaluation.subjects import FINAL, Subject
-from sdft.sampling.samplers import Name, Sampler
+from sdft.sampling.samplers import Sampler
 from sdft.types import Count, Fraction, Index, NonNegative
 
 Axis = Literal["sampler", "cfg", "steps", "rescale", "negative", "size", "scale", "step"]
@@ -36,7 +36,7 @@ class Axes:
 
     def __init__(
         self,
-        sampler: Sequence[Name] | None = None,
+        sampler: Sequence[str] | None = None,
         cfg: Sequence[NonNegative] | None = None,
         steps: Sequence[Count] | None = None,
         rescale: Sequence[Fraction] | None = None,
@@ -65,25 +65,25 @@ class Axes:
 
 
 @dataclass(frozen=True)
-class Setting:
+class GenerationSettings:
     """Everything a picture is made with, besides the weights."""
 
     prompt: str
     seed: int
-    sampler: Name
+    sampler: str
     steps: int
     cfg: float
     rescale: float
     negative: str
     size_hw: tuple[int, int]
 
-    def drawn_by(self, batch_size: int) -> Sampler:
+    def to_sampler(self, batch_size: int) -> Sampler:
         """The sampler that draws it."""
         return Sampler(self.sampler, self.steps, self.cfg, self.negative, self.rescale, batch_size)
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridCell:
     """One picture to be drawn.
 
     contestant: the subject as it is known in the results: with the values of the axes that compete.
@@ -91,11 +91,11 @@ class Cell:
     scale: of the subject's LoRAs. step: of training, FINAL for the finished weights.
     """
 
-    contestant: str
+    variant: str
     subject: Subject
     scale: float
     step: int
-    setting: Setting
+    settings: GenerationSettings
     axes: Mapping[str, Value]
     varied: Mapping[str, Value]
 
@@ -105,7 +105,7 @@ class Cell:
         return tuple(self.axes.items())
 
 
-def cells(
+def build_grid(
     subjects: Sequence[Subject],
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -113,7 +113,7 @@ def cells(
     size: Size,
     axes: Axes,
     compete: Sequence[Axis] = (),
-) -> list[Cell]:
+) -> list[GridCell]:
     """The grid, subject by subject, and within one from the slowest axis to prompts and seeds."""
     default = {**options_of(sampler), "size": _hashable(size), "scale": 1.0}
     steps = training_steps(subjects, axes.step)
@@ -128,9 +128,9 @@ def cells(
             told = {name: _value(point[name]) for name in shown if point[name] is not None}
             varied = {name: value for name, value in told.items() if name in compete}
             other = {name: value for name, value in told.items() if name not in compete}
-            contestant = " ".join([subject.name, *(f"{name} {_short(value)}" for name, value in varied.items())])
+            variant = " ".join([subject.name, *(f"{name} {_short(value)}" for name, value in varied.items())])
             for prompt, seed in itertools.product(prompts, seeds):
-                found.append(_cell(contestant, subject, point, prompt, seed, other, varied))
+                found.append(_cell(variant, subject, point, prompt, seed, other, varied))
     return found
 
 
@@ -145,7 +145,7 @@ def options_of(sampler: Sampler) -> dict[str, Value]:
     }
 
 
-def size_in_words(size: Size) -> str:
+def size_text(size: Size) -> str:
     """Width x height."""
     h, w = (size, size) if isinstance(size, int) else size
     return f"{w}x{h}"
@@ -196,10 +196,10 @@ def _points(subject: Subject, values: Mapping[str, Sequence], compete: Sequence[
 
 
 def _cell(
-    contestant: str, subject: Subject, point: Mapping, prompt: str, seed: int, other: Mapping, varied: Mapping
-) -> Cell:
+    variant: str, subject: Subject, point: Mapping, prompt: str, seed: int, other: Mapping, varied: Mapping
+) -> GridCell:
     size, step = point["size"], point["step"]
-    setting = Setting(
+    settings = GenerationSettings(
         prompt=prompt,
         seed=seed,
         sampler=point["sampler"],
@@ -212,7 +212,7 @@ def _cell(
     scale = 1.0 if point["scale"] is None else point["scale"]
     # A run's last step is what it exported.
     step = FINAL if step is None or not subject.steps or step == subject.steps[-1] else step
-    return Cell(contestant, subject, scale, step, setting, {"prompt": prompt, "seed": seed, **other}, varied)
+    return GridCell(variant, subject, scale, step, settings, {"prompt": prompt, "seed": seed, **other}, varied)
 
 
 def _hashable(value):
@@ -221,7 +221,7 @@ def _hashable(value):
 
 def _value(value) -> Value:
     """As tables and pages show it."""
-    return size_in_words(value) if isinstance(value, tuple) else value
+    return size_text(value) if isinstance(value, tuple) else value
 
 
 def _short(value: Value) -> str:

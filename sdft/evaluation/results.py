@@ -1,6 +1,7 @@
-"""What a comparison found, as plain data: pictures with their settings and figures, estimates, verdicts.
+"""The results of a comparison as plain data: images with their settings and values, estimates, verdicts.
 
-The one thing that drawing and measuring hand to tables, plots and the page. Knows neither models nor HTML.
+Tables, charts and the page are made from these alone. The field names are the keys of `results.json`: in them, a
+`figure` is the value of a metric.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Value = str | int | float
-"""Of an axis: a sampler's name, a seed, a guidance scale."""
+"""A value of an axis: a sampler's name, a seed, a guidance scale."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval, which is None where one number is all there is."""
+    """The value of a metric with its 95 % interval, which is None if there is only one number."""
 
     value: float
     low: float | None = None
@@ -23,22 +24,26 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Metric:
-    """What a figure means. `better` is None where neither direction is: contrast is a matter of taste."""
+class MetricInfo:
+    """The description of a metric.
+
+    name: key in tables and in `results.json`. label: name for readers.
+    better: the better direction; None if there is none, as for contrast.
+    meaning: one plain sentence, shown beside the values.
+    """
 
     name: str
     label: str
     better: Literal["higher", "lower"] | None
     meaning: str
-    """One plain sentence, shown beside the figure."""
 
 
 @dataclass(frozen=True)
-class Compared:
-    """A subject as the reader knows it.
+class SubjectSummary:
+    """What readers see of a subject: its name, its kind (`model`, `LoRA`) and its source, as the user wrote it.
 
-    varied: what tells it from the others in a sweep, such as rank and rate.
-    cost: what it took, where known: seconds of training, parameters, bytes.
+    varied: the values that distinguish it from the others, such as the rank in a sweep.
+    cost: if known, seconds of training, number of trained parameters, bytes of the file.
     """
 
     name: str
@@ -49,13 +54,13 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of the grid.
+class ImageResult:
+    """One image of the grid.
 
-    axes: where it stands in the grid, without the subject: prompt, seed, sampler, cfg, steps ...
+    axes: its position in the grid, without the subject: prompt, seed, sampler, cfg, steps ...
     path: of the PNG, relative to the page.
-    settings: everything it was made with, to make it again.
-    figures: metric name -> what was measured on this picture alone.
+    settings: everything that is needed to generate it again.
+    figures: metric name -> value of this image.
     """
 
     subject: str
@@ -67,11 +72,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a subject differs from the baseline in one metric, over pairs of the same prompt and seed.
+    """The tested difference of a subject from the baseline in one metric, over pairs of the same prompt and seed.
 
-    difference: subject minus baseline. p: after Holm's correction. effect: standardised difference.
-    detectable: the smallest difference that this many pairs would have shown (80 % power, 5 % level).
-    sentence: the same in words; says "no detectable difference" where that is so.
+    difference: subject minus baseline. p: after Holm's correction. effect: difference in standard deviations.
+    detectable: the smallest difference that this number of pairs can detect (80 % power, 5 % level).
+    sentence: the result in words, such as "no detectable difference".
     """
 
     subject: str
@@ -87,7 +92,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """Two metrics against each other, the subjects that no other beats in both, and the one to keep."""
+    """The trade-off of two metrics: the subjects on the Pareto front, the one to keep, and the reason."""
 
     x: str
     y: str
@@ -98,7 +103,7 @@ class Tradeoff:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A metric over two varied values of a sweep; cell (row, column) is a mean over repeats with its interval."""
+    """A metric over two varied values of a sweep; cell (row, column) is the mean over repetitions with its interval."""
 
     metric: str
     row_name: str
@@ -108,16 +113,16 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Results:
-    """All of it. `figures[subject][metric]` is the subject's estimate over its pictures."""
+    """All results. `figures[subject][metric]` is the estimate of a metric over the images of a subject."""
 
     title: str
     settings: Mapping[str, Value]
-    """What all pictures share."""
+    """The settings that all images have in common."""
     axes: Mapping[str, Sequence[Value]]
-    """Each axis of the grid with its values, in order; without the subject."""
-    subjects: Sequence[Compared]
-    metrics: Sequence[Metric]
-    pictures: Sequence[Picture]
+    """Each axis of the grid with its values in order, without the subject."""
+    subjects: Sequence[SubjectSummary]
+    metrics: Sequence[MetricInfo]
+    pictures: Sequence[ImageResult]
     figures: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     verdicts: Sequence[Verdict] = ()
     tradeoff: Tradeoff | None = None

@@ -17,7 +17,7 @@ from scipy import stats
 from sdft.evaluation.results import Estimate
 from sdft.rng import seed_of
 
-LEAST = 6
+MIN_UNITS = 6
 """Units from which a sign-flip test can reach 5 %: 2 of the 2^6 patterns of signs are 3 %."""
 LEVEL, POWER = 0.05, 0.8
 RESAMPLES = 4999
@@ -36,7 +36,7 @@ class Difference:
 
 def units(prompts: Sequence[str], seeds: Sequence[int]) -> list[Hashable]:
     """The unit of each picture."""
-    if len(set(prompts)) >= LEAST:
+    if len(set(prompts)) >= MIN_UNITS:
         return list(prompts)
     return list(zip(prompts, seeds, strict=True))
 
@@ -77,7 +77,7 @@ def sign_flip(d: np.ndarray) -> float:
 
     The same as scipy's `permutation_test`, which takes a thousand times as long over all patterns.
     """
-    if len(d) < LEAST or not np.any(d):
+    if len(d) < MIN_UNITS or not np.any(d):
         return 1.0
     sums = np.abs(_signs(len(d)) @ d)
     # As large as the one that was seen, rounding aside; the first pattern is the one that was seen.
@@ -89,7 +89,7 @@ def detectable(spread: float, n: int, num_comparisons: int = 1) -> float:
 
     (t_{1 - a/2} + t_{80 %}) spread / sqrt(n), by Student's t with n - 1 degrees; infinite where n is too small.
     """
-    if n < LEAST:
+    if n < MIN_UNITS:
         return float("inf")
     t = stats.t(n - 1)
     return float((t.ppf(1 - LEVEL / num_comparisons / 2) + t.ppf(POWER)) * spread / np.sqrt(n))

@@ -28,7 +28,7 @@ Source = Part | Sequence[Part]
 
 
 @dataclass(frozen=True)
-class Worn:
+class AdapterFiles:
     """A LoRA, and new words, on a model."""
 
     lora: Path | None = None
@@ -44,7 +44,7 @@ class Subject:
     source: str
     weights: str | None = None
     """Of a model of its own; none for the base model."""
-    worn: tuple[Worn, ...] = ()
+    worn: tuple[AdapterFiles, ...] = ()
     run: Path | None = None
     """The folder of `train.py`."""
     num_steps: int | None = None
@@ -58,7 +58,7 @@ class Subject:
         return f"subjects.{self.name}={self.source}"
 
     @property
-    def loras(self) -> list[Worn]:
+    def loras(self) -> list[AdapterFiles]:
         """What has a strength."""
         return [worn for worn in self.worn if worn.lora is not None]
 
@@ -120,7 +120,7 @@ def _part(name: str, source: Part) -> Subject:
     found = _place(name, lora)
     if not found.loras:
         raise UserError(f"subjects.{name}.lora={lora}: is {found.kind or 'no LoRA'}, not a LoRA, and has no scale")
-    worn = tuple(Worn(worn.lora, worn.words, float(scale)) for worn in found.worn)
+    worn = tuple(AdapterFiles(worn.lora, worn.words, float(scale)) for worn in found.worn)
     return Subject(name, f"{lora} x {scale:g}", None, worn, cost=found.cost)
 
 
@@ -155,7 +155,7 @@ def _run(name: str, source: str, folder: Path, left: RunOutputs) -> Subject:
         cost["bytes"] = float(sum(file.stat().st_size for file in files))
     run, steps = folder, what.get("num_steps")
     if left.lora is not None:
-        worn = (Worn(left.lora, paths.get("words")),)
+        worn = (AdapterFiles(left.lora, paths.get("words")),)
         return Subject(name, source, None, worn, run, steps, cost)
     if "model" in paths and (paths["model"] / "model_index.json").is_file():
         return Subject(name, source, str(paths["model"]), (), run, steps, cost)
@@ -168,7 +168,7 @@ def _file(name: str, source: str, path: Path) -> Subject:
         raise UserError(f"{key}: is no .safetensors file; of a run, pass its folder")
     names, _ = read_names(key, path)
     if is_lora(names):
-        return Subject(name, source, worn=(Worn(path),), cost={"bytes": float(path.stat().st_size)})
+        return Subject(name, source, worn=(AdapterFiles(path),), cost={"bytes": float(path.stat().st_size)})
     if any(tensor.startswith("model.diffusion_model.") for tensor in names):
         return Subject(name, source, weights=source, cost={"bytes": float(path.stat().st_size)})
     raise UserError(f"{key}: is neither an SDXL checkpoint nor a LoRA")

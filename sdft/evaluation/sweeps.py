@@ -1,6 +1,6 @@
-"""A sweep as a comparison: each job a subject with what it varied and cost, and maps of every metric over two values.
+"""A sweep as a comparison: each job is a subject, and every metric gets a heat map over two varied values.
 
-Knows folders of jobs and figures. Must not know who swept.
+Reads the folders of a multirun, whatever launched it.
 """
 
 from __future__ import annotations
@@ -15,40 +15,43 @@ import numpy as np
 from scipy import stats
 
 from sdft.errors import UserError
-from sdft.evaluation.results import Compared, Estimate, HeatMap, Metric, Results, Value
+from sdft.evaluation.results import Estimate, HeatMap, MetricInfo, Results, SubjectSummary, Value
 from sdft.evaluation.subjects import Subject, read_subjects
 from sdft.formats.run_folder import SUMMARY
 
 REPEATS = "seed"
-"""The value that makes repeats of one job rather than other jobs."""
-TRAINED = {
-    "style_gain": Metric("style_gain", "style gain", "higher", "As training measured it: 0 is the base, 1 the look."),
-    "val/eps_mse": Metric("val/eps_mse", "validation loss", "lower", "Error in the noise at the end of training."),
+"""The config key whose values make repetitions of a job, over which heat maps average."""
+TRAINING_METRICS = {
+    "style_gain": MetricInfo(
+        "style_gain", "style gain", "higher", "Measured after training: 0 is the base model, 1 the target style."
+    ),
+    "val/eps_mse": MetricInfo("val/eps_mse", "validation loss", "lower", "Error in the noise at the end of training."),
 }
+"""Values of `summary.json` that are shown beside those of the comparison."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep: its folder, what was said to it, and its summary, empty where it did not finish."""
+    """One run of a sweep: its folder, its command-line overrides, and its summary, empty if it did not finish."""
 
     folder: Path
-    said: Mapping[str, str]
+    overrides: Mapping[str, str]
     summary: Mapping[str, Any]
 
 
-def subjects_of(jobs: Sequence[Job]) -> list[Subject]:
-    """A subject for each finished job, named by what it varied."""
+def job_subjects(jobs: Sequence[Job]) -> list[Subject]:
+    """A subject for each finished job, named by the values that vary, such as `rank 4, lr 0.001`."""
     finished = [job for job in jobs if job.summary]
     if not finished:
-        raise UserError(f"sweep: no job has finished (none has a {SUMMARY}); look at the folders of the jobs")
-    keys = dict.fromkeys(key for job in finished for key in job.said)
-    varied = [key for key in keys if len({job.said.get(key) for job in finished}) > 1]
+        raise UserError(f"sweep: no job has finished (none has a {SUMMARY}); read the logs in their folders")
+    keys = dict.fromkeys(key for job in finished for key in job.overrides)
+    varied = [key for key in keys if len({job.overrides.get(key) for job in finished}) > 1]
     short = {key: key.rpartition(".")[2].rpartition("/")[2] for key in varied}
     if len(set(short.values())) < len(short):
         short = {key: key for key in varied}
     found = []
     for job in finished:
-        values = {short[key]: number(job.said[key]) for key in varied if key in job.said}
+        values = {short[key]: number(job.overrides[key]) for key in varied if key in job.overrides}
         (subject,) = read_subjects({job.folder.name: str(job.folder)})
         name = ", ".join(f"{key} {value}" for key, value in values.items()) or job.folder.name
         found.append(replace(subject, name=name, varied=values))
@@ -57,20 +60,20 @@ def subjects_of(jobs: Sequence[Job]) -> list[Subject]:
     return found
 
 
-def trained_figures(jobs: Sequence[Job], subjects: Sequence[Subject]) -> dict[str, dict[str, Estimate]]:
-    """What training measured of each subject."""
+def training_values(jobs: Sequence[Job], subjects: Sequence[Subject]) -> dict[str, dict[str, Estimate]]:
+    """The values of `TRAINING_METRICS` in the summary of each subject's run."""
     by_source = {str(job.folder): job.summary for job in jobs}
-    told = {subject.name: by_source.get(subject.source, {}) for subject in subjects}
+    summaries = {subject.name: by_source.get(subject.source, {}) for subject in subjects}
     return {
-        name: {key: Estimate(float(summary[key])) for key in TRAINED if isinstance(summary.get(key), int | float)}
-        for name, summary in told.items()
+        name: {key: Estimate(float(summary[key])) for key in TRAINING_METRICS if _is_number(summary.get(key))}
+        for name, summary in summaries.items()
     }
 
 
 def heat_maps(
-    subjects: Sequence[Compared], metrics: Sequence[Metric], figures: Mapping[str, Mapping[str, Estimate]]
+    subjects: Sequence[SubjectSummary], metrics: Sequence[MetricInfo], figures: Mapping[str, Mapping[str, Estimate]]
 ) -> list[HeatMap]:
-    """Each metric over the two values that vary; nothing where fewer or more than two do, repeats aside."""
+    """Each metric over the two values that vary; an empty list unless exactly two vary besides the seed."""
     names = dict.fromkeys(name for subject in subjects for name in subject.varied if name != REPEATS)
     axes = [name for name in names if len({subject.varied.get(name) for subject in subjects if subject.varied}) > 1]
     if len(axes) != 2:
@@ -83,22 +86,22 @@ def heat_maps(
             if row in subject.varied and column in subject.varied and metric.name in figures.get(subject.name, {}):
                 cells[subject.varied[row], subject.varied[column]].append(figures[subject.name][metric.name])
         if cells:
-            means = {cell: over_repeats(repeats) for cell, repeats in sorted(cells.items(), key=_order)}
+            means = {cell: average_repeats(repeats) for cell, repeats in sorted(cells.items(), key=_order)}
             found.append(HeatMap(metric.name, row, column, means))
     return found
 
 
-def over_repeats(repeats: Sequence[Estimate]) -> Estimate:
-    """The mean of repeats and, from their own variance, its interval; a single job keeps its own."""
+def average_repeats(repeats: Sequence[Estimate]) -> Estimate:
+    """The mean of the repetitions with its 95 % t-interval; a single job keeps its own interval."""
     if len(repeats) == 1:
         return repeats[0]
     values = np.array([repeat.value for repeat in repeats])
-    reach = stats.t(len(values) - 1).ppf(0.975) * values.std(ddof=1) / np.sqrt(len(values))
-    return Estimate(float(values.mean()), float(values.mean() - reach), float(values.mean() + reach))
+    half_width = stats.t(len(values) - 1).ppf(0.975) * values.std(ddof=1) / np.sqrt(len(values))
+    return Estimate(float(values.mean()), float(values.mean() - half_width), float(values.mean() + half_width))
 
 
 def number(text: str) -> Value:
-    """The number that a text is, or the text."""
+    """The text as a number, if it is one."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -107,15 +110,19 @@ def number(text: str) -> Value:
     return text
 
 
-def with_trained(results: Results, trained: Mapping[str, Mapping[str, Estimate]]) -> Results:
-    """The results with what training measured beside what was measured now."""
+def add_training_values(results: Results, trained: Mapping[str, Mapping[str, Estimate]]) -> Results:
+    """The results with the values that training measured as further metrics."""
     if not any(trained.values()):
         return results
     figures = {name: {**own, **trained.get(name, {})} for name, own in results.figures.items()}
-    there = [metric for key, metric in TRAINED.items() if any(key in own for own in trained.values())]
-    metrics = [*results.metrics, *there]
+    known = [metric for key, metric in TRAINING_METRICS.items() if any(key in own for own in trained.values())]
+    metrics = [*results.metrics, *known]
     maps = heat_maps(results.subjects, metrics, figures)
     return replace(results, metrics=metrics, figures=figures, heat_maps=maps)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def _order(cell: tuple[tuple[Value, Value], Any]) -> tuple:

@@ -1,4 +1,4 @@
-"""What a comparison leaves besides the page: a table of pictures, all of it as JSON, and one sheet of pictures."""
+"""The files of a comparison besides the page: a table with a row per image, all results as JSON, a contact sheet."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sdft.evaluation.pictures import save_grid
-from sdft.evaluation.results import Estimate, Picture, Results
+from sdft.evaluation.image_grid import save_grid
+from sdft.evaluation.results import Estimate, ImageResult, Results
 
-MOST_ROWS, MOST_COLUMNS = 40, 24
-"""Of the sheet: what can be looked at."""
+MAX_ROWS, MAX_COLUMNS = 40, 24
+"""Of the contact sheet; more would be too small to see."""
 
 
 def write_tables(folder: Path, results: Results) -> list[Path]:
-    """`results.csv`, `results.json` and, where pyarrow is installed, `results.parquet`."""
+    """Write `results.csv`, `results.json` and, if pyarrow is installed, `results.parquet`."""
     rows, written = picture_rows(results), [folder / "results.csv", folder / "results.json"]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
@@ -35,13 +35,13 @@ def write_tables(folder: Path, results: Results) -> list[Path]:
     except ImportError:
         return written
     values = {name: [row.get(name) for row in rows] for name in columns}
-    same = {name: _of_one_type(column) for name, column in values.items()}
-    pyarrow.parquet.write_table(pyarrow.table(same), folder / "results.parquet")
+    typed = {name: _of_one_type(column) for name, column in values.items()}
+    pyarrow.parquet.write_table(pyarrow.table(typed), folder / "results.parquet")
     return [*written, folder / "results.parquet"]
 
 
 def picture_rows(results: Results) -> list[dict[str, Any]]:
-    """One row a picture: subject, axes, settings, figures, path."""
+    """One row per image: subject, axes, settings, metrics, path."""
     varied = {subject.name: subject.varied for subject in results.subjects}
     return [
         {"subject": p.subject, **p.axes, **p.settings, **varied[p.subject], **p.figures, "path": p.path}
@@ -50,27 +50,27 @@ def picture_rows(results: Results) -> list[dict[str, Any]]:
 
 
 def as_json(results: Results) -> dict[str, Any]:
-    """Plain data; what is no number is null."""
-    told = asdict(results)
-    for heat_map in told["heat_maps"]:
+    """The results as JSON types; NaN and infinity become null."""
+    data = asdict(results)
+    for heat_map in data["heat_maps"]:
         heat_map["cells"] = [{"row": r, "column": c, **cell} for (r, c), cell in heat_map["cells"].items()]
-    return _finite(told)
+    return _finite(data)
 
 
-def write_sheet(path: Path, results: Results) -> None:
-    """One picture of all: a row a subject, a column a prompt, seed and setting; the first of them where many."""
+def write_contact_sheet(path: Path, results: Results) -> None:
+    """Write one image with all images: a row per subject, a column per prompt, seed and setting; at most 40 x 24."""
     folder = path.parent
-    rows: dict[str, dict[tuple, Picture]] = {}
+    rows: dict[str, dict[tuple, ImageResult]] = {}
     columns: dict[tuple, str] = {}
     for picture in results.pictures:
         key = tuple(picture.axes.items())
         columns.setdefault(key, _title(picture.axes, results))
         rows.setdefault(picture.subject, {})[key] = picture
-    shown = list(columns)[:MOST_COLUMNS]
+    shown = list(columns)[:MAX_COLUMNS]
     first = results.pictures[0]
     with Image.open(folder / first.path) as opened:
         size = opened.size
-    tiles, names = [], list(rows)[:MOST_ROWS]
+    tiles, names = [], list(rows)[:MAX_ROWS]
     for name in names:
         found = [rows[name].get(key) for key in shown]
         blank = np.full((size[1], size[0], 3), 255, np.uint8)
@@ -79,12 +79,12 @@ def write_sheet(path: Path, results: Results) -> None:
 
 
 def terminal_table(results: Results) -> str:
-    """A row a subject, a column a metric, with intervals."""
+    """A row per subject, a column per metric, with 95 % intervals."""
     metrics = [metric for metric in results.metrics if any(metric.name in own for own in results.figures.values())]
     cells = [["", *(f"{m.label} {ARROWS[m.better]}".strip() for m in metrics)]]
     for subject in results.subjects:
         own = results.figures.get(subject.name, {})
-        cells.append([subject.name, *(_told(own.get(metric.name)) for metric in metrics)])
+        cells.append([subject.name, *(_with_interval(own.get(metric.name)) for metric in metrics)])
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join(lines)
@@ -93,7 +93,7 @@ def terminal_table(results: Results) -> str:
 ARROWS = {"higher": "↑", "lower": "↓", None: ""}
 
 
-def _told(estimate: Estimate | None) -> str:
+def _with_interval(estimate: Estimate | None) -> str:
     if estimate is None:
         return "-"
     if estimate.low is None or estimate.high is None:
@@ -102,7 +102,7 @@ def _told(estimate: Estimate | None) -> str:
 
 
 def _title(axes, results: Results) -> str:
-    """The prompt, and of the other axes those that vary."""
+    """The prompt and the values of the other axes that vary."""
     others = [
         f"{name} {value}"
         for name, value in axes.items()
@@ -117,7 +117,7 @@ def _tile(path: Path, size: tuple[int, int]) -> np.ndarray:
 
 
 def _of_one_type(column: Sequence[Any]) -> Sequence[Any]:
-    """Numbers as they are; what is mixed, as text: a column has one type."""
+    """The column with one type: numbers stay numbers, mixed types become text."""
     kinds = {type(value) for value in column if value is not None}
     if kinds <= {int, float}:
         return [None if value is None else float(value) for value in column] if len(kinds) > 1 else column

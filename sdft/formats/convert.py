@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from sdft.errors import UserError
 from sdft.formats.architecture import PARTS, empty_network, refuse_misfit
@@ -14,6 +13,7 @@ from sdft.formats.lora_file import is_lora, read_lora, read_names, write_lora_fi
 from sdft.formats.model_checkpoint import PICKLES, open_checkpoint
 from sdft.formats.safetensors_io import atomic_output
 from sdft.formats.single_file import write_single_file
+from sdft.progress import tqdm
 from sdft.types import DTYPES
 
 MODEL_FORMATS = ("folder", "single_file")

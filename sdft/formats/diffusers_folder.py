@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sdft.formats.keys import PREFIXES, hub_name
 from sdft.formats.model_checkpoint import INDEX, LOGIT_SCALE_KEY, Checkpoint
 from sdft.formats.safetensors_io import DTYPE_NAMES, TensorInfo, atomic_output, write_tensors
+from sdft.progress import tqdm
 
 SDXL_PARTS = (*PREFIXES, "tokenizer", "tokenizer_2", "scheduler")
 FILES = {

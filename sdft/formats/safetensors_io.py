@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm import tqdm
 
 from sdft.errors import UserError
+from sdft.progress import tqdm
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The supported floating-point dtypes by their names in files; 8-bit floats are not supported, they need a scale."""

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sdft.formats.keys import PREFIXES, KeyMapping, mapping_for_weight
 from sdft.formats.metadata import model_metadata
 from sdft.formats.model_checkpoint import LOGIT_SCALE, LOGIT_SCALE_KEY, Checkpoint
 from sdft.formats.safetensors_io import DTYPE_NAMES, DTYPES, ITEM_SIZES, TensorInfo, tensor_info, write_tensors
+from sdft.progress import tqdm
 
 TEXT_PROJECTION = f"{PREFIXES['text_encoder_2']}text_projection"
 

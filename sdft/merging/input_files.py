@@ -14,12 +14,12 @@ from pathlib import Path
 from threading import Condition
 
 from torch import Tensor
-from tqdm import tqdm
 
 from sdft.formats.model_checkpoint import Checkpoint
 from sdft.formats.safetensors_io import MappedFile, StoredTensor
 from sdft.hardware import available_memory
 from sdft.merging.sources import Source, TensorSource
+from sdft.progress import tqdm
 
 MAX_HASH_LEAD = 2**29
 """Bytes that the hash of a file may be ahead of what was read from it. Hashing brings into the page cache what is read

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sdft import rng
 from sdft.errors import UserError
@@ -28,6 +27,7 @@ from sdft.merging.low_rank import best_low_rank, best_low_rank_of_sum
 from sdft.merging.model_output import run_in_threads
 from sdft.merging.recipe import Recipe
 from sdft.merging.sources import Adapter
+from sdft.progress import tqdm
 
 SEED = 0
 """Of the randomised SVD; it changes the result by less than the approximation error."""

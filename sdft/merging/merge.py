@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
-from tqdm import tqdm
 
 from sdft import __version__
 from sdft.errors import UserError
@@ -35,6 +34,7 @@ from sdft.merging.model_output import (
 )
 from sdft.merging.recipe import Recipe, Step, method_name, open_recipe
 from sdft.merging.sources import Source
+from sdft.progress import tqdm
 from sdft.types import DTYPES, Count
 
 Format = Literal["folder", "single_file", "kohya", "diffusers"]

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sdft.errors import UserError
 from sdft.formats.keys import Layout, mapping_for_weight
@@ -26,6 +25,7 @@ from sdft.formats.model_checkpoint import LOGIT_SCALE, Checkpoint
 from sdft.formats.safetensors_io import DTYPE_NAMES, DTYPES, HASH_KEY, ITEM_SIZES, TensorInfo, header_bytes, tensor_info
 from sdft.formats.single_file import file_metadata, logit_scale, marks, single_entry
 from sdft.hardware import reuse_freed_memory
+from sdft.progress import tqdm
 
 DATE = "modelspec.date"
 ChunksOf = Callable[[str], Iterator[Tensor]]

@@ -30,7 +30,7 @@ def finished(job: Path, overrides: list[str]) -> dict | None:
     before = json.loads(file.read_text(encoding="utf-8"))
     if "outputs" not in before:
         return None
-    now, then = ([w for w in words if not w.startswith("resume=")] for words in (overrides, before["overrides"]))
+    now, then = ([w for w in words if not w.startswith("resume=")] for words in (overrides, before["overrides"] or []))
     if now != then:
         raise UserError(
             f"hydra.sweep.dir: {job} holds a finished job of another sweep ({' '.join(then)}); a grid that has grown "
@@ -51,11 +51,17 @@ def run_apart(job: Any) -> None:
     words = [f"--config-name={job.job.config_name}", *(f"--config-dir={place}" for place in places)]
     words += [word for word in (*job.overrides.hydra, *job.overrides.task) if not word.startswith("hydra.mode=")]
     words += [f"hydra.job.num={job.job.num}", f"hydra.run.dir={quoted(folder)}"]
-    status = subprocess.run([sys.executable, sys.argv[0], *words], check=False).returncode
+    status = subprocess.run([*this_command(), *words], check=False).returncode
     if status:
         problem = folder / ERROR
         told = problem.read_text(encoding="utf-8").strip() if problem.is_file() else f"ended with status {status}"
         raise UserError(told)
+
+
+def this_command() -> list[str]:
+    """The start of the command line that runs this program again: a script, a console script or `python -m`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return [sys.executable, *(["-m", spec.name] if spec else [sys.argv[0]])]
 
 
 def print_table(sweep_dir: Path) -> None:

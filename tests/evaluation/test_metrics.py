@@ -18,11 +18,11 @@ from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
 from sdft.data.sources import ToyWorld
 from sdft.errors import UserError
-from sdft.evaluation.distance import wasserstein
-from sdft.evaluation.grid import Axes, cells
-from sdft.evaluation.metrics import features, likeness, loss, measure, pixels, reference
-from sdft.evaluation.metrics.measure import Drawn, Lab, read_source
-from sdft.evaluation.models import Models
+from sdft.evaluation.grid import Axes, build_grid
+from sdft.evaluation.metrics import features, loss, pixels, protocol, reference, similarity
+from sdft.evaluation.metrics.protocol import GeneratedImages, MetricInputs, read_source
+from sdft.evaluation.style_distance import wasserstein
+from sdft.evaluation.subject_loader import SubjectLoader
 from sdft.evaluation.subjects import Subject
 from sdft.models.load import NANO
 from sdft.sampling.samplers import Sampler
@@ -36,14 +36,14 @@ def toy(look: str, num: int = 24, split: str = "test") -> tuple[list[np.ndarray]
     return [sample.image_HWC for sample in samples], [sample.caption for sample in samples]
 
 
-def drawn(images: Sequence[np.ndarray], prompts: Sequence[str] | None = None, seeds: int = 1) -> Drawn:
+def generated(images: Sequence[np.ndarray], prompts: Sequence[str] | None = None, seeds: int = 1) -> GeneratedImages:
     """Pictures as a subject's, one prompt each, or `seeds` of each prompt in turn."""
     prompts = prompts or [f"prompt {i}" for i in range(len(images) // seeds)]
-    return Drawn("s", cells([BASE], prompts, range(seeds), Sampler(), 64, Axes()), images, nullcontext)
+    return GeneratedImages("s", build_grid([BASE], prompts, range(seeds), Sampler(), 64, Axes()), images, nullcontext)
 
 
-def lab(**given) -> Lab:
-    return Lab(**given)
+def inputs(**given) -> MetricInputs:
+    return MetricInputs(**given)
 
 
 def mean(figures) -> float:
@@ -61,7 +61,7 @@ def test_pixel_metrics_move_the_right_way() -> None:
     flat = [(127 + (i.astype(float) - 127) / 2).astype(np.uint8) for i in images]
 
     def of(metric, pictures) -> float:
-        return mean(metric(drawn(pictures), lab()))
+        return mean(metric(generated(pictures), inputs()))
 
     assert of(pixels.Sharpness(), blurred(images)) < 0.7 * of(pixels.Sharpness(), images)
     assert of(pixels.Noise(), noisy) > 3 + of(pixels.Noise(), images)
@@ -81,15 +81,15 @@ def test_pixel_metrics_by_hand() -> None:
 
 @pytest.fixture(scope="module")
 def judge():
-    from sdft.evaluation.adherence import load_judge
+    from sdft.evaluation.clip_judge import load_judge
 
     return load_judge(str(NANO / "clip"))
 
 
 def test_shuffled_captions_lower_adherence(judge) -> None:
     images, captions = toy("photo")
-    right = likeness.Adherence()(drawn(images, captions), lab(judge=judge))
-    wrong = likeness.Adherence()(drawn(images, captions[7:] + captions[:7]), lab(judge=judge))
+    right = similarity.Adherence()(generated(images, captions), inputs(judge=judge))
+    wrong = similarity.Adherence()(generated(images, captions[7:] + captions[:7]), inputs(judge=judge))
     assert mean(right) > mean(wrong) + 0.1
 
 
@@ -97,35 +97,36 @@ def test_the_look_is_nearer_to_itself() -> None:
     """Through reduced pixels: nano's judge was taught to name subjects, and sees no look."""
     eyes = features.Thumbnails(4)
     source, like, unlike = ToyWorld(["dreamy"], 64, "test"), toy("dreamy", 24, "train")[0], toy("photo", 24)[0]
-    given = lab(reference=source)
+    given = inputs(reference=source)
     for metric in (reference.StyleDistance(), reference.CMMD(eyes), reference.KID(eyes), reference.FID(eyes, 8)):
-        near, far = metric(drawn(like), given), metric(drawn(unlike), given)
-        assert near.value < far.value, metric.metric.name
+        near, far = metric(generated(like), given), metric(generated(unlike), given)
+        assert near.value < far.value, metric.info.name
         assert near.low < near.value < near.high
-    near, far = (mean(reference.Similarity(eyes)(drawn(images), given)) for images in (like, unlike))
+    near, far = (mean(reference.Similarity(eyes)(generated(images), given)) for images in (like, unlike))
     assert near > far
 
 
 def test_a_copy_of_the_training_set_is_flagged() -> None:
     source = ToyWorld(["dreamy"], 40, "train")
     copies = [source[i].image_HWC for i in range(10)]
-    given = lab(training=source)
+    given = inputs(training=source)
     jpeg = [np.clip(image.astype(int) + 3, 0, 255).astype(np.uint8) for image in copies]
     fresh, _ = toy("dreamy", 10)
-    assert mean(likeness.TrainableDDP()(drawn(copies), given)) == 1
-    assert mean(likeness.TrainableDDP()(drawn(jpeg), given)) == 1
-    assert mean(likeness.TrainableDDP()(drawn(fresh), given)) == 0
-    assert mean(likeness.Novelty()(drawn(copies), given)) < 1e-3 < 0.6 < mean(likeness.Novelty()(drawn(fresh), given))
+    assert mean(similarity.Copies()(generated(copies), given)) == 1
+    assert mean(similarity.Copies()(generated(jpeg), given)) == 1
+    assert mean(similarity.Copies()(generated(fresh), given)) == 0
+    novelty = similarity.Novelty()
+    assert mean(novelty(generated(copies), given)) < 1e-3 < 0.6 < mean(novelty(generated(fresh), given))
 
 
 def test_diversity_and_drift_by_hand() -> None:
     """Grey 0 and 51 of 255 are 0.2 apart; the base's are 0 and 0."""
     black, grey = (np.full((16, 16, 3), value, np.uint8) for value in (0, 51))
-    one, base = drawn([black, grey], seeds=2), drawn([black, black], seeds=2)
-    np.testing.assert_allclose(likeness.Diversity()(one, lab(base=base)), [0.2, 0.2], rtol=1e-5)
-    np.testing.assert_allclose(likeness.Drift()(one, lab(base=base)), [0, 0.2], atol=1e-6)
-    assert np.isnan(likeness.Diversity()(drawn([black, grey]), lab(base=base))).all()
-    assert np.isnan(likeness.Drift()(base, lab(base=base))).all()  # it is what is compared with
+    one, base = generated([black, grey], seeds=2), generated([black, black], seeds=2)
+    np.testing.assert_allclose(similarity.Diversity()(one, inputs(baseline=base)), [0.2, 0.2], rtol=1e-5)
+    np.testing.assert_allclose(similarity.Drift()(one, inputs(baseline=base)), [0, 0.2], atol=1e-6)
+    assert np.isnan(similarity.Diversity()(generated([black, grey]), inputs(baseline=base))).all()
+    assert np.isnan(similarity.Drift()(base, inputs(baseline=base))).all()  # it is what is compared with
 
 
 class Features(nn.Module):
@@ -190,8 +191,8 @@ def test_a_vision_model_of_transformers_sees_style(tmp_path: Path) -> None:
     BitImageProcessor(size=size, do_center_crop=False).save_pretrained(tmp_path)
     source, (images, _) = ToyWorld(["dreamy"], 4, "test"), toy("photo", 3)
     metric = reference.Similarity(features.Vision(str(tmp_path)), "dino", "style")
-    found = metric(drawn(images), lab(reference=source))
-    assert metric.metric.name == "dino"
+    found = metric(generated(images), inputs(reference=source))
+    assert metric.info.name == "dino"
     own, others = metric.extractor(images), metric.extractor([source[i].image_HWC for i in range(4)])
     expected = [np.mean([torch.cosine_similarity(a, b, 0).item() for b in others]) for a in own]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
@@ -203,11 +204,11 @@ def test_the_loss_of_a_better_model_is_lower(tiny_model) -> None:
     """The shipped nano against the same with its last convolution halved, on the same triples, twice the same."""
     from sdft.models.load import pretrained
 
-    models = Models(lambda weights="nano": pretrained(weights), "nano", torch.device("cpu"))
-    one = Drawn("base", [], [], lambda: models.open(BASE))
-    given = lab(held_out=read_source("held_out", "toy/photo/validation", 64))
+    models = SubjectLoader(lambda weights="nano": pretrained(weights), "nano", torch.device("cpu"))
+    one = GeneratedImages("base", [], [], lambda: models.open(BASE))
+    given = inputs(held_out=read_source("held_out", "toy/photo/validation", 64))
     metric = loss.ValidationLoss(size=64, low=0.25, high=0.5, num_images=8)
-    assert metric.metric.name == "loss_250_500"
+    assert metric.info.name == "loss_250_500"
     good, again = metric(one, given), metric(one, given)
     with torch.no_grad():
         models.base.unet.conv_out.weight *= 0.5
@@ -218,8 +219,8 @@ def test_the_loss_of_a_better_model_is_lower(tiny_model) -> None:
 
 def test_pictures_to_compare_with_are_named_where_they_are_wrong(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "only.png")
-    with pytest.raises(UserError, match=r"^reference=.*has 1 pictures, and this comparison needs at least 4"):
-        read_source("reference", str(tmp_path), 64, measure.LEAST_REFERENCES)
+    with pytest.raises(UserError, match=r"^reference=.*has 1 images, and this comparison needs at least 4"):
+        read_source("reference", str(tmp_path), 64, protocol.MIN_REFERENCES)
     assert len(read_source("training", str(tmp_path), 64).keys) == 1
     with pytest.raises(UserError, match=r"^training=.*there is no such folder"):
         read_source("training", str(tmp_path / "typo"), 64)
@@ -229,6 +230,6 @@ def test_pictures_to_compare_with_are_named_where_they_are_wrong(tmp_path: Path)
 
 
 def test_a_distribution_needs_enough_pictures(judge) -> None:
-    given = lab(judge=judge, reference=ToyWorld(["dreamy"], 8, "test"))
-    with pytest.raises(UserError, match=r"metrics\.fid: 3 pictures and 8 references, needs at least 50"):
-        reference.FID()(drawn(toy("photo", 3)[0]), given)
+    given = inputs(judge=judge, reference=ToyWorld(["dreamy"], 8, "test"))
+    with pytest.raises(UserError, match=r"metrics\.fid: 3 images and 8 references, needs at least 50"):
+        reference.FID()(generated(toy("photo", 3)[0]), given)

@@ -24,12 +24,12 @@ from scipy.optimize import minimize
 from sdft.errors import UserError
 from sdft.evaluation.page.write import thumbnail, write_page
 from sdft.evaluation.results import (
-    Compared,
     Estimate,
     HeatMap,
-    Metric,
-    Picture,
+    ImageResult,
+    MetricInfo,
     Results,
+    SubjectSummary,
     Tradeoff,
     Verdict,
 )
@@ -47,14 +47,14 @@ def draw(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (64, 
     Image.new("RGB", size, colour).save(path)
 
 
-def picture(folder: Path, subject: str, number: int, prompt: str, seed: int) -> Picture:
+def picture(folder: Path, subject: str, number: int, prompt: str, seed: int) -> ImageResult:
     """Drawn in the subject's colour, a little lighter for each prompt and seed."""
     path = f"images/{number} #1 100%/{prompt[:2].encode().hex()}-{seed}.png"
     red, green, blue = COLOURS[subject]
     lighter = 10 * PROMPTS.index(prompt) + 5 * seed
     draw(folder / path, (red + lighter, green + lighter, blue + lighter))
     settings = {"prompt": prompt, "seed": seed, "sampler": "ddim", "cfg": 5.0, "negative": ""}
-    return Picture(subject, {"prompt": prompt, "seed": seed}, path, settings, {"adherence": 0.25 + 0.01 * seed})
+    return ImageResult(subject, {"prompt": prompt, "seed": seed}, path, settings, {"adherence": 0.25 + 0.01 * seed})
 
 
 def compared(folder: Path) -> Results:
@@ -76,14 +76,16 @@ def compared(folder: Path) -> Results:
         settings={"steps": 12},
         axes={"prompt": PROMPTS, "seed": (0, 1)},
         subjects=[
-            Compared("base", "base", "nano"),
-            Compared("tuned", "lora", "runs/x", cost={"seconds": 131.0, "bytes": 1_640_448, "parameters": 410_112}),
-            Compared("<b>blend</b>", "merge", "blend.safetensors"),
+            SubjectSummary("base", "base", "nano"),
+            SubjectSummary(
+                "tuned", "lora", "runs/x", cost={"seconds": 131.0, "bytes": 1_640_448, "parameters": 410_112}
+            ),
+            SubjectSummary("<b>blend</b>", "merge", "blend.safetensors"),
         ],
         metrics=[
-            Metric("adherence", "adherence", "higher", "How well a picture fits its prompt."),
-            Metric("style", "style gain", "higher", "0 is the base, 1 the style."),
-            Metric("drift", "drift", None, "How far it went."),
+            MetricInfo("adherence", "adherence", "higher", "How well a picture fits its prompt."),
+            MetricInfo("style", "style gain", "higher", "0 is the base, 1 the style."),
+            MetricInfo("drift", "drift", None, "How far it went."),
         ],
         pictures=[picture(folder, subject, n, prompt, seed) for (n, subject), prompt, seed in asked],
         figures=estimates,
@@ -97,11 +99,11 @@ def swept(folder: Path) -> Results:
     cells, subjects, pictures = {}, [], []
     for number, (rank, rate) in enumerate(product((4, 16), (1e-4, 1e-3))):
         name = f"run {number}"
-        subjects.append(Compared(name, "lora", f"multirun/{number}", varied={"rank": rank, "optimizer.lr": rate}))
+        subjects.append(SubjectSummary(name, "lora", f"multirun/{number}", varied={"rank": rank, "optimizer.lr": rate}))
         draw(folder / f"{number}.png", (50 * number, 0, 0))
-        pictures += [Picture(name, {"prompt": prompt}, f"{number}.png", {"rank": rank}) for prompt in PROMPTS[:2]]
+        pictures += [ImageResult(name, {"prompt": prompt}, f"{number}.png", {"rank": rank}) for prompt in PROMPTS[:2]]
         cells[rank, rate] = Estimate(0.2 * number, 0.2 * number - 0.1, 0.2 * number + 0.1)
-    metric = Metric("style", "style gain", "higher", "0 is the base, 1 the style.")
+    metric = MetricInfo("style", "style gain", "higher", "0 is the base, 1 the style.")
     heat_map = HeatMap("style", "rank", "optimizer.lr", cells)
     return Results("sweep", {}, {"prompt": PROMPTS[:2]}, subjects, [metric], pictures, heat_maps=[heat_map])
 
@@ -272,8 +274,8 @@ def test_a_picture_is_enlarged_and_arrows_lead_on(open_page, report: Path) -> No
 
 def test_a_large_picture_is_shown_from_its_file(open_page, tmp_path: Path) -> None:
     draw(tmp_path / "a?b.png", (30, 60, 90), (600, 400))
-    one = Picture("base", {}, "a?b.png", {})
-    write_page(tmp_path / "report.html", Results("one", {}, {}, [Compared("base", "base", "nano")], [], [one]))
+    one = ImageResult("base", {}, "a?b.png", {})
+    write_page(tmp_path / "report.html", Results("one", {}, {}, [SubjectSummary("base", "base", "nano")], [], [one]))
     page = open_page(tmp_path / "report.html")
     page.locator(".picture").click()
     page.wait_for_function("document.getElementById('over').src.endsWith('a%3Fb.png')")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sdft.errors import UserError
-from sdft.evaluation.models import with_lora
+from sdft.evaluation.subject_loader import with_lora
 from sdft.formats.adapter import lora_from_model, write_lora
 from sdft.formats.lora_file import write_lora_file
 from sdft.formats.lora_layer import Layer, LoraFile

@@ -1,4 +1,4 @@
-"""What metrics see pictures through: reduced pixels, or a vision model of transformers."""
+"""Feature extractors of metrics: thumbnails, or a vision model of transformers."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel
 
 from sdft.errors import UserError
-from sdft.evaluation.metrics.measure import Pictures
+from sdft.evaluation.clip_judge import Images
 from sdft.types import Count
 
 
 class Thumbnails:
-    """Pixels in [0, 1] of the picture reduced to `side` x `side`: weight-free; sees layout and colour, not texture."""
+    """Pixels in [0, 1] of the image reduced to `side` x `side`: no weights; layout and colour, no texture."""
 
     def __init__(self, side: Count = 16):
         self.side = side
 
-    def __call__(self, pictures: Pictures) -> Tensor:
+    def __call__(self, images: Images) -> Tensor:
         """N x (3 side side); the Euclidean distance over sqrt(width) is the root mean square of pixels."""
         size = (self.side, self.side)
-        small = [np.asarray(Image.fromarray(p).resize(size, Image.Resampling.BOX)) for p in pictures]
+        small = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) for image in images]
         return torch.from_numpy(np.stack(small)).float().flatten(1) / 255
 
 
 class Vision:
-    """The pooled output of a vision model in transformers' form, such as DINOv2 or a CSD of that form.
+    """The pooled output of a vision model of transformers, such as DINOv2, or CSD converted to that format.
 
     source: folder or hub id of a model in safetensors with its image processor.
-    batch_size: pictures at a time.
+    batch_size: images per forward pass.
     """
 
     def __init__(self, source: str, batch_size: Count = 32):
@@ -54,12 +54,12 @@ class Vision:
             ) from error
 
     @torch.no_grad()
-    def __call__(self, pictures: Pictures) -> Tensor:
+    def __call__(self, images: Images) -> Tensor:
         """N x D."""
         processor, model = self._model
         found = []
-        for first in range(0, len(pictures), self.batch_size):
-            batch = list(pictures[first : first + self.batch_size])
+        for first in range(0, len(images), self.batch_size):
+            batch = list(images[first : first + self.batch_size])
             pixels = processor(batch, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
             found.append(model(pixel_values=pixels).pooler_output.float())
         return torch.cat(found)

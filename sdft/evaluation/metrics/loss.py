@@ -1,4 +1,4 @@
-"""How well a subject's model denoises held-out pictures, at some of the noise levels: no picture is drawn for it."""
+"""The validation loss of a subject's model on held-out images, in a range of timesteps; generates no images."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import numpy as np
 import torch
 
 from sdft.data.dataset import Pictures, batches
-from sdft.evaluation.metrics.measure import Drawn, Lab
-from sdft.evaluation.results import Estimate, Metric
+from sdft.evaluation.metrics.protocol import GeneratedImages, MetricInputs
+from sdft.evaluation.results import Estimate, MetricInfo
 from sdft.evaluation.statistics import estimate
 from sdft.objective.denoising import Denoising
-from sdft.objective.noise_schedule import NUM_TIMESTEPS
 from sdft.objective.timesteps import UniformTimesteps
 from sdft.rng import Draws
 from sdft.types import Count, Fraction
@@ -19,11 +18,11 @@ SEED = 0
 
 
 class ValidationLoss:
-    """The squared error in the noise, on (image, timestep, noise) triples that are the same for every subject.
+    """Mean squared error of the predicted noise, on the same (image, timestep, noise) triples for all subjects.
 
-    low, high: of the timesteps, as fractions of the schedule; 1 is pure noise.
-    num_images, size: held-out pictures, and their side in pixels.
-    batch_size: pictures at a time.
+    low, high: range of the timesteps, as fractions of the noise schedule; 1 is pure noise.
+    num_images, size: number of held-out images, and their side in pixels.
+    batch_size: images per forward pass.
     """
 
     needs = ("held_out",)
@@ -33,22 +32,22 @@ class ValidationLoss:
     ):
         self.size, self.num_images, self.batch_size = size, num_images, batch_size
         self.timesteps = UniformTimesteps(low, high)
-        first, last = round(low * NUM_TIMESTEPS), round(high * NUM_TIMESTEPS)
-        told = f"Error in the noise of held-out pictures at the timesteps {first} to {last}."
-        self.metric = Metric(f"loss_{first}_{last}", f"loss t {first}–{last}", "lower", told)
+        first, last = round(low * 1000), round(high * 1000)
+        meaning = f"Error in the noise of held-out images at timesteps {first} to {last}."
+        self.info = MetricInfo(f"loss_{first}_{last}", f"loss t {first}–{last}", "lower", meaning)
 
     @torch.no_grad()
-    def __call__(self, drawn: Drawn, lab: Lab) -> Estimate | None:
-        assert lab.held_out is not None
-        pictures, found = Pictures(lab.held_out, (self.size, self.size), seed=SEED), []
-        indices = range(min(self.num_images, len(lab.held_out.keys)))
-        with drawn.open() as model:
+    def __call__(self, generated: GeneratedImages, inputs: MetricInputs) -> Estimate | None:
+        assert inputs.held_out is not None
+        pictures, losses = Pictures(inputs.held_out, (self.size, self.size), seed=SEED), []
+        indices = range(min(self.num_images, len(inputs.held_out.keys)))
+        with generated.open() as model:
             config = model.scheduler.config
-            question = Denoising(
+            objective = Denoising(
                 config.prediction_type, timesteps=self.timesteps, zero_terminal_snr=config.rescale_betas_zero_snr
             )
             for batch in batches(pictures, indices, self.batch_size):
-                report = question(model, batch.to(model.device), Draws(SEED, batch.keys, batch.visits))
-                found.append(report.figures["eps_mse"].cpu().numpy())
-        losses = np.concatenate(found)
-        return estimate(losses, list(range(len(losses))))
+                report = objective(model, batch.to(model.device), Draws(SEED, batch.keys, batch.visits))
+                losses.append(report.figures["eps_mse"].cpu().numpy())
+        errors = np.concatenate(losses)
+        return estimate(errors, list(range(len(errors))))

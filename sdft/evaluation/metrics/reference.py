@@ -1,4 +1,4 @@
-"""How near pictures are to a set of pictures of a look: as colours and patches, and as features of a network."""
+"""Distance of generated images to the reference images of the target style, in colours and patches or in features."""
 
 from __future__ import annotations
 
@@ -10,115 +10,122 @@ import torch
 from torch import Tensor
 
 from sdft.errors import UserError
-from sdft.evaluation.distance import PATCH, SCALES, ordered
-from sdft.evaluation.distance import StyleDistance as Ruler
-from sdft.evaluation.distance import distance as between
-from sdft.evaluation.metrics.measure import Drawn, Extractor, Lab, SourcePictures, cosine
-from sdft.evaluation.results import Estimate, Metric
+from sdft.evaluation.metrics.protocol import Extractor, GeneratedImages, MetricInputs, SourceImages, cosine
+from sdft.evaluation.results import Estimate, MetricInfo
 from sdft.evaluation.statistics import jackknife
+from sdft.evaluation.style_distance import PATCH, SCALES, SlicedWasserstein, set_distance, sort_projections
 from sdft.types import Count
 
-MOST_PIXELS = 256
-"""Side to which larger pictures are reduced: it keeps brush strokes."""
+MAX_SIDE = 256
+"""Larger images are reduced until their shorter edge has this many pixels; brush strokes stay visible."""
 
 
 class StyleDistance:
-    """The sliced Wasserstein distance of colours and patches to the reference; see `evaluation.distance`."""
+    """The sliced Wasserstein distance of colours and patches to the reference; see `evaluation.style_distance`."""
 
-    metric = Metric("style_distance", "distance to the look", "lower", "Colours and texture against the reference's.")
+    info = MetricInfo("style_distance", "style distance", "lower", "Distance to the reference in colours and texture.")
     needs = ("reference",)
 
     def __init__(self) -> None:
-        self._ruler: Ruler | None = None
+        self._distance: SlicedWasserstein | None = None
 
-    def __call__(self, drawn: Drawn, lab: Lab) -> Estimate:
-        if self._ruler is None:
-            assert lab.reference is not None
-            reference = SourcePictures(lab.reference)
-            smallest = min(min(image.shape[:2]) for image in itertools.chain(drawn.images, reference))
-            self._ruler = Ruler(reference, side=max(min(smallest, MOST_PIXELS), PATCH * max(SCALES)))
-            self._target = ordered(self._ruler.reference)
-        responses = self._ruler.responses(drawn.images)
-        return jackknife(
-            lambda rows: between(ordered({name: r[rows] for name, r in responses.items()}), self._target).d,
-            drawn.units,
-        )
+    def __call__(self, generated: GeneratedImages, inputs: MetricInputs) -> Estimate:
+        if self._distance is None:
+            assert inputs.reference is not None
+            reference = SourceImages(inputs.reference)
+            smallest = min(min(image.shape[:2]) for image in itertools.chain(generated.images, reference))
+            self._distance = SlicedWasserstein(reference, side=max(min(smallest, MAX_SIDE), PATCH * max(SCALES)))
+            self._target = sort_projections(self._distance.reference)
+        projections = self._distance.projections(generated.images)
+
+        def distance_of(rows: np.ndarray) -> float:
+            chosen = {name: values[rows] for name, values in projections.items()}
+            return set_distance(sort_projections(chosen), self._target).d
+
+        return jackknife(distance_of, generated.units)
 
 
 class Similarity:
-    """The mean cosine of each picture with the reference's pictures, in features that a network sees.
+    """Mean cosine similarity of each image with the reference images, in the features of a network.
 
-    With the judge it is CLIP-I; with DINOv2 or CSD the style or content similarity that these are known for.
+    With the judge this is CLIP-I; with DINOv2 or CSD it is their content or style similarity.
 
-    extractor: the network; the judge where not said.
-    name, label: of the figure.
+    extractor: the network; by default the judge.
+    name, label: of the metric.
     """
 
     needs: tuple = ("reference",)
 
     def __init__(
-        self, extractor: Extractor | None = None, name: str = "clip_i", label: str = "similarity to the look"
+        self, extractor: Extractor | None = None, name: str = "clip_i", label: str = "similarity to the reference"
     ):
-        self.metric = Metric(name, label, "higher", "How alike the reference's pictures they look to a network.")
+        self.info = MetricInfo(name, label, "higher", "Similarity to the reference in the features of a network.")
         self.extractor = extractor
         self.needs = ("reference",) if extractor else ("reference", "judge")
 
-    def __call__(self, drawn: Drawn, lab: Lab) -> np.ndarray:
-        extractor = self.extractor or lab.clip
-        return cosine(drawn.seen_by(extractor), lab.seen_of("reference", extractor)).mean(1).numpy()
+    def __call__(self, generated: GeneratedImages, inputs: MetricInputs) -> np.ndarray:
+        extractor = self.extractor or inputs.clip
+        return cosine(generated.features(extractor), inputs.features("reference", extractor)).mean(1).numpy()
 
 
 class SetDistance:
-    """A distance of two sets of features, N x D and M x D, with its interval."""
+    """The distance of the images to the reference, as two sets of features, with a jackknife interval.
 
-    def __init__(self, metric: Metric, of: Callable[[Tensor, Tensor], float], extractor: Extractor | None, least: int):
-        self.metric, self._of, self.extractor, self.least = metric, of, extractor, least
+    of: the distance of features N x D and M x D.
+    extractor: the network; by default the judge.
+    least: the fewest images, and reference images, allowed.
+    """
+
+    def __init__(
+        self, info: MetricInfo, of: Callable[[Tensor, Tensor], float], extractor: Extractor | None, least: int
+    ):
+        self.info, self._of, self.extractor, self.least = info, of, extractor, least
         self.needs = ("reference",) if extractor else ("reference", "judge")
 
-    def __call__(self, drawn: Drawn, lab: Lab) -> Estimate | None:
-        extractor = self.extractor or lab.clip
-        seen, reference = drawn.seen_by(extractor), lab.seen_of("reference", extractor)
-        if min(len(seen), len(reference)) < self.least:
+    def __call__(self, generated: GeneratedImages, inputs: MetricInputs) -> Estimate | None:
+        extractor = self.extractor or inputs.clip
+        features, reference = generated.features(extractor), inputs.features("reference", extractor)
+        if min(len(features), len(reference)) < self.least:
             raise UserError(
-                f"metrics.{self.metric.name}: {len(seen)} pictures and {len(reference)} references, "
-                f"needs at least {self.least} of each; set more seeds, or leave it out by ~metrics.{self.metric.name}"
+                f"metrics.{self.info.name}: {len(features)} images and {len(reference)} references, "
+                f"needs at least {self.least} of each; set more seeds, or leave it out by ~metrics.{self.info.name}"
             )
-        return jackknife(lambda rows: self._of(seen[rows], reference), drawn.units)
+        return jackknife(lambda rows: self._of(features[rows], reference), generated.units)
 
 
 def CMMD(extractor: Extractor | None = None) -> SetDistance:
     """Maximum mean discrepancy of CLIP features (Jayasumana et al. 2024).
 
-    extractor: the judge where not said.
+    extractor: the network; by default the judge.
     """
-    told = "Distance of the set to the reference's in a CLIP's features; unbiased by how many pictures there are."
-    return SetDistance(Metric("cmmd", "CMMD", "lower", told), cmmd, extractor, 2)
+    meaning = "Distance of the set to the reference in CLIP features; unbiased, whatever the number of images."
+    return SetDistance(MetricInfo("cmmd", "CMMD", "lower", meaning), cmmd, extractor, 2)
 
 
 def KID(extractor: Extractor | None = None) -> SetDistance:
     """Kernel inception distance (Binkowski et al. 2018), on any extractor.
 
-    extractor: the judge where not said.
+    extractor: the network; by default the judge.
     """
-    told = "Distance of the set to the reference's in a network's features; unbiased, can be below 0."
-    return SetDistance(Metric("kid", "KID", "lower", told), kid, extractor, 2)
+    meaning = "Distance of the set to the reference in the features of a network; unbiased, can be below 0."
+    return SetDistance(MetricInfo("kid", "KID", "lower", meaning), kid, extractor, 2)
 
 
 def FID(extractor: Extractor | None = None, least: Count = 50) -> SetDistance:
-    """Frechet inception distance (Heusel et al. 2017), on any extractor. Biased upwards with few pictures.
+    """Frechet inception distance (Heusel et al. 2017), on any extractor. Biased upwards with few images.
 
-    extractor: the judge where not said.
-    least: pictures, and references, below which it is refused.
+    extractor: the network; by default the judge.
+    least: the fewest images, and reference images, allowed.
     """
-    told = "Distance of two normal distributions in a network's features; only compare equal numbers of pictures."
-    return SetDistance(Metric("fid", "FID", "lower", told), fid, extractor, least)
+    meaning = "Distance of two normal distributions in the features of a network; only compare equal numbers of images."
+    return SetDistance(MetricInfo("fid", "FID", "lower", meaning), fid, extractor, least)
 
 
 def cmmd(a_ND: Tensor, b_MD: Tensor, sigma: float = 10.0) -> float:
-    """1000 MMD^2 with a Gaussian kernel of unit vectors; the unbiased estimate, without pairs of a vector and itself.
+    """1000 MMD^2 of unit vectors with a Gaussian kernel; unbiased: without the pairs of a vector with itself.
 
-    The paper's own code keeps those pairs, which adds 1000 (1/N + 1/M) (1 - mean similarity): a constant for sets of
-    one size, and a penalty on small ones.
+    The code of the paper keeps those pairs, which adds 1000 (1/N + 1/M) (1 - mean similarity): a constant for sets of
+    one size, and a bias for small ones.
     """
 
     def kernel(x: Tensor, y: Tensor) -> Tensor:

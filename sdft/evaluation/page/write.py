@@ -30,7 +30,7 @@ SCRIPTS = ("elements", "pictures", "grid", "enlarge", "tables", "charts", "bradl
 
 LONGEST = 256
 """Side of an embedded picture at most, in pixels; the page loads the full file, by its path, when it is enlarged."""
-PIXELS = 70_000_000
+MAX_TOTAL_PIXELS = 70_000_000
 """Of all embedded pictures together. More than 1,068 are embedded smaller, so that a page stays at about 40 MB:
 a pixel takes 0.1 to 0.4 bytes in WebP of this quality, and base64 a third more."""
 QUALITY = 78
@@ -41,7 +41,7 @@ LOSSLESS = 4
 def write_page(path: Path, results: Results) -> None:
     """The page of `results`. Raises UserError for a picture that is not where its path, relative to the page, says."""
     pictures = [path.parent / picture.path for picture in results.pictures]
-    side = min(LONGEST, math.isqrt(PIXELS // max(1, len(pictures))))
+    side = min(LONGEST, math.isqrt(MAX_TOTAL_PIXELS // max(1, len(pictures))))
     # Pillow works outside of the interpreter's lock.
     with ThreadPoolExecutor() as pool:
         thumbnails = list(pool.map(partial(thumbnail, side=side), pictures))

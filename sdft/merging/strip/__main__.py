@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 
 from sdft.config.command import build, verb
-from sdft.evaluation.pictures import save_grid
+from sdft.evaluation.image_grid import save_grid
 
 STRIP = "strip.png"
 

@@ -1,8 +1,7 @@
 """nano: SDXL's architecture in small, untrained.
 
-The same diffusers and transformers classes and the same topology as SDXL, so that every weight key is one of SDXL's.
-Widths differ on purpose where a mix-up would otherwise pass: the two encoders, the two pads, a VAE factor of 4.
-This file knows sizes; it knows neither data nor training.
+The classes of diffusers and transformers and the topology are SDXL's, so that every weight key is one of SDXL's.
+Widths, padding tokens and the VAE factor differ on purpose, so that tests notice when two of them are confused.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ CLIP_WIDTH = 96
 
 
 def autoencoder() -> AutoencoderKL:
-    """Four times smaller images in four channels. Two equal upper widths keep the shortcut keys a subset of SDXL's."""
+    """A VAE with factor 4 and four channels. Equal upper widths keep the shortcut keys a subset of SDXL's."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -48,7 +47,7 @@ def autoencoder() -> AutoencoderKL:
 
 
 def unet() -> UNet2DConditionModel:
-    """SDXL's three levels of two resnets; transformers of depth 1 where SDXL has 2 and 10."""
+    """SDXL's three levels with two resnets each; transformers of depth 1 instead of 2 and 10."""
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // 4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel
 
 from sdft.data.toy.scenes import SUBJECTS, VOCABULARY, sample_scene
 from sdft.errors import UserError
-from sdft.evaluation.adherence import Judge, load_judge, pixels_in_unit_range, with_article
+from sdft.evaluation.clip_judge import Judge, load_judge, pixels_in_unit_range, with_article
 from sdft.models.nano import build
 
 COLOURS = {"cat": (220, 30, 30), "dog": (30, 200, 40), "car": (40, 60, 230)}

@@ -28,7 +28,7 @@ from sdft.models.sdxl import SDXL
 from sdft.tuning.parameters import copy_parameters, trainable_parameters
 
 
-class Models:
+class SubjectLoader:
     """Opens subjects. The base model is loaded once, when it is first needed, and leaves every subject as it came.
 
     load: the base model without arguments, another with `weights`.
@@ -41,9 +41,9 @@ class Models:
         load: Callable[..., SDXL],
         base_weights: str | None,
         device: torch.device,
-        revive: Callable[[Path], SDXL] | None = None,
+        rebuild: Callable[[Path], SDXL] | None = None,
     ):
-        self._load, self.base_weights, self.device, self._revive = load, base_weights, device, revive
+        self._load, self.base_weights, self.device, self._rebuild = load, base_weights, device, rebuild
         self._own: tuple[object, SDXL] | None = None
         """The last model that is not the base: one at a time."""
 
@@ -66,7 +66,7 @@ class Models:
             paths = [(worn.lora, worn.scale * scale) for worn in subject.worn if worn.lora is not None]
             loras = [(read_lora(path, subject.key), strength) for path, strength in paths]
             if any(strength for _, strength in loras):
-                stack.enter_context(sampled_as_trained(model, [lora for lora, _ in loras], subject.key))
+                stack.enter_context(trained_prediction_type(model, [lora for lora, _ in loras], subject.key))
                 stack.enter_context(applied_lora(model, stack_loras(loras, subject.key), subject.key))
             for worn in subject.worn:
                 if worn.words is not None:
@@ -76,10 +76,10 @@ class Models:
     def identity(self, subject: Subject, scale: float, step: int) -> list[Any]:
         """What the weights are, by content: equal where the pictures must be equal."""
         if step != FINAL:
-            return [digest_of(subject.checkpoints[step]), self._model_identity(self.base_weights)]
+            return [file_digest(subject.checkpoints[step]), self._model_identity(self.base_weights)]
         weights = subject.weights if subject.weights is not None else self.base_weights
         worn = [
-            [what, digest_of(path), strength]
+            [what, file_digest(path), strength]
             for worn in subject.worn
             for what, path, strength in (("lora", worn.lora, worn.scale * scale), ("words", worn.words, 1.0))
             if path is not None and strength
@@ -106,11 +106,11 @@ class Models:
 
     def _at_step(self, subject: Subject, step: int) -> SDXL:
         """The run's model with what it had learned by then; the average where the run kept one."""
-        if self._revive is None or subject.run is None:
+        if self._rebuild is None or subject.run is None:
             raise UserError(f"{subject.key}: is no run, so it has no step {step}")
         if self._own is None or self._own[0] != subject.run:
             self._own = None
-            self._own = subject.run, self._revive(subject.run).to(self.device).eval()
+            self._own = subject.run, self._rebuild(subject.run).to(self.device).eval()
         model, path = self._own[1], subject.checkpoints[step]
         state = read_state(path)
         averages = [kept["average"] for kept in state["callbacks"].values() if "average" in kept]
@@ -130,7 +130,7 @@ def with_lora(model: SDXL, path: Path, key: str = "lora") -> Iterator[None]:
 
 
 @contextmanager
-def sampled_as_trained(model: SDXL, loras: Sequence[LoraFile], key: str) -> Iterator[None]:
+def trained_prediction_type(model: SDXL, loras: Sequence[LoraFile], key: str) -> Iterator[None]:
     """The model's noise schedule as the LoRAs were trained for, inside the `with`."""
     told = {prediction_of(lora) for lora in loras} - {None}
     if len(told) > 1:
@@ -153,7 +153,7 @@ def prediction_of(lora: LoraFile) -> tuple[str, bool] | None:
 
 
 @lru_cache
-def digest_of(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """Of a file's content."""
     try:
         with path.open("rb") as opened:
@@ -170,7 +170,7 @@ def model_digest(weights: str, variant: str | None = None, allow_pickle: bool = 
     if checkpoint.is_folder:
         files |= {file for kind in ("*.json", "*.txt") for file in checkpoint.root.rglob(kind)}
     names = {file: file.name if file == checkpoint.root else str(file.relative_to(checkpoint.folder)) for file in files}
-    told = [[names[file], digest_of(file)] for file in sorted(files, key=names.__getitem__)]
+    told = [[names[file], file_digest(file)] for file in sorted(files, key=names.__getitem__)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Grids of pictures with labels."""
+"""Grids of images with labels, as PNG."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ INK, PAPER = (40, 40, 46), (252, 252, 253)
 def grid(
     rows: Sequence[np.ndarray], labels: Sequence[str] = (), columns: Sequence[str] = (), scale: int = 1
 ) -> Image.Image:
-    """Rows of pictures (each N x H x W x 3 bytes), a label left of each row and above each column.
+    """Rows of images (each uint8 RGB, N x H x W x 3), with labels left of each row and above each column.
 
-    scale: how many times larger small pictures are shown; nearest neighbour, so that no pixel is invented.
+    scale: integer factor by which images are enlarged, with nearest-neighbour resampling.
     """
     h, w = (side * scale for side in rows[0].shape[1:3])
     points = max(12, h // 9)
@@ -34,19 +34,19 @@ def grid(
         top = header + GAP + r * (h + GAP)
         if labels:
             draw.text((GAP, top + h // 2), labels[r], INK, font=font, anchor="lm")
-        for c, picture in enumerate(row):
-            tile = Image.fromarray(picture).resize((w, h), Image.Resampling.NEAREST)
+        for c, image in enumerate(row):
+            tile = Image.fromarray(image).resize((w, h), Image.Resampling.NEAREST)
             sheet.paste(tile, (margin + GAP + c * (w + GAP), top))
     return sheet
 
 
 def save_grid(path: Path, rows: Sequence[np.ndarray], labels: Sequence[str] = (), columns: Sequence[str] = ()) -> None:
-    """Write a grid as PNG, enlarging pictures below 128 px."""
+    """Write a grid as PNG; images smaller than 128 px are enlarged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     grid(rows, labels, columns, scale=max(1, 128 // rows[0].shape[1])).save(path)
 
 
-def _wrap(text: str, font, width: int, most: int = 3) -> list[str]:
+def _wrap(text: str, font, width: int, max_lines: int = 3) -> list[str]:
     lines = [""]
     for word in (piece for whole in text.split() for piece in _broken(whole, font, width)):
         longer = f"{lines[-1]} {word}".strip()
@@ -54,13 +54,13 @@ def _wrap(text: str, font, width: int, most: int = 3) -> list[str]:
             lines[-1] = longer
         else:
             lines.append(word)
-    if len(lines) > most:
-        lines = [*lines[: most - 1], lines[most - 1] + "…"]
+    if len(lines) > max_lines:
+        lines = [*lines[: max_lines - 1], lines[max_lines - 1] + "…"]
     return lines
 
 
 def _broken(word: str, font, width: int) -> list[str]:
-    """A word in pieces, each no wider than `width`."""
+    """A word split into pieces that are at most `width` pixels wide."""
     pieces = [""]
     for letter in word:
         if pieces[-1] and font.getlength(pieces[-1] + letter) > width:

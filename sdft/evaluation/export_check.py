@@ -15,7 +15,7 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
 from sdft.batch import Conditioning
-from sdft.evaluation.models import with_lora, with_words
+from sdft.evaluation.subject_loader import with_lora, with_words
 from sdft.formats.adapter import cast_base_weights, lora_from_model
 from sdft.formats.diffusers_folder import FILES, SDXL_PARTS
 from sdft.formats.lora_file import read_lora
@@ -23,7 +23,7 @@ from sdft.models.sdxl import SDXL
 from sdft.rng import generator
 
 LATENT_SIDE = 16
-LEAST_EFFECT = 0.05
+MIN_EFFECT = 0.05
 """Of the prediction: what training changed less than that is measured against this, or rounding would look large."""
 
 
@@ -44,7 +44,7 @@ def export_errors(
     model.float()
     trained = probe(model, words)
     with base():
-        scales = [max(rms(a - b), LEAST_EFFECT * rms(a)) for a, b in zip(trained, probe(model, words), strict=True)]
+        scales = [max(rms(a - b), MIN_EFFECT * rms(a)) for a, b in zip(trained, probe(model, words), strict=True)]
     errors = {}
     for name in written:
         if name == "words":

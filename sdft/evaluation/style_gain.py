@@ -13,7 +13,15 @@ import numpy as np
 import torch
 
 from sdft.errors import UserError
-from sdft.evaluation.distance import COLOUR, Distance, Pictures, Responses, StyleDistance, distance, ordered
+from sdft.evaluation.style_distance import (
+    COLOUR,
+    Distance,
+    Images,
+    Projections,
+    SlicedWasserstein,
+    set_distance,
+    sort_projections,
+)
 from sdft.rng import generator
 
 
@@ -53,14 +61,14 @@ class StyleGain:
         return flat
 
 
-class StyleGauge:
+class StyleGainMetric:
     """How much of the way from a base model to a look other models have gone.
 
     base: pictures of the base model. For a fair reading, its prompts and those of the models to be measured follow the
         same law as the scenes of the reference: a difference in what is shown counts as a difference in style.
     reference: held-out pictures of the look.
     reconstructed: the references, in order, through the VAE; they give the ceiling.
-    side, seed: as in `StyleDistance`.
+    side, seed: as in `SlicedWasserstein`.
 
     Finite sets of the same look are never at distance 0, and the fewer the pictures the farther apart. So all
     distances compare equally many pictures with equally many: the references are split in two halves at random, the
@@ -73,9 +81,9 @@ class StyleGauge:
 
     def __init__(
         self,
-        base: Pictures,
-        reference: Pictures,
-        reconstructed: Pictures | None = None,
+        base: Images,
+        reference: Images,
+        reconstructed: Images | None = None,
         side: int = 64,
         seed: int = 0,
     ):
@@ -83,16 +91,16 @@ class StyleGauge:
             raise UserError(f"the style gain needs at least 4 reference pictures, got {len(reference)}")
         if reconstructed is not None and len(reconstructed) != len(reference):
             raise UserError(f"{len(reconstructed)} reconstructed pictures for {len(reference)} reference pictures")
-        self.seed, self.ruler, self._size = seed, StyleDistance(reference, base, side, seed), 0
+        self.seed, self.ruler, self._size = seed, SlicedWasserstein(reference, base, side, seed), 0
         self._base, self._reference = self.ruler.contrast, self.ruler.reference
-        self._reconstructed = None if reconstructed is None else self.ruler.responses(reconstructed)
+        self._reconstructed = None if reconstructed is None else self.ruler.projections(reconstructed)
         self._halves = _groups(len(reference), len(reference) // 2, seed)[:2]
-        self._targets = [ordered(_chosen(self._reference, rows)) for rows in self._halves]
+        self._targets = [sort_projections(_chosen(self._reference, rows)) for rows in self._halves]
 
-    def __call__(self, tuned: Pictures) -> StyleGain:
+    def __call__(self, tuned: Images) -> StyleGain:
         """The gain of a model's pictures."""
         self._measure_fixed(min(len(self._halves[0]), len(self._base[COLOUR]), len(tuned)))
-        d_tuned = self._mean_distance(self.ruler.responses(tuned), (0, 1))
+        d_tuned = self._mean_distance(self.ruler.projections(tuned), (0, 1))
 
         def gain(name: str) -> Gain:
             b, t, f = (getattr(d, name) for d in (self._d_base, d_tuned, self._d_floor))
@@ -112,27 +120,27 @@ class StyleGauge:
         self._d_floor = self._crossed(self._reference)
         self._d_best = None if self._reconstructed is None else self._crossed(self._reconstructed)
 
-    def _mean_distance(self, responses: Responses, against: Sequence[int]) -> Distance:
+    def _mean_distance(self, projections: Projections, against: Sequence[int]) -> Distance:
         """Over all groups of the set and the halves named."""
-        groups = _groups(len(responses[COLOUR]), self._size, self.seed)
-        chosen = [ordered(_chosen(responses, group)) for group in groups]
-        return _mean([distance(group, self._targets[half]) for group in chosen for half in against])
+        groups = _groups(len(projections[COLOUR]), self._size, self.seed)
+        chosen = [sort_projections(_chosen(projections, group)) for group in groups]
+        return _mean([set_distance(group, self._targets[half]) for group in chosen for half in against])
 
-    def _crossed(self, responses: Responses) -> Distance:
+    def _crossed(self, projections: Projections) -> Distance:
         """Of each half of the references, or what became of it, to the other half."""
-        return _mean([self._mean_distance(_chosen(responses, self._halves[i]), (1 - i,)) for i in (0, 1)])
+        return _mean([self._mean_distance(_chosen(projections, self._halves[i]), (1 - i,)) for i in (0, 1)])
 
 
 def style_gain(
-    base: Pictures,
-    tuned: Pictures,
-    reference: Pictures,
-    reconstructed: Pictures | None = None,
+    base: Images,
+    tuned: Images,
+    reference: Images,
+    reconstructed: Images | None = None,
     side: int = 64,
     seed: int = 0,
 ) -> StyleGain:
-    """The gain of one tuned model; see `StyleGauge`."""
-    return StyleGauge(base, reference, reconstructed, side, seed)(tuned)
+    """The gain of one tuned model; see `StyleGainMetric`."""
+    return StyleGainMetric(base, reference, reconstructed, side, seed)(tuned)
 
 
 def _groups(count: int, size: int, seed: int) -> list[np.ndarray]:
@@ -141,8 +149,8 @@ def _groups(count: int, size: int, seed: int) -> list[np.ndarray]:
     return [order[first : first + size] for first in range(0, count - size + 1, size)]
 
 
-def _chosen(responses: Responses, rows: np.ndarray) -> Responses:
-    return {name: r[rows] for name, r in responses.items()}
+def _chosen(projections: Projections, rows: np.ndarray) -> Projections:
+    return {name: r[rows] for name, r in projections.items()}
 
 
 def _mean(distances: Sequence[Distance]) -> Distance:

@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from sdft.errors import UserError
 from sdft.types import Count
 
-Pictures = np.ndarray | Sequence[np.ndarray]
+Images = np.ndarray | Sequence[np.ndarray]
 """uint8 RGB, N x H x W x 3 or a sequence of H x W x 3."""
 
 
@@ -45,11 +45,11 @@ class Judge:
         self.classes = None if classes is None else tuple(classes)
         self.processor = processor or pixels_in_unit_range(clip.vision_model.embeddings.image_size)
 
-    def subject_accuracy(self, images: Pictures, subjects: Sequence[str]) -> float:
+    def subject_accuracy(self, images: Images, subjects: Sequence[str]) -> float:
         """The share of pictures whose likeliest class, of all classes, is the subject asked for."""
         return self.subject_hits(images, subjects).float().mean().item()
 
-    def subject_hits(self, images: Pictures, subjects: Sequence[str]) -> Tensor:
+    def subject_hits(self, images: Images, subjects: Sequence[str]) -> Tensor:
         """Whether each picture's likeliest class is its subject, N bools."""
         _check_counts(images, subjects)
         if not self.classes:
@@ -60,13 +60,13 @@ class Judge:
         chosen_N = (self.embed_images(images) @ texts_KD.T).argmax(1)
         return chosen_N == torch.tensor([self.classes.index(subject) for subject in subjects])
 
-    def similarity(self, images: Pictures, captions: Sequence[str]) -> Tensor:
+    def similarity(self, images: Images, captions: Sequence[str]) -> Tensor:
         """The cosine of each picture with its caption, N; the mean is CLIP-T (Hessel et al. 2021, unscaled)."""
         _check_counts(images, captions)
         return (self.embed_images(images) * self.embed_texts(captions)).sum(1)
 
     @torch.no_grad()
-    def embed_images(self, images: Pictures) -> Tensor:
+    def embed_images(self, images: Images) -> Tensor:
         """Unit vectors, N x D, fp32 on the CPU."""
         embedded = []
         for first in range(0, len(images), self.batch_size):
@@ -128,7 +128,7 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
-def _check_counts(images: Pictures, texts: Sequence[str]) -> None:
+def _check_counts(images: Images, texts: Sequence[str]) -> None:
     if len(images) != len(texts) or len(images) == 0:
         raise UserError(f"{len(images)} pictures and {len(texts)} texts: the judge needs one text a picture")
 

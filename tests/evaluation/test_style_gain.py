@@ -11,8 +11,16 @@ from scipy.stats import wasserstein_distance
 from sdft.data.toy.looks import LOOKS, render
 from sdft.data.toy.scenes import sample_scene, split_index
 from sdft.errors import UserError
-from sdft.evaluation.distance import PATCH, StyleDistance, directions, distance, ordered, patch_basis, wasserstein
-from sdft.evaluation.style import StyleGauge, style_gain
+from sdft.evaluation.style_distance import (
+    PATCH,
+    SlicedWasserstein,
+    directions,
+    patch_basis,
+    set_distance,
+    sort_projections,
+    wasserstein,
+)
+from sdft.evaluation.style_gain import StyleGainMetric, style_gain
 
 TARGETS = ("dreamy", "photo", "technomant")
 NUM, NUM_REFERENCES = 48, 96
@@ -34,8 +42,8 @@ def references() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def gauges(drawn, references) -> dict[str, StyleGauge]:
-    return {look: StyleGauge(drawn["plain"], references[look]) for look in TARGETS}
+def gauges(drawn, references) -> dict[str, StyleGainMetric]:
+    return {look: StyleGainMetric(drawn["plain"], references[look]) for look in TARGETS}
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +92,13 @@ def test_patches_do_not_carry_colour() -> None:
 
 def test_a_tint_moves_colours_and_not_patches(drawn) -> None:
     pictures = np.clip(drawn["plain"], 0, 205)
-    d = StyleDistance(pictures)(pictures + np.uint8(50))
+    d = SlicedWasserstein(pictures)(pictures + np.uint8(50))
     assert d.colour > 0.5
     assert d.patches < 1e-5
 
 
 def test_identical_sets_are_at_distance_zero_in_any_order(drawn) -> None:
-    ruler = StyleDistance(drawn["photo"])
+    ruler = SlicedWasserstein(drawn["photo"])
     for same in (drawn["photo"], drawn["photo"][::-1], list(drawn["photo"])):
         assert ruler(same).d == 0.0
         assert ruler(same).colour == ruler(same).patches == 0.0
@@ -99,20 +107,20 @@ def test_identical_sets_are_at_distance_zero_in_any_order(drawn) -> None:
 
 def test_symmetric_under_one_spread(drawn) -> None:
     plain, photo = drawn["plain"][:40], drawn["photo"]
-    ruler = StyleDistance(drawn["dreamy"])
-    a, b = ruler.responses(plain), ruler.responses(photo)
+    ruler = SlicedWasserstein(drawn["dreamy"])
+    a, b = ruler.projections(plain), ruler.projections(photo)
     there, back = ruler.between(a, b), ruler.between(b, a)
     assert (there.d, there.colour, there.patches) == pytest.approx((back.d, back.colour, back.patches), rel=1e-6)
     # With a contrast, the spread is that of both sets, so that even the rulers may be exchanged.
-    assert StyleDistance(plain, photo)(photo).d == pytest.approx(StyleDistance(photo, plain)(plain).d, rel=1e-5)
+    assert SlicedWasserstein(plain, photo)(photo).d == pytest.approx(SlicedWasserstein(photo, plain)(plain).d, rel=1e-5)
     # Without, each ruler measures in its own reference's spread.
-    assert StyleDistance(plain)(photo).d != pytest.approx(StyleDistance(photo)(plain).d, rel=0.05)
+    assert SlicedWasserstein(plain)(photo).d != pytest.approx(SlicedWasserstein(photo)(plain).d, rel=0.05)
 
 
 def test_spread_by_hand() -> None:
     """Half black, half white: the deviation of each channel is 1/2, and along a direction v it is |sum(v)| / 2."""
     black, white = np.zeros((2, 64, 64, 3), np.uint8), np.full((2, 64, 64, 3), 255, np.uint8)
-    ruler = StyleDistance(np.concatenate([black, white]))
+    ruler = SlicedWasserstein(np.concatenate([black, white]))
     reach = np.abs(directions("colour", 0).sum(1).numpy())
     # From all black, half of the mass travels |sum(v)|.
     expected = (reach / 2).mean() / np.sqrt(np.square(reach / 2).mean())
@@ -212,26 +220,26 @@ def test_resolution_is_reduced_to_one_side(drawn, measure) -> None:
     doubled = drawn["photo"].repeat(2, axis=1).repeat(2, axis=2)
     assert measure("photo", doubled).style_gain == pytest.approx(measure("photo", drawn["photo"]).style_gain, abs=0.03)
     mixed = [doubled[0], drawn["photo"][1], drawn["photo"][2][:, :64], np.tile(drawn["photo"][3], (1, 2, 1))]
-    assert StyleDistance(drawn["photo"])(mixed).d > 0
+    assert SlicedWasserstein(drawn["photo"])(mixed).d > 0
 
 
 def test_responses_are_those_of_the_pictures_in_order(drawn) -> None:
-    ruler = StyleDistance(drawn["plain"])
-    whole, one = ruler.responses(drawn["photo"]), ruler.responses(drawn["photo"][7:8])
+    ruler = SlicedWasserstein(drawn["plain"])
+    whole, one = ruler.projections(drawn["photo"]), ruler.projections(drawn["photo"][7:8])
     assert all(np.allclose(whole[name][7:8], one[name], atol=1e-5) for name in whole)
-    assert distance(ordered(one), ordered(one)).d == 0.0
+    assert set_distance(sort_projections(one), sort_projections(one)).d == 0.0
 
 
 def test_bad_pictures_are_refused(drawn) -> None:
     plain = drawn["plain"]
     with pytest.raises(UserError, match="smaller than side=64"):
-        StyleDistance(plain[:, :32, :32])
+        SlicedWasserstein(plain[:, :32, :32])
     with pytest.raises(UserError, match="uint8"):
-        StyleDistance(plain / 255)
+        SlicedWasserstein(plain / 255)
     with pytest.raises(UserError, match="no pictures"):
-        StyleDistance(plain)(plain[:0])
+        SlicedWasserstein(plain)(plain[:0])
     with pytest.raises(UserError, match="at least 20"):
-        StyleDistance(plain, side=16)
+        SlicedWasserstein(plain, side=16)
     with pytest.raises(UserError, match="at least 4"):
         style_gain(plain, plain, plain[:3])
     with pytest.raises(UserError, match="5 reconstructed pictures for 48"):

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from sdft.distributed.processes import ProcessInfo
 from sdft.errors import UserError
-from sdft.evaluation.gallery import Gallery, write_picture
-from sdft.evaluation.grid import Axes, Cell, cells
-from sdft.evaluation.models import Models, model_digest
+from sdft.evaluation.grid import Axes, GridCell, build_grid
+from sdft.evaluation.image_cache import ImageCache, write_image
+from sdft.evaluation.subject_loader import SubjectLoader, model_digest
 from sdft.evaluation.subjects import Subject, read_subjects
 from sdft.models.nano import WEIGHTS as NANO
 from sdft.models.sdxl import SDXL
@@ -30,8 +30,8 @@ BATCH = 4
 
 
 @pytest.fixture
-def models(tiny_model) -> Models:
-    models = Models(lambda weights="nano": tiny_model(), "nano", torch.device("cpu"))
+def models(tiny_model) -> SubjectLoader:
+    models = SubjectLoader(lambda weights="nano": tiny_model(), "nano", torch.device("cpu"))
     models.base = tiny_model()
     return models
 
@@ -46,13 +46,13 @@ def lora(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def wanted(lora: Path) -> list[Cell]:
+def wanted(lora: Path) -> list[GridCell]:
     subjects = read_subjects({"base": "nano", "mine": str(lora)})
-    return cells(subjects, PROMPTS, [0, 1], Sampler("euler_a", 2, 3.0), 32, Axes(cfg=[1, 3]))
+    return build_grid(subjects, PROMPTS, [0, 1], Sampler("euler_a", 2, 3.0), 32, Axes(cfg=[1, 3]))
 
 
-def gallery(folder: Path, models: Models) -> Gallery:
-    return Gallery(folder, models, "fp32", BATCH)
+def gallery(folder: Path, models: SubjectLoader) -> ImageCache:
+    return ImageCache(folder, models, "fp32", BATCH)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -65,7 +65,7 @@ def pixels(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
-def test_a_cell_is_the_same_alone_and_in_the_grid(models: Models, wanted: list[Cell], tmp_path: Path) -> None:
+def test_a_cell_is_the_same_alone_and_in_the_grid(models, wanted, tmp_path: Path) -> None:
     """Within one step of a byte: a matrix product of another batch size may add in another order."""
     whole, alone = gallery(tmp_path / "whole", models), gallery(tmp_path / "alone", models)
     whole.fill(wanted)
@@ -77,7 +77,7 @@ def test_a_cell_is_the_same_alone_and_in_the_grid(models: Models, wanted: list[C
     assert np.abs(pixels(whole.path(wanted[3])) - pixels(whole.path(wanted[15]))).max() > 3
 
 
-def test_what_is_there_is_not_drawn_again(models: Models, wanted: list[Cell], tmp_path: Path) -> None:
+def test_what_is_there_is_not_drawn_again(models: SubjectLoader, wanted: list[GridCell], tmp_path: Path) -> None:
     drawn = gallery(tmp_path / "pictures", models)
     drawn.fill(wanted[:6])
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
@@ -87,7 +87,7 @@ def test_what_is_there_is_not_drawn_again(models: Models, wanted: list[Cell], tm
     drawn.fill(wanted)
 
 
-def test_after_a_full_disk_the_same_pictures_come(models: Models, wanted: list[Cell], tmp_path: Path, capsys) -> None:
+def test_after_a_full_disk_the_same_pictures_come(models, wanted, tmp_path: Path, capsys) -> None:
     """`capsys` holds what the bar writes in memory: pytest's own file would be too large as well."""
     gallery(tmp_path / "whole", models).fill(wanted)
     stopped = gallery(tmp_path / "stopped", models)
@@ -101,7 +101,7 @@ def test_after_a_full_disk_the_same_pictures_come(models: Models, wanted: list[C
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
-def test_ranks_share_the_work_and_draw_the_same(models: Models, wanted: list[Cell], tmp_path: Path) -> None:
+def test_ranks_share_the_work_and_draw_the_same(models: SubjectLoader, wanted: list[GridCell], tmp_path: Path) -> None:
     gallery(tmp_path / "one", models).fill(wanted)
     two = gallery(tmp_path / "two", models)
     two.fill(wanted, ProcessInfo(1, 2))
@@ -121,33 +121,33 @@ def test_ranks_share_the_work_and_draw_the_same(models: Models, wanted: list[Cel
         ({}, ProcessInfo()),
     ],
 )
-def test_the_launcher_says_who_this_is(told: dict[str, str], place: ProcessInfo, monkeypatch) -> None:
+def test_the_launcher_says_who_this_is(told: dict[str, str], process: ProcessInfo, monkeypatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    assert ProcessInfo.current() == place
+    assert ProcessInfo.current() == process
 
 
-def test_a_picture_is_named_by_what_it_was_made_from(models: Models, wanted: list[Cell], lora: Path) -> None:
+def test_a_picture_is_named_by_what_it_was_made_from(models: SubjectLoader, wanted: list[GridCell], lora: Path) -> None:
     drawn, cell = gallery(Path("x"), models), wanted[-1]
     name = drawn.path(cell)
     changed = [
-        replace(cell, setting=replace(cell.setting, seed=7)),
-        replace(cell, setting=replace(cell.setting, negative="x")),
-        replace(cell, setting=replace(cell.setting, size_hw=(32, 48))),
+        replace(cell, settings=replace(cell.settings, seed=7)),
+        replace(cell, settings=replace(cell.settings, negative="x")),
+        replace(cell, settings=replace(cell.settings, size_hw=(32, 48))),
         replace(cell, scale=0.5),
         replace(cell, subject=wanted[0].subject),
     ]
     assert len({name, *map(drawn.path, changed)}) == 6
-    assert drawn.path(replace(cell, contestant="another name", axes={})) == name
+    assert drawn.path(replace(cell, variant="another name", axes={})) == name
     assert drawn.path(replace(cell, scale=0.0)) == drawn.path(replace(cell, subject=wanted[0].subject))
     base = replace(cell, subject=wanted[0].subject)
     assert drawn.path(replace(base, scale=0.3)) == drawn.path(base)
-    assert Gallery(Path("x"), models, "bf16", BATCH).path(cell) != name
+    assert ImageCache(Path("x"), models, "bf16", BATCH).path(cell) != name
 
 
-def test_loras_have_strengths_and_stack(models: Models, lora: Path) -> None:
+def test_loras_have_strengths_and_stack(models: SubjectLoader, lora: Path) -> None:
     """Twice at a half is once; at strength 0 it is the base, at -1 it takes away what 1 gives."""
     sources = {
         "once": str(lora),
@@ -175,7 +175,7 @@ def test_loras_have_strengths_and_stack(models: Models, lora: Path) -> None:
     assert found["halves"].kind == "2 LoRAs"
 
 
-def test_a_lora_that_learned_v_is_sampled_so_and_leaves_the_schedule(models: Models, lora: Path) -> None:
+def test_a_lora_that_learned_v_is_sampled_so_and_leaves_the_schedule(models: SubjectLoader, lora: Path) -> None:
     tensors = load_file(lora)
     for zero_snr in ("True", "False"):
         save_file(tensors, lora, {"ss_v_parameterization": "True", "ss_zero_terminal_snr": zero_snr})
@@ -189,19 +189,19 @@ def test_checkpoints_of_a_run_are_opened_on_one_model(tiny_model, tmp_path: Path
     """The average where the run kept one; the final step is the run's result, drawn from its file."""
     opened = []
 
-    def revive(run: Path) -> SDXL:
+    def rebuild(run: Path) -> SDXL:
         opened.append(tiny_model())
         Adapter(rank=2).attach(opened[-1])
         return opened[-1]
 
     (tmp_path / "checkpoints").mkdir()
-    learned = {name: p.detach() for name, p in trainable_parameters(revive(tmp_path))}
+    learned = {name: p.detach() for name, p in trainable_parameters(rebuild(tmp_path))}
     for step, callbacks in ((50, {"EMA": {"average": {k: v + 1 for k, v in learned.items()}}}), (100, {})):
         state = {f"model.{name}": value + 2 for name, value in learned.items()}
         file = tmp_path / "checkpoints" / f"step_{step:06d}.ckpt"
         torch.save({"state_dict": state, "callbacks": callbacks, "global_step": step}, file)
     run = Subject("run", str(tmp_path), run=tmp_path, num_steps=150)
-    models = Models(lambda weights="nano": tiny_model(), "nano", torch.device("cpu"), revive)
+    models = SubjectLoader(lambda weights="nano": tiny_model(), "nano", torch.device("cpu"), rebuild)
     assert run.steps == (50, 100, 150)
     for step, added in ((50, 1), (100, 2)):
         with models.open(run, step=step) as model:
@@ -230,7 +230,7 @@ def test_wrong_parts_of_a_subject_are_named(lora: Path) -> None:
 def test_a_picture_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     with pytest.raises(UserError, match="cannot be written to"), full_disk(500):
-        write_picture(tmp_path / "a.png", image)
+        write_image(tmp_path / "a.png", image)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from sdft.errors import UserError
 from sdft.rng import generator
 
-Pictures = np.ndarray | Sequence[np.ndarray]
+Images = np.ndarray | Sequence[np.ndarray]
 """uint8 RGB, N x H x W x 3 or a sequence of H x W x 3."""
-Responses = dict[str, np.ndarray]
+Projections = dict[str, np.ndarray]
 """`colour` or `patches/SCALE` -> what each picture answers to R directions at K places, N x R x K."""
 
 COLOUR = "colour"
@@ -28,9 +28,9 @@ PATCH = 5
 """Side of a patch, in pixels of its scale."""
 SCALES = (1, 2, 4)
 """Pixels of the reduced picture in one pixel of a patch."""
-PLACES = {COLOUR: 12, "patches": 8}
+NUM_POSITIONS = {COLOUR: 12, "patches": 8}
 """Places looked at in each picture, along each axis."""
-DIRECTIONS = {COLOUR: 48, "patches": 144}
+NUM_DIRECTIONS = {COLOUR: 48, "patches": 144}
 OPPONENT = torch.tensor(
     [
         [3**-0.5, 3**-0.5, 3**-0.5],
@@ -52,7 +52,7 @@ class Distance:
     patches: float
 
 
-class StyleDistance:
+class SlicedWasserstein:
     """The distance of a set of pictures to a fixed set of reference pictures of a look.
 
     d = (colour + patches) / 2. Each is a sliced Wasserstein-1 distance divided by a spread: the root mean square, over
@@ -69,38 +69,38 @@ class StyleDistance:
     seed: of the directions and places.
     """
 
-    def __init__(self, reference: Pictures, contrast: Pictures | None = None, side: int = 64, seed: int = 0):
+    def __init__(self, reference: Images, contrast: Images | None = None, side: int = 64, seed: int = 0):
         if side < PATCH * max(SCALES):
             raise UserError(f"side={side}: patches need at least {PATCH * max(SCALES)} pixels")
         self.side, self.seed = side, seed
-        pool = [self._answers(pictures) for pictures in (reference, contrast) if pictures is not None]
-        self._spread = {name: _spread([answers[name] for answers in pool]) for name in pool[0]}
+        pool = [self._project(pictures) for pictures in (reference, contrast) if pictures is not None]
+        self._spread = {name: _spread([projected[name] for projected in pool]) for name in pool[0]}
         self.reference, self.contrast = self._in_spreads(pool[0]), self._in_spreads(pool[-1])
 
-    def __call__(self, pictures: Pictures) -> Distance:
+    def __call__(self, pictures: Images) -> Distance:
         """The distance of `pictures` to the reference."""
-        return self.between(self.responses(pictures), self.reference)
+        return self.between(self.projections(pictures), self.reference)
 
-    def between(self, a: Responses, b: Responses) -> Distance:
+    def between(self, a: Projections, b: Projections) -> Distance:
         """The distance of two sets, given what they answer; symmetric."""
-        return distance(ordered(a), ordered(b))
+        return set_distance(sort_projections(a), sort_projections(b))
 
-    def responses(self, pictures: Pictures) -> Responses:
+    def projections(self, pictures: Images) -> Projections:
         """What the pictures answer, in units of the spread; for measuring parts of a set without looking again."""
-        return self._in_spreads(self._answers(pictures))
+        return self._in_spreads(self._project(pictures))
 
-    def _in_spreads(self, answers: Responses) -> Responses:
-        return {name: r / np.float32(self._spread[name]) for name, r in answers.items()}
+    def _in_spreads(self, projected: Projections) -> Projections:
+        return {name: r / np.float32(self._spread[name]) for name, r in projected.items()}
 
-    def _answers(self, pictures: Pictures) -> Responses:
-        batches = [dict(self._answers_of_batch(x_BCHW)) for x_BCHW in _reduced(pictures, self.side)]
+    def _project(self, pictures: Images) -> Projections:
+        batches = [dict(self._project_batch(x_BCHW)) for x_BCHW in _reduced(pictures, self.side)]
         return {name: np.concatenate([batch[name].numpy() for batch in batches]) for name in batches[0]}
 
-    def _answers_of_batch(self, x_BCHW: Tensor) -> Iterator[tuple[str, Tensor]]:
-        pixels_BDK = _windows(x_BCHW, 1, places(COLOUR, self.seed))
+    def _project_batch(self, x_BCHW: Tensor) -> Iterator[tuple[str, Tensor]]:
+        pixels_BDK = _windows(x_BCHW, 1, positions(COLOUR, self.seed))
         yield COLOUR, directions(COLOUR, self.seed) @ pixels_BDK
         for scale in SCALES:
-            patches_BDK = _windows(F.avg_pool2d(x_BCHW, scale), PATCH, places("patches", self.seed))
+            patches_BDK = _windows(F.avg_pool2d(x_BCHW, scale), PATCH, positions("patches", self.seed))
             yield f"patches/{scale}", directions("patches", self.seed) @ patches_BDK
 
 
@@ -118,12 +118,12 @@ def wasserstein(a_RN: np.ndarray, b_RM: np.ndarray) -> float:
     return float((np.abs(a_RN[:, at // m] - b_RM[:, at // n]) @ (width / (n * m))).mean())
 
 
-def ordered(responses: Mapping[str, np.ndarray]) -> Responses:
+def sort_projections(projections: Mapping[str, np.ndarray]) -> Projections:
     """All answers to a direction sorted: R x NK."""
-    return {name: np.sort(r.swapaxes(0, 1).reshape(r.shape[1], -1), axis=1) for name, r in responses.items()}
+    return {name: np.sort(r.swapaxes(0, 1).reshape(r.shape[1], -1), axis=1) for name, r in projections.items()}
 
 
-def distance(a: Responses, b: Responses) -> Distance:
+def set_distance(a: Projections, b: Projections) -> Distance:
     """Of two sets of sorted answers."""
     parts = {name: wasserstein(a[name], b[name]) for name in a}
     colour = parts.pop(COLOUR)
@@ -132,9 +132,9 @@ def distance(a: Responses, b: Responses) -> Distance:
 
 
 @lru_cache
-def places(part: str, seed: int) -> Tensor:
+def positions(part: str, seed: int) -> Tensor:
     """One random point in each cell of a grid over the unit square, K x 2; the same in every picture."""
-    n = PLACES[part]
+    n = NUM_POSITIONS[part]
     cells = torch.cartesian_prod(torch.arange(n), torch.arange(n))
     return (cells + torch.rand((n * n, 2), generator=generator(seed, f"style {part} places"))) / n
 
@@ -148,8 +148,8 @@ def directions(part: str, seed: int) -> Tensor:
     basis_ED = OPPONENT if part == COLOUR else patch_basis()
     width = len(basis_ED)
     g = generator(seed, f"style {part} directions")
-    sets = torch.linalg.qr(torch.randn((-(-DIRECTIONS[part] // width), width, width), generator=g)).Q
-    return sets.reshape(-1, width)[: DIRECTIONS[part]] @ basis_ED
+    sets = torch.linalg.qr(torch.randn((-(-NUM_DIRECTIONS[part] // width), width, width), generator=g)).Q
+    return sets.reshape(-1, width)[: NUM_DIRECTIONS[part]] @ basis_ED
 
 
 def patch_basis() -> Tensor:
@@ -167,7 +167,7 @@ def patch_basis() -> Tensor:
     return torch.kron(OPPONENT.double(), weighted).float()
 
 
-def _reduced(pictures: Pictures, side: int) -> Iterator[Tensor]:
+def _reduced(pictures: Images, side: int) -> Iterator[Tensor]:
     """Pixels in [0, 1], B x 3 x H x W, neighbours of one size together, with `side` pixels along the shorter edge."""
     if len(pictures) == 0:
         raise UserError("there are no pictures to compare")

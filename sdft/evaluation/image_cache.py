@@ -20,51 +20,51 @@ from typing import Literal, overload
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from sdft.distributed.processes import ProcessInfo
 from sdft.errors import UserError
-from sdft.evaluation.grid import Cell, Setting
-from sdft.evaluation.models import Models
+from sdft.evaluation.grid import GenerationSettings, GridCell
+from sdft.evaluation.subject_loader import SubjectLoader
+from sdft.progress import tqdm
 from sdft.rng import seed_of
 from sdft.sampling.generate import PromptEmbeddings, generate, refuse_size
 
 VERSIONS = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
-PATIENCE = 1800
+TIMEOUT_SECONDS = 1800
 """Seconds without a new picture after which rank 0 gives up on the others."""
 
 
-class Gallery:
+class ImageCache:
     """Draws cells that are not there yet.
 
     folder: of the pictures. batch_size: pictures at a time.
     """
 
-    def __init__(self, folder: Path, models: Models, precision: Literal["fp32", "bf16"], batch_size: int):
+    def __init__(self, folder: Path, models: SubjectLoader, precision: Literal["fp32", "bf16"], batch_size: int):
         self.folder, self.models, self.precision, self.batch_size = folder, models, precision, batch_size
 
-    def path(self, cell: Cell) -> Path:
+    def path(self, cell: GridCell) -> Path:
         """Of a cell's picture, whether or not it is there."""
         weights = self.models.identity(cell.subject, cell.scale, cell.step)
-        said = [weights, asdict(cell.setting), self.precision, self.models.device.type, VERSIONS]
+        said = [weights, asdict(cell.settings), self.precision, self.models.device.type, VERSIONS]
         digest = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=12)
         return self.folder / f"{digest.hexdigest()}.png"
 
-    def fill(self, cells: Sequence[Cell], place: ProcessInfo = ProcessInfo()) -> None:
+    def fill(self, cells: Sequence[GridCell], process: ProcessInfo = ProcessInfo()) -> None:
         """Draw what is missing; rank 0 comes back when every picture is there, the others after their own.
 
         The batches are those of the whole grid, so what was stopped goes on with the same ones, and the same bits.
         """
         wanted = {self.path(cell): cell for cell in cells}
         missing = {path for path in wanted if not path.is_file()}
-        with tqdm(total=len(missing), desc="drawing", unit="image", disable=place.rank > 0 or not missing) as bar:
-            self._draw(list(wanted.items()), place, bar.update)
-            if place.rank == 0 and place.world_size > 1:
+        with tqdm(total=len(missing), desc="drawing", unit="image", disable=process.rank > 0 or not missing) as bar:
+            self._draw(list(wanted.items()), process, bar.update)
+            if process.rank == 0 and process.world_size > 1:
                 self._wait(list(missing), bar)
 
-    def _draw(self, wanted: list[tuple[Path, Cell]], place: ProcessInfo, drawn: Callable[[int], object]) -> None:
+    def _draw(self, wanted: list[tuple[Path, GridCell]], process: ProcessInfo, drawn: Callable[[int], object]) -> None:
         number = itertools.count()
-        by_weights: dict[tuple, list[tuple[Path, Cell]]] = {}
+        by_weights: dict[tuple, list[tuple[Path, GridCell]]] = {}
         for path, cell in wanted:
             by_weights.setdefault((cell.subject.name, cell.scale, cell.step), []).append((path, cell))
         for of_model in by_weights.values():
@@ -72,7 +72,7 @@ class Gallery:
             for _, alike in itertools.groupby(sorted(of_model, key=_settings), _settings):
                 for batch in _batches(list(alike), self.batch_size):
                     missing = [(path, cell) for path, cell in batch if not path.is_file()]
-                    if next(number) % place.world_size == place.rank and missing:
+                    if next(number) % process.world_size == process.rank and missing:
                         mine.append(missing)
             if not mine:
                 continue
@@ -80,19 +80,19 @@ class Gallery:
             with self.models.open(cell.subject, cell.scale, cell.step) as model:
                 texts = PromptEmbeddings(model)
                 for batch in mine:
-                    setting = batch[0][1].setting
-                    refuse_size(model, setting.size_hw)
+                    settings = batch[0][1].settings
+                    refuse_size(model, settings.size_hw)
                     images = generate(
                         model,
-                        [cell.setting.prompt for _, cell in batch],
-                        [noise_seed(cell.setting) for _, cell in batch],
-                        setting.drawn_by(self.batch_size),
-                        setting.size_hw,
+                        [cell.settings.prompt for _, cell in batch],
+                        [noise_seed(cell.settings) for _, cell in batch],
+                        settings.to_sampler(self.batch_size),
+                        settings.size_hw,
                         self.precision,
                         texts=texts,
                     )
                     for (path, _), image in zip(batch, images, strict=True):
-                        write_picture(path, image)
+                        write_image(path, image)
                     drawn(len(batch))
 
     def _wait(self, paths: Sequence[Path], bar: tqdm) -> None:
@@ -103,16 +103,16 @@ class Gallery:
                 last, there = time.monotonic(), now
                 bar.n = now
                 bar.refresh()
-            elif time.monotonic() - last > PATIENCE:
+            elif time.monotonic() - last > TIMEOUT_SECONDS:
                 raise UserError(
-                    f"{len(paths) - now} pictures of other ranks are missing, and none has come for {PATIENCE // 60} "
-                    "minutes; look at what the other ranks say, and give the same command again"
+                    f"{len(paths) - now} images of other ranks are missing, and none was written for "
+                    f"{TIMEOUT_SECONDS // 60} minutes; see the output of the other ranks, then run the command again"
                 )
             time.sleep(0.5)
         bar.update(len(paths) - bar.n)
 
 
-class PictureFiles(Sequence[np.ndarray]):
+class ImageFiles(Sequence[np.ndarray]):
     """Pictures as H x W x 3 bytes, read when asked for."""
 
     def __init__(self, paths: Sequence[Path]):
@@ -124,20 +124,20 @@ class PictureFiles(Sequence[np.ndarray]):
     @overload
     def __getitem__(self, index: int) -> np.ndarray: ...
     @overload
-    def __getitem__(self, index: slice) -> PictureFiles: ...
-    def __getitem__(self, index: int | slice) -> np.ndarray | PictureFiles:
+    def __getitem__(self, index: slice) -> ImageFiles: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | ImageFiles:
         if isinstance(index, slice):
-            return PictureFiles(self.paths[index])
+            return ImageFiles(self.paths[index])
         with Image.open(self.paths[index]) as picture:
             return np.asarray(picture.convert("RGB"))
 
 
-def noise_seed(setting: Setting) -> int:
+def noise_seed(settings: GenerationSettings) -> int:
     """Of the noise that a picture starts from: its own for each prompt, so that no two prompts share their luck."""
-    return seed_of(setting.seed, "noise", setting.prompt)
+    return seed_of(settings.seed, "noise", settings.prompt)
 
 
-def write_picture(path: Path, image: np.ndarray) -> None:
+def write_image(path: Path, image: np.ndarray) -> None:
     """A PNG, whole or not at all."""
     content = io.BytesIO()
     Image.fromarray(image).save(content, "PNG")
@@ -154,9 +154,9 @@ def write_picture(path: Path, image: np.ndarray) -> None:
         ) from error
 
 
-def _settings(item: tuple[Path, Cell]) -> str:
+def _settings(item: tuple[Path, GridCell]) -> str:
     """What a batch has in common."""
-    return json.dumps(asdict(replace(item[1].setting, prompt="", seed=0)))
+    return json.dumps(asdict(replace(item[1].settings, prompt="", seed=0)))
 
 
 def _batches(items: list, size: int) -> Iterator[list]:

@@ -20,9 +20,9 @@ from sdft.data.dataset import Pictures, Source, batches
 from sdft.data.images import to_uint8
 from sdft.data.sources.toy import ToyWorld
 from sdft.data.toy.scenes import SUBJECTS
-from sdft.evaluation.adherence import Judge, load_judge
-from sdft.evaluation.pictures import save_grid
-from sdft.evaluation.style import StyleGauge
+from sdft.evaluation.clip_judge import Judge, load_judge
+from sdft.evaluation.image_grid import save_grid
+from sdft.evaluation.style_gain import StyleGainMetric
 from sdft.models.load import NANO
 from sdft.models.nano.build import tokenizer
 from sdft.models.sdxl import SDXL
@@ -32,10 +32,10 @@ from sdft.types import Count, Precision
 
 Base = Callable[[], AbstractContextManager]
 BEFORE_AFTER = "before_after.png"
-LEAST_REFERENCES = 4
+MIN_REFERENCES = 4
 
 
-class StyleVerdict:
+class StyleEvaluation:
     """Did the model learn the look, and does it still draw what it is asked?
 
     reference: held-out pictures of the look; the captions of its first `num_images` are the prompts.
@@ -72,11 +72,11 @@ class StyleVerdict:
         tuned = draw(asked, "tuned")
         shown.append(draw([self.caption.format(caption=prompt) for prompt in self.prompts]))
         save_grid(folder / BEFORE_AFTER, shown, ["base", "tuned"], self.prompts)
-        if len(self.reference.keys) < LEAST_REFERENCES:
-            why = f"not measured: {len(self.reference.keys)} held-out pictures, needs {LEAST_REFERENCES}"
+        if len(self.reference.keys) < MIN_REFERENCES:
+            why = f"not measured: {len(self.reference.keys)} held-out pictures, needs {MIN_REFERENCES}"
             return {"style_gain": None, "style_gain_note": why} | self._adherence(before, tuned, captions)
         reference, reconstructed = self._references(model)
-        gauge = StyleGauge(before, reference, reconstructed, side=self.reduced_side)
+        gauge = StyleGainMetric(before, reference, reconstructed, side=self.reduced_side)
         gain = gauge(tuned)
         figures = {
             "style_gain": gain.style_gain,
@@ -126,7 +126,7 @@ class StyleVerdict:
         }
 
 
-class AutoencoderVerdict:
+class AutoencoderEvaluation:
     """How well a VAE keeps pictures: PSNR in dB on held-out ones, by the look in their key."""
 
     def __init__(self, references: dict[str, Source], size: Count):
@@ -152,7 +152,7 @@ class AutoencoderVerdict:
         return figures
 
 
-class JudgeVerdict:
+class JudgeEvaluation:
     """How often a CLIP names the subject of held-out pictures."""
 
     def __init__(self, references: dict[str, ToyWorld], words: Sequence[str]):

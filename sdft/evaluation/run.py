@@ -1,0 +1,167 @@
+"""One comparison, from config to images, metrics and `report.html`: what `eval.py` and the Python API call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image
+
+from sdft.config.command import build
+from sdft.distributed.processes import ProcessInfo
+from sdft.errors import UserError
+from sdft.evaluation.comparison import Comparison, generate_images, measure, recommend
+from sdft.evaluation.page.write import write_page
+from sdft.evaluation.results import Results
+from sdft.evaluation.statistics import LEVEL
+from sdft.evaluation.subject_loader import SubjectLoader
+from sdft.evaluation.subjects import Subject
+from sdft.evaluation.sweeps import Job, add_training_values, job_subjects, training_values
+from sdft.evaluation.tables import terminal_table, write_contact_sheet, write_tables
+from sdft.models.sdxl import SDXL
+from sdft.training.sweep import jobs_of
+
+Report = Callable[[str], Any]
+"""Receives the lines that a command prints."""
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """A finished comparison.
+
+    results: images, metrics and tests of significance, as plain data. run_dir: its folder.
+    written: the report, the contact sheet, the tables and the folder of images.
+    """
+
+    results: Results
+    run_dir: Path
+    written: Sequence[Path]
+
+    @property
+    def images(self) -> dict[str, list[Image.Image]]:
+        """Subject -> its images, in the order of `results.pictures`."""
+        found: dict[str, list[Image.Image]] = {}
+        for picture in self.results.pictures:
+            with Image.open(self.run_dir / picture.path) as image:
+                found.setdefault(picture.subject, []).append(image.convert("RGB"))
+        return found
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Subject -> metric -> value over its images; intervals are in `results.figures`."""
+        return {
+            subject: {name: estimate.value for name, estimate in own.items()}
+            for subject, own in self.results.figures.items()
+        }
+
+
+def compare(cfg: DictConfig, report: Report) -> CompareResult | None:
+    """Run the comparison that a checked config describes; None on all processes but the first."""
+    place = ProcessInfo.current()
+    comparison = build(cfg)
+    # The cheap parts first: a wrong path is reported before any weights are read.
+    jobs = read_jobs(comparison.sweep, report) if comparison.sweep else []
+    subjects = sweep_subjects(cfg, jobs) if comparison.sweep else comparison.read_subjects()
+    wanted = comparison.build_grid(subjects)
+    baseline = next(c.variant for c in wanted if c.subject.name == (comparison.baseline or subjects[0].name))
+    inputs = comparison.read_inputs()
+    measures, left_out = comparison.available_metrics(inputs)
+    models = SubjectLoader(comparison.model, cfg.model.get("weights"), find_device(), rebuild)
+    generated = generate_images(comparison, subjects, models, place)
+    if place.rank > 0:
+        return None
+    results = measure(comparison, generated, baseline, inputs, measures)
+    if jobs:
+        results = add_training_values(results, training_values(jobs, subjects))
+    tradeoff, why_not = recommend(comparison, results, baseline)
+    results = replace(results, tradeoff=tradeoff)
+    written = write(comparison, results)
+    for line in report_lines(results, comparison.front, written, left_out, why_not):
+        report(line)
+    return CompareResult(results, comparison.run_dir, written)
+
+
+def find_device() -> torch.device:
+    """This process's own accelerator, where there is one."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
+
+
+def read_jobs(sweep_dir: Path, report: Report) -> list[Job]:
+    """The jobs of a multirun."""
+    if not sweep_dir.is_dir():
+        raise UserError(f"sweep={sweep_dir}: there is no such folder")
+    found = [Job(folder, said, summary) for folder, said, summary in jobs_of(sweep_dir)]
+    if not found:
+        raise UserError(f"sweep={sweep_dir}: holds no jobs; pass the folder of a train.py -m")
+    for job in found:
+        if not job.summary:
+            report(f"left out: {job.folder} did not finish")
+    return found
+
+
+def sweep_subjects(cfg: DictConfig, jobs: Sequence[Job]) -> list[Subject]:
+    """The base and every finished job."""
+    weights = cfg.model.get("weights")
+    base = [Subject("base", weights, weights=weights)] if weights is not None else []
+    return [*base, *job_subjects(jobs)]
+
+
+def rebuild(run: Path) -> SDXL:
+    """The model of a run as it was at its first step, what learns in it attached."""
+    config = run / ".hydra" / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"{config} is missing: without it the run's checkpoints cannot be opened")
+    cfg: Any = OmegaConf.load(config)
+    OmegaConf.resolve(cfg)
+    model, objective = build(cfg.model), build(cfg.objective)
+    model.expect(objective.prediction, objective.zero_terminal_snr)
+    build(cfg.tuning).attach(model)
+    return model
+
+
+def write(comparison: Comparison, results: Results) -> list[Path]:
+    """Everything that is left, and where it lies."""
+    folder = comparison.run_dir
+    try:
+        tables = write_tables(folder, results)
+        write_contact_sheet(folder / "grid.png", results)
+        write_page(folder / "report.html", results)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written to ({error.strerror}); the pictures are kept, and the same command with the "
+            "same run_dir goes on"
+        ) from error
+    if comparison.logger:
+        from sdft.training.callbacks.tracking import log_comparison
+
+        for logger in comparison.logger.values():
+            log_comparison(logger, results, folder)
+    return [folder / "report.html", folder / "grid.png", *tables, folder / "pictures"]
+
+
+def report_lines(
+    results: Results, front: Sequence[str], written: Sequence[Path], left_out: Sequence[str], why_not: str
+) -> Iterator[str]:
+    """What came out and where it lies."""
+    if results.metrics:
+        yield f"\n{terminal_table(results)}\n"
+    # What was seen, and what a recommendation rests on; the page has the others too.
+    directed = {metric.name for metric in results.metrics if metric.better}
+    for verdict in results.verdicts:
+        if verdict.metric in directed and (verdict.p < LEVEL or verdict.metric in front):
+            yield verdict.sentence
+    if results.tradeoff:
+        yield f"keep {results.tradeoff.recommended}: {results.tradeoff.reason}"
+    elif len(results.subjects) > 1:
+        yield why_not
+    if left_out:
+        yield f"not measured: {', '.join(left_out)}"
+    for path in written:
+        yield f"  {path.name:16} {path}"

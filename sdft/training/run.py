@@ -1,0 +1,194 @@
+"""One fine-tuning run, from config to weights, images and `summary.json`: what `train.py` and the Python API call."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from sdft.config.command import build
+from sdft.distributed.processes import num_processes
+from sdft.errors import UserError
+from sdft.formats.run_folder import SUMMARY
+from sdft.hardware import autocast_precision
+from sdft.protocols import strategy_hooks
+from sdft.training import receipt
+
+Report = Callable[[str], Any]
+"""Receives the lines that a command prints."""
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A finished run.
+
+    run_dir: its folder. summary: the content of `summary.json`. receipt: the content of `receipt.json`.
+    """
+
+    run_dir: Path
+    summary: Mapping[str, Any]
+    receipt: Mapping[str, Any]
+
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """The numbers of the summary by name; None for one that could not be measured."""
+        return {name: value for name, value in self.summary.items() if value is None or isinstance(value, int | float)}
+
+    @property
+    def artifacts(self) -> dict[str, Path]:
+        """Name (`lora`, `model`, `words`, `pictures` ...) -> written file or folder."""
+        return {name: Path(path) for name, path in self.summary["artifacts"].items()}
+
+
+def finetune(cfg: DictConfig, overrides: Sequence[str] | None, report: Report) -> FinetuneResult | None:
+    """Run the training that a checked config describes; None on all processes but the first.
+
+    overrides: what the config was composed with, for the receipt; None if unknown.
+    Raises UserError for all that the user can mend.
+    """
+    if cfg.reproduce:
+        torch.set_num_threads(receipt.read(cfg.reproduce)["threads"])  # sums of floats depend on it
+    # The cheap parts first: a wrong number or an empty folder is reported before any weights are read.
+    data, tuning, objective, verdict, export = (
+        build(cfg[name]) for name in ("data", "tuning", "objective", "verdict", "export")
+    )
+    optimizer, lr_schedule = build(cfg.optimizer), build(cfg.lr_schedule)
+    checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir))
+    trainer = build(
+        cfg.trainer,
+        callbacks=[build(callback) for callback in cfg.callbacks.values()],
+        loggers=[build(logger) for logger in cfg.logger.values()],
+    )
+
+    from sdft.module import Finetuning
+
+    def finetuning(model) -> Finetuning:
+        return Finetuning(model, tuning, objective, optimizer, lr_schedule, cfg.seed)
+
+    model = build(cfg.model)
+    record = begin_receipt(cfg, overrides, model, data, trainer)
+    module = finetuning(model)
+    announce(cfg, module, data, trainer, report)
+    log_run(trainer, cfg)
+    started = time.monotonic()
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
+    train_seconds = time.monotonic() - started
+    module = strategy_hooks(trainer.strategy).gather(module, lambda: finetuning(build(cfg.model)))
+    if trainer.global_rank != 0:
+        return None
+    return conclude(cfg, trainer, module, export, verdict, train_seconds, record, report)
+
+
+def num_devices(trainer: DictConfig) -> int:
+    """Processes of a run with this trainer on machines like this one."""
+    return num_processes(trainer.accelerator, trainer.devices, trainer.num_nodes)
+
+
+def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
+    """The checkpoint to go on from: none, `auto` (this run's last, where there is one), a file or a run folder."""
+    if resume is None:
+        return None
+    if resume == "auto":
+        last = run_dir / "checkpoints" / "last.ckpt"
+        return last if last.is_file() else None
+    path = Path(resume).expanduser()
+    path = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"resume={resume}: there is no checkpoint {path}; pass a run folder, a .ckpt file or auto")
+    return path
+
+
+def begin_receipt(cfg: DictConfig, overrides: Sequence[str] | None, model, data, trainer) -> dict[str, Any]:
+    """What the run is made from, written before it starts: the code may change while it runs."""
+    if trainer.global_rank:
+        return {}
+    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    record = receipt.begun(config, overrides, model, data, trainer.world_size)
+    write_json(Path(cfg.run_dir) / receipt.NAME, record)
+    return record
+
+
+def announce(cfg: DictConfig, module, data, trainer, report: Report) -> None:
+    """The run in a few lines, before it starts."""
+    from sdft.planning.preflight import describe_run
+
+    if trainer.global_rank:
+        return
+    report(f"{cfg.name}: {data.pictures.size_hw[1]} px, {trainer.precision}, run folder {cfg.run_dir}")
+    lines = describe_run(module, data, trainer.max_steps, trainer.accumulate_grad_batches, trainer.world_size)
+    report("\n".join(lines))
+
+
+def conclude(
+    cfg: DictConfig, trainer, module, export, verdict, train_seconds: float, record: dict, report: Report
+) -> FinetuneResult:
+    """Export, judge and report a finished run."""
+    from sdft.evaluation.after_training import BEFORE_AFTER
+    from sdft.training.callbacks.tracking import finish, log_picture
+    from sdft.tuning.parameters import trainable_parameters
+
+    run_dir = Path(cfg.run_dir)
+    module.eval()
+    artifacts, errors = export(module, run_dir, cfg.name, cfg.size, partial(build, cfg.model))
+    base = partial(module.tuning.base, module.model)
+    figures = verdict(module.model, base, run_dir, autocast_precision(trainer.precision)) if verdict else {}
+    if (run_dir / BEFORE_AFTER).is_file():
+        artifacts["pictures"] = run_dir / BEFORE_AFTER
+        log_picture(trainer, "before_after", artifacts["pictures"], trainer.global_step)
+    summary = {
+        "name": cfg.name,
+        **figures,
+        **errors,
+        **{name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")},
+        "train_seconds": round(train_seconds, 1),
+        "num_steps": trainer.global_step,
+        "num_trained_parameters": sum(p.numel() for _, p in trainable_parameters(module.model)),
+        "artifacts": {name: str(path) for name, path in artifacts.items()},
+    }
+    record = receipt.finished(record, artifacts, summary)
+    write_json(run_dir / SUMMARY, summary)
+    write_json(run_dir / receipt.NAME, record)
+    finish(trainer, summary)
+    for line in summary_lines(summary, run_dir):
+        report(line)
+    if cfg.reproduce:
+        report(receipt.compared(receipt.read(cfg.reproduce), record))
+    return FinetuneResult(run_dir, summary, record)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as JSON, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def summary_lines(summary: dict[str, Any], run_dir: Path) -> Iterator[str]:
+    """What came out, where it lies and what to do with it."""
+    yield f"\n{summary['name']}: trained in {summary['train_seconds']:.0f} s"
+    for name, value in summary.items():
+        if isinstance(value, float) and name != "train_seconds":
+            yield f"  {name:26} {value:.3f}"
+    if "style_gain_note" in summary:
+        yield f"  style_gain                 {summary['style_gain_note']}"
+    for name, path in summary["artifacts"].items():
+        yield f"  {name:10} {path}"
+    yield f"  figures    {run_dir / SUMMARY}"
+    if lora := summary["artifacts"].get("lora"):
+        yield f"next: look at the pictures, then pipeline.load_lora_weights({lora!r}) in diffusers"
+    elif model := summary["artifacts"].get("model"):
+        yield f"next: look at the pictures, then train from it with model.weights={model}"
+
+
+def log_run(trainer, cfg: DictConfig) -> None:
+    """Tell every logger what is run."""
+    from sdft.training.callbacks import tracking
+
+    tracking.log_run(trainer, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
