@@ -41,6 +41,8 @@ class MergeMethod(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
+    def __hash__(self) -> int: ...
+
 
 class Kind(Enum):
     """What an input or a result is. The values stand in error messages."""
@@ -144,7 +146,8 @@ def signature_of(method: MergeMethod) -> MethodSignature:
     for name, parameter in signature(method).parameters.items():
         refuse_bad_parameter(where, parameter, hints.get(name))
         metadata = metadata_of(hints[name])
-        kind, statistic, paired = (first_of(metadata, wanted) for wanted in (Kind, Statistic, PerInput))
+        kind, statistic = first_of(metadata, Kind), first_of(metadata, Statistic)
+        paired = first_of(metadata, PerInput)
         if kind is not None:
             length = first_of(metadata, MinLen)
             inputs[name] = Input(kind, get_args(hints[name])[0] is not Tensor, length.min_length if length else 1)

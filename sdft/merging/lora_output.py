@@ -56,8 +56,8 @@ def output_layers(recipe: Recipe) -> dict[str, tuple[int, ...]]:
         return {layer: view.shape for weight, view in views.items() if (layer := layer_of_weight(weight)) is not None}
     found: dict[str, tuple[int, ...]] = {}
     for adapter in recipe.adapters:
-        for name, layer in adapter.lora.layers.items():
-            rows, columns = layer.delta_shape
+        for name, lora_layer in adapter.lora.layers.items():
+            rows, columns = lora_layer.delta_shape
             side = 1 if name.endswith("conv_shortcut") else 3
             found[name] = (rows, columns // side**2, side, side) if is_convolution(name) else (rows, columns)
     return found
