@@ -47,7 +47,7 @@ def test_what_is_no_config_is_named(content: str | None, tmp_path: Path) -> None
     file = tmp_path / "config.yaml"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(ConfigError, match="config.yaml"):
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
         read_config(file)
 
 
@@ -79,7 +79,8 @@ def test_a_run_is_resumed(tmp_path: Path) -> None:
 
 
 def test_its_lora_is_baked_into_a_model(tmp_path: Path) -> None:
-    merged = sdft.merge("bake", base="nano", lora=str(RUN / "lora.safetensors"), out=str(tmp_path / "baked"), dry_run=True)
+    lora, out = RUN / "lora.safetensors", tmp_path / "baked"
+    merged = sdft.merge("bake", base="nano", lora=str(lora), out=str(out), dry_run=True)
     assert merged.lines
 
 

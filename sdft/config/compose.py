@@ -101,7 +101,8 @@ def folder_of(path: str) -> Path:
         try:
             folder = Path(str(importlib.resources.files(package)))
         except (ImportError, TypeError, ValueError):
-            raise ConfigError(f"hydra.searchpath: Python cannot import '{package}'; install it, or set PYTHONPATH") from None
+            remedy = "install it, or set PYTHONPATH"
+            raise ConfigError(f"hydra.searchpath: Python cannot import '{package}'; {remedy}") from None
         if not (folder / "__init__.py").is_file():
             raise ConfigError(f"hydra.searchpath: the package '{package}' needs an __init__.py, which Hydra asks for")
         return folder
