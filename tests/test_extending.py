@@ -79,10 +79,10 @@ def test_the_search_path_of_hydra_adds_the_same_options(searchpath: str, lab: Pa
     [
         (["optimizer=sdg"], "'optimizer' has no option 'sdg'; did you mean 'sgd'?"),
         (["optimizer=sgd", "optimizer.momentun=0.5"], "did you mean 'optimizer.momentum'?"),
-        (["objective/weighting=soft_min_snr", "objective.weighting.gama=3"], "did you mean 'objective.weighting.gamma'"),
+        (["objective/weighting=soft_min_snr", "objective.weighting.gama=3"], "mean 'objective.weighting.gamma'?"),
         (["objective/weighting=soft_min_snr", "objective.weighting.gamma=much"], "objective.weighting.gamma=much"),
         (["callbacks=with_norm", "callbacks.norm.evry=3"], "did you mean 'callbacks.norm.every'?"),
-        (["+callbacks.n={_target_: my_lab.callbacks.WeightNorn}"], "callbacks.WeightNorn' does not exist; did you mean"),
+        (["+callbacks.n={_target_: my_lab.callbacks.WeightNorn}"], "WeightNorn' does not exist; did you mean"),
         (["+callbacks.n={_target_: my_lab.callbacks.WeightNorm,evry: 3}"], "did you mean 'callbacks.n.every'?"),
         (["data=squares", "data.train.numb=3"], "did you mean 'data.train.num'?"),
         (["data=squares", "data.train.num=three"], "data.train.num=three"),
