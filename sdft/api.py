@@ -31,7 +31,7 @@ from sdft.errors import UserError
 from sdft.evaluation.run import CompareResult, find_device
 from sdft.evaluation.run import compare as run_comparison
 from sdft.evaluation.subject_loader import SubjectLoader
-from sdft.evaluation.subjects import Worn, read_subjects
+from sdft.evaluation.subjects import AdapterFiles, read_subjects
 from sdft.merging.run import MergeResult
 from sdft.merging.run import merge as run_merge
 from sdft.progress import no_progress_bars
@@ -118,7 +118,8 @@ def load_model(
         chosen = str(OmegaConf.to_container(OmegaConf.load(recorded), resolve=True)["model"].get("weights"))  # type: ignore
     chosen_options = [f"model={'nano' if chosen == 'nano' else 'sdxl'}", f"model.weights={_value(chosen)}"]
     if dtype is not None:
-        chosen_options.append(f"model.dtype={_value(dict.fromkeys(('unet', 'text_encoder', 'text_encoder_2'), dtype))}")
+        parts_given = ("unet", "text_encoder", "text_encoder_2")
+        chosen_options += [f"+model.dtype.{part}={_value(dtype)}" for part in parts_given]
     cfg = compose("eval", [*chosen_options, "model.gradient_checkpointing=false", *overrides, "subjects={model: nano}"])
     config.check(cfg)
     parts: list[Any] = [source]
@@ -128,7 +129,7 @@ def load_model(
         try:
             (subject,) = read_subjects({"model": parts if len(parts) > 1 else source})
             if words is not None:
-                subject = replace(subject, worn=(*subject.worn, Worn(words=Path(words).expanduser())))
+                subject = replace(subject, worn=(*subject.worn, AdapterFiles(words=Path(words).expanduser())))
             loader = SubjectLoader(config.build(cfg.model), chosen, torch.device(device or find_device()))
             loaded = stack.enter_context(loader.open(subject))
         except UserError as error:
