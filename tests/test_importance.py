@@ -99,5 +99,5 @@ def test_weights_can_be_measured_without_moving_them(fit, tiny_model) -> None:
 
 
 def test_a_lora_has_none(fit) -> None:
-    with pytest.raises(UserError, match=r"callbacks=importance: .* bake it .*merge=bake"):
+    with pytest.raises(UserError, match=r"callbacks=importance: .* bake a LoRA .*merge=bake"):
         fit("lora", tuning=Adapter(rank=2))

@@ -126,7 +126,7 @@ def dry(monkeypatch, capsys, *words: str) -> str:
 def test_a_dry_run_tells_and_leaves_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     said = dry(monkeypatch, capsys, "experiment=dreamy_style", "trainer.devices=2", "trainer.accelerator=cpu")
-    assert "learns unet: 292,864 of 7,862,891 parameters (3.72%)" in said
+    assert "trains unet: 292,864 of 7,862,891 parameters (3.72%)" in said
     assert "effective batch 32 (16 x 1 accumulated x 2 devices), 240 steps = 160.0 passes over 48 pictures" in said
     assert "memory of each device" in said
     assert "time of the run" in said
@@ -140,7 +140,7 @@ def test_sdxl_is_planned_without_its_weights(tmp_path: Path, monkeypatch, capsys
     words = ["model=sdxl", "data=toy", "size=1024", "preflight.memory=24", "preflight.tflops=800"]
     said = dry(monkeypatch, capsys, *words)
     (unet,) = [line for line in said.splitlines() if line.startswith("  unet ")]
-    adapters = int(unet.split(",", 3)[-1].split("learn")[0].strip().replace(",", "").split()[-1])
+    adapters = int(unet.split(",", 3)[-1].split("trainable")[0].strip().replace(",", "").split()[-1])
     assert int(unet.split()[1].replace(",", "")) - adapters == 2_567_463_684
     assert list(tmp_path.iterdir()) == []
     (time,) = [line for line in said.splitlines() if "time of a step" in line]

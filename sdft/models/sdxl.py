@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -62,7 +62,7 @@ class SDXL(DiffusionModel):
 
     PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
     DENOISER, VAE, TEXT_ENCODERS = "unet", "vae", ("text_encoder", "text_encoder_2")
-    ADAPTER_LAYERS = {
+    ADAPTER_LAYERS: ClassVar = {
         "unet": {"attention": UNET_LAYERS[:4], "all": UNET_LAYERS, "conv": UNET_LAYERS + CONV_LAYERS},
         "text_encoder": ENCODER_ADAPTERS,
         "text_encoder_2": ENCODER_ADAPTERS,

@@ -1,7 +1,7 @@
 """nano: SDXL's architecture in small, untrained.
 
-The classes of diffusers and transformers and the topology are SDXL's, so that every weight key is one of SDXL's. Widths,
-padding tokens and the VAE factor differ on purpose, so that tests notice when two of them are confused.
+The classes of diffusers and transformers and the topology are SDXL's, so that every weight key is one of SDXL's.
+Widths, padding tokens and the VAE factor differ on purpose, so that tests notice when two of them are confused.
 """
 
 from __future__ import annotations
