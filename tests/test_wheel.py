@@ -87,11 +87,9 @@ def test_train(run: Run, tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["runs"]
 
 
-def test_train_describes_a_run(run: Run, tmp_path: Path) -> None:
-    as_command = run("sdft-train", "experiment=dreamy_style", "dry_run=true")
-    assert "nothing is trained or written" in as_command
-    as_module = run("python", "-m", "sdft.training", "experiment=dreamy_style", "dry_run=true")
-    assert as_module.splitlines()[0] == as_command.splitlines()[0]
+def test_the_module_is_the_same_command(run: Run, tmp_path: Path) -> None:
+    printed = run("python", "-m", "sdft.training", "experiment=dreamy_style", "dry_run=true")
+    assert "nothing is trained or written" in printed
     assert list(tmp_path.iterdir()) == []
 
 
