@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import importlib.machinery
+import json
 import sys
 import types
 from pathlib import Path
