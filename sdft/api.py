@@ -47,14 +47,16 @@ __all__ = ["CompareResult", "FinetuneResult", "MergeResult", "compare", "compose
            "sample"]  # fmt: skip
 
 
-def compose(root: str, overrides: Sequence[str] = (), *config_dirs: Any) -> DictConfig:
+def compose(root: str, overrides: Sequence[str] = (), config_dirs: Sequence[str | Path] = ()) -> DictConfig:
     """The config of a command (`train`, `eval`, `merge` ...), as its command line with these overrides composes it.
+
+    config_dirs: folders of your own that add options to any group, as `--config-dir` does.
 
     Interpolations stay, so that a value that is changed afterwards changes all that refers to it.
     Raises ConfigError, a UserError, for anything misspelt, misplaced or missing.
     """
     with _hydra_restored():
-        return config.compose(root, overrides, *config_dirs)
+        return config.compose(root, overrides, config_dirs=config_dirs)
 
 
 def finetune(cfg: DictConfig | Sequence[str] = (), *, verbose: bool = False, progress: bool = False) -> FinetuneResult:

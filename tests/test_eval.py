@@ -161,7 +161,7 @@ def test_wrong_subjects_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("vae_run", "neither a LoRA nor a whole SDXL model"),
         ("lost_run", "the run's lora, .*, is missing"),
         ("other.safetensors", "neither an SDXL checkpoint nor a LoRA"),
-        ("broken.safetensors", "cut off or no safetensors file"),
+        ("broken.safetensors", "truncated or not a safetensors file"),
         ("last.ckpt", "is no .safetensors file; of a run, pass its folder"),
         ("nowhere.safetensors", "there is no such file or folder"),
     ]:

@@ -50,12 +50,16 @@ EXTRAS = {
 """Package -> the option that needs it, and the extra that brings it."""
 
 
-def compose(root: str, overrides: Sequence[str] = (), conf_dir: Path = CONF_DIR) -> DictConfig:
-    """The config of one job of the verb `root`, every value present and every interpolation sound.
+def compose(
+    root: str, overrides: Sequence[str] = (), conf_dir: Path = CONF_DIR, config_dirs: Sequence[str | Path] = ()
+) -> DictConfig:
+    """The config of one job of the command `root`, every value present and every interpolation resolvable.
+
+    config_dirs: folders of your own that add options to any group, as `--config-dir` does.
 
     Raises ConfigError, one sentence, for anything misspelt, misplaced, missing or meaningless in this combination.
     """
-    with composer(root, conf_dir) as opened:
+    with composer(root, conf_dir, config_dirs=config_dirs, words=overrides) as opened:
         return _job(opened, overrides)
 
 
@@ -82,6 +86,9 @@ def verb(
             os.environ.setdefault("HYDRA_FULL_ERROR", "1")
             try:
                 args = _arguments()
+                # Last, as `python -m` has it first: packages of the user beside the folder of the command.
+                if os.getcwd() not in sys.path:
+                    sys.path.append(os.getcwd())
                 flags = [word for word in sys.argv if word not in args.overrides]
                 args.overrides = recall(args.overrides)
                 command = _prepare(root, conf_dir, args, function)
@@ -193,7 +200,8 @@ def _prepare(root: str, conf_dir: Path, args: Any, function: Callable[..., Any])
     if args.config_path is not None:
         conf_dir = Path(inspect.getfile(function)).parent / args.config_path
     name = detect_task_name(*detect_calling_file_or_module_from_task_function(function))
-    with composer(args.config_name or root, conf_dir, name, args.config_dir) as opened:
+    dirs = [args.config_dir] if args.config_dir else []
+    with composer(args.config_name or root, conf_dir, name, dirs, args.overrides) as opened:
         if args.cfg:
             opened.load(args.overrides)
             return _Command(args.overrides)

@@ -6,6 +6,7 @@ Knows Hydra's groups, options and overrides. Must not know what a value means (`
 from __future__ import annotations
 
 import copy
+import importlib.resources
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,19 +51,66 @@ TROUBLES = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, 
 
 
 @contextmanager
-def composer(root: str, conf_dir: Path, job_name: str = "job", extra: str | None = None) -> Iterator[Composer]:
-    """Opens a conf directory; `extra` is one more directory to search."""
+def composer(
+    root: str, conf_dir: Path, job_name: str = "job", config_dirs: Sequence[str | Path] = (), words: Sequence[str] = ()
+) -> Iterator[Composer]:
+    """Opens a conf directory and what is searched besides it.
+
+    config_dirs: further folders, as of `--config-dir`. words: the overrides of the command; folders and packages that
+    `hydra.searchpath` lists there, or in the root file, are searched too.
+    """
     conf_dir = Path(conf_dir).absolute()
-    for folder in [conf_dir, Path(extra or conf_dir)]:
-        if not folder.is_dir():
-            raise ConfigError(f"there is no config directory {folder}")
+    if not conf_dir.is_dir():
+        raise ConfigError(f"there is no config directory {conf_dir}")
     with initialize_config_dir(str(conf_dir), job_name=job_name, version_base="1.3"):
         loader: Any = GlobalHydra.instance().config_loader()
-        if extra is not None:
-            loader.get_search_path().append("command-line", f"file://{Path(extra).absolute()}")
+        folders = [conf_dir]
+        listed = searchpath(conf_dir / f"{root}.yaml", words)
+        for provider, paths in (("command-line", config_dirs), ("hydra.searchpath in command-line", listed)):
+            for path in map(str, paths):
+                folders.append(folder_of(path))
+                place = path if "://" in path else f"file://{Path(path).absolute()}"
+                # Hydra insists that the structured configs come last.
+                loader.get_search_path().prepend(provider, place, anchor="schema")
+        if len(folders) > 1:
             loader.repository.initialize_sources(loader.get_search_path())
         loader.repository = _Files(loader.repository)
-        yield Composer(root, conf_dir, loader)
+        yield Composer(root, conf_dir, loader, folders)
+
+
+def searchpath(root_file: Path, words: Sequence[str]) -> list[str]:
+    """What `hydra.searchpath` lists: in the overrides, else in the root file."""
+    for word in words:
+        if word.lstrip("+").startswith("hydra.searchpath="):
+            try:
+                found = OverridesParser.create().parse_override(word).value()
+            except HydraException:
+                found = None
+            if not isinstance(found, list) or not all(isinstance(path, str) for path in found):
+                raise ConfigError(f"{word}: must be a list, as hydra.searchpath=[file://DIR] or [pkg://my_lab.conf]")
+            return [str(path) for path in found]
+    said = OmegaConf.load(root_file) if root_file.is_file() else OmegaConf.create()
+    return list(OmegaConf.select(said, "hydra.searchpath") or []) if isinstance(said, DictConfig) else []
+
+
+def folder_of(path: str) -> Path:
+    """The folder of a search path entry. Raises ConfigError where there is none."""
+    scheme, _, name = path.rpartition("://")
+    if scheme == "pkg":
+        package = name.replace("/", ".")
+        try:
+            folder = Path(str(importlib.resources.files(package)))
+        except (ImportError, TypeError, ValueError):
+            remedy = "install it, or set PYTHONPATH"
+            raise ConfigError(f"hydra.searchpath: Python cannot import '{package}'; {remedy}") from None
+        if not (folder / "__init__.py").is_file():
+            raise ConfigError(f"hydra.searchpath: the package '{package}' needs an __init__.py, which Hydra asks for")
+        return folder
+    if scheme not in ("", "file"):
+        raise ConfigError(f"hydra.searchpath: '{path}' must begin with file:// or pkg://")
+    if not Path(name).is_dir():
+        raise ConfigError(f"there is no config directory {name}")
+    return Path(name)
 
 
 class _Files(CachingConfigRepository):
@@ -94,6 +142,8 @@ class Composer:
     root: str
     conf_dir: Path
     loader: Any
+    folders: list[Path]
+    """All that is searched for YAML files."""
 
     def load(self, words: Sequence[str]) -> DictConfig:
         """The composed config of one job, `hydra` included, its values not looked at."""
@@ -242,7 +292,7 @@ class Composer:
         mention = re.compile(rf"\b{re.escape(leaf(key))}['\"]?\s*[:@]")
         for group in sorted(g for g in declared.choices if g in self.groups and g not in OVERLAYS):
             # Composing is slow; most groups never speak of the key.
-            if not any(mention.search(file.read_text()) for file in (self.conf_dir / group).rglob("*.yaml")):
+            if not any(mention.search(file.read_text()) for file in self._files(group)):
                 continue
             chosen = declared.choices[group]
             others = [option for option in self.options(group) if option != chosen]
@@ -250,6 +300,9 @@ class Composer:
                 verb = "has" if len(holders) == 1 else "have"
                 return f"'{key}' means nothing with {group}={chosen}; {' and '.join(holders)} {verb} it"
         return None
+
+    def _files(self, group: str) -> Iterator[Path]:
+        return (file for folder in self.folders for file in (folder / group).rglob("*.yaml"))
 
     def _brings(self, key: str, words: list[str]) -> bool:
         try:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from sdft.config.command import build
+from sdft.config.moved import read_config
 from sdft.distributed.processes import ProcessInfo
 from sdft.errors import UserError
 from sdft.evaluation.comparison import Comparison, generate_images, measure, recommend
@@ -114,14 +115,14 @@ def sweep_subjects(cfg: DictConfig, jobs: Sequence[Job]) -> list[Subject]:
 
 
 def rebuild(run: Path) -> SDXL:
-    """The model of a run as it was at its first step, what learns in it attached."""
+    """The model of a run as at its first step, with its adapters and new words attached."""
     config = run / ".hydra" / "config.yaml"
     if not config.is_file():
         raise UserError(f"{config} is missing: without it the run's checkpoints cannot be opened")
-    cfg: Any = OmegaConf.load(config)
+    cfg = read_config(config)
     OmegaConf.resolve(cfg)
     model, objective = build(cfg.model), build(cfg.objective)
-    model.expect(objective.prediction, objective.zero_terminal_snr)
+    model.set_prediction_type(objective.prediction, objective.zero_terminal_snr)
     build(cfg.tuning).attach(model)
     return model
 

@@ -14,12 +14,12 @@ from sdft.models.load import CONFIGS, SDXL_BASE, SDXL_ID, find_folder
 
 @verb("formats")
 def main(cfg: DictConfig) -> None:
-    """Convert, and say where the result lies."""
+    """Convert, and print the path of the result."""
     for key in ("allow_pickle", "overwrite"):
         if not isinstance(cfg[key], bool):
             raise UserError(f"{key}={cfg[key]}: must be true or false")
     source = Path(str(cfg["in"])).expanduser()
-    # A folder is complete only with tokenizers; for all else the shapes of SDXL, which are shipped, are enough.
+    # Only a folder needs tokenizers; otherwise the shipped configs of SDXL, which give the shapes, are enough.
     incomplete = cfg.to == "folder" and not source.is_dir()
     config = SDXL_BASE if cfg.config == SDXL_ID and not incomplete else find_folder("config", cfg.config, CONFIGS)
     out = convert(str(cfg["in"]), str(cfg.out), cfg.to, config, cfg.dtype, cfg.allow_pickle, cfg.overwrite)

@@ -1,6 +1,6 @@
-"""The adapters in a model: read out of it as a LoRA, and put on it from one. Learned words as files.
+"""peft adapters in a model: exported as a LoRA, and applied from one. Textual-inversion files of new words.
 
-Knows where peft keeps its tensors. What LoRA files look like is `lora_file`'s to know.
+Knows where peft keeps its tensors; `lora_file` knows the file formats.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sdft.formats.lora_keys import PARTS, layer_name
 from sdft.formats.lora_layer import DORA, DOWN, PEFT_NAMES, Layer, LoraFile, kohya_magnitude
 
 ADAPTER = "default"
-"""peft's name of the adapters, trained or put on."""
+"""The adapter name in peft, of trained and of applied adapters."""
 
 KOHYA_NAMES = {name: kohya for kohya, name in PEFT_NAMES.items()}
 
@@ -34,12 +34,12 @@ def write_lora(
     layout: Layout = "diffusers",
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Save the trained adapters of every part; the file appears whole or not at all."""
+    """Save the trained adapters of every part atomically."""
     write_lora_file(lora_from_model(model), path, layout, dtype, metadata)
 
 
 def lora_from_model(model: nn.Module) -> LoraFile:
-    """The trained adapters of every part; their tensors are the model's own."""
+    """The trained adapters of every part; the tensors are shared with the model."""
     layers = {}
     for part in PARTS:
         for module, adapted in model.get_submodule(part).named_modules():
@@ -50,9 +50,9 @@ def lora_from_model(model: nn.Module) -> LoraFile:
 
 @contextmanager
 def applied_lora(model: nn.Module, lora: LoraFile, key: str) -> Iterator[None]:
-    """The model with a LoRA at full strength inside the `with`; afterwards it has its own modules and bits again.
+    """Applies a LoRA at strength 1 inside the `with`; afterwards the model has its original modules and weights.
 
-    Raises UserError, before anything is changed, where the model has no place for one of the layers.
+    Raises UserError, before anything is changed, if the model has no module of the right shape for a layer.
     """
     modules = {
         layer_name(part, name): module
@@ -60,7 +60,7 @@ def applied_lora(model: nn.Module, lora: LoraFile, key: str) -> Iterator[None]:
         for name, module in model.get_submodule(part).named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
-    refuse_misfit(lora, modules, key)
+    refuse_mismatch(lora, modules, key)
     try:
         for part in PARTS:
             _inject(model.get_submodule(part), part, lora)
@@ -70,8 +70,8 @@ def applied_lora(model: nn.Module, lora: LoraFile, key: str) -> Iterator[None]:
             _remove_adapters(model.get_submodule(part))
 
 
-def refuse_misfit(lora: LoraFile, modules: Mapping[str, nn.Module], key: str) -> None:
-    """Raise UserError where a layer has no module, or one of another shape."""
+def refuse_mismatch(lora: LoraFile, modules: Mapping[str, nn.Module], key: str) -> None:
+    """Raise UserError if a layer has no module, or one of another shape."""
     wrong = []
     for name, layer in lora.layers.items():
         rows, columns = layer.delta_shape
@@ -80,17 +80,17 @@ def refuse_misfit(lora: LoraFile, modules: Mapping[str, nn.Module], key: str) ->
         elif (rows, columns) != (own := tuple(modules[name].weight.flatten(1).shape)):
             wrong.append(f"{name} changes {rows} x {columns} weights, and the model has {own[0]} x {own[1]} there")
     if wrong:
-        told = f"{len(wrong)} of {len(lora.layers)} layers, for example {wrong[0]}"
-        raise UserError(f"{key}: the LoRA does not fit the base model, which model= chooses ({told})")
+        example = f"{len(wrong)} of {len(lora.layers)} layers, for example {wrong[0]}"
+        raise UserError(f"{key}: the LoRA does not fit the base model, which model= chooses ({example})")
 
 
 def cast_base_weights(part_module: nn.Module, dtype: torch.dtype) -> None:
-    """Bring the weights of a part into `dtype`; its adapters stay as they are."""
+    """Cast the base weights of a part to `dtype`; its adapters keep their dtypes."""
     adapted = [module for module in part_module.modules() if isinstance(module, BaseTunerLayer)]
-    held = [getattr(layer, name) for layer in adapted for name in layer.adapter_layer_names]
-    kept = {id(p) for adapters in held for p in adapters.parameters()}
+    adapters = [getattr(layer, name) for layer in adapted for name in layer.adapter_layer_names]
+    adapter_parameters = {id(p) for adapter in adapters for p in adapter.parameters()}
     for p in part_module.parameters():
-        if id(p) not in kept:
+        if id(p) not in adapter_parameters:
             p.data = p.data.to(dtype)
 
 
@@ -107,7 +107,7 @@ def _inject(part_module: nn.Module, part: str, lora: LoraFile) -> None:
 
 
 def _config(kind: str, names: list[str]) -> PeftConfig:
-    """Adapters of one kind on the modules, of the smallest size: their tensors are put in afterwards."""
+    """Adapters of one kind for the modules, of rank 1: `_fill` replaces their tensors."""
     if kind in ("loha", "lokr"):
         return (LoHaConfig if kind == "loha" else LoKrConfig)(r=1, target_modules=names)
     return LoraConfig(r=1, target_modules=names, use_dora=kind == "dora")
@@ -115,7 +115,7 @@ def _config(kind: str, names: list[str]) -> PeftConfig:
 
 @torch.no_grad()
 def _fill(adapted: BaseTunerLayer, layer: Layer) -> None:
-    """Put a layer's tensors where peft made smaller ones, in the dtype of the module's own weight."""
+    """Replace the tensors that peft created by a layer's, in the dtype of the module's weight."""
     base, tensors = adapted.get_base_layer(), layer.peft_tensors
     for name in adapted.adapter_layer_names:
         held = getattr(adapted, name)
@@ -159,22 +159,22 @@ def _layer_of(adapted: BaseTunerLayer) -> Layer:
     alpha = float(_alphas(adapted)[ADAPTER])
     layer = Layer(tensors, alpha)
     if layer.rank is None:
-        # No program scales a LoKr of two whole matrices, except peft.
+        # Of all programs, only peft scales a LoKr of two full matrices.
         tensors["lokr_w1"] = tensors["lokr_w1"] * (alpha / adapted.r[ADAPTER])
     return layer
 
 
 def write_words(model: nn.Module, words: list[str], path: Path) -> None:
-    """Save the learned rows of new words as `clip_l` and `clip_g`, the textual-inversion format of SDXL."""
+    """Save the embeddings of new words as `clip_l` and `clip_g`, the textual-inversion format of SDXL."""
     tensors = {name: rows.detach().to("cpu", torch.float32).contiguous() for name, rows in model.word_rows.items()}
     save_atomically(tensors, path, {"words": "\n".join(words)})
 
 
 def read_words(path: Path, key: str = "words") -> tuple[list[str], dict[str, Tensor]]:
-    """Learned words and their rows, `clip_l` and `clip_g`, each N x D."""
+    """The new words of a textual-inversion file and their embeddings, `clip_l` and `clip_g`, each N x D."""
     names, metadata = read_names(key, path)
     words = metadata.get("words", "").split("\n")
     if set(names) != {"clip_l", "clip_g"} or not all(words) or len(set(words)) < len(words):
-        raise UserError(f"{key}: {path.name} holds no learned words (clip_l, clip_g and the list of words)")
+        raise UserError(f"{key}: {path.name} has no new words (clip_l, clip_g and the list of words)")
     with safe_open(path, framework="pt") as file:
         return words, {name: file.get_tensor(name) for name in names}

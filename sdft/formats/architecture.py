@@ -1,6 +1,6 @@
-"""The networks of an SDXL-shaped model, empty: built from a folder's configs, without memory for weights.
+"""The networks of a model on the meta device, built from the configs of a folder, and checked against checkpoints.
 
-Knows which class each part has and whether a checkpoint fits it. Must not read numbers.
+Knows the class of each part. Must not read weights.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sdft.formats.model_checkpoint import Checkpoint
 
 PARTS = tuple(PREFIXES)
 MAX_LISTED = 400
-"""Lines of a list of misfits; beyond, it is another model and the rest says nothing new."""
+"""The longest list of mismatches that is printed; a longer one means another architecture."""
 
 
 def empty_network(part: str, config: Path) -> nn.Module:
@@ -27,9 +27,9 @@ def empty_network(part: str, config: Path) -> nn.Module:
     with init_empty_weights(include_buffers=False):
         if part in ("unet", "vae"):
             diffuser = UNet2DConditionModel if part == "unet" else AutoencoderKL
-            said = diffuser.load_config(config)
-            said.pop("_name_or_path", None)  # a path on the machine of whoever saved it
-            network = diffuser.from_config(said)
+            content = diffuser.load_config(config)
+            content.pop("_name_or_path", None)  # a path on the machine where it was saved
+            network = diffuser.from_config(content)
         else:
             encoder = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
             network = encoder(CLIPTextConfig.from_pretrained(config))
@@ -37,12 +37,12 @@ def empty_network(part: str, config: Path) -> nn.Module:
 
 
 def parameter_names(part: str, network: nn.Module) -> dict[str, str]:
-    """`part/name` in files -> name in the network."""
+    """`part/name` in files -> the parameter's name in the network."""
     return {f"{part}/{hub_name(part, name)}": name for name, _ in network.named_parameters()}
 
 
 def refuse_misfit(where: str, checkpoint: Checkpoint, networks: Mapping[str, nn.Module]) -> None:
-    """Raise UserError that names every weight in which a checkpoint and the networks differ."""
+    """Raise UserError that names every missing, unexpected and misshaped weight of a checkpoint."""
     expected = {
         weight: tuple(network.get_parameter(name).shape)
         for part, network in networks.items()
@@ -62,7 +62,7 @@ def refuse_misfit(where: str, checkpoint: Checkpoint, networks: Mapping[str, nn.
 
 
 def listed(problems: Iterable[str]) -> str:
-    """One problem a line, in order."""
+    """One problem per line, sorted."""
     lines = sorted(problems)
     rest = [f"  and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
     return "\n".join([f"  {line}" for line in lines[:MAX_LISTED]] + rest)

@@ -1,7 +1,4 @@
-"""Anything into anything: whole models between folder and single file, LoRAs between their two namings.
-
-Knows which writer makes which format; the writers know how.
-"""
+"""Converts models between folder and single file, and LoRAs between the key names of kohya and diffusers."""
 
 from __future__ import annotations
 
@@ -34,9 +31,9 @@ def convert(
 ) -> Path:
     """Write `source` as `out` in the format `to`; returns its path.
 
-    to: `folder` (diffusers) or `single_file` (LDM) of a model; `kohya` or `diffusers` of a LoRA.
-    config: the folder that has the configs and tokenizers which a single file lacks; a folder brings its own.
-    dtype: of the written weights; their own where not said.
+    to: `folder` (diffusers) or `single_file` (LDM) for a model; `kohya` or `diffusers` for a LoRA.
+    config: the folder with the configs and tokenizers that a single file lacks; not used if `source` is a folder.
+    dtype: fp32, bf16 or fp16, of the written weights; None keeps the dtype of each.
     """
     if to not in (*MODEL_FORMATS, *LORA_FORMATS):
         raise UserError(f"to={to}: must be one of {', '.join((*MODEL_FORMATS, *LORA_FORMATS))}")
@@ -56,18 +53,18 @@ def convert(
 
 
 def refuse_target(target: Path, to: str, source: Path) -> None:
-    """Raise UserError for a name that contradicts the format, and for writing into the source."""
+    """Raise UserError for a name that contradicts the format, and for an output inside the input."""
     if to == "folder" and target.suffix in (".safetensors", *PICKLES):
         raise UserError(f"out={target}: to=folder writes a folder; leave {target.suffix} out")
     if to != "folder" and target.suffix != ".safetensors":
         raise UserError(f"out={target}: to={to} writes a file that ends in .safetensors")
-    there, here = target.resolve(), source.resolve()
-    if there.is_relative_to(here) or here.is_relative_to(there):
-        raise UserError(f"out={target}: lies in the input, or the input in it; choose another place")
+    resolved, root = target.resolve(), source.resolve()
+    if resolved.is_relative_to(root) or root.is_relative_to(resolved):
+        raise UserError(f"out={target}: contains the input or is inside it; choose another path")
 
 
 def holds_lora(source: str, path: Path) -> bool:
-    """Whether a file holds adapters."""
+    """Whether a file is a LoRA."""
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     return is_lora(read_names(f"in={source}", path)[0])
@@ -76,7 +73,7 @@ def holds_lora(source: str, path: Path) -> bool:
 def convert_model(
     source: str, path: Path, written: Path, to: str, config: Path, dtype: torch.dtype | None, allow_pickle: bool
 ) -> None:
-    """One model; it is read to the last name before anything is written."""
+    """Convert a model; all its key names and shapes are checked before anything is written."""
     checkpoint = open_checkpoint("in", path, allow_pickle)
     folder = path if checkpoint.is_folder else config
     refuse_misfit(f"in={source}", checkpoint, {part: empty_network(part, folder / part) for part in PARTS})
@@ -88,8 +85,8 @@ def convert_model(
 
 
 def convert_lora(source: str, path: Path, written: Path, to: str, dtype: torch.dtype | None) -> None:
-    """One LoRA file."""
+    """Convert a LoRA file."""
     if to in MODEL_FORMATS:
-        raise UserError(f"to={to}: in={source} is a LoRA; it becomes kohya or diffusers, and a model only by merging")
+        raise UserError(f"to={to}: in={source} is a LoRA; pass to=kohya or to=diffusers, or bake it by merging")
     lora = read_lora(path, f"in={source}")
     write_lora_file(lora, written, "kohya" if to == "kohya" else "diffusers", dtype, lora.metadata)

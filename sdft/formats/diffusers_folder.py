@@ -1,6 +1,6 @@
-"""A whole model as the folder that diffusers and transformers load.
+"""Writes a model as a folder that diffusers and transformers load.
 
-Weights are written one tensor at a time, in the dtype asked for, with the names that folders on the Hub have.
+Weights are written one tensor at a time, in a given dtype, with the key names of folders on the Hub.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.onnx
 
 
 def write_folder(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Save `model` (an SDXL, or one diffusers or transformers model) as `folder`, which appears whole or not at all."""
+    """Save `model` (an SDXL, or a single diffusers or transformers model) as `folder`, atomically."""
     with atomic_output(folder, overwrite=True) as written:
         if hasattr(model, "save_pretrained"):
             in_dtype(model, dtype).save_pretrained(written)
@@ -44,7 +44,7 @@ def write_folder(model: nn.Module, folder: Path, dtype: torch.dtype = torch.floa
 
 
 def save_all_but_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
-    """Index, configs, tokenizers and scheduler."""
+    """Write model_index.json, configs, tokenizers and scheduler."""
     parts = {part: getattr(model, part) for part in SDXL_PARTS}
     zeros = model.empty_prompt == "zeros"
     pipeline = StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
@@ -62,7 +62,7 @@ def save_all_but_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> 
 def copy_as_folder(
     checkpoint: Checkpoint, folder: Path, config: Path, dtype: torch.dtype | None = None, bar: tqdm | None = None
 ) -> None:
-    """Write a checkpoint of any format as `folder`; all that is no weight comes from the folder `config`."""
+    """Write a checkpoint of any format as `folder`; everything except weights is copied from the folder `config`."""
     copy_all_but_weights(checkpoint, folder, config)
     with checkpoint.opened() as read:
         for part, file in FILES.items():
@@ -75,7 +75,7 @@ def copy_as_folder(
 
 
 def copy_all_but_weights(checkpoint: Checkpoint, folder: Path, config: Path) -> None:
-    """What a folder has besides weights, from the folder `config`; a file says itself what it predicts."""
+    """Copy everything except weights from the folder `config`; for a single file, write its prediction type."""
     folder.mkdir()
     shutil.copy2(config / INDEX, folder)
     for part in SDXL_PARTS:
@@ -85,9 +85,12 @@ def copy_all_but_weights(checkpoint: Checkpoint, folder: Path, config: Path) -> 
 
 
 def part_metadata(part: str, checkpoint: Checkpoint) -> dict[str, str]:
-    """The metadata of one part's file."""
+    """The safetensors metadata of one part's file."""
     scale = checkpoint.logit_scale() if part == "text_encoder_2" else None
-    return {"format": "pt"} | ({LOGIT_SCALE_KEY: f"{DTYPE_NAMES[scale.dtype]}:{scale.item()!r}"} if scale is not None else {})
+    metadata = {"format": "pt"}
+    if scale is not None:
+        metadata[LOGIT_SCALE_KEY] = f"{DTYPE_NAMES[scale.dtype]}:{scale.item()!r}"
+    return metadata
 
 
 def part_reader(read: Callable[[str], Tensor], part: str) -> Callable[[str], Tensor]:
@@ -96,7 +99,7 @@ def part_reader(read: Callable[[str], Tensor], part: str) -> Callable[[str], Ten
 
 
 def write_prediction_type(file: Path, checkpoint: Checkpoint) -> None:
-    """Let the scheduler's config say what the checkpoint says of itself."""
+    """Write the prediction type and zero terminal SNR of a checkpoint into a scheduler config."""
     config: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
     config["prediction_type"] = checkpoint.prediction or "epsilon"
     if checkpoint.zero_terminal_snr:
@@ -105,5 +108,5 @@ def write_prediction_type(file: Path, checkpoint: Checkpoint) -> None:
 
 
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module, or a copy of it where its dtype differs."""
+    """The module, or a copy of it in `dtype`."""
     return module if module.dtype == dtype else copy.deepcopy(module).to(dtype)

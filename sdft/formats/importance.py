@@ -1,6 +1,6 @@
-"""How much each weight of a model matters to its loss, on disk: one safetensors file with the weights' names.
+"""Files of weight importance (mean squared gradients): one safetensors file with the names of the weights.
 
-Knows names and bytes; must not know how importance is measured or what it is good for.
+Must not depend on how importance is measured or used.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from sdft.formats.safetensors_io import atomic_output, read_header, tensor_info,
 
 FILE = "importance.safetensors"
 METADATA_KEY = "sdft.importance"
-"""In the metadata of such a file: what was measured."""
+"""The metadata key of such a file; its value says what was measured."""
 
 
 def write_importance(importance: Mapping[str, Tensor], path: Path) -> None:
-    """Save fp32 tensors by the names of SDXL's parameters, `unet.conv_in.weight`; the file appears whole or not."""
+    """Save fp32 tensors by the names of SDXL's parameters, such as `unet.conv_in.weight`, atomically."""
     tensors = {}
     for parameter, tensor in importance.items():
         part, _, name = parameter.partition(".")
@@ -31,7 +31,7 @@ def write_importance(importance: Mapping[str, Tensor], path: Path) -> None:
 
 
 def open_importance(where: str, path: Path) -> Checkpoint | None:
-    """What a file says of weights, `part/name`, from its header alone; none where it is no such file."""
+    """An importance file as a checkpoint of `part/name`, from its header; None if it is not an importance file."""
     stored, metadata = read_header(where, path)
     if METADATA_KEY not in metadata:
         return None

@@ -1,7 +1,7 @@
-"""The names of SDXL's weights: diffusers' and those of single files (LDM). One table, read in both directions.
+"""The key names of SDXL's weights in diffusers folders and in single files (LDM): one table for both directions.
 
-A weight is named `part/name` (`unet/conv_in.bias`), with the names that diffusers folders on the Hub have. Knows names
-and shapes; must not know files or numbers.
+A weight is named `part/name` (`unet/conv_in.bias`), with the key names of diffusers folders on the Hub. Knows names and
+shapes; must not depend on files or values.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ PREFIXES = {
     "text_encoder_2": "conditioner.embedders.1.model.",
     "vae": "first_stage_model.",
 }
-"""Where each part lies in a single file."""
+"""The key prefix of each part in a single file."""
 
 NUM_LEVELS, NUM_RESNETS = 3, 2
-"""Of the UNet: SDXL's topology, whatever the widths and depths."""
+"""Of the UNet: SDXL's topology; widths and numbers of transformer blocks may differ."""
 MAX_LAYERS = 64
 """Of a text encoder; SDXL's have 12 and 32."""
 
@@ -32,10 +32,10 @@ Layout = Literal["same", "transposed", "conv"]
 
 @dataclass(frozen=True)
 class KeyMapping:
-    """One tensor of a single file, and the weights of a folder that hold the same numbers.
+    """One tensor of a single file, and the weights of a folder with the same values.
 
-    Several weights are stacked on the first axis. `transposed` swaps the axes; `conv` is a 1x1 convolution that is a
-    linear layer in diffusers.
+    Several weights are concatenated along the first axis. layout: `transposed` swaps the axes; `conv` is a 1x1
+    convolution that is a linear layer in diffusers.
     """
 
     single: str
@@ -49,7 +49,7 @@ class KeyMapping:
         return tuple(f"{self.part}/{name}" for name in self.names)
 
     def folder_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Of each weight, where the single file's tensor has `shape`."""
+        """The shape of each weight, if the single file's tensor has `shape`."""
         if self.layout == "transposed":
             return tuple(reversed(shape))
         if self.layout == "conv":
@@ -57,7 +57,7 @@ class KeyMapping:
         return (shape[0] // len(self.names), *shape[1:]) if len(self.names) > 1 else tuple(shape)
 
     def single_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Of the single file's tensor, where each weight has `shape`."""
+        """The shape of the single file's tensor, if each weight has `shape`."""
         if self.layout == "transposed":
             return tuple(reversed(shape))
         if self.layout == "conv":
@@ -65,7 +65,7 @@ class KeyMapping:
         return (shape[0] * len(self.names), *shape[1:]) if len(self.names) > 1 else tuple(shape)
 
     def to_single(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The single file's tensor of all the weights."""
+        """The single file's tensor, from all the weights."""
         if self.layout == "transposed":
             return tensors[0].T
         if self.layout == "conv":
@@ -73,7 +73,7 @@ class KeyMapping:
         return torch.cat(list(tensors)) if len(tensors) > 1 else tensors[0]
 
     def to_folder(self, tensor: Tensor, index: int) -> Tensor:
-        """Weight number `index` of the single file's tensor; a view of it."""
+        """Weight number `index`, as a view of the single file's tensor."""
         if self.layout == "transposed":
             return tensor.T
         if self.layout == "conv":
@@ -82,7 +82,7 @@ class KeyMapping:
 
 
 def mapping_for_weight(part: str, name: str, num_vae_levels: int = 4) -> KeyMapping:
-    """Where a weight of a folder lies in a single file. Raises KeyError for a weight that SDXL does not have."""
+    """The mapping of a weight of a folder. Raises KeyError for a weight that SDXL does not have."""
     if part == "text_encoder_2":
         if name == "text_projection.weight":
             return KeyMapping(f"{PREFIXES[part]}text_projection", part, (name,), "transposed")
@@ -97,7 +97,7 @@ def mapping_for_weight(part: str, name: str, num_vae_levels: int = 4) -> KeyMapp
 
 
 def mapping_for_single_key(single: str, num_vae_levels: int = 4) -> KeyMapping:
-    """The weights that a tensor of a single file holds. Raises KeyError for one that SDXL does not have."""
+    """The mapping of a tensor of a single file. Raises KeyError for one that SDXL does not have."""
     part = next((part for part, prefix in PREFIXES.items() if single.startswith(prefix)), None)
     if part is None:
         raise KeyError(single)
@@ -114,7 +114,7 @@ def mapping_for_single_key(single: str, num_vae_levels: int = 4) -> KeyMapping:
 
 
 def hub_name(part: str, name: str) -> str:
-    """A parameter's name as files on the Hub have it: transformers 5 left `text_model.` out of encoder 1's."""
+    """A parameter's key name in files on the Hub: transformers 5 dropped `text_model.` from those of text encoder 1."""
     return f"text_model.{name}" if part == "text_encoder" and not name.startswith("text_model.") else name
 
 
@@ -123,7 +123,7 @@ def _is_matrix(name: str) -> bool:
 
 
 def _renamed(name: str, table: dict[str, str]) -> str:
-    """The name with its longest prefix that the table knows exchanged."""
+    """The name with its longest prefix in the table replaced."""
     head = name
     while head:
         if head in table:
@@ -148,7 +148,7 @@ def _reversed(part: str, num_vae_levels: int) -> dict[str, str]:
 
 
 def unet_modules() -> dict[str, str]:
-    """diffusers' modules of the UNet -> the single file's: what LoRA files are named after."""
+    """The UNet's modules in diffusers -> in single files, from which the layer names of kohya's LoRAs derive."""
     return _table("unet", 0)
 
 

@@ -1,7 +1,6 @@
-"""LoRA files: read from any layout into one structure, written as kohya's or as diffusers'.
+"""LoRA files: reads any layout into a `LoraFile`, writes the layouts of kohya and diffusers.
 
-Knows what tensors and metadata are called in files. Must not know models (`adapter`) or what modules are called
-(`lora_keys`).
+Knows the key suffixes and metadata of files. `adapter` knows models, `lora_keys` the names of layers.
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ SUFFIXES = {name: name for name in (*TENSORS, ALPHA)} | {
     "lora_B.weight": UP,
     "lora_magnitude_vector": DORA,
     "lora_magnitude_vector.weight": DORA,
-    # What diffusers' training scripts wrote before, and for the encoders still write.
+    # What diffusers' training scripts wrote formerly, and still write for the text encoders.
     "lora.down.weight": DOWN,
     "lora.up.weight": UP,
     "lora_linear_layer.down.weight": DOWN,
     "lora_linear_layer.up.weight": UP,
 }
-"""How names in files end -> kohya's name of the tensor."""
+"""Key suffixes in files -> kohya's name of the tensor."""
 ADAPTER_METADATA = "lora_adapter_metadata"
-"""Where diffusers keeps the configuration of each part, as JSON."""
+"""The metadata key where diffusers keeps the peft configuration of each part, as JSON."""
 
 
 def is_lora(names: Iterable[str]) -> bool:
@@ -47,13 +46,13 @@ def is_lora(names: Iterable[str]) -> bool:
 
 
 def read_lora(path: Path, key: str) -> LoraFile:
-    """The LoRA in a file, whichever program wrote it; tensors are read when they are used.
+    """The LoRA in a file of any known layout; the tensors are memory-mapped.
 
-    Raises UserError that names `key` and everything that is wrong, before any number is read.
+    Raises UserError, which starts with `key`, and lists everything that is wrong.
     """
     names, metadata = read_names(key, path)
     if not is_lora(names):
-        raise UserError(f"{key}: {path.name} holds no LoRA; none of its {len(names)} tensors is a LoRA's")
+        raise UserError(f"{key}: {path.name} is not a LoRA; none of its {len(names)} tensors belongs to one")
     refuse_unknown(names, key, path)
     alphas = _alphas_from_metadata(metadata, key)
     layers: dict[str, dict[str, Tensor]] = {}
@@ -64,7 +63,7 @@ def read_lora(path: Path, key: str) -> LoraFile:
             layer = lora_keys.layer_of(module)
             tensors, tensor = layers.setdefault(layer, {}), SUFFIXES[suffix]
             if tensor in tensors:
-                raise UserError(f"{key}: {path.name} holds {tensor} of {layer} twice, once as {name}")
+                raise UserError(f"{key}: {path.name} has {tensor} of {layer} twice, once as {name}")
             tensors[tensor] = file.get_tensor(name)
     found, wrong = {}, []
     for name, tensors in layers.items():
@@ -73,9 +72,10 @@ def read_lora(path: Path, key: str) -> LoraFile:
         except ValueError as error:
             wrong.append(f"{name} {error}")
     if wrong:
-        told = "; ".join(wrong)
-        raise UserError(f"{key}: {path.name} is damaged in {len(wrong)} of its {len(layers)} layers: {told}")
-    return LoraFile(found, {name: told for name, told in metadata.items() if name not in (ADAPTER_METADATA, "format")})
+        problems = "; ".join(wrong)
+        raise UserError(f"{key}: {path.name} is damaged in {len(wrong)} of its {len(layers)} layers: {problems}")
+    kept = {name: value for name, value in metadata.items() if name not in (ADAPTER_METADATA, "format")}
+    return LoraFile(found, kept)
 
 
 def write_lora_file(
@@ -85,23 +85,23 @@ def write_lora_file(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a LoRA; the file appears whole or not at all.
+    """Write a LoRA atomically.
 
-    dtype: of the tensors; none keeps what they have. A kohya file's alphas are fp32 where `dtype` cannot hold them.
-    metadata: what the file says about itself.
-    Raises UserError where diffusers has no form for one of the layers.
+    dtype: of the tensors; None keeps theirs. The alphas of a kohya file are fp32 if `dtype` cannot represent them.
+    metadata: more metadata of the file.
+    Raises UserError if diffusers cannot represent one of the layers.
     """
-    written, told = {}, dict(metadata or {})
+    written, all_metadata = {}, dict(metadata or {})
     tensors = kohya_tensors if layout == "kohya" else diffusers_tensors
     for name, tensor in tensors(lora, dtype):
         written[name] = tensor.detach().cpu().contiguous()
     if layout == "diffusers":
-        told[ADAPTER_METADATA] = json.dumps(adapter_metadata(lora), indent=2, sort_keys=True)
-    save_atomically(written, path, told)
+        all_metadata[ADAPTER_METADATA] = json.dumps(adapter_metadata(lora), indent=2, sort_keys=True)
+    save_atomically(written, path, all_metadata)
 
 
 def kohya_tensors(lora: LoraFile, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a kohya file, by name."""
+    """(key, tensor) of a kohya file."""
     for name, layer in lora.layers.items():
         kohya, alpha = lora_keys.kohya_name(name), torch.tensor(layer.alpha)
         for suffix, tensor in layer.tensors.items():
@@ -111,26 +111,26 @@ def kohya_tensors(lora: LoraFile, dtype: torch.dtype | None) -> Iterator[tuple[s
 
 
 def diffusers_tensors(lora: LoraFile, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a diffusers file, by name: peft's keys behind the part."""
+    """(key, tensor) of a diffusers file: peft's keys prefixed by the part."""
     if without := lora.not_in_diffusers:
         kinds = " and ".join(sorted({lora.layers[name].kind for name in without}))
-        raise UserError(f"diffusers has no form for {kinds} ({without[0]}); write the kohya layout")
+        raise UserError(f"diffusers cannot represent {kinds} ({without[0]}); write the kohya layout")
     for part in lora_keys.PARTS:
         layers = lora.of_part(part)
         if len({layer.kind == "dora" for layer in layers.values()}) > 1:
-            raise UserError(f"diffusers has no form for {part} with DoRA in only some layers; write the kohya layout")
+            raise UserError(f"diffusers cannot represent {part} with DoRA in only some layers; write the kohya layout")
         for module, layer in layers.items():
             for name, tensor in layer.peft_tensors.items():
-                # As peft writes them; but transformers 5 takes an encoder's magnitudes only by their whole name.
+                # As peft writes them; but transformers 5 loads a text encoder's magnitudes only by their full name.
                 weight = "" if name == "lora_magnitude_vector" and part == "unet" else ".weight"
                 yield f"{part}.{module}.{name}{weight}", tensor.to(dtype or tensor.dtype)
 
 
 def adapter_metadata(lora: LoraFile) -> dict[str, Any]:
-    """What diffusers makes its peft configuration of: ranks and alphas besides the most common one are patterns."""
-    told: dict[str, Any] = {}
+    """The peft configuration as diffusers reads it; ranks and alphas that differ from the most common are patterns."""
+    metadata: dict[str, Any] = {}
     for part in lora_keys.PARTS:
-        # transformers 5 left `text_model.` out of encoder 1's names; peft takes the rest of a name in both versions.
+        # transformers 5 dropped `text_model.` from text encoder 1; peft matches the end of a name in both versions.
         short = {module.removeprefix("text_model."): layer for module, layer in lora.of_part(part).items()}
         if not short:
             continue
@@ -144,26 +144,26 @@ def adapter_metadata(lora: LoraFile) -> dict[str, Any]:
             "target_modules": sorted(short),
             "use_dora": any(layer.kind == "dora" for layer in short.values()),
         }
-        told |= {f"{part}.{name}": value for name, value in config.items()}
-    return told
+        metadata |= {f"{part}.{name}": value for name, value in config.items()}
+    return metadata
 
 
 def save_atomically(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file so that a crash leaves nothing, or what was there, under its name."""
+    """Write a safetensors file atomically: after a crash, the path has its former content, or none."""
     entries = {name: tensor_info(tensor) for name, tensor in tensors.items()}
     with atomic_output(path, overwrite=True) as written:
         write_tensors(written, entries, {"format": "pt", **metadata}, tensors.__getitem__)
 
 
 def read_names(key: str, path: Path) -> tuple[list[str], dict[str, str]]:
-    """Names of the tensors in a file, and its metadata."""
+    """The names of the tensors in a file, and its metadata."""
     stored, metadata = read_header(key, path)
     return [tensor.name for tensor in stored], metadata
 
 
 def split_key(name: str) -> tuple[str, str | None]:
-    """The module and the end of a tensor's name; no end where it is none of a LoRA's."""
-    # Until the summer of 2023, diffusers had its LoRAs in the attention's processor.
+    """The module and the suffix of a tensor's key; the suffix is None if it is not a LoRA's."""
+    # Until mid-2023, diffusers kept LoRAs in the attention processors.
     name = re.sub(r"\.processor\.(\w+)_lora\.", r".\1.lora.", name).replace(".to_out.lora.", ".to_out.0.lora.")
     for suffix in SUFFIXES:
         if name.endswith(f".{suffix}"):
@@ -172,7 +172,7 @@ def split_key(name: str) -> tuple[str, str | None]:
 
 
 def refuse_unknown(names: list[str], key: str, path: Path) -> None:
-    """Raise UserError that lists every tensor that SDXL has no place for, and whose it looks like."""
+    """Raise UserError that lists every tensor without a layer in SDXL, or names the model that the LoRA is for."""
     unknown = []
     for name in names:
         module, suffix = split_key(name)
@@ -187,11 +187,11 @@ def refuse_unknown(names: list[str], key: str, path: Path) -> None:
             unknown.append(name)
     if unknown:
         listed = sorted(set(unknown))
-        raise UserError(f"{key}: {path.name} names what SDXL does not have: {', '.join(listed)}")
+        raise UserError(f"{key}: {path.name} has layers that SDXL does not have: {', '.join(listed)}")
 
 
 def _layer(name: str, tensors: dict[str, Tensor], alphas: Callable[[str, int | None], float]) -> Layer:
-    """The checked layer of a file's tensors, in kohya's shapes."""
+    """A layer from a file's tensors, checked, in kohya's shapes."""
     alpha = tensors.pop(ALPHA, None)
     if alpha is not None and alpha.numel() != 1:
         raise ValueError(f"has an alpha of {alpha.numel()} numbers")
@@ -201,27 +201,27 @@ def _layer(name: str, tensors: dict[str, Tensor], alphas: Callable[[str, int | N
     if DORA in tensors and DOWN in tensors:
         tensors[DORA] = kohya_magnitude(tensors[DORA], tensors[DOWN])
     layer = Layer(tensors, 0.0 if alpha is None else float(alpha))
-    layer.delta_shape  # noqa: B018  raises where the tensors do not go together
+    layer.delta_shape  # noqa: B018  raises ValueError if the tensors do not fit together
     return layer if alpha is not None else Layer(tensors, alphas(name, layer.rank))
 
 
 def _alphas_from_metadata(metadata: Mapping[str, str], key: str) -> Callable[[str, int | None], float]:
-    """(layer, rank) -> alpha of a layer without an alpha of its own: by diffusers' metadata, else its rank."""
+    """(layer, rank) -> alpha of a layer that has no alpha tensor: from diffusers' metadata, else its rank."""
     try:
-        told = json.loads(metadata.get(ADAPTER_METADATA) or "{}")
+        stated = json.loads(metadata.get(ADAPTER_METADATA) or "{}")
     except json.JSONDecodeError as error:
-        raise UserError(f"{key}: its {ADAPTER_METADATA} is no JSON ({error})") from error
+        raise UserError(f"{key}: its {ADAPTER_METADATA} is not valid JSON ({error})") from error
 
     patterns = {}
     for part in lora_keys.PARTS:
-        named = told.get(f"{part}.alpha_pattern") or {}
+        named = stated.get(f"{part}.alpha_pattern") or {}
         patterns[part] = [(re.compile(rf"(.*\.)?({name})$"), alpha) for name, alpha in named.items()]
 
     def alpha_of(layer: str, rank: int | None) -> float:
         part, _, module = layer.partition("/")
-        if rank is None or f"{part}.lora_alpha" not in told:
+        if rank is None or f"{part}.lora_alpha" not in stated:
             return float(rank or 1)
-        alpha = next((alpha for name, alpha in patterns[part] if name.match(module)), told[f"{part}.lora_alpha"])
-        return float(alpha * sqrt(rank) if told.get(f"{part}.use_rslora") else alpha)
+        alpha = next((alpha for name, alpha in patterns[part] if name.match(module)), stated[f"{part}.lora_alpha"])
+        return float(alpha * sqrt(rank) if stated.get(f"{part}.use_rslora") else alpha)
 
     return alpha_of

@@ -1,8 +1,7 @@
-"""The names of LoRA layers: kohya's and diffusers'. One vocabulary, read in both directions.
+"""The names of LoRA layers in files of kohya and diffusers: one table for both directions.
 
-A layer is named after the module that it changes, `part/module`, with the names that diffusers folders on the Hub
-have. kohya's names have no dots, so only a list of all names can take them apart. Knows names; must not know files,
-numbers or models.
+A layer is named after the module that it changes, `part/module`, with the key names of diffusers folders on the Hub.
+kohya's names have underscores in place of dots, so they can be decoded only by a list of all names.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from functools import cache
 from sdft.formats.keys import MAX_LAYERS, PREFIXES, hub_name, mapping_for_weight, unet_modules
 
 PARTS = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-"""The parts that LoRAs change, and how kohya's names of their layers begin."""
+"""The parts that LoRAs change -> the prefix of their layers in kohya's names."""
 
 MAX_BLOCKS = 32
-"""Transformer blocks of one attention; SDXL's have up to 10."""
+"""Of transformer blocks in one attention module; SDXL has up to 10."""
 
 ATTENTION_LEAVES = ("to_q", "to_k", "to_v", "to_out.0")
 BLOCK_LEAVES = (*(f"attn{i}.{leaf}" for i in (1, 2) for leaf in ATTENTION_LEAVES), "ff.net.0.proj", "ff.net.2")
@@ -26,20 +25,20 @@ CONVOLUTIONS = re.compile(r"unet/.*(conv|conv[12]|conv_(shortcut|in|out))")
 
 OTHER_MODELS = {
     r"lora_te_|.*(down_blocks.0.attentions|input_blocks_1_1_|up_blocks.3.attentions)": "Stable Diffusion 1.5 or 2",
-    r"transformer\.|lora_transformer_|.*(double|single)_blocks|.*joint_blocks|lora_te3_": "Flux, SD3 or their like",
+    r"transformer\.|lora_transformer_|.*(double|single)_blocks|.*joint_blocks|lora_te3_": "Flux, SD3 or similar",
 }
-"""How names that SDXL does not have begin, and whose they are."""
+"""Patterns of names that SDXL does not have -> the models that have them."""
 
 
 def kohya_name(layer: str) -> str:
-    """As kohya, ComfyUI and A1111 call a layer: LDM's names in the UNet. Raises KeyError where SDXL has none such."""
+    """The name in files for kohya, ComfyUI and A1111, with LDM's names in the UNet. Raises KeyError if unknown."""
     return _kohya_names()[layer]
 
 
 def layer_of(name: str) -> str:
-    """The layer of a name in a file: kohya's (with LDM's or diffusers' names behind the prefix), or `part.module`.
+    """The layer of a name in a file: kohya's (with LDM's or diffusers' names after the prefix), or `part.module`.
 
-    Raises KeyError where SDXL has no such layer.
+    Raises KeyError if SDXL has no such layer.
     """
     if name in _layers():
         return _layers()[name]
@@ -51,17 +50,17 @@ def layer_of(name: str) -> str:
 
 
 def layer_name(part: str, module: str) -> str:
-    """The layer of a module, whichever version of transformers named it."""
+    """The layer of a module, for names of any version of transformers."""
     return f"{part}/{hub_name(part, module)}"
 
 
 def is_convolution(layer: str) -> bool:
-    """Whether the layer's module is a convolution; all others are linear."""
+    """Whether the layer's module is a convolution; otherwise it is linear."""
     return CONVOLUTIONS.fullmatch(layer) is not None
 
 
 def other_model(name: str) -> str | None:
-    """The model that a name unknown to SDXL speaks of."""
+    """The other model that a name belongs to, or None."""
     return next((model for pattern, model in OTHER_MODELS.items() if re.match(pattern, name)), None)
 
 
@@ -80,7 +79,7 @@ def _kohya_names() -> dict[str, str]:
 
 @cache
 def _layers() -> dict[str, str]:
-    """kohya's names -> layers; also those that trainers without LDM's names write."""
+    """kohya's names -> layers, including the variant with diffusers' names that some trainers write."""
     direct = {PARTS["unet"] + module.replace(".", "_"): f"unet/{module}" for module in _unet_layers()}
     return direct | {name: layer for layer, name in _kohya_names().items()}
 

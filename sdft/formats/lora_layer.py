@@ -1,7 +1,7 @@
-"""What a LoRA holds: for each layer its factors and its scale, of whatever kind.
+"""The content of a LoRA of any kind: the factors and the scale of each layer.
 
-Knows the algebra of the kinds (LoRA arXiv:2106.09685, DoRA 2402.09353; LoHa, LoKr and LoCon as in LyCORIS 2309.14859).
-Must not know files or models.
+Knows the formulas of LoRA (arXiv:2106.09685), DoRA (arXiv:2402.09353), and of LoHa, LoKr and LoCon as in LyCORIS
+(arXiv:2309.14859). Must not depend on files or models.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ TENSORS = (DOWN, MID, UP, DORA, *LOHA, *LOHA_CORES, *LOKR)
 """kohya's names of the tensors of a layer, besides `alpha`."""
 
 PEFT_NAMES = {DOWN: "lora_A", UP: "lora_B", DORA: "lora_magnitude_vector"}
-"""What peft calls them; the others have kohya's names there too."""
+"""kohya's names -> peft's; the other tensors have the same name in both."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The change of one module's weight W.
+    """The delta of one module's weight W, by kind:
 
-    `lora`, `locon` (of a convolution): s up down; `dora`: that, and each row of W + s up down rescaled to the norm
-    `dora_scale`; `loha`: s (w1_a w1_b) * (w2_a w2_b); `lokr`: s kron(w1, w2). s is `scale`.
+    `lora`, `locon` (a convolution): s up down; `dora`: each row of W + s up down is rescaled to the norm `dora_scale`;
+    `loha`: s (w1_a w1_b) * (w2_a w2_b); `lokr`: s kron(w1, w2). s is `scale`.
     """
 
     tensors: Mapping[str, Tensor]
@@ -49,34 +49,34 @@ class Layer:
 
     @property
     def rank(self) -> int | None:
-        """Of the factors; a LoKr of two whole matrices has none."""
-        held = self.tensors
+        """The rank of the factors; None for a LoKr of two full matrices."""
+        tensors = self.tensors
         if self.kind == "lokr":
-            low = held.get("lokr_w2_b", held.get("lokr_w1_b"))
+            low = tensors.get("lokr_w2_b", tensors.get("lokr_w1_b"))
             return None if low is None else len(low)
-        return len(held["hada_w1_b"] if self.kind == "loha" else held[DOWN])
+        return len(tensors["hada_w1_b"] if self.kind == "loha" else tensors[DOWN])
 
     @property
     def scale(self) -> float:
-        """alpha / rank; LyCORIS and ComfyUI do not scale a LoKr of two whole matrices, whatever its alpha."""
+        """alpha / rank; 1 for a LoKr of two full matrices, which LyCORIS and ComfyUI do not scale by alpha."""
         return 1.0 if self.rank is None else self.alpha / self.rank
 
     @property
     def delta_shape(self) -> tuple[int, int]:
-        """Rows and columns of the change, a convolution's kernel among the columns.
+        """Rows and columns of the delta; the kernel of a convolution counts as columns.
 
-        Raises ValueError where a tensor is missing, does not belong there, or does not fit the others.
+        Raises ValueError if a tensor is missing, is not one of this kind, or does not fit the others.
         """
         return SHAPES[self.kind]({name: tuple(tensor.shape) for name, tensor in self.tensors.items()})
 
     @property
     def peft_tensors(self) -> dict[str, Tensor]:
-        """By peft's names, in peft's shapes; `mid`, which peft does not have, is multiplied into `down`."""
+        """The tensors with peft's names and shapes; `mid`, which peft does not have, is multiplied into `down`."""
         tensors = {PEFT_NAMES.get(name, name): tensor for name, tensor in self.tensors.items()}
         if MID in tensors:
             mid, down = tensors.pop(MID), tensors["lora_A"]
-            whole = torch.einsum("rshw,si->rihw", mid.float(), down.flatten(1).float())
-            tensors["lora_A"] = whole.to(down.dtype)
+            product = torch.einsum("rshw,si->rihw", mid.float(), down.flatten(1).float())
+            tensors["lora_A"] = product.to(down.dtype)
         if DORA in self.tensors:
             scale = self.tensors[DORA]
             tensors["lora_magnitude_vector"] = scale.flatten() if scale.dim() == 2 else scale.transpose(0, 1)
@@ -85,7 +85,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA: what it changes, by layer (`part/module`), and what it says about itself."""
+    """A LoRA: its layers by `part/module`, and the metadata of its file."""
 
     layers: Mapping[str, Layer]
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -96,12 +96,12 @@ class LoraFile:
 
     @property
     def not_in_diffusers(self) -> list[str]:
-        """The layers that diffusers has no form for: LoHa and LoKr."""
+        """The layers that diffusers cannot represent: LoHa and LoKr."""
         return [name for name, layer in self.layers.items() if layer.kind in ("loha", "lokr")]
 
 
 def network_metadata(lora: LoraFile) -> dict[str, str]:
-    """What kohya's files say about their network."""
+    """The `ss_network_*` metadata of kohya's files."""
     ranks, alphas = ({getattr(layer, name) for layer in lora.layers.values()} - {None} for name in ("rank", "alpha"))
     plain = all(layer.kind in ("lora", "locon") for layer in lora.layers.values())
     return {
@@ -112,7 +112,7 @@ def network_metadata(lora: LoraFile) -> dict[str, str]:
 
 
 def kohya_magnitude(magnitude: Tensor, down: Tensor) -> Tensor:
-    """peft's magnitudes, [out] and of convolutions [1, out, 1, 1], in kohya's shape; kohya's as they are."""
+    """DoRA magnitudes in kohya's shape, from peft's ([out]; [1, out, 1, 1] for convolutions) or from kohya's."""
     if magnitude.dim() == 1 or (magnitude.dim() == 4 and len(magnitude) == 1):
         return magnitude.reshape(-1, *[1] * (down.dim() - 1))
     return magnitude
@@ -131,7 +131,7 @@ def _lora_shape(shapes: Shapes) -> tuple[int, int]:
     _require_shapes(shapes, len(shapes[DOWN]) in (2, 4), len(shapes[UP]) in (2, 4))
     (rank, *inner), (rows, *across) = shapes[DOWN], shapes[UP]
     _require_shapes(shapes, rank > 0, prod(across) == rank)
-    # The rows are what is normed: LyCORIS can norm the columns instead, and peft cannot.
+    # Norms of rows only: LyCORIS can also normalise columns, which peft cannot.
     _require_shapes(shapes, DORA not in shapes or shapes[DORA] == (rows, *[1] * len(inner)))
     if MID not in shapes:
         return rows, prod(inner)
@@ -177,14 +177,14 @@ def _lokr_factor(shapes: Shapes, whole: str, core: str) -> tuple[int, int]:
 def _require(shapes: Shapes, needed: set[str], allowed: set[str]) -> None:
     if missing := sorted(needed - shapes.keys()):
         raise ValueError(f"has no {' and no '.join(missing)}")
-    if odd := sorted(shapes.keys() - needed - allowed):
-        raise ValueError(f"has {' and '.join(odd)}, which does not go with its other tensors")
+    if unexpected := sorted(shapes.keys() - needed - allowed):
+        raise ValueError(f"has {' and '.join(unexpected)}, which does not belong to its other tensors")
 
 
 def _require_shapes(shapes: Shapes, *conditions: bool) -> None:
     if not all(conditions):
-        told = ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
-        raise ValueError(f"has shapes that contradict each other ({told})")
+        listed = ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
+        raise ValueError(f"has shapes that contradict each other ({listed})")
 
 
 SHAPES = {"lora": _lora_shape, "dora": _lora_shape, "locon": _lora_shape, "loha": _loha_shape, "lokr": _lokr_shape}

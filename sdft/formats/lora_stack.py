@@ -1,7 +1,4 @@
-"""Several LoRAs, each at a strength, as one.
-
-Knows the algebra of stacking. Must not know files or models.
-"""
+"""Stacks several LoRAs, each with a strength, into one LoRA. Must not depend on files or models."""
 
 from __future__ import annotations
 
@@ -15,9 +12,9 @@ from sdft.formats.lora_layer import DOWN, MID, UP, Layer, LoraFile
 
 
 def stack_loras(loras: Sequence[tuple[LoraFile, float]], key: str) -> LoraFile:
-    """The sum of the changes, each times its strength; exact, with the sum of the ranks.
+    """One LoRA whose delta is the exact sum of the deltas times their strengths; its ranks are the sums of the ranks.
 
-    Raises UserError for what has no such form: a DoRA at another strength than 1, and stacks of other kinds.
+    Raises UserError for a DoRA with a strength other than 1, and for stacks of kinds other than LoRA and LoCon.
     """
     loras = [(lora, strength) for lora, strength in loras if strength]
     if len(loras) == 1:
@@ -32,18 +29,18 @@ def stack_loras(loras: Sequence[tuple[LoraFile, float]], key: str) -> LoraFile:
 
 
 def scale_layer(layer: Layer, strength: float, key: str) -> Layer:
-    """A layer whose change is so many times as large."""
+    """The layer with its delta multiplied by `strength`."""
     if strength == 1:
         return layer
     if layer.kind == "dora":
-        raise UserError(f"{key}: a DoRA has no strength but 1; bake it into the model with python -m sdft.merging")
-    if layer.rank is None:  # nobody scales a LoKr of two whole matrices by its alpha
+        raise UserError(f"{key}: the strength of a DoRA must be 1; bake it into the model with python -m sdft.merging")
+    if layer.rank is None:  # a LoKr of two full matrices is not scaled by alpha
         return replace(layer, tensors={**layer.tensors, "lokr_w1": layer.tensors["lokr_w1"] * strength})
     return replace(layer, alpha=layer.alpha * strength)
 
 
 def add_layers(a: Layer, b: Layer, key: str) -> Layer:
-    """(up_a down_a) s_a + (up_b down_b) s_b as one product of longer factors."""
+    """(up_a down_a) s_a + (up_b down_b) s_b as one product, by concatenating the factors."""
     if not {a.kind, b.kind} <= {"lora", "locon"} or MID in a.tensors or MID in b.tensors:
         raise UserError(f"{key}: {a.kind} and {b.kind} cannot be stacked; merge them with python -m sdft.merging")
     down = torch.cat([a.tensors[DOWN].float(), b.tensors[DOWN].float()])

@@ -1,6 +1,6 @@
-"""What a file says about itself: ModelSpec (`modelspec.*`), and `ss_*` where LoRA tools look for it.
+"""safetensors metadata of models and LoRAs: ModelSpec (`modelspec.*`), and `ss_*` for LoRA tools.
 
-Key names: https://github.com/Stability-AI/ModelSpec. Values are strings. Knows no weights.
+Key names: https://github.com/Stability-AI/ModelSpec. Values are strings.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ BASE_MODEL_VERSION = "sdxl_base_v1-0"
 def model_metadata(
     title: str, prediction: str = "epsilon", size_hw: tuple[int, int] = (1024, 1024), words: Iterable[str] = ()
 ) -> dict[str, str]:
-    """Of a whole model; the hash is filled in by the writer.
+    """Metadata of a model; the writer fills in the hash.
 
-    prediction: `epsilon` or `v_prediction`. words: that call what was learned.
+    prediction: `epsilon` or `v_prediction`. words: trigger words for prompts.
     """
     h, w = size_hw
     phrase = {"modelspec.trigger_phrase": ", ".join(words)} if words else {}
@@ -42,11 +42,11 @@ def model_metadata(
 def lora_metadata(
     title: str, prediction: str = "epsilon", size_hw: tuple[int, int] = (1024, 1024), words: Iterable[str] = ()
 ) -> dict[str, str]:
-    """Of a LoRA file, rank and alpha aside."""
-    said = model_metadata(title, prediction, size_hw, words)
+    """Metadata of a LoRA file, without rank and alpha (`lora_layer.network_metadata`)."""
+    general = model_metadata(title, prediction, size_hw, words)
     v = {"ss_v2": "False", "ss_v_parameterization": "True"} if prediction == "v_prediction" else {}
     return {
-        **said,
+        **general,
         "modelspec.architecture": f"{ARCHITECTURE}/lora",
         "ss_base_model_version": BASE_MODEL_VERSION,
         "ss_output_name": title,
@@ -56,6 +56,6 @@ def lora_metadata(
 
 
 def date() -> str:
-    """Now, or the moment that SOURCE_DATE_EPOCH names: with it, the same run writes the same bytes."""
+    """The current time, or SOURCE_DATE_EPOCH if that is set: with it, equal runs write equal bytes."""
     seconds = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))

@@ -1,7 +1,7 @@
-"""A whole SDXL model on disk, whatever its format: one view of its weights, under the names of diffusers.
+"""Reads model checkpoints of any format: all weights under the key names of diffusers.
 
-Knows the three formats (diffusers folder, single file, pickled single file) and their key names; reads headers first
-and numbers only when asked for. Must not know what the numbers are for.
+Knows the three formats (diffusers folder, single file, pickled single file) and their key names. Opening a checkpoint
+reads headers only; weights are read one by one.
 """
 
 from __future__ import annotations
@@ -27,36 +27,38 @@ from sdft.formats.safetensors_io import DTYPE_NAMES, DTYPES, StoredTensor, Tenso
 INDEX = "model_index.json"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 IGNORED_TENSORS = ("position_ids", "denoiser.sigmas", "v_pred", "ztsnr")
-"""Tensors, or last words of their names, that are no weights: buffers and marks."""
+"""Tensors, or last parts of their names, that are not weights: buffers and markers."""
 OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 LOGIT_SCALE = "conditioner.embedders.1.model.logit_scale"
 LOGIT_SCALE_KEY = "logit_scale"
-"""In the metadata of a folder's second encoder: dtype and value of a tensor that diffusers has no place for."""
+"""In the metadata of a folder's second text encoder: dtype and value of a tensor that diffusers does not have."""
 
 
 @dataclass(frozen=True)
 class WeightView(TensorInfo):
-    """One weight: the tensor that holds its numbers, and which of them."""
+    """One weight: the stored tensor that contains it, and how to extract it."""
 
     stored: StoredTensor
     place: KeyMapping | None = None
+    """For single files: how the stored tensor maps to weights."""
     index: int = 0
+    """Which of the weights of the stored tensor."""
 
 
 @dataclass
 class Checkpoint:
-    """The weights of a model by `part/name`, found in `root`."""
+    """The weights of the model at `root`, by `part/name`."""
 
     root: Path
     weights: dict[str, WeightView]
     unknown: list[str]
-    """Tensors without a place in SDXL."""
+    """Tensors that SDXL does not have."""
     metadata: dict[str, str]
     marks: frozenset[str] = frozenset()
-    """Tensors that say something by being there."""
+    """The empty tensors `v_pred` and `ztsnr`, if the file has them."""
     num_vae_levels: int = 4
     scale: StoredTensor | None = None
-    """CLIP's temperature, in single files; images do not depend on it."""
+    """CLIP's `logit_scale` in single files; images do not depend on it."""
     pickled: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -65,12 +67,12 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """What the names of its files are relative to."""
+        """The folder that file names are relative to."""
         return self.root if self.is_folder else self.root.parent
 
     @property
     def files(self) -> list[Path]:
-        """Those that hold its weights."""
+        """The files with its weights."""
         return sorted({view.stored.file for view in self.weights.values()})
 
     @property
@@ -79,23 +81,23 @@ class Checkpoint:
 
     @property
     def prediction(self) -> str | None:
-        """What the UNet predicts, where the checkpoint says so."""
+        """The prediction type, `epsilon` or `v_prediction`; None if the checkpoint does not state it."""
         if self.is_folder:
             return scheduler_config(self.root).get("prediction_type", "epsilon")
-        said = self.metadata.get("modelspec.prediction_type", "").lower()
-        if "v_pred" in self.marks or said in ("v", "v_prediction", "v-prediction"):
+        stated = self.metadata.get("modelspec.prediction_type", "").lower()
+        if "v_pred" in self.marks or stated in ("v", "v_prediction", "v-prediction"):
             return "v_prediction"
-        return "epsilon" if said == "epsilon" else None
+        return "epsilon" if stated == "epsilon" else None
 
     @property
     def zero_terminal_snr(self) -> bool:
-        """Whether the noise schedule ends in pure noise."""
+        """Whether the noise schedule has zero terminal SNR."""
         if self.is_folder:
             return bool(scheduler_config(self.root).get("rescale_betas_zero_snr"))
         return "ztsnr" in self.marks
 
     def logit_scale(self) -> Tensor | None:
-        """CLIP's temperature, where the checkpoint kept it."""
+        """CLIP's `logit_scale`, or None if the checkpoint lacks it."""
         if self.scale is not None:
             return read_stored(self.scale, self.pickled)
         code, _, value = self.metadata.get(LOGIT_SCALE_KEY, "").partition(":")
@@ -103,7 +105,7 @@ class Checkpoint:
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[str], Tensor]]:
-        """A function that reads one weight; what needs no conversion is a view of the mapped file."""
+        """A function that reads one weight, without a copy where no conversion is needed."""
         with ExitStack() as stack:
             files: dict[Path, safe_open] = {}
 
@@ -117,7 +119,7 @@ class Checkpoint:
             yield lambda weight: self.read(weight, tensor)
 
     def read(self, weight: str, tensor: Callable[[StoredTensor], Tensor]) -> Tensor:
-        """One weight, where `tensor` reads what the file holds."""
+        """One weight; `tensor` reads a stored tensor."""
         view = self.weights[weight]
         return view.place.to_folder(tensor(view.stored), view.index) if view.place else tensor(view.stored)
 
@@ -131,9 +133,9 @@ def read_stored(stored: StoredTensor, pickled: dict[str, Tensor]) -> Tensor:
 
 
 def open_checkpoint(key: str, source: str | Path, allow_pickle: bool = False, variant: str | None = None) -> Checkpoint:
-    """The model that `source` holds, from headers alone. Raises UserError, which starts with `key`.
+    """Opens the model at `source`, reading headers only. Raises UserError, which starts with `key=source`.
 
-    allow_pickle: also read `.ckpt` files, by torch's restricted unpickler.
+    allow_pickle: also read `.ckpt` files, by `torch.load(weights_only=True)`.
     variant: of the files in a folder, such as fp16.
     """
     root, where = Path(os.path.expanduser(source)), f"{key}={source}"
@@ -145,7 +147,7 @@ def open_checkpoint(key: str, source: str | Path, allow_pickle: bool = False, va
         if not allow_pickle:
             safe = root.with_suffix(".safetensors").name
             raise UserError(
-                f"{where}: a pickle can run code; where you trust it, convert it once: "
+                f"{where}: a pickle can run code; if you trust it, convert it once: "
                 f"python -m sdft.formats in={source} out={safe} to=single_file allow_pickle=true"
             )
         return _pickle(where, root)
@@ -156,7 +158,7 @@ def open_checkpoint(key: str, source: str | Path, allow_pickle: bool = False, va
 
 
 def open_vae(key: str, path: Path) -> Checkpoint:
-    """The VAE of a VAE folder, a model folder, a VAE file of either naming, or a whole single-file checkpoint."""
+    """The VAE from a VAE folder, a model folder, a VAE file with either key names, or a single-file checkpoint."""
     where = f"{key}={path}"
     if (path / INDEX).is_file():
         return open_checkpoint(key, path)
@@ -182,7 +184,7 @@ def open_vae(key: str, path: Path) -> Checkpoint:
 
 
 def scheduler_config(folder: Path) -> dict:
-    """The scheduler's config of a folder; empty where there is none."""
+    """The scheduler config of a folder; empty if there is none."""
     file = folder / "scheduler" / "scheduler_config.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -190,7 +192,7 @@ def scheduler_config(folder: Path) -> dict:
 def _folder(where: str, root: Path, variant: str | None) -> Checkpoint:
     if not (root / INDEX).is_file():
         run = f"; pass {root / 'model'}" if (root / "model" / INDEX).is_file() else ""
-        raise UserError(f"{where}: the folder has no {INDEX}, so it is no diffusers model{run}")
+        raise UserError(f"{where}: the folder has no {INDEX}, so it is not a diffusers model{run}")
     index = json.loads((root / INDEX).read_text(encoding="utf-8"))
     if "StableDiffusionXL" not in str(index.get("_class_name")):
         raise UserError(f"{where}: is a {index.get('_class_name')}, not Stable Diffusion XL")
@@ -205,7 +207,7 @@ def _folder(where: str, root: Path, variant: str | None) -> Checkpoint:
                 weight = f"{part}/{_current_name(part, tensor.name)}"
                 if weight in checkpoint.weights:
                     first = checkpoint.weights[weight].stored.file.name
-                    raise UserError(f"{where}: {weight} is in {first} and in {file.name}; leave one of them there")
+                    raise UserError(f"{where}: {weight} is in {first} and in {file.name}; remove one of them")
                 checkpoint.weights[weight] = WeightView(tensor.dtype, tensor.shape, tensor)
     checkpoint.num_vae_levels = _count_vae_levels(checkpoint.weights)
     refuse_quantized(where, checkpoint)
@@ -213,13 +215,13 @@ def _folder(where: str, root: Path, variant: str | None) -> Checkpoint:
 
 
 def part_files(where: str, folder: Path, variant: str | None = None) -> list[Path]:
-    """The weight files of one part: those of the variant, of none, or else of the only variant that is there."""
+    """The weight files of one part: of the variant, else without variant, else of the only variant present."""
     found = sorted(folder.glob("*.safetensors"))
     by_variant: dict[str | None, list[Path]] = {}
     for file in found:
         # diffusion_pytorch_model.fp16.safetensors, diffusion_pytorch_model.fp16-00001-of-00002.safetensors
-        words = file.name.removesuffix(".safetensors").split("-")[0].split(".")
-        by_variant.setdefault(words[1] if len(words) > 1 else None, []).append(file)
+        parts = file.name.removesuffix(".safetensors").split("-")[0].split(".")
+        by_variant.setdefault(parts[1] if len(parts) > 1 else None, []).append(file)
     if variant in by_variant:
         return by_variant[variant]
     if variant is None and len(by_variant) == 1:
@@ -231,7 +233,7 @@ def part_files(where: str, folder: Path, variant: str | None = None) -> list[Pat
 
 
 def _current_name(part: str, name: str) -> str:
-    """A name in a folder as it is written today: VAE folders of 2023 have other names of the attention layers."""
+    """The current name of a weight in a folder: VAE folders of 2023 name the attention layers differently."""
     name = hub_name(part, name)
     if part == "vae" and ".attentions." in name:
         before, _, leaf = name.rpartition(".")
@@ -258,7 +260,8 @@ def _single_file(where: str, root: Path, stored: list[StoredTensor], metadata: d
             checkpoint.unknown.append(tensor.name)
             continue
         for index, weight in enumerate(place.weights):
-            checkpoint.weights[weight] = WeightView(tensor.dtype, place.folder_shape(tensor.shape), tensor, place, index)
+            shape = place.folder_shape(tensor.shape)
+            checkpoint.weights[weight] = WeightView(tensor.dtype, shape, tensor, place, index)
     refuse_quantized(where, checkpoint)
     return checkpoint
 
@@ -268,7 +271,7 @@ def _pickle(where: str, root: Path) -> Checkpoint:
         content = torch.load(root, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(f"{where}: holds more than weights, or is cut off, and is not opened ({reason})") from error
+        raise UserError(f"{where}: is truncated or has more than weights, so it is not opened ({reason})") from error
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     stored = [StoredTensor(DTYPE_NAMES.get(t.dtype, "?"), tuple(t.shape), root, name) for name, t in tensors.items()]
@@ -278,17 +281,17 @@ def _pickle(where: str, root: Path) -> Checkpoint:
 
 
 def refuse_quantized(where: str, checkpoint: Checkpoint) -> None:
-    """Raise UserError for weights that are no plain floating-point numbers."""
-    odd = sorted({view.dtype for view in checkpoint.weights.values()} - DTYPES.keys())
-    if odd:
-        names = [name for name, view in checkpoint.weights.items() if view.dtype in odd]
+    """Raise UserError for weights that are not plain floating-point numbers."""
+    unsupported = sorted({view.dtype for view in checkpoint.weights.values()} - DTYPES.keys())
+    if unsupported:
+        names = [name for name, view in checkpoint.weights.items() if view.dtype in unsupported]
         raise UserError(
-            f"{where}: {len(names)} weights are stored as {', '.join(odd)}, for example {names[0]}; "
-            "quantised weights are not read: get the model in fp16, bf16 or fp32"
+            f"{where}: {len(names)} weights are stored as {', '.join(unsupported)}, for example {names[0]}; "
+            "quantised weights are not supported: get the model in fp16, bf16 or fp32"
         )
 
 
 def _count_vae_levels(names: Iterable[str]) -> int:
-    """Of a VAE with names of either world."""
+    """The number of down blocks of a VAE, from key names of diffusers or LDM."""
     found = (re.search(r"(?:^|[./])encoder\.down(?:_blocks)?\.(\d+)\.", name) for name in names)
     return max((int(match[1]) for match in found if match), default=3) + 1

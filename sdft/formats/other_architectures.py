@@ -1,4 +1,4 @@
-"""What a single file is that is no SDXL, told from the names of its tensors."""
+"""Recognises single files of other architectures than SDXL by the names of their tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sdft.formats.keys import PREFIXES
 
 
 def refuse_other_architecture(where: str, names: Sequence[str]) -> None:
-    """Raise UserError that says what a single file is, when it is not SDXL."""
+    """Raise UserError that names the architecture of a single file if it is not SDXL."""
 
     def has(*starts: str) -> bool:
         return any(name.startswith(starts) for name in names)
@@ -20,7 +20,7 @@ def refuse_other_architecture(where: str, names: Sequence[str]) -> None:
     if not names:
         what = "an empty file"
     elif any("lora_" in name for name in names):
-        what = "a LoRA, which goes on top of a model"
+        what = "a LoRA, which needs a base model"
     elif has(f"{unet}double_blocks.", "double_blocks.", f"{unet}joint_blocks."):
         what = "a Flux or Stable Diffusion 3 model"
     elif has("conditioner.embedders.0.model."):

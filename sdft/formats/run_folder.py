@@ -1,7 +1,4 @@
-"""What a finished run of train.py leaves in its folder: the summary, and the artifacts that it names.
-
-Knows names of files; must not know what becomes of them.
-"""
+"""Reads the folder of a finished run of train.py: its summary and its artifacts."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ SUMMARY = "summary.json"
 
 @dataclass(frozen=True)
 class RunOutputs:
-    """What a run left."""
+    """The summary and the artifacts of a finished run."""
 
     summary: Mapping[str, Any]
     artifacts: Mapping[str, Path]
-    """By kind (`lora`, `lora_kohya`, `words`, `model`, `pictures`), beside the summary: the folder may have moved."""
+    """By kind (`lora`, `lora_kohya`, `words`, `model`, `pictures`): paths in the folder, which may have been moved."""
 
     @property
     def lora(self) -> Path | None:
@@ -28,18 +25,18 @@ class RunOutputs:
 
     @property
     def weights(self) -> Path | None:
-        """What the run learned: its LoRA, else its model."""
+        """The trained weights: the LoRA, else the model."""
         return self.lora or self.artifacts.get("model")
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:
-    """Figures and artifacts as the run wrote them down; none where it did not finish."""
+    """The content of summary.json: metrics and artifacts. None if the run did not finish."""
     file = run / SUMMARY
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def read_run_outputs(run: Path) -> RunOutputs | None:
-    """What a run left; none where it did not finish. What was deleted since is not looked for."""
+    """The outputs of a run; None if it did not finish. Artifacts may have been deleted since."""
     summary = read_summary(run)
     if summary is None:
         return None

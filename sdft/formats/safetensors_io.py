@@ -1,6 +1,6 @@
-"""safetensors files, read by their headers and written one tensor at a time; targets that appear whole or not at all.
+"""safetensors files: reads headers, memory-maps tensors, writes one tensor at a time. Atomic output files and folders.
 
-Knows bytes, dtypes and paths; must not know what the tensors mean.
+Knows bytes, dtypes and paths. Must not depend on what the tensors are.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from sdft.errors import UserError
 from sdft.progress import tqdm
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""The numbers with a fraction, as files call them; 8-bit floats are not among them, they need a scale."""
+"""The supported floating-point dtypes by their names in files; 8-bit floats are not supported, they need a scale."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DTYPE_NAMES |= {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}
 ITEM_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-"""Bytes of one number; 1 for all others."""
+"""Bytes of one element; 1 for all other dtypes."""
 CHUNK = 2**20
 HASH_KEY = "modelspec.hash_sha256"
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a file says of one tensor."""
+    """Dtype and shape of a tensor in a file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -46,16 +46,16 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class StoredTensor(TensorInfo):
-    """One tensor of a file."""
+    """A tensor in a file."""
 
     file: Path
     name: str
     start: int = 0
-    """Of its bytes in the file."""
+    """The offset of its bytes in the file."""
 
 
 def tensor_info(tensor: Tensor) -> TensorInfo:
-    """What a file would say of a tensor."""
+    """Dtype and shape of a tensor, as a file states them."""
     return TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
 
 
@@ -68,7 +68,8 @@ def read_header(where: str, file: Path) -> tuple[list[StoredTensor], dict[str, s
             header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
             begin = opened.tell()
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{where}: {file.name} is cut off or no safetensors file ({error}); get it anew") from error
+        problem = f"is truncated or not a safetensors file ({error})"
+        raise UserError(f"{where}: {file.name} {problem}; get it again") from error
     metadata = header.pop("__metadata__", None) or {}
     stored = [
         StoredTensor(entry["dtype"], tuple(entry["shape"]), file, name, begin + entry["data_offsets"][0])
@@ -84,9 +85,9 @@ def write_tensors(
     compute: Callable[[str], Tensor],
     bar: tqdm | None = None,
 ) -> None:
-    """Write a safetensors file, asking `compute` for one tensor at a time.
+    """Write a safetensors file; `compute` is called with the name of one tensor at a time.
 
-    Where the metadata has a place for the hash of the tensors' bytes (modelspec.hash_sha256), it is filled in.
+    If `metadata` has the key modelspec.hash_sha256, its value is replaced by the hash of the tensors' bytes.
     """
     # The widest dtype first, as the library writes it: each tensor then starts at a multiple of its dtype's size.
     order = sorted(entries, key=lambda name: (-ITEM_SIZES.get(entries[name].dtype, 1), name))
@@ -98,7 +99,7 @@ def write_tensors(
             tensor = compute(name).detach().to("cpu", DTYPES.get(entries[name].dtype)).contiguous()
             content = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
             if len(content) != entries[name].num_bytes:
-                raise ValueError(f"{name}: {list(tensor.shape)} {tensor.dtype} is not what the header says")
+                raise ValueError(f"{name}: {list(tensor.shape)} {tensor.dtype} does not match the header")
             file.write(content)
             if digest:
                 digest.update(content)
@@ -112,7 +113,7 @@ def write_tensors(
 
 
 def header_bytes(entries: Mapping[str, TensorInfo], order: list[str], metadata: Mapping[str, str]) -> bytes:
-    """Length and header of a file with `entries` in this order."""
+    """The header, with its length, of a file with `entries` in this order."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in order:
@@ -125,9 +126,9 @@ def header_bytes(entries: Mapping[str, TensorInfo], order: list[str], metadata: 
 
 @contextmanager
 def atomic_output(target: Path, key: str = "out", overwrite: bool = False) -> Iterator[Path]:
-    """A path to write to, inside the `with`; it becomes `target` at the end, and nothing does after an error.
+    """A temporary path to write to inside the `with`; renamed to `target` at the end, or removed after an error.
 
-    key: names the target in errors. overwrite: replace what is there.
+    key: names the target in error messages. overwrite: replace `target` if it exists.
     """
     if target.exists() and not overwrite:
         raise UserError(f"{key}={target}: exists already; choose another name, or pass overwrite=true to replace it")
@@ -135,7 +136,7 @@ def atomic_output(target: Path, key: str = "out", overwrite: bool = False) -> It
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-")
     except OSError as error:
-        raise UserError(f"{key}={target}: cannot be written ({error.strerror}); choose another place") from error
+        raise UserError(f"{key}={target}: cannot be written ({error.strerror}); choose another path") from error
     with temporary as folder:
         written = Path(folder) / target.name
         yield written
@@ -145,24 +146,24 @@ def atomic_output(target: Path, key: str = "out", overwrite: bool = False) -> It
 
 
 class MappedFile:
-    """A file as memory, whose pages come when they are read."""
+    """A memory-mapped file."""
 
     def __init__(self, path: Path):
         self.path = path
         with path.open("rb") as file:
-            # Nothing is copied unless it is written to, which nobody does; torch warns of memory that is only read.
+            # Copy-on-write, though nothing writes: torch warns of read-only memory.
             self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.content.madvise(mmap.MADV_SEQUENTIAL)
 
     def tensor(self, stored: StoredTensor) -> Tensor:
-        """A view."""
+        """A tensor of the file, as a view of the mapped memory."""
         size = torch.Size(stored.shape)
         return torch.frombuffer(
             self.content, dtype=DTYPES[stored.dtype], count=size.numel(), offset=stored.start
         ).view(size)
 
     def drop_pages(self, stored: StoredTensor) -> None:
-        """Let the system have the memory of a tensor, which is read anew where it is asked for again."""
+        """Drop the pages of a tensor from memory and page cache; a later access reads them again."""
         first = -(-stored.start // mmap.PAGESIZE) * mmap.PAGESIZE
         size = (stored.start + stored.num_bytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
         if size > 0:
@@ -171,7 +172,7 @@ class MappedFile:
                 os.posix_fadvise(file.fileno(), first, size, os.POSIX_FADV_DONTNEED)
 
     def sha256(self, on_progress: Callable[[int], object]) -> str:
-        """The hash of the bytes; `on_progress` is told how far it is. To copy what is hashed would cost a third more."""
+        """The hash of the file; `on_progress` gets the number of bytes done. A copy would take a third longer."""
         digest = hashlib.sha256()
         with memoryview(self.content) as content:
             for start in range(0, len(content), CHUNK):

@@ -1,7 +1,4 @@
-"""A whole model as one file, as ComfyUI, A1111 and kohya read it (LDM names).
-
-Knows how weights become the tensors of that file; reads and writes them one at a time.
-"""
+"""Writes a model as a single file with LDM's key names, for ComfyUI, A1111 and kohya, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ def write_single_file(
 ) -> None:
     """Write a checkpoint of any format as one file at `path`.
 
-    dtype: of the weights; their own where not said. metadata: what the file says of itself, beyond what it said before.
+    dtype: of the weights; None keeps theirs. metadata: added to that of the checkpoint.
     """
     places = {}
     for weight in checkpoint.weights:
@@ -41,13 +38,14 @@ def write_single_file(
     extras = marks(checkpoint) | {LOGIT_SCALE: logit_scale(checkpoint, entries, dtype)}
     entries |= {name: tensor_info(tensor) for name, tensor in extras.items()}
     with checkpoint.opened() as read:
-        write_tensors(path, entries, file_metadata(checkpoint) | (metadata or {}), tensor_computer(places, extras, read), bar)
+        compute = tensor_computer(places, extras, read)
+        write_tensors(path, entries, file_metadata(checkpoint) | (metadata or {}), compute, bar)
 
 
 def tensor_computer(
     places: dict[str, KeyMapping], extras: dict[str, Tensor], read: Callable[[str], Tensor]
 ) -> Callable[[str], Tensor]:
-    """A function that makes one tensor of the file."""
+    """A function that computes a tensor of the file by its name."""
 
     def compute(name: str) -> Tensor:
         if name in extras:
@@ -61,28 +59,29 @@ def tensor_computer(
 
 
 def single_entry(checkpoint: Checkpoint, place: KeyMapping, dtype: torch.dtype | None) -> TensorInfo:
-    """What the file will say of one tensor; several weights in one take the widest of their dtypes."""
+    """Dtype and shape of a tensor of the file; several weights in one tensor take the widest of their dtypes."""
     views = [checkpoint.weights[weight] for weight in place.weights]
     code = DTYPE_NAMES[dtype] if dtype else max((view.dtype for view in views), key=ITEM_SIZES.__getitem__)
     return TensorInfo(code, place.single_shape(views[0].shape))
 
 
 def logit_scale(checkpoint: Checkpoint, entries: dict[str, TensorInfo], dtype: torch.dtype | None) -> Tensor:
-    """CLIP's temperature as it was read; else OpenCLIP's ceiling, ln 100, which is SDXL's."""
-    said = checkpoint.logit_scale()
-    if said is None:
-        said = torch.tensor(math.log(100), dtype=DTYPES[entries[TEXT_PROJECTION].dtype])
-    return said if dtype is None else said.to(dtype)
+    """CLIP's `logit_scale` from the checkpoint, else SDXL's: OpenCLIP's maximum, ln 100."""
+    scale = checkpoint.logit_scale()
+    if scale is None:
+        scale = torch.tensor(math.log(100), dtype=DTYPES[entries[TEXT_PROJECTION].dtype])
+    return scale if dtype is None else scale.to(dtype)
 
 
 def marks(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The empty tensors by which ComfyUI and others know a v-prediction model and its noise schedule."""
-    found = {"v_pred": checkpoint.prediction == "v_prediction", "ztsnr": checkpoint.zero_terminal_snr}
-    return {name: torch.empty(0) for name, there in found.items() if there}
+    """The empty tensors by which ComfyUI and others recognise v-prediction and zero terminal SNR."""
+    flags = {"v_pred": checkpoint.prediction == "v_prediction", "ztsnr": checkpoint.zero_terminal_snr}
+    return {name: torch.empty(0) for name, present in flags.items() if present}
 
 
 def file_metadata(checkpoint: Checkpoint) -> dict[str, str]:
-    """What the source says of itself, over what can be said of any model."""
-    said = model_metadata(checkpoint.root.stem, checkpoint.prediction or "epsilon")
-    kept = {name: value for name, value in checkpoint.metadata.items() if name != LOGIT_SCALE_KEY and "hash" not in name}
-    return said | kept
+    """The metadata of the checkpoint, with defaults for what it lacks."""
+    defaults = model_metadata(checkpoint.root.stem, checkpoint.prediction or "epsilon")
+    return defaults | {
+        name: value for name, value in checkpoint.metadata.items() if name != LOGIT_SCALE_KEY and "hash" not in name
+    }

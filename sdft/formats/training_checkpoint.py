@@ -1,8 +1,8 @@
-"""The state of a run on disk: it appears whole or not at all, and what is damaged is named.
+"""Training checkpoints on disk: written atomically, and verified by their checksums when they are read.
 
-A state is one file, or one file and beside it a folder of slices of its largest tensors, which several processes wrote.
-Then the file has the rest and the names of the slices: it is written last, and until then the state before is whole.
-Knows bytes and checksums; must not know what a trainer keeps in it, nor who writes which slices and when.
+A checkpoint is one file, or one file beside a folder with slices of its largest tensors, written by several processes.
+Then the file has everything else and the names of the slice files; it is written last, and until then the previous
+checkpoint is valid. Must not depend on what the trainer saves, nor on which process writes which slices.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor
 from sdft.errors import UserError
 
 SLICE_FILES = "slice_files"
-"""Under this name a state keeps the names of its slices."""
+"""The key of a state for the names of its slice files."""
 
 
 def write_state(state: Mapping[str, Any], path: Path) -> None:
-    """Write `state` so that a kill, a full disk or a power cut at any moment leaves the state that was there before.
+    """Write `state` atomically: after a kill, a full disk or a power cut, the previous checkpoint is intact.
 
     Raises UserError with the path and the space needed.
     """
@@ -35,14 +35,14 @@ def write_state(state: Mapping[str, Any], path: Path) -> None:
 
 
 def write_slices(slices: Sequence[Tensor], path: Path, name: str) -> None:
-    """Write slices of the state that `path` is going to be; like `write_state`."""
+    """Write slices for the checkpoint `path`, before `write_state` writes that file; atomic too."""
     _write({"slices": slices}, slices_folder(path) / name, path)
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state in a file, its tensors mapped, not read; those in slices are put together when they are asked for.
+    """The state in a file. Its tensors are memory-mapped; sliced ones are concatenated on access.
 
-    Raises UserError where a file is missing, cut off or altered.
+    Raises UserError if a file is missing, truncated or altered.
     """
     state = _load_verified(path, path)
     names = state.pop(SLICE_FILES, None)
@@ -53,7 +53,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def link_state(path: Path, other: Path) -> None:
-    """Give a state a second name, which takes no space. Raises OSError."""
+    """Hard-link a checkpoint to a second name, which takes no space. Raises OSError."""
     remove_state(other)
     for file in slices_folder(path).glob("[!.]*"):
         slices_folder(other).mkdir(exist_ok=True)
@@ -62,13 +62,13 @@ def link_state(path: Path, other: Path) -> None:
 
 
 def remove_state(path: Path) -> None:
-    """Remove a state, where there is one."""
+    """Remove a checkpoint, if it exists."""
     path.unlink(missing_ok=True)
     _remove_slices(path)
 
 
 def slices_folder(path: Path) -> Path:
-    """Where the slices of a state lie."""
+    """The folder of a checkpoint's slices."""
     return path.with_name(f"{path.name}.slices")
 
 
@@ -79,16 +79,16 @@ class SlicedTensor(NamedTuple):
 
 
 class LazyDict(dict[Any, Any]):
-    """A dict that puts a tensor together when it is asked for, each time anew: the memory is that of one tensor.
+    """A dict that concatenates a sliced tensor on each access, so that only one at a time takes memory.
 
-    It is a dict for those who insist on one (torch's optimisers).
+    It subclasses dict because torch's optimizers require one.
     """
 
     def __getitem__(self, key: Any) -> Any:
         return _concatenated(super().__getitem__(key))
 
     def __iter__(self) -> Iterator[Any]:
-        return super().__iter__()  # written out: Python copies a dict whose iteration is its own without asking it
+        return super().__iter__()  # overridden: with dict's own __iter__, dict(x) copies without __getitem__
 
     get: Any = Mapping.get
     items: Any = Mapping.items
@@ -96,11 +96,11 @@ class LazyDict(dict[Any, Any]):
     pop: Any = MutableMapping.pop
 
     def __deepcopy__(self, memo: Any) -> LazyDict:
-        return self  # Lightning copies what it gives to callbacks, which would read all of it
+        return self  # Lightning deep-copies what it passes to callbacks, which would read everything
 
 
 def num_bytes(state: Any) -> int:
-    """Bytes of all tensors of a nested state; those in slices are not in it."""
+    """Bytes of all tensors in a nested state, without sliced ones."""
     if isinstance(state, Tensor):
         return 0 if state.is_meta else state.nbytes
     if isinstance(state, Mapping):
@@ -109,7 +109,7 @@ def num_bytes(state: Any) -> int:
 
 
 def _write(state: Mapping[str, Any], file: Path, path: Path) -> None:
-    """Write one of the files of the state `path`."""
+    """Write one of the files of the checkpoint `path`."""
     partial = file.with_name(f".{file.name}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -129,10 +129,10 @@ def _write(state: Mapping[str, Any], file: Path, path: Path) -> None:
 
 
 def _load_verified(file: Path, path: Path) -> dict[str, Any]:
-    """The content of one of the files of the state `path`."""
+    """The content of one of the files of the checkpoint `path`."""
     try:
         with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()  # torch itself does not compare the checksums that it writes
+            damaged = archive.testzip()  # torch does not verify the checksums that it writes
         if damaged is None:
             return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError as error:
@@ -142,16 +142,16 @@ def _load_verified(file: Path, path: Path) -> dict[str, Any]:
     raise UserError(_read_error_message(path, f"{file} is damaged (its entry {damaged} was altered)"))
 
 
-def _attach_slices(outline: Any, slices: Iterator[Sequence[Tensor]]) -> Any:
-    """A nested state; tensors without numbers are in slices, in the same order."""
-    if isinstance(outline, Tensor):
-        return SlicedTensor(next(slices)) if outline.is_meta else outline
-    if isinstance(outline, dict):
-        values = {name: _attach_slices(value, slices) for name, value in outline.items()}
+def _attach_slices(state: Any, slices: Iterator[Sequence[Tensor]]) -> Any:
+    """A nested state whose meta tensors are replaced by the slices, which have the same order."""
+    if isinstance(state, Tensor):
+        return SlicedTensor(next(slices)) if state.is_meta else state
+    if isinstance(state, dict):
+        values = {name: _attach_slices(value, slices) for name, value in state.items()}
         return LazyDict(values) if any(isinstance(value, SlicedTensor) for value in values.values()) else values
-    if isinstance(outline, list | tuple):
-        return type(outline)(_concatenated(_attach_slices(value, slices)) for value in outline)
-    return outline
+    if isinstance(state, list | tuple):
+        return type(state)(_concatenated(_attach_slices(value, slices)) for value in state)
+    return state
 
 
 def _concatenated(value: Any) -> Any:
@@ -159,7 +159,7 @@ def _concatenated(value: Any) -> Any:
 
 
 def _remove_slices(path: Path, keep: Sequence[str] = ()) -> None:
-    """Also those of a save that was killed. What cannot be removed now is tried again at the next save."""
+    """Also removes slices of a save that was killed. What cannot be removed is tried again at the next save."""
     folder = slices_folder(path)
     with contextlib.suppress(OSError):
         for file in folder.iterdir():
@@ -170,7 +170,7 @@ def _remove_slices(path: Path, keep: Sequence[str] = ()) -> None:
 
 
 def _fsync_folder(folder: Path) -> None:
-    """The new name is on disk too."""
+    """Makes a rename in the folder durable."""
     opened = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -179,19 +179,19 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """The error of the file under one of torch's writer."""
+    """The OSError that caused an error of torch's writer."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def _write_error_message(file: Path, path: Path, error: OSError, needed: int) -> str:
-    kept = f"; the {path.name} of before is intact" if path.is_file() else ""
-    text = f"{file}: the checkpoint cannot be written ({error.strerror or error}){kept}. "
+    previous = f"; the previous {path.name} is intact" if path.is_file() else ""
+    text = f"{file}: the checkpoint cannot be written ({error.strerror or error}){previous}. "
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         with contextlib.suppress(OSError):
             text += f"It needs {_megabytes(needed)}, and {_megabytes(shutil.disk_usage(path.parent).free)} are free. "
-    return text + "Make room, or set another run_dir, and go on with resume="
+    return text + "Make room, or set another run_dir, and continue with resume="
 
 
 def _megabytes(count: int) -> str:

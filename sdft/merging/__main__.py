@@ -10,7 +10,7 @@ from sdft.merging.run import merge
 
 @verb("merge")
 def main(cfg: DictConfig) -> None:
-    """Merge, and say where the result lies and how to look at it."""
+    """Merge, and print the path of the result and the command that compares it with the inputs."""
     merge(cfg, print)
 
 

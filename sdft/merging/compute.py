@@ -1,11 +1,11 @@
-"""The value of a recipe for one weight, piece by piece, so that memory does not grow with the model.
+"""Computes one weight of a recipe's result, chunk by chunk, so that memory does not grow with the model.
 
-Knows graphs, pieces and statistics; must not know what is written where.
+Knows the graph, chunks and statistics. Must not depend on the format of the output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 
 import torch
@@ -21,73 +21,74 @@ from sdft.merging.recipe import Recipe
 from sdft.merging.sources import Adapter, TensorSource, dora_delta, lora_delta
 
 CHUNK_SIZE = 2**18
-"""Numbers in a piece of a weight: few enough that what is made of them stays in a core's cache. Random draws are made
-piece by piece, so results depend on it."""
+"""Elements in a chunk of a weight: few enough for a core's cache. Random numbers are drawn chunk by chunk, so the
+results of methods that use them depend on it."""
 
 
 def nonfinite_message(recipe: Recipe, readers: Mapping[str, ReadWeight], weight: str) -> str:
-    """In words, the inputs that hold NaN or infinity where they say something of a weight."""
+    """The error message for a weight whose result is NaN or infinite: names the inputs that hold such values."""
     damaged = []
     for name, source in recipe.sources.items():
         if isinstance(source, Adapter):
             layer = source.layer_of(weight)
-            held = list(layer.tensors.values()) if layer else []
+            tensors = list(layer.tensors.values()) if layer else []
         else:
-            held = [readers[name](weight)] if weight in source.checkpoint.weights else []
-        if not all(tensor.isfinite().all() for tensor in held):
+            tensors = [readers[name](weight)] if weight in source.checkpoint.weights else []
+        if not all(tensor.isfinite().all() for tensor in tensors):
             damaged.append(source.where)
-    said = f"{' and '.join(damaged)} is damaged, it holds" if damaged else "no input is damaged, but the numbers give"
-    return f"{weight}: {said} NaN or infinity there; nothing is written"
+    cause = f"{' and '.join(damaged)} is damaged, it holds" if damaged else "no input is damaged, but the numbers give"
+    return f"{weight}: {cause} NaN or infinity there; nothing is written"
 
 
 class MergedWeight:
     """One weight of a recipe's result.
 
-    weight: `part/name`. shape: of it. readers: of `OpenInputs`. every: 1, or only one row in so many.
+    weight: its name, `part/name`. shape: its shape. readers: those of `OpenInputs`.
+    stride: 1 for all rows; n for every n-th row, as a sample for statistics.
     """
 
     def __init__(
-        self, recipe: Recipe, readers: Mapping[str, ReadWeight], weight: str, shape: tuple[int, ...], every: int = 1
+        self, recipe: Recipe, readers: Mapping[str, ReadWeight], weight: str, shape: tuple[int, ...], stride: int = 1
     ):
-        self.recipe, self.readers, self.weight, self.shape, self.every = recipe, readers, weight, shape, every
+        self.recipe, self.readers, self.weight, self.shape, self.stride = recipe, readers, weight, shape, stride
         self.block = block_of(weight)
         self._read: dict[str, Tensor] = {}
-        self._changes: dict[str, Tensor] = {}
+        self._lora_deltas: dict[str, Tensor] = {}
         self._statistics: dict[str, dict[str, object]] = {}
-        self._now: dict[tuple[str, int], Tensor] = {}
-        """The values of one piece: several steps may use one of them."""
+        self._chunk_values: dict[tuple[str, int], Tensor] = {}
+        """The values of sources and steps for the current chunk, which several steps may use."""
 
     def chunks(self) -> Iterator[Tensor]:
-        """The result from its first row to its last, in the dtype of the arithmetic."""
+        """The result from its first row to its last, in the dtype of the computation."""
         for index in range(len(self.spans)):
             yield self.value(self.recipe.result, index)
 
     @cached_property
     def spans(self) -> list[slice]:
-        """The rows of each piece."""
+        """The rows of each chunk."""
         rows = self.shape[0] if self.shape else 1
-        step = self.every * max(1, CHUNK_SIZE // max(1, torch.Size(self.shape[1:]).numel()))
-        return [slice(start, min(start + step, rows), self.every) for start in range(0, rows, step)]
+        step = self.stride * max(1, CHUNK_SIZE // max(1, torch.Size(self.shape[1:]).numel()))
+        return [slice(start, min(start + step, rows), self.stride) for start in range(0, rows, step)]
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Of the arithmetic: fp32, or fp64 where a model has that."""
+        """Of the computation: fp32, or fp64 if the weight is fp64 in a model."""
         found = {model.checkpoint.weights[self.weight].dtype for model in self.recipe.models}
         return torch.float64 if "F64" in found else torch.float32
 
     def value(self, name: str, index: int, base: str | None = None) -> Tensor:
-        """Piece `index` of a step or a source; `base` is the input that a DoRA changes."""
+        """Chunk `index` of a step or a source; `base` is the input that a DoRA is applied to."""
         source = self.recipe.sources.get(name)
         if isinstance(source, Adapter):
-            return self._change(name, source, index, base)
-        if (name, index) not in self._now:
-            value = self._step(name, index) if source is None else self._held(name, source, index)
-            if any(i != index for _, i in self._now):
-                self._now = {}
-            self._now[name, index] = value
-        return self._now[name, index]
+            return self._adapter_delta(name, source, index, base)
+        if (name, index) not in self._chunk_values:
+            value = self._step(name, index) if source is None else self._stored(name, source, index)
+            if any(i != index for _, i in self._chunk_values):
+                self._chunk_values = {}
+            self._chunk_values[name, index] = value
+        return self._chunk_values[name, index]
 
-    def _held(self, name: str, source: TensorSource, index: int) -> Tensor:
+    def _stored(self, name: str, source: TensorSource, index: int) -> Tensor:
         if self.weight not in source.checkpoint.weights:  # an importance that was not measured
             return self._zeros(index)
         if name not in self._read:
@@ -96,17 +97,19 @@ class MergedWeight:
 
     def _zeros(self, index: int) -> Tensor:
         span = self.spans[index]
-        return torch.zeros((len(range(span.start, span.stop, self.every)), *self.shape[1:]), dtype=self.dtype)
+        return torch.zeros((len(range(span.start, span.stop, self.stride)), *self.shape[1:]), dtype=self.dtype)
 
     def _step(self, name: str, index: int) -> Tensor:
         step = self.recipe.steps[name]
         if name not in self._statistics:
-            blocks = partial(self._blocks, name)
+            chunks = partial(self._input_chunks, name)
             numbers = self._numbers(name)
-            self._statistics[name] = {key: of(blocks, **numbers) for key, of in step.signature.statistics.items()}
+            self._statistics[name] = {
+                key: compute(chunks, **numbers) for key, compute in step.signature.statistics.items()
+            }
         arguments = self._inputs(name, index) | self._statistics[name] | self._numbers(name)
-        if step.signature.draws:
-            arguments["draw"] = partial(self._draw, index)
+        if step.signature.uniform is not None:
+            arguments[step.signature.uniform] = partial(self._uniform, index)
         try:
             return step.method(**arguments)
         except UserError as error:
@@ -119,20 +122,20 @@ class MergedWeight:
         values: dict[str, object] = {}
         for argument, wanted in step.signature.inputs.items():
             given = step.inputs[argument]
-            made = []
+            tensors = []
             for one in [given] if isinstance(given, str) else given:
                 tensor = self.value(one, index, base)
                 if wanted.kind == Kind.TASK_VECTOR and self.recipe.kind(one) == Kind.WEIGHT:
                     assert base is not None, "a change is one of an input called base"
                     tensor = tensor - self.value(base, index)
-                made.append(tensor)
-            values[argument] = made if wanted.many else made[0]
+                tensors.append(tensor)
+            values[argument] = tensors if wanted.is_list else tensors[0]
         return values
 
-    def _blocks(self, name: str, sample: int | None = None) -> Iterator[tuple[Tensor, ...]]:
-        every = max(1, torch.Size(self.shape).numel() // sample) if sample else 1
-        if every > 1:
-            yield from MergedWeight(self.recipe, self.readers, self.weight, self.shape, every)._blocks(name)
+    def _input_chunks(self, name: str, sample: int | None = None) -> Iterator[tuple[Tensor, ...]]:
+        stride = max(1, torch.Size(self.shape).numel() // sample) if sample else 1
+        if stride > 1:
+            yield from MergedWeight(self.recipe, self.readers, self.weight, self.shape, stride)._input_chunks(name)
             return
         for index in range(len(self.spans)):
             inputs = self._inputs(name, index)
@@ -142,20 +145,20 @@ class MergedWeight:
     def _numbers(self, name: str) -> dict[str, object]:
         step = self.recipe.steps[name]
         given = {**step.signature.numbers, **step.numbers}
-        return {key: number_for_block(number, self.block) if is_by_block(number) else number for key, number in given.items()}
+        return {key: number_for_block(one, self.block) if is_by_block(one) else one for key, one in given.items()}
 
-    def _change(self, name: str, source: Adapter, index: int, base: str | None) -> Tensor:
+    def _adapter_delta(self, name: str, source: Adapter, index: int, base: str | None) -> Tensor:
         span, layer = self.spans[index], source.layer_of(self.weight)
         if layer is None:
             return self._zeros(index)
-        if name not in self._changes:
-            self._changes[name] = lora_delta(layer).reshape(self.shape)
-        change = self._changes[name][span].to(self.dtype)
+        if name not in self._lora_deltas:
+            self._lora_deltas[name] = lora_delta(layer).reshape(self.shape)
+        delta = self._lora_deltas[name][span].to(self.dtype)
         if DORA not in layer.tensors:
-            return change
-        assert base is not None, "a DoRA without a base is refused by the recipe"
-        return dora_delta(layer, change, self.value(base, index), span)
+            return delta
+        assert base is not None, "open_recipe refuses a DoRA without a base"
+        return dora_delta(layer, delta, self.value(base, index), span)
 
-    def _draw(self, index: int, seed: int, number: int, shape: tuple[int, ...]) -> Tensor:
-        generator = rng.generator(seed, "merging", f"{self.weight}/{number}", index)
+    def _uniform(self, index: int, seed: int, input_index: int, shape: Sequence[int]) -> Tensor:
+        generator = rng.generator(seed, "merging", f"{self.weight}/{input_index}", index)
         return torch.rand(tuple(shape), generator=generator)

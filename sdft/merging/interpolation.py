@@ -1,6 +1,6 @@
-"""The way from one model to another: both ends, LoRAs or whole models, and the weighted sums between them, on disk.
+"""Interpolates between two models or LoRAs: both ends and the weighted sums between them, as model folders.
 
-Knows recipes; must not know what the models draw.
+Knows recipes. Must not depend on what is done with the models.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def interpolate(
     config: str = "nano",
     threads: Count = 2,
 ) -> Iterator[tuple[str, str]]:
-    """Names and places of the models on the way, the ends by their own names; each is written when it is asked for.
+    """Yields (name, path) of a, of each weighted sum and of b; a model is written when the iteration reaches it.
 
-    a, b: the ends. A LoRA is baked into `base`, so that each model of the way is a whole one.
-    alphas: the shares of b between the ends. out: the folder that they are written to.
-    config: the folder or hub id that has the configs and tokenizers, where no input is a folder.
+    a, b: models, or LoRAs, which are baked into `base`, so that every model is a whole one.
+    alphas: the weights of b in the sums. out: the folder to write them to.
+    config: a folder or hub id with the configs and tokenizers, if no input is a folder.
     """
     steps: dict[str, Step] = {}
     ends: dict[str, str] = {}
@@ -43,16 +43,16 @@ def interpolate(
             ends[key] = f"baked_{key}"
             steps[ends[key]] = Step(methods.add, {"base": base, "delta": str(opened.root)})
 
-    def written(name: str, recipe: dict[str, Step]) -> tuple[str, str]:
+    def write(name: str, recipe: dict[str, Step]) -> tuple[str, str]:
         path = str(Path(out) / name)
         list(merge(recipe, path, to="folder", config=config, threads=threads))
         return name, path
 
     def end(key: str, source: str) -> tuple[str, str]:
-        path = written(key, {ends[key]: steps[ends[key]]})[1] if ends[key] in steps else ends[key]
+        path = write(key, {ends[key]: steps[ends[key]]})[1] if ends[key] in steps else ends[key]
         return Path(source).name.removesuffix(".safetensors"), path
 
     yield end("a", a)
     for alpha in alphas:
-        yield written(f"{alpha:g}", {**steps, "blend": Step(methods.weighted_sum, ends, {"alpha": alpha})})
+        yield write(f"{alpha:g}", {**steps, "blend": Step(methods.weighted_sum, ends, {"alpha": alpha})})
     yield end("b", b)

@@ -1,6 +1,6 @@
-"""A recipe whose result is a delta, as a LoRA: every layer's change becomes factors of a chosen rank.
+"""Writes a recipe whose result is a delta as a LoRA: the delta of every layer becomes factors of a chosen rank.
 
-Knows which weights a LoRA can change; the decompositions are `factors`'.
+Knows which weights a LoRA can change; `low_rank` has the decompositions.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from sdft.merging.sources import Adapter
 from sdft.progress import tqdm
 
 SEED = 0
-"""Of the random ranges of decompositions; it moves the result by less than their error."""
+"""Of the randomised SVD; it changes the result by less than the approximation error."""
 Pair = tuple[Tensor, Tensor]
 
 
 @dataclass
 class ExtractedLora:
-    """A LoRA, and what it misses."""
+    """A LoRA, and its approximation errors."""
 
     layers: dict[str, Layer] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
-    """By layer: the norm of what the factors miss, as a share of the change's norm."""
+    """By layer: the relative error |delta - up @ down| / |delta|."""
     unrepresentable: list[str] = field(default_factory=list)
-    """Weights that change and for which LoRAs have no place: biases, norms, embeddings, the VAE."""
+    """Weights that differ but cannot be changed by a LoRA: biases, norms, embeddings, the VAE."""
 
     @property
     def lora(self) -> LoraFile:
@@ -50,21 +50,21 @@ class ExtractedLora:
 
 
 def output_layers(recipe: Recipe) -> dict[str, tuple[int, ...]]:
-    """`part/module` -> shape of its weight, of every layer that the result may change."""
+    """`part/module` -> shape of its weight, for every layer that the result may change."""
     if recipe.models:
         views = recipe.models[0].checkpoint.weights
         return {layer: view.shape for weight, view in views.items() if (layer := layer_of_weight(weight)) is not None}
     found: dict[str, tuple[int, ...]] = {}
     for adapter in recipe.adapters:
-        for name, held in adapter.lora.layers.items():
-            rows, columns = held.delta_shape
+        for name, lora_layer in adapter.lora.layers.items():
+            rows, columns = lora_layer.delta_shape
             side = 1 if name.endswith("conv_shortcut") else 3
             found[name] = (rows, columns // side**2, side, side) if is_convolution(name) else (rows, columns)
     return found
 
 
 def layer_of_weight(weight: str) -> str | None:
-    """The layer of LoRA files that changes a weight."""
+    """The LoRA layer that changes a weight; None if LoRA files have none."""
     layer = weight.removesuffix(".weight")
     try:
         kohya_name(layer)
@@ -89,39 +89,40 @@ def extract_lora(
     def factor(name: str, shape: tuple[int, ...]) -> None:
         pairs, weight = exact_factors(recipe, recipe.result, name), f"{name}.weight"
         if pairs is not None:
-            refuse_odd([factor for pair in pairs for factor in pair], weight)
-            made = best_low_rank_of_sum(pairs, rank, energy) if pairs else None
+            refuse_nonfinite([factor for pair in pairs for factor in pair], weight)
+            factors = best_low_rank_of_sum(pairs, rank, energy) if pairs else None
         else:
             matrix = torch.cat(list(MergedWeight(recipe, inputs.readers, weight, shape).chunks())).flatten(1).float()
-            refuse_odd([matrix], weight)
+            refuse_nonfinite([matrix], weight)
             generator = rng.generator(SEED, "extract", name)
-            made = best_low_rank(matrix, rank, energy, generator) if matrix.any() else None
+            factors = best_low_rank(matrix, rank, energy, generator) if matrix.any() else None
         inputs.release(weight)
         bar.update()
-        if made is not None:
-            up, down, found.errors[name] = made
+        if factors is not None:
+            up, down, found.errors[name] = factors
             found.layers[name] = as_file_layer(up, down, shape, dtype)
 
-    def refuse_odd(tensors: list[Tensor], weight: str) -> None:
+    def refuse_nonfinite(tensors: list[Tensor], weight: str) -> None:
         if not all(torch.stack(torch.aminmax(tensor)).isfinite().all() for tensor in tensors):
             raise UserError(nonfinite_message(recipe, inputs.readers, weight))
 
-    def look(weight: str, shape: tuple[int, ...]) -> None:
-        if any(piece.any() for piece in MergedWeight(recipe, inputs.readers, weight, shape).chunks()):
+    def note_if_changed(weight: str, shape: tuple[int, ...]) -> None:
+        if any(chunk.any() for chunk in MergedWeight(recipe, inputs.readers, weight, shape).chunks()):
             found.unrepresentable.append(weight)
         inputs.release(weight)
 
     jobs: list[Callable[[], None]] = [partial(factor, name, shape) for name, shape in layers.items()]
     if recipe.models:
         views = recipe.models[0].checkpoint.weights
-        jobs += [partial(look, weight, view.shape) for weight, view in views.items() if layer_of_weight(weight) is None]
+        others = {weight: view.shape for weight, view in views.items() if layer_of_weight(weight) is None}
+        jobs += [partial(note_if_changed, weight, shape) for weight, shape in others.items()]
     run_in_threads(jobs, threads)
     found.unrepresentable.sort()
     return found
 
 
 def as_file_layer(up: Tensor, down: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Layer:
-    """The factors in the shapes that files have, for a weight of `shape`; alpha is the rank, so the scale is 1."""
+    """The factors in the shapes of LoRA files, for a weight of `shape`; alpha is the rank, so the scale is 1."""
     rank = len(down)
     kernel = [1] * (len(shape) - 2)
     tensors = {
@@ -132,11 +133,11 @@ def as_file_layer(up: Tensor, down: Tensor, shape: tuple[int, ...], dtype: torch
 
 
 def exact_factors(recipe: Recipe, name: str, layer: str) -> list[Pair] | None:
-    """(up, down) whose products sum to the value of a step or source; None where it has no such form."""
+    """(up, down) whose products sum to the value of a step or source; None if it is not a sum of plain LoRAs."""
     source = recipe.sources.get(name)
     if isinstance(source, Adapter):
-        held = source.layer_of(f"{layer}.weight")
-        return [] if held is None else lora_factors(held)
+        adapter = source.layer_of(f"{layer}.weight")
+        return [] if adapter is None else lora_factors(adapter)
     step = recipe.steps.get(name)
     if step is None or step.method is not methods.sum_of:
         return None
@@ -150,30 +151,32 @@ def exact_factors(recipe: Recipe, name: str, layer: str) -> list[Pair] | None:
 
 
 def lora_factors(layer: Layer) -> list[Pair] | None:
-    """A LoRA layer's factors as matrices, its scale multiplied in; None for other kinds."""
-    held = layer.tensors
-    if UP not in held or MID in held or DORA in held:
+    """The factors of a plain LoRA layer as matrices, multiplied by its scale; None for DoRA, LoHa and LoKr."""
+    tensors = layer.tensors
+    if UP not in tensors or MID in tensors or DORA in tensors:
         return None
-    return [(held[UP].float().flatten(1) * layer.scale, held[DOWN].float().flatten(1))]
+    return [(tensors[UP].float().flatten(1) * layer.scale, tensors[DOWN].float().flatten(1))]
 
 
 def write_lora_file(lora: LoraFile, path: Path, to: str, metadata: Mapping[str, str]) -> None:
-    """Write a LoRA in the same bytes each time; safetensors' own writer puts metadata in an order of chance."""
+    """Write a LoRA, with the same bytes each time: safetensors' own writer does not order the metadata."""
     tensors = dict((kohya_tensors if to == "kohya" else diffusers_tensors)(lora, None))
-    said = {"format": "pt", **metadata}
+    all_metadata = {"format": "pt", **metadata}
     if to == "diffusers":
-        said[ADAPTER_METADATA] = json.dumps(adapter_metadata(lora), indent=2, sort_keys=True)
-    write_tensors(path, {name: tensor_info(tensor) for name, tensor in tensors.items()}, said, tensors.__getitem__)
+        all_metadata[ADAPTER_METADATA] = json.dumps(adapter_metadata(lora), indent=2, sort_keys=True)
+    entries = {name: tensor_info(tensor) for name, tensor in tensors.items()}
+    write_tensors(path, entries, all_metadata, tensors.__getitem__)
 
 
 def report_lines(found: ExtractedLora) -> Iterator[str]:
-    """What was kept and what was not, in lines."""
+    """A report of ranks, errors and weights that are not in the LoRA."""
     ranks = sorted(len(layer.tensors[DOWN]) for layer in found.layers.values())
     if ranks:
-        yield f"{len(ranks)} layers of rank {ranks[0]} to {ranks[-1]}, {ranks[len(ranks) // 2]} in the middle"
+        yield f"{len(ranks)} layers of rank {ranks[0]} to {ranks[-1]}, median {ranks[len(ranks) // 2]}"
         worst = sorted(found.errors, key=lambda name: -found.errors[name])[:5]
         mean = sum(found.errors.values()) / len(found.errors)
-        yield f"missed of the change, by norm: {mean:.2%} on average; most in:"
+        yield f"relative error of the layers: {mean:.2%} on average; the largest:"
         yield from (f"  {name}: {found.errors[name]:.2%}" for name in worst)
     if found.unrepresentable:
-        yield f"{len(found.unrepresentable)} changed weights have no place in a LoRA, such as {found.unrepresentable[0]}"
+        count, first = len(found.unrepresentable), found.unrepresentable[0]
+        yield f"{count} changed weights cannot be stored in a LoRA and are left out, such as {first}"

@@ -1,6 +1,6 @@
-"""Merge: a recipe in, a model or a LoRA out, whole or not at all.
+"""Runs a recipe and writes its result, a model or a LoRA, atomically.
 
-Knows the order of the work: check, hash and compute side by side, write, rename. Must not know what methods do.
+Knows the order of the work: check, then hash and compute in parallel, write, rename. Must not depend on methods.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sdft.formats.safetensors_io import HASH_KEY, atomic_output
 from sdft.merging.annotations import Density, Kind
 from sdft.merging.blocks import plot_blocks
 from sdft.merging.compute import MergedWeight, nonfinite_message
-from sdft.merging.input_files import opened
+from sdft.merging.input_files import open_inputs
 from sdft.merging.lora_output import ExtractedLora, extract_lora, output_layers, report_lines, write_lora_file
 from sdft.merging.model_output import (
     DATE,
@@ -32,7 +32,7 @@ from sdft.merging.model_output import (
     to_json,
     write_outputs,
 )
-from sdft.merging.recipe import Recipe, Step, open_recipe
+from sdft.merging.recipe import Recipe, Step, method_name, open_recipe
 from sdft.merging.sources import Source
 from sdft.progress import tqdm
 from sdft.types import DTYPES, Count
@@ -40,7 +40,7 @@ from sdft.types import DTYPES, Count
 Format = Literal["folder", "single_file", "kohya", "diffusers"]
 MODEL_FORMATS, LORA_FORMATS = ("folder", "single_file"), ("kohya", "diffusers")
 UNKNOWN = "0" * 64
-"""Keeps the place of a hash."""
+"""A placeholder for a hash, of the same length."""
 HashOf = Callable[[Path], str]
 
 
@@ -56,20 +56,21 @@ def merge(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> Iterator[str]:
-    """Write the result of a recipe to `out`; yields lines that tell what was done.
+    """Write the result of a recipe to `out`. A generator: it works while it is iterated, and yields lines of a report.
 
-    steps: the recipe. Its result is a model where it is a weight, a LoRA where it is a delta.
-    to: `folder` or `single_file` of a model, `kohya` or `diffusers` of a LoRA; where not said, a model whose `out` ends
-        in .safetensors is a single file, and a LoRA is kohya's.
-    dtype: of what is written. Where not said: of a model, those of the first model in the recipe; of a LoRA, fp16.
-    rank: of a LoRA's layers, at most. energy: the share of a change's squares that a layer keeps, by the smallest rank.
-    config: the folder or hub id that has the configs and tokenizers which a folder needs, where no input is a folder.
-    threads: the bytes written do not depend on it.
+    steps: the recipe. The result is a model if it is a weight, and a LoRA if it is a delta.
+    to: `folder` or `single_file` for a model, `kohya` or `diffusers` for a LoRA. By default, a model is a single file
+        if `out` ends in .safetensors, and a LoRA has kohya's format.
+    dtype: of the written tensors. By default, those of the first model in the recipe, and fp16 for a LoRA.
+    rank: the largest rank of a LoRA's layers.
+    energy: the fraction of a delta's squared Frobenius norm that each layer of a LoRA keeps, by the smallest rank.
+    config: a folder or hub id with the configs and tokenizers that a model folder needs, if no input is a folder.
+    threads: number of threads; the written bytes do not depend on it.
     overwrite: replace what is at `out`.
-    dry_run: read headers only, and tell what would be written.
+    dry_run: read headers only, and report what would be written.
 
-    The same recipe gives the same bytes; each file carries the recipe and the SHA-256 of all input files.
-    Raises UserError, before any weight is read, for all that can be known from headers.
+    The same recipe gives the same bytes; the metadata holds the recipe and the SHA-256 of all input files.
+    Raises UserError, before any weight is read, for everything that is wrong in arguments and headers.
     """
     recipe = open_recipe(steps)
     target = Path(out).expanduser().absolute()
@@ -95,50 +96,50 @@ def merge(
     if by_block := recipe.numbers_by_block():
         picture = target.with_name(f"{target.stem}.blocks.png")
         plot_blocks(by_block, picture)
-        yield f"{picture}: the numbers by block"
+        yield f"{picture}: bar chart of the numbers by block"
 
 
 def format_of(to: Format | None, target: Path, is_lora: bool) -> Format:
-    """What is written. Raises UserError where `to`, `out` and the recipe contradict each other."""
+    """The output format. Raises UserError where `to`, `out` and the recipe contradict each other."""
     if to is None:
         to = "kohya" if is_lora else "single_file" if target.suffix == ".safetensors" else "folder"
     if (to in LORA_FORMATS) != is_lora:
         what, formats = ("a delta, so a LoRA", LORA_FORMATS) if is_lora else ("a whole model", MODEL_FORMATS)
         raise UserError(f"to={to}: the result is {what}; its formats are {' and '.join(formats)}")
     if (target.suffix == ".safetensors") == (to == "folder"):
-        needed = "a folder, without .safetensors" if to == "folder" else "a file that ends in .safetensors"
-        raise UserError(f"out={target}: the result is {needed}")
+        expected = "a folder, without .safetensors" if to == "folder" else "a file that ends in .safetensors"
+        raise UserError(f"out={target}: the result is {expected}")
     return to
 
 
 def refuse_size_options(is_lora: bool, rank: int | None, energy: float | None) -> None:
-    """Raise UserError for a LoRA of unknown size, and for a size of a model."""
+    """Raise UserError for a LoRA without rank and energy, and for a model with one of them."""
     if is_lora and rank is None and energy is None:
         raise UserError("rank is not set: the result is a LoRA; pass rank=32, or energy=0.9 for ranks by layer")
     if not is_lora and (rank is not None or energy is not None):
-        raise UserError("rank and energy are of LoRAs, and the result is a whole model; leave them out")
+        raise UserError("rank and energy apply to LoRAs, and the result is a whole model; leave them out")
 
 
 def refuse_target(target: Path, to: str, sources: Mapping[str, Source], overwrite: bool) -> None:
-    """Raise UserError when `out` cannot be written, or must not be."""
+    """Raise UserError if `out` is inside an input or the other way round, or exists and must not be replaced."""
     for source in sources.values():
-        root, there = source.root.resolve(), target.resolve()
-        if there.is_relative_to(root) or root.is_relative_to(there):
-            raise UserError(f"out={target}: lies in the input {source.where}, or that in it; choose another place")
+        root, resolved = source.root.resolve(), target.resolve()
+        if resolved.is_relative_to(root) or root.is_relative_to(resolved):
+            raise UserError(f"out={target}: contains the input {source.where} or is inside it; choose another path")
     if not target.exists():
         return
     if not overwrite:
         raise UserError(f"out={target}: exists already; pass overwrite=true to replace it")
     if not ((target / INDEX).is_file() if to == "folder" else target.is_file()):
-        raise UserError(f"out={target}: is no model, so it is not overwritten")
+        raise UserError(f"out={target}: is not a model, so it is not overwritten")
 
 
 def config_folder(recipe: Recipe, config: str) -> Path:
-    """The folder whose configs and tokenizers the result gets: the first input that is one, else `config`."""
+    """The folder to copy configs and tokenizers from: the first input that is a folder, else `config`."""
     for model in recipe.models:
         if model.checkpoint.is_folder:
             return model.root
-    from sdft.models.load import CONFIGS, find_folder  # seconds, which other merges need not wait for
+    from sdft.models.load import CONFIGS, find_folder  # imports diffusers, which takes seconds
 
     return find_folder("config", config, CONFIGS)
 
@@ -152,14 +153,14 @@ def write_model(
     threads: int,
     overwrite: bool,
 ) -> None:
-    """Compute and write a whole model, while the inputs are hashed."""
+    """Compute and write a whole model, while threads hash the inputs."""
     to_write = sum(output.num_bytes for output in outputs)
     total = to_write + sum(map(file_bytes, recipe.sources.values()))
     with (
         reporting_full_disk(target, to_write),
         atomic_output(target, overwrite=overwrite) as written,
         tqdm(total=total, desc="merging", unit="B", unit_scale=True, leave=False) as bar,
-        opened(recipe.sources, bar, to_write) as inputs,
+        open_inputs(recipe.sources, bar, to_write) as inputs,
     ):
 
         def chunks(weight: str) -> Iterator[Tensor]:
@@ -167,7 +168,7 @@ def write_model(
             inputs.release(weight)
 
         if config is not None:
-            from sdft.formats.diffusers_folder import copy_all_but_weights  # diffusers takes seconds to import
+            from sdft.formats.diffusers_folder import copy_all_but_weights  # imports diffusers, which takes seconds
 
             copy_all_but_weights(like, written, config)
         placeholders = metadata(recipe, lambda file: UNKNOWN)
@@ -191,13 +192,13 @@ def write_lora(
         atomic_output(target, overwrite=overwrite) as written,
         tqdm(desc="hashing", unit="B", unit_scale=True, leave=False) as read,
         tqdm(total=len(output_layers(recipe)), desc="layers", leave=False) as bar,
-        opened(recipe.sources, read) as inputs,
+        open_inputs(recipe.sources, read) as inputs,
     ):
         found = extract_lora(recipe, inputs, rank, energy, DTYPES[dtype], threads, bar)
         if not found.layers:
             raise UserError("the result is zero in every layer of a LoRA, so there is nothing to write")
         errors = {name: round(share, 6) for name, share in sorted(found.errors.items())}
-        # hash and date are left out: one is of other bytes, with the other no two runs would agree.
+        # Without hash and date: the hash would be of other bytes, and a date would differ between equal runs.
         general = {key: value for key, value in lora_metadata(target.stem).items() if key not in (HASH_KEY, DATE)}
         own = network_metadata(found.lora) | metadata(recipe, inputs.hash_of) | {"sdft.missed": to_json(errors)}
         size = sum(tensor.nbytes for layer in found.layers.values() for tensor in layer.tensors.values())
@@ -207,11 +208,11 @@ def write_lora(
 
 
 def metadata(recipe: Recipe, hash_of: HashOf) -> dict[str, str]:
-    """What every file says about its making."""
+    """The metadata entries of every output file: the recipe, the inputs and their hashes."""
     labels = source_labels(recipe.sources)
     steps = {
         name: {
-            "method": step.method.__name__,
+            "method": method_name(step.method),
             **{key: with_labels(given, labels) for key, given in step.inputs.items()},
             **step.numbers,
         }
@@ -226,12 +227,12 @@ def metadata(recipe: Recipe, hash_of: HashOf) -> dict[str, str]:
 
 
 def with_labels(given: Any, labels: Mapping[str, str]) -> Any:
-    """An input, or several, by their labels; names of steps stay."""
+    """An input, or a list of them, with labels in place of paths; names of steps stay."""
     return labels.get(given, given) if isinstance(given, str) else [labels.get(one, one) for one in given]
 
 
 def source_labels(sources: Mapping[str, Source]) -> dict[str, str]:
-    """What metadata calls the sources: their names without the folders above, numbered where two are alike."""
+    """The sources' names in metadata: file or folder names without their parents, numbered where they are equal."""
     labels: dict[str, str] = {}
     for name, source in sources.items():
         label = "nano" if name == "nano" else source.root.name
@@ -241,6 +242,6 @@ def source_labels(sources: Mapping[str, Source]) -> dict[str, str]:
 
 
 def file_bytes(source: Source) -> int:
-    """Bytes of an input's files."""
+    """The total size of an input's files, in bytes."""
     return sum(file.stat().st_size for file in source.files)
 

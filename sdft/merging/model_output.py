@@ -1,6 +1,6 @@
-"""The result of a recipe as a model on disk: every tensor at an offset that is known beforehand, threads in any order.
+"""Writes the result of a recipe as a model: offsets are known beforehand, so threads write tensors in any order.
 
-Knows the layout of both formats of whole models; must not know how numbers are made (`evaluate`).
+Knows the layout of both model formats. Must not depend on how the numbers are computed (`compute`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sdft.progress import tqdm
 
 DATE = "modelspec.date"
 ChunksOf = Callable[[str], Iterator[Tensor]]
-"""A weight, `part/name` -> its rows in pieces."""
+"""A weight, `part/name` -> its chunks, along the first axis."""
 
 
 @dataclass
@@ -37,17 +37,18 @@ class OutputFile:
     """One file to write."""
 
     path: str
-    """Within the folder; empty where the file is all there is."""
+    """Relative to the folder; empty for a single file."""
     metadata: dict[str, str]
     entries: dict[str, TensorInfo] = field(default_factory=dict)
     weights: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """Of each tensor the weights that it holds, one after the other."""
+    """By tensor: the weights that it consists of, one after the other."""
     layouts: dict[str, Layout] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors that do not depend on the merge."""
 
     @property
     def order(self) -> list[str]:
-        """The widest dtype first, so that each tensor starts at a multiple of its dtype's size."""
+        """The order of the tensors: the widest dtype first, so that each starts at a multiple of its item size."""
         return sorted(self.entries, key=lambda name: (-ITEM_SIZES.get(self.entries[name].dtype, 1), name))
 
     @property
@@ -56,9 +57,9 @@ class OutputFile:
 
 
 def plan_outputs(like: Checkpoint, to: str, dtype: torch.dtype | None) -> list[OutputFile]:
-    """The files of a model with the weights of `like`, in its dtypes where none is said."""
+    """The files of a model with the weights of `like`, in `dtype` or else in the dtypes of `like`."""
     if to == "folder":
-        # Imports diffusers: seconds, which a single file need not wait for.
+        # Imports diffusers, which takes seconds and is not needed for a single file.
         from sdft.formats.diffusers_folder import FILES, part_metadata
 
         outputs = [OutputFile(f"{part}/{file}", part_metadata(part, like)) for part, file in FILES.items()]
@@ -70,7 +71,7 @@ def plan_outputs(like: Checkpoint, to: str, dtype: torch.dtype | None) -> list[O
                     output.entries[name] = TensorInfo(DTYPE_NAMES[dtype] if dtype else view.dtype, view.shape)
                     output.weights[name] = (weight,)
         return outputs
-    output = OutputFile("", {key: said for key, said in file_metadata(like).items() if key not in (HASH_KEY, DATE)})
+    output = OutputFile("", {key: value for key, value in file_metadata(like).items() if key not in (HASH_KEY, DATE)})
     for weight in like.weights:
         part, _, name = weight.partition("/")
         place = mapping_for_weight(part, name, like.num_vae_levels)
@@ -91,57 +92,59 @@ def write_outputs(
     final_metadata: Callable[[], Mapping[str, str]],
     bar: tqdm,
 ) -> None:
-    """Write the files; `target` is the file, or the folder that has its other content already.
+    """Write the files; `target` is the file, or the folder that has its other files already.
 
-    damage: of a weight that comes out as NaN or infinity, what is wrong.
-    after: more metadata, known only at the end. before: something of the same length, to keep its place.
+    explain_nonfinite: gives the error message for a weight whose result is NaN or infinite.
+    final_metadata: more metadata, known only at the end. placeholders: the same with values of the same length.
     """
     jobs, files = [], []
     with ExitStack() as stack:
         for output in outputs:
-            # No buffer: threads write to the file by offsets.
+            # Unbuffered: threads write at offsets.
             opened = stack.enter_context((target / output.path if output.path else target).open("wb", buffering=0))
             files.append(opened.fileno())
             head = header_bytes(output.entries, output.order, output.metadata | dict(placeholders))
-            # Takes the space, so that a full disk is known before the work.
+            # Reserves the space, so that a full disk is found before the computation.
             os.posix_fallocate(opened.fileno(), 0, len(head) + output.num_bytes)
             offset = len(head)
             for name in output.order:
-                jobs.append(partial(write_tensor, output, name, opened.fileno(), offset, chunks, explain_nonfinite, bar))
+                at = opened.fileno(), offset
+                jobs.append(partial(write_tensor, output, name, *at, chunks, explain_nonfinite, bar))
                 offset += output.entries[name].num_bytes
         run_in_threads(jobs, threads)
-        said = dict(final_metadata())
+        more = dict(final_metadata())
         for output, descriptor in zip(outputs, files, strict=True):
-            os.pwrite(descriptor, header_bytes(output.entries, output.order, output.metadata | said), 0)
+            os.pwrite(descriptor, header_bytes(output.entries, output.order, output.metadata | more), 0)
             os.fsync(descriptor)
 
 
 @contextmanager
 def reporting_full_disk(target: Path, num_bytes: int) -> Iterator[None]:
-    """What is written to `target` inside the `with`. Raises UserError where it does not fit on the disk."""
+    """Turns a full disk while `target` is written inside the `with` into a UserError."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         free = shutil.disk_usage(existing_parent(target)).free
-        message = f"needs {in_words(num_bytes)}, {in_words(free)} are free there ({error.strerror})"
-        raise UserError(f"out={target}: {message}; make room or choose another place") from error
+        sizes = f"needs {format_size(num_bytes)}, {format_size(free)} are free there"
+        raise UserError(f"out={target}: {sizes} ({error.strerror}); make room or choose another path") from error
 
 
 def existing_parent(path: Path) -> Path:
-    """The nearest folder above a path that is there."""
+    """The nearest parent folder of a path that exists."""
     return next(parent for parent in path.parents if parent.is_dir())
 
 
-def in_words(num_bytes: int) -> str:
+def format_size(num_bytes: int) -> str:
+    """A size in GiB or MiB."""
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def run_in_threads(jobs: Sequence[Callable[[], None]], threads: int) -> None:
-    """Run all jobs, each on one core; after an error none is begun."""
+    """Run all jobs, each on one core; after an error no further job starts."""
     reuse_freed_memory()
-    kept = torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures = [pool.submit(job) for job in jobs]
         try:
@@ -150,7 +153,7 @@ def run_in_threads(jobs: Sequence[Callable[[], None]], threads: int) -> None:
                 future.result()
         finally:
             pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(kept)
+            torch.set_num_threads(num_threads)
 
 
 @torch.no_grad()
@@ -163,31 +166,31 @@ def write_tensor(
     explain_nonfinite: Callable[[str], str],
     bar: tqdm,
 ) -> None:
-    """Compute one tensor and write it at its place."""
+    """Compute one tensor and write it at `offset`."""
     dtype = DTYPES.get(output.entries[name].dtype)
     if name in output.constants:
         write_at(output.constants[name], descriptor, offset)
         return
     for weight in output.weights[name]:
-        found = chunks(weight)
+        values = chunks(weight)
         if output.layouts.get(name) == "transposed":
-            found = iter([torch.cat(list(found)).T])
-        for piece in found:
-            narrow = piece.to(dtype)
-            # Rounding keeps the order, so the ends speak for all; a NaN is both. Far faster than to ask each number.
-            if not torch.stack(torch.aminmax(piece)).to(dtype).isfinite().all():
-                if not piece.isfinite().all():
+            values = iter([torch.cat(list(values)).T])
+        for chunk in values:
+            narrow = chunk.to(dtype)
+            # Rounding is monotonic, so checking minimum and maximum is enough, and much faster; NaN propagates to both.
+            if not torch.stack(torch.aminmax(chunk)).to(dtype).isfinite().all():
+                if not chunk.isfinite().all():
                     raise UserError(explain_nonfinite(weight))
-                message = f"comes out as {float(piece.abs().max()):g}, too large for its dtype (dtype=fp32 holds it)"
-                raise UserError(f"{weight}: {message}; nothing is written")
+                largest = float(chunk.abs().max())
+                raise UserError(f"{weight}: a value of {largest:g} is too large for its dtype; pass dtype=fp32")
             offset += write_at(narrow, descriptor, offset)
             bar.update(narrow.nbytes)
-    # Writing to disk begins now, not at the fsync, and what is there gives its memory to what comes next.
+    # Starts writing to disk now, not at the fsync, and frees the pages that are written.
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_at(tensor: Tensor, descriptor: int, offset: int) -> int:
-    """Write a tensor's bytes at an offset; returns their number."""
+    """Write a tensor at an offset of a file; returns the number of bytes."""
     content = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     written = 0
     while written < len(content):
@@ -196,7 +199,7 @@ def write_at(tensor: Tensor, descriptor: int, offset: int) -> int:
 
 
 def plan_lines(outputs: list[OutputFile]) -> Iterator[str]:
-    """What would be written: one line for each tensor, and one for each file."""
+    """The plan of a dry run: one line for each tensor, and one for each file."""
     for output in outputs:
         for name in output.order:
             entry = output.entries[name]
@@ -205,6 +208,6 @@ def plan_lines(outputs: list[OutputFile]) -> Iterator[str]:
 
 
 def to_json(recipe: Mapping[str, object]) -> str:
-    """The recipe as it stands in metadata."""
+    """JSON for metadata; equal content gives equal text."""
     return json.dumps(recipe, sort_keys=True, ensure_ascii=False)
 

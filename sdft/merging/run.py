@@ -7,6 +7,8 @@ import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from sdft.config.command import build, check
 from sdft.config.keys import did_you_mean
 from sdft.errors import UserError
 from sdft.merging.annotations import signature_of
-from sdft.merging.recipe import METHODS, Step
+from sdft.merging.recipe import METHODS, Step, import_method
 
 Report = Callable[[str], Any]
 """Receives the lines that a command prints."""
@@ -49,37 +51,40 @@ def merge(cfg: DictConfig, report: Report) -> MergeResult:
         keep(line)
     if cfg.dry_run:
         return MergeResult(path, [], lines)
-    keep(f"{cfg.out}: {'; '.join(map(in_words, steps.items()))}")
+    keep(f"{cfg.out}: {'; '.join(starmap(format_step, steps.items()))}")
     subjects = ", ".join(f"{name}: {quote_value(path)}" for name, path in subjects_of(steps, cfg.out).items())
-    keep(f"next: look at it with python eval.py subjects={shlex.quote(f'{{{subjects}}}')}")
+    keep(f"next: compare it with python eval.py subjects={shlex.quote(f'{{{subjects}}}')}")
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     blocks = path.with_name(f"{path.stem}.blocks.png")
     return MergeResult(path, [*files, *([blocks] if any(str(blocks) in line for line in lines) else [])], lines)
 
 
 def chosen_step(cfg: DictConfig) -> Step:
-    """The step that `merge=` chose."""
+    """The one step of a config with `method` and `inputs`. Raises UserError for what is not a merge method."""
     method = build(cfg.method)
+    if not isinstance(method, partial):
+        raise UserError("method: has no _partial_: true; write method: {_target_: module.function, _partial_: true}")
+    signature_of(method.func)
     inputs: Any = OmegaConf.to_container(cfg.inputs, resolve=True)
     refuse_bad_inputs("", inputs)
     return Step(method.func, inputs, method.keywords)
 
 
 def read_recipe(file: Path, numbers: Mapping[str, Any]) -> dict[str, Step]:
-    """The steps of a recipe file, with some of its numbers exchanged. Raises UserError that names what is wrong."""
+    """The steps of a recipe file, with `numbers` in place of its own. Raises UserError that names what is wrong."""
     try:
-        said = OmegaConf.load(file)
-        content: Any = OmegaConf.to_container(said)
+        recipe = OmegaConf.load(file)
+        content: Any = OmegaConf.to_container(recipe)
         if not isinstance(content, dict) or not isinstance(content.get("steps"), dict):
             raise UserError(f"file={file}: has no `steps:`, each with a method, its inputs and numbers")
-        if odd := [key for key in content if key not in ("steps", "numbers")]:
-            raise UserError(f"file={file}: unknown key '{odd[0]}'; a recipe has steps and numbers")
+        if unknown := [key for key in content if key not in ("steps", "numbers")]:
+            raise UserError(f"file={file}: unknown key '{unknown[0]}'; a recipe has steps and numbers")
         own = content.get("numbers") or {}
         for key, number in numbers.items():
             if key not in own:
                 raise UserError(f"numbers.{key}: {file.name} has no such number{did_you_mean(key, own)}")
-            OmegaConf.update(said, f"numbers.{key}", number)
-        resolved: Any = OmegaConf.to_container(said, resolve=True)
+            OmegaConf.update(recipe, f"numbers.{key}", number)
+        resolved: Any = OmegaConf.to_container(recipe, resolve=True)
     except OSError as error:
         raise UserError(f"file={file}: cannot be read ({error.strerror}); pass a recipe, file=RECIPE.yaml") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -88,46 +93,46 @@ def read_recipe(file: Path, numbers: Mapping[str, Any]) -> dict[str, Step]:
 
 
 def refuse_bad_inputs(prefix: str, inputs: Mapping[str, Any]) -> None:
-    """Raise UserError for an input that is no name."""
+    """Raise UserError for an input that is not a string or a list of strings."""
     for key, given in inputs.items():
         if not all(isinstance(one, str) for one in (given if isinstance(given, list) else [given])):
             raise UserError(f"{prefix}{key}={given}: must be nano, a folder, a file or a step, or a list of them")
 
 
-def read_step(name: str, said: dict[str, Any]) -> Step:
-    """One step of a recipe file."""
-    method = said.pop("method", None)
-    if method not in METHODS:
-        guess = did_you_mean(method, METHODS) or f"; methods are {', '.join(METHODS)}"
-        raise UserError(f"{name}.method={method}: there is no such method{guess}")
-    wanted, signature = METHODS[method], signature_of(METHODS[method])
+def read_step(name: str, content: dict[str, Any]) -> Step:
+    """One step of a recipe file; its method is the name of a built-in one, or `module.function`."""
+    label = content.pop("method", None)
+    method = import_method(label) if "." in str(label) else METHODS.get(label)
+    if method is None:
+        guess = did_you_mean(label, METHODS) or f"; methods are {', '.join(METHODS)}, or module.function"
+        raise UserError(f"{name}.method={label}: there is no such method{guess}")
+    signature = signature_of(method)
     known = [*signature.inputs, *signature.numbers]
-    if odd := [key for key in said if key not in known]:
-        guess = did_you_mean(odd[0], known) or f"; it takes {', '.join(known)}"
-        raise UserError(f"{name}.{odd[0]}: {method} has no such argument{guess}")
-    inputs = {key: said.pop(key) for key in signature.inputs if key in said}
+    if unknown := [key for key in content if key not in known]:
+        guess = did_you_mean(unknown[0], known) or f"; it takes {', '.join(known)}"
+        raise UserError(f"{name}.{unknown[0]}: {label} has no such argument{guess}")
+    inputs = {key: content.pop(key) for key in signature.inputs if key in content}
     refuse_bad_inputs(f"{name}.", inputs)
-    node = {"_target_": f"{wanted.__module__}.{method}", "_partial_": True, **said}
+    node = {"_target_": f"{method.__module__}.{method.__name__}", "_partial_": True, **content}
     checked = OmegaConf.create({name: node})
     check(checked)
     numbers = OmegaConf.to_container(checked[name])
     assert isinstance(numbers, dict)
-    return Step(wanted, inputs, {str(key): number for key, number in numbers.items() if key in said})
+    return Step(method, inputs, {str(key): number for key, number in numbers.items() if key in content})
 
 
 def subjects_of(steps: Mapping[str, Step], out: str) -> dict[str, str]:
-    """Names for the inputs and the result, to look at them side by side."""
+    """Names and paths of the inputs and the result, for a comparison by eval.py."""
     paths = dict.fromkeys(one for step in steps.values() for _, one in step.input_items() if one not in steps)
     return dict(zip("abcdefghijklmnopqrstuvwxyz", paths, strict=False)) | {"merged": out}
 
 
-def in_words(item: tuple[str, Step]) -> str:
+def format_step(name: str, step: Step) -> str:
     """`merged = weighted_sum(a=nano, b=x, alpha=0.5)`."""
-    name, step = item
     arguments = ", ".join(f"{key}={given}" for key, given in {**step.inputs, **step.numbers}.items())
     return f"{name} = {step.method.__name__}({arguments})"
 
 
 def quote_value(path: str) -> str:
-    """A path as a value on Hydra's command line, quoted where it must be."""
+    """A path as a value on Hydra's command line, quoted if necessary."""
     return path if re.fullmatch(r"[A-Za-z0-9_./+-]+", path) else json.dumps(path, ensure_ascii=False)

@@ -1,6 +1,6 @@
-"""What goes into a merge: whole models, LoRAs and importances, in any format that `formats` reads; headers first.
+"""The sources of a merge: models, LoRAs and importances in any format of `sdft.formats`; headers are read first.
 
-Knows how a LoRA's layer changes a weight. Must not know methods.
+Knows how to compute the delta of a LoRA layer. Must not depend on methods.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from sdft.models.nano import WEIGHTS as NANO
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Tensors by the names of a model's weights."""
+    """A file or folder with tensors named like a model's weights.
+
+    where: `key=path`, which error messages start with.
+    """
 
     where: str
     checkpoint: Checkpoint
@@ -43,20 +46,20 @@ class TensorSource:
 
 
 class Model(TensorSource):
-    """A checkpoint, whose weights are weights."""
+    """A model checkpoint."""
 
     kind = Kind.WEIGHT
 
 
 class Importance(TensorSource):
-    """How much the weights of a model matter to its loss; what was not measured is not in it."""
+    """The importance of a model's weights (mean squared gradients); it lacks weights that were not measured."""
 
     kind = Kind.IMPORTANCE
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA, whose layers are deltas of the weights `part/module.weight`."""
+    """A LoRA file; a layer `part/module` is a delta of the weight `part/module.weight`."""
 
     where: str
     root: Path
@@ -73,10 +76,11 @@ class Adapter:
 
     @property
     def depends_on_base(self) -> bool:
+        """Whether it has a DoRA layer, whose delta depends on the base weight."""
         return any(DORA in layer.tensors for layer in self.lora.layers.values())
 
     def layer_of(self, weight: str) -> Layer | None:
-        """What changes a weight; none where the LoRA leaves it as it is."""
+        """The layer that changes a weight, or None."""
         return self.lora.layers.get(weight.removesuffix(".weight")) if weight.endswith(".weight") else None
 
 
@@ -84,36 +88,36 @@ Source = Model | Importance | Adapter
 
 
 def open_source(key: str, source: str) -> Source:
-    """The input that `source` names, from headers alone; `key` names it in errors."""
+    """Open the input `source` (`nano`, a run folder, a model or a LoRA) by its headers; errors name it by `key`."""
     where, path = f"{key}={source}", NANO if source == "nano" else Path(source).expanduser()
-    if (left := read_run_outputs(path)) is not None:
-        path = run_weights(where, left)
+    if (outputs := read_run_outputs(path)) is not None:
+        path = run_weights(where, outputs)
     if path.suffix == ".safetensors" and path.is_file():
         if is_lora(read_names(where, path)[0]):
             return Adapter(where, path, read_lora(path, where))
         if (importance := open_importance(where, path)) is not None:
             return Importance(where, importance)
     elif path.is_file():
-        raise UserError(f"{where}: is no .safetensors file; pass nano, a model folder or a .safetensors file")
+        raise UserError(f"{where}: is not a .safetensors file; pass nano, a model folder or a .safetensors file")
     checkpoint = open_checkpoint(key, path)
     if checkpoint.unknown:
-        found, first = len(checkpoint.unknown), checkpoint.unknown[0]
-        raise UserError(f"{where}: holds {found} tensors that SDXL does not have, for example {first}")
+        count, first = len(checkpoint.unknown), checkpoint.unknown[0]
+        raise UserError(f"{where}: has {count} tensors that SDXL does not have, for example {first}")
     return Model(where, checkpoint)
 
 
-def run_weights(where: str, left: RunOutputs) -> Path:
-    """What a run learned, where a merge can hold it."""
-    if left.weights is None or not left.weights.exists():
-        raise UserError(f"{where}: the run left neither a LoRA nor a model; pass a finished run, or a file")
-    if "words" in left.artifacts:
-        message = "the run learned new words too, which no merge can hold"
-        raise UserError(f"{where}: {message}; to merge what else it learned, pass {left.weights}")
-    return left.weights
+def run_weights(where: str, outputs: RunOutputs) -> Path:
+    """The trained weights of a run. Raises UserError if it has none, or new words, which a merge cannot contain."""
+    if outputs.weights is None or not outputs.weights.exists():
+        raise UserError(f"{where}: the run has neither a LoRA nor a model; pass a finished run, or a file")
+    if "words" in outputs.artifacts:
+        reason = "the run also trained new words, which a merge cannot contain"
+        raise UserError(f"{where}: {reason}; to merge its other weights, pass {outputs.weights}")
+    return outputs.weights
 
 
 def refuse_mismatch(models: Sequence[Model], adapters: Sequence[Adapter], importances: Sequence[Importance]) -> None:
-    """Raise UserError that names every weight in which the inputs do not fit each other."""
+    """Raise UserError that names every weight whose name or shape differs between the inputs."""
     if not models:
         return
     problems: list[str] = []
@@ -127,27 +131,26 @@ def refuse_mismatch(models: Sequence[Model], adapters: Sequence[Adapter], import
             for name in a
             if name in b and a[name].shape != b[name].shape
         ]
-        said = first.checkpoint.prediction, other.checkpoint.prediction
-        if None not in said and said[0] != said[1]:
-            message = f"{first.where} predicts {said[0]} and {other.where} {said[1]}"
-            raise UserError(f"{message}: a blend of the two means nothing")
+        ours, theirs = first.checkpoint.prediction, other.checkpoint.prediction
+        if ours and theirs and ours != theirs:
+            raise UserError(f"{first.where} predicts {ours} and {other.where} {theirs}: they cannot be merged")
     shapes = {name: view.shape for name, view in first.checkpoint.weights.items()}
     for adapter in adapters:
         problems += adapter_mismatches(adapter, shapes, first.where)
     for importance in importances:
-        held = {name: view.shape for name, view in importance.checkpoint.weights.items()}
+        measured = {name: view.shape for name, view in importance.checkpoint.weights.items()}
         problems += [
             f"{name}: {list(shape)} in {importance.where}, {list(shapes.get(name, ())) or 'nothing'} in {first.where}"
-            for name, shape in held.items()
+            for name, shape in measured.items()
             if shapes.get(name) != shape
         ]
     if problems:
-        message = "\n".join(f"  {line}" for line in problems)
-        raise UserError(f"the inputs do not fit each other in {len(problems)} weights:\n{message}")
+        lines = "\n".join(f"  {line}" for line in problems)
+        raise UserError(f"the inputs differ in {len(problems)} weights, so they cannot be merged:\n{lines}")
 
 
 def adapter_mismatches(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], model: str) -> list[str]:
-    """One line for each layer that the model has no place for."""
+    """One line for each layer without a weight of its shape in the model."""
     problems = []
     for name, layer in adapter.lora.layers.items():
         rows, columns = layer.delta_shape
@@ -155,50 +158,52 @@ def adapter_mismatches(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], 
         if shape is None:
             problems.append(f"only in {adapter.where}: {name}")
         elif (shape[0], torch.Size(shape[1:]).numel()) != (rows, columns):
-            problems.append(f"{name}: {list(shape)} in {model}, a change of {rows} x {columns} in {adapter.where}")
+            problems.append(f"{name}: {list(shape)} in {model}, a delta of {rows} x {columns} in {adapter.where}")
     return problems
 
 
 def lora_delta(layer: Layer) -> Tensor:
-    """fp32 rows x columns: what a layer adds to its weight; of a DoRA, before its rows are rescaled."""
-    held = {name: tensor.float() for name, tensor in layer.tensors.items()}
+    """fp32 rows x columns: the delta of a layer; for a DoRA, before the rows are rescaled (`dora_delta`)."""
+    tensors = {name: tensor.float() for name, tensor in layer.tensors.items()}
     if layer.kind == "loha":
-        product = loha_factor(held, "1") * loha_factor(held, "2")
+        product = loha_factor(tensors, "1") * loha_factor(tensors, "2")
     elif layer.kind == "lokr":
-        product = kronecker(lokr_factor(held, "1"), lokr_factor(held, "2"))
-    elif "lora_mid.weight" in held:
-        down, up = held["lora_down.weight"].flatten(1), held["lora_up.weight"].flatten(1)
-        product = torch.einsum("or,rshw,si->oihw", up, held["lora_mid.weight"], down)
+        product = kronecker(lokr_factor(tensors, "1"), lokr_factor(tensors, "2"))
+    elif "lora_mid.weight" in tensors:
+        down, up = tensors["lora_down.weight"].flatten(1), tensors["lora_up.weight"].flatten(1)
+        product = torch.einsum("or,rshw,si->oihw", up, tensors["lora_mid.weight"], down)
     else:
-        product = held["lora_up.weight"].flatten(1) @ held["lora_down.weight"].flatten(1)
+        product = tensors["lora_up.weight"].flatten(1) @ tensors["lora_down.weight"].flatten(1)
     return product.flatten(1) * layer.scale
 
 
-def dora_delta(layer: Layer, change: Tensor, base: Tensor, rows: slice) -> Tensor:
-    """A DoRA's change of some rows of a weight: their directions are moved, their norms are set."""
-    moved = base + change
+def dora_delta(layer: Layer, delta: Tensor, base: Tensor, rows: slice) -> Tensor:
+    """The delta of a DoRA for some rows of a weight: `base` + `delta`, with each row rescaled to its trained norm."""
+    moved = base + delta
     norms = moved.flatten(1).norm(dim=1)
-    wanted = layer.tensors[DORA].flatten()[rows].to(base.dtype)
-    return moved * (wanted / norms).reshape(-1, *[1] * (base.dim() - 1)) - base
+    magnitude = layer.tensors[DORA].flatten()[rows].to(base.dtype)
+    return moved * (magnitude / norms).reshape(-1, *[1] * (base.dim() - 1)) - base
 
 
-def loha_factor(held: Mapping[str, Tensor], i: str) -> Tensor:
-    a, b = held[f"hada_w{i}_a"], held[f"hada_w{i}_b"]
-    if f"hada_t{i}" in held:  # LyCORIS: a is rank x out there, b rank x in
-        return torch.einsum("rshw,ro,si->oihw", held[f"hada_t{i}"], a, b)
+def loha_factor(tensors: Mapping[str, Tensor], i: str) -> Tensor:
+    """Factor 1 or 2 of a LoHa, whose delta is their elementwise product."""
+    a, b = tensors[f"hada_w{i}_a"], tensors[f"hada_w{i}_b"]
+    if f"hada_t{i}" in tensors:  # LyCORIS: here a is rank x out, b rank x in
+        return torch.einsum("rshw,ro,si->oihw", tensors[f"hada_t{i}"], a, b)
     return a @ b
 
 
-def lokr_factor(held: Mapping[str, Tensor], i: str) -> Tensor:
-    if f"lokr_w{i}" in held:
-        return held[f"lokr_w{i}"]
-    a, b = held[f"lokr_w{i}_a"], held[f"lokr_w{i}_b"]
-    if f"lokr_t{i}" in held:
-        return torch.einsum("rshw,ro,si->oihw", held[f"lokr_t{i}"], a, b)
+def lokr_factor(tensors: Mapping[str, Tensor], i: str) -> Tensor:
+    """Factor 1 or 2 of a LoKr, whose delta is their Kronecker product."""
+    if f"lokr_w{i}" in tensors:
+        return tensors[f"lokr_w{i}"]
+    a, b = tensors[f"lokr_w{i}_a"], tensors[f"lokr_w{i}_b"]
+    if f"lokr_t{i}" in tensors:
+        return torch.einsum("rshw,ro,si->oihw", tensors[f"lokr_t{i}"], a, b)
     return a @ b
 
 
 def kronecker(a: Tensor, b: Tensor) -> Tensor:
-    """Of two matrices, or of a matrix and a convolution's kernel."""
+    """The Kronecker product of two matrices, or of a matrix and a convolution kernel."""
     dims = max(a.dim(), b.dim())
     return torch.kron(*(t.reshape(*t.shape, *[1] * (dims - t.dim())) for t in (a, b)))

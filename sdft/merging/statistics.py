@@ -1,7 +1,8 @@
-"""Figures of whole tensors that some methods need before they can make the first number: read piece by piece.
+"""Statistics of whole tensors that a merge method needs before the first chunk of its result, read chunk by chunk.
 
-Each takes the inputs of a method without `base`, and its numbers. Memory does not grow with the tensor, `procrustes` aside,
-which holds two matrices. Must not know keys, files or models.
+Each is a function of the method's input tensors without `base`, and of its numbers. The aliases at the end of this file
+annotate the arguments that receive them. Memory does not grow with the tensor, except in `procrustes`, which holds two
+matrices. Must not depend on names of weights, files or models.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from torch import Tensor
 from sdft.merging.annotations import Chunks, Statistic
 
 SAMPLE, SAMPLE_STRIDE = 2**18, 17
-"""Of so many numbers, in whole rows, each 17th tells where a threshold may lie: a prime, so that columns take turns."""
+"""A threshold is first estimated from every 17th of about so many elements; 17 is prime, so all columns are sampled."""
 SAMPLE_MARGIN = 0.02
-"""A share of the numbers, to both sides of it, in which a threshold is looked for first."""
+"""Half the width, as a fraction of the elements, of the interval around the estimate that is searched first."""
 
 
-def gram(blocks: Chunks, **numbers: Any) -> Tensor:
+def gram(chunks: Chunks, **numbers: Any) -> Tensor:
     """fp64 N x N: the inner products of the inputs."""
     total: Tensor | float = 0.0
-    for tensors in blocks():
+    for tensors in chunks():
         flat = [tensor.reshape(-1) for tensor in tensors]
         upper = [[float(torch.dot(x, y)) if i <= j else 0.0 for j, y in enumerate(flat)] for i, x in enumerate(flat)]
         total = total + torch.tensor(upper, dtype=torch.float64)
@@ -32,81 +33,81 @@ def gram(blocks: Chunks, **numbers: Any) -> Tensor:
     return total + total.triu(1).T
 
 
-def gram_of_differences(blocks: Chunks, **numbers: Any) -> Tensor:
-    """fp64 N x N: the inner products of the inputs' differences to the first one."""
-    return gram(lambda sample=None: (tuple(tensor - tensors[0] for tensor in tensors) for tensors in blocks(sample)))
+def gram_of_differences(chunks: Chunks, **numbers: Any) -> Tensor:
+    """fp64 N x N: the inner products of the differences between each input and the first one."""
+    return gram(lambda sample=None: (tuple(tensor - tensors[0] for tensor in tensors) for tensors in chunks(sample)))
 
 
-def thresholds(blocks: Chunks, density: float, **numbers: Any) -> list[float]:
-    """Of each input the magnitude that a share `density` of its numbers reaches.
+def thresholds(chunks: Chunks, density: float, **numbers: Any) -> list[float]:
+    """For each input, the smallest magnitude among the fraction `density` of elements with the largest magnitudes.
 
-    Exact: some rows say about where it lies, then all numbers above are counted and those near it put in order.
+    Exact: a sample of rows gives an interval, then all magnitudes above it are counted and those inside are sorted.
     """
-    rows = zip(*([magnitudes(tensor)[::SAMPLE_STRIDE] for tensor in tensors] for tensors in blocks(SAMPLE)), strict=True)
-    samples = [np.sort(np.concatenate(parts)) for parts in rows]
+    sampled = ([magnitudes(tensor)[::SAMPLE_STRIDE] for tensor in tensors] for tensors in chunks(SAMPLE))
+    samples = [np.sort(np.concatenate(parts)) for parts in zip(*sampled, strict=True)]
     bounds = [
         (quantile_bound(one, density + SAMPLE_MARGIN, 0.0), quantile_bound(one, density - SAMPLE_MARGIN, np.inf))
         for one in samples
     ]
     found: list[float | None] = [None] * len(samples)
     while None in found:
-        counted = count_between(blocks, bounds)
+        counted = count_between(chunks, bounds)
         for i, (size, above, near) in enumerate(counted):
             wanted = max(1, round(density * size))
             if wanted == size:
                 found[i] = 0.0
             elif above < wanted <= above + len(near):
                 found[i] = float(torch.from_numpy(near).kthvalue(len(near) - (wanted - above) + 1).values)
-            else:  # the rows said little of the others
+            else:  # the sampled rows were not representative: search the other side
                 tried, bounds[i] = bounds[i], (bounds[i][1], np.inf) if wanted <= above else (0.0, bounds[i][0])
-                if bounds[i] == tried:  # NaN or infinity, which is refused where it would be written
+                if bounds[i] == tried:  # NaN or infinity, which is reported when the result is written
                     found[i] = 0.0
     return [one for one in found if one is not None]
 
 
-def count_between(blocks: Chunks, bounds: Sequence[tuple[float, float]]) -> list[tuple[int, int, np.ndarray]]:
-    """Of each input: how many numbers it has, how many magnitudes lie at the upper bound or above, those between."""
+def count_between(chunks: Chunks, bounds: Sequence[tuple[float, float]]) -> list[tuple[int, int, np.ndarray]]:
+    """For each input: its number of elements, how many magnitudes are >= the upper bound, and those in between."""
     sizes, above = [0] * len(bounds), [0] * len(bounds)
     near: list[list[np.ndarray]] = [[] for _ in bounds]
-    for tensors in blocks():
+    for tensors in chunks():
         for i, (tensor, (low, high)) in enumerate(zip(tensors, bounds, strict=True)):
             found = magnitudes(tensor)
             too_large = found >= high
             sizes[i] += len(found)
             above[i] += int(np.count_nonzero(too_large))
-            near[i].append(found[np.flatnonzero((found >= low) ^ too_large)])  # a third of the time of a mask
+            near[i].append(found[np.flatnonzero((found >= low) ^ too_large)])  # 3 times as fast as a mask
     return [(size, count, np.concatenate(parts)) for size, count, parts in zip(sizes, above, near, strict=True)]
 
 
 def quantile_bound(ordered: np.ndarray, share: float, beyond: float) -> float:
-    """The magnitude that a share of a sample reaches; `beyond` where there is no such share."""
-    place = len(ordered) - round(share * len(ordered))
-    return float(ordered[place]) if 0 < share < 1 and place < len(ordered) else beyond
+    """The smallest of the fraction `share` of largest values in a sorted sample; `beyond` if share is not in (0, 1)."""
+    position = len(ordered) - round(share * len(ordered))
+    return float(ordered[position]) if 0 < share < 1 and position < len(ordered) else beyond
 
 
 def magnitudes(tensor: Tensor) -> np.ndarray:
-    """In a row. numpy compares and counts many times faster than torch 2.13 does on a CPU."""
+    """Absolute values, flattened. On a CPU, numpy compares and counts many times faster than torch 2.13."""
     return tensor.reshape(-1).abs().numpy()
 
 
-def mean_importance(blocks: Chunks, **numbers: Any) -> float:
-    """The mean of all numbers of the importances, which are the second half of the inputs."""
+def mean_importance(chunks: Chunks, **numbers: Any) -> float:
+    """The mean of all elements of the importances, which are the second half of the inputs."""
     total, size = 0.0, 0
-    for tensors in blocks():
+    for tensors in chunks():
         importances = tensors[len(tensors) // 2 :]
         total += sum(float(tensor.sum(dtype=torch.float64)) for tensor in importances)
         size += sum(tensor.numel() for tensor in importances)
     return total / size
 
 
-def procrustes(blocks: Chunks, **numbers: Any) -> tuple[Tensor, Tensor] | None:
-    """The orthogonal Q, as a product of two factors, that brings b Q nearest to a (Procrustes); none of a vector.
+def procrustes(chunks: Chunks, **numbers: Any) -> tuple[Tensor, Tensor] | None:
+    """The orthogonal Q that minimises |b Q - a| (orthogonal Procrustes), as two factors; None for vectors.
 
-    a and b are seen as rows x C, where C are the input channels. With b'a = U S V' it is Q = U V'; where the rows are
-    fewer than C, QR reduces both to the size of the rows.
+    a and b are reshaped to rows x C with the C input channels last. With b'a = U S V', Q = U V'. With fewer rows than
+    C, QR decompositions reduce the problem to the number of rows.
     """
     rows, product = [], None
-    for a, b in blocks():
+    for a, b in chunks():
         if a.dim() < 2:
             return None
         rows.append((channels_last(a), channels_last(b)))
@@ -125,7 +126,7 @@ def procrustes(blocks: Chunks, **numbers: Any) -> tuple[Tensor, Tensor] | None:
 
 
 def channels_last(tensor: Tensor) -> Tensor:
-    """rows x input channels, a convolution's kernel among the rows."""
+    """rows x input channels; the kernel positions of a convolution count as rows."""
     return tensor.movedim(1, -1).reshape(-1, tensor.shape[1])
 
 

@@ -55,7 +55,7 @@ def trained(tiny_model: Callable[..., SDXL]) -> Callable[[str], SDXL]:
 
 @pytest.mark.parametrize("name", ["loha", "lokr"])
 def test_what_diffusers_cannot_hold_is_refused(name: str, trained: Callable, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"diffusers has no form for {name} .*write the kohya layout"):
+    with pytest.raises(UserError, match=f"diffusers cannot represent {name} .*write the kohya layout"):
         write_lora(trained(name), tmp_path / "lora.safetensors")
     assert list(tmp_path.iterdir()) == []
 
@@ -191,8 +191,8 @@ def test_a_file_has_the_mode_that_the_umask_says_and_nothing_lies_beside_it(trai
 DOWN, UP = f"{KOHYA_QUERY}.lora_down.weight", f"{KOHYA_QUERY}.lora_up.weight"
 NAMED = "unet/down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 BAD = {
-    "no LoRA": ({"w": (2, 2)}, "holds no LoRA; none of its 1 tensors"),
-    "no LoRA but an alpha": ({"x.alpha": ()}, "holds no LoRA"),
+    "no LoRA": ({"w": (2, 2)}, "is not a LoRA; none of its 1 tensors"),
+    "no LoRA but an alpha": ({"x.alpha": ()}, "is not a LoRA"),
     "SD 1.5, encoder": (
         {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (2, 4)},
         "is a LoRA for Stable Diffusion 1.5 or 2 .*it does not fit SDXL",
@@ -204,11 +204,11 @@ BAD = {
     "Flux": ({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (2, 4)}, "is a LoRA for Flux"),
     "unknown modules": (
         {"lora_unet_what.lora_down.weight": (2, 4), "unet.nowhere.to_q.lora_A.weight": (2, 4), DOWN: (2, 4)},
-        "names what SDXL does not have: lora_unet_what, unet.nowhere.to_q$",
+        "has layers that SDXL does not have: lora_unet_what, unet.nowhere.to_q$",
     ),
     "an unknown tensor": (
         {DOWN: (2, 4), UP: (4, 2), f"{KOHYA_QUERY}.diff": (4, 4)},
-        f"names what SDXL does not have: {KOHYA_QUERY}.diff$",
+        f"has layers that SDXL does not have: {KOHYA_QUERY}.diff$",
     ),
     "no up": ({DOWN: (2, 4)}, f"damaged in 1 of its 1 layers: {NAMED} has no lora_up.weight$"),
     "no down": ({UP: (4, 2)}, f"{NAMED} has no lora_down.weight$"),
@@ -222,9 +222,9 @@ BAD = {
     ),
     "DoRA on a LoHa": (
         {f"{KOHYA_QUERY}.hada_w{i}_{x}": (4, 4) for i in (1, 2) for x in "ab"} | {f"{KOHYA_QUERY}.dora_scale": (4, 1)},
-        "has dora_scale, which does not go with its other tensors",
+        "has dora_scale, which does not belong to its other tensors",
     ),
-    "twice": ({DOWN: (2, 4), UP: (4, 2), f"unet.{QUERY}.lora_A.weight": (2, 4)}, "holds lora_down.weight of .* twice"),
+    "twice": ({DOWN: (2, 4), UP: (4, 2), f"unet.{QUERY}.lora_A.weight": (2, 4)}, "has lora_down.weight of .* twice"),
 }
 
 
@@ -244,7 +244,7 @@ def test_a_truncated_file_is_refused(trained: Callable, tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in (0, 5, 1000, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"^in=x: .* is cut off or no safetensors file"):
+        with pytest.raises(UserError, match=r"^in=x: .* is truncated or not a safetensors file"):
             read_lora(path, "in=x")
 
 

@@ -131,8 +131,8 @@ def test_diffusers_reads_the_names_as_the_same_layers(sdxl: SimpleNamespace) -> 
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.alpha", "Stable Diffusion 1.5 or 2"),
         ("lora_unet_down_blocks_0_attentions_0_proj_in.alpha", "Stable Diffusion 1.5 or 2"),
         ("unet.up_blocks.3.attentions.0.proj_in.lora_A.weight", "Stable Diffusion 1.5 or 2"),
-        ("lora_unet_double_blocks_0_img_attn_proj.alpha", "Flux, SD3 or their like"),
-        ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "Flux, SD3 or their like"),
+        ("lora_unet_double_blocks_0_img_attn_proj.alpha", "Flux, SD3 or similar"),
+        ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "Flux, SD3 or similar"),
         ("lora_unet_nonsense.alpha", None),
     ],
 )

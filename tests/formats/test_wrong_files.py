@@ -76,9 +76,9 @@ def folder_without_weights(single: Path, tmp_path: Path) -> Path:
 SD1_LORA = "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
 SDXL_LORA = "lora_unet_input_blocks_4_1_proj_in"
 FILES: dict[str, tuple[Callable[[Path, Path], Path], str, list[str]]] = {
-    "cut off": (truncated, "folder", ["in=", "cut off", "get it anew"]),
-    "a web page": (text_file, "folder", ["in=", "no safetensors file"]),
-    "empty": (empty_file, "folder", ["in=", "no safetensors file"]),
+    "cut off": (truncated, "folder", ["in=", "truncated", "get it again"]),
+    "a web page": (text_file, "folder", ["in=", "not a safetensors file"]),
+    "empty": (empty_file, "folder", ["in=", "not a safetensors file"]),
     "a pickle": (pickle_file, "single_file", ["in=", "a pickle can run code", "allow_pickle=true"]),
     "a folder of something else": (plain_folder, "single_file", ["in=", "model_index.json"]),
     "another pipeline": (other_pipeline, "single_file", ["in=", "FluxPipeline", "not Stable Diffusion XL"]),
@@ -128,7 +128,7 @@ WORDS = {
     "a file named like a folder": (["to=single_file", "out={tmp}/model"], ["out=", ".safetensors"]),
     "an existing target": (["to=single_file", "out={tmp}/there.safetensors"], ["exists already", "overwrite=true"]),
     "an unwritable target": (["to=single_file", "out=/proc/x/model.safetensors"], ["out=", "cannot be written"]),
-    "a target in the source": (["in={nano}", "to=folder", "out={nano}/model"], ["out=", "another place"]),
+    "a target in the source": (["in={nano}", "to=folder", "out={nano}/model"], ["out=", "another path"]),
     "no such config": (["to=folder", "config=/no/such/folder"], ["config=/no/such/folder", "config=FOLDER"]),
     "a misspelt key": (["to=folder", "dtyp=fp16"], ["dtyp", "dtype"]),
     "no format": ([], ["to"]),

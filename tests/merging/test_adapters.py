@@ -138,7 +138,7 @@ def test_extract_then_bake_is_the_tuned_model(model: Model, tmp_path: Path) -> N
     a, b = model("tuned", **tuned), model("base", 0)
     lora = run(methods.difference, {"a": a, "b": b}, tmp_path / "l.safetensors", rank=2, dtype="fp32")
     assert {f"{name}.weight" for name in read_lora(lora, "l").layers} == set(changed)
-    assert "1 changed weights have no place in a LoRA, such as unet/conv_in.bias" in run.told  # type: ignore[attr-defined]
+    assert "1 changed weights cannot be stored in a LoRA and are left out, such as unet/conv_in.bias" in run.told  # type: ignore[attr-defined]
     back = read(run(methods.add, {"base": b, "delta": lora}, tmp_path / "back"))
     assert all(torch.allclose(back[name], tuned[name], atol=1e-5) for name in changed)
     assert torch.equal(back[LONG], base[LONG])

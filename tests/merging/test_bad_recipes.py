@@ -26,45 +26,45 @@ LINES = [
     ("a={a} b={b} alpha=styel", "did you mean 'style'"),
     ("a={a} b={b} threads=0", "error: threads=0: must be greater than or equal to 1"),
     ("a=nowhere b={b}", "a=nowhere: there is no such file or folder"),
-    ("a={a} b={pickle}", "is no .safetensors file"),
-    ("a={a} b={cut}", "cut.safetensors is cut off or no safetensors file"),
+    ("a={a} b={pickle}", "is not a .safetensors file"),
+    ("a={a} b={cut}", "cut.safetensors is truncated or not a safetensors file"),
     ("a={a} b={sd15}", "is a Stable Diffusion 1 or 2 model"),
     ("a={a} b={v}", "predicts epsilon and b={v} v_prediction"),
     ("a={a} b={lacking}", "only in a={a}: unet/conv_in.bias"),
     ("a={a} b={misshapen}", "unet/conv_in.bias: [6] in a={a}, [7] in b={misshapen}"),
     ("a={a} b={lora}", "b={lora}: is a delta, and weighted_sum needs a weight"),
     ("merge=bake base={a} lora={b}", "delta={b}: is a weight, and add needs a delta"),
-    ("merge=bake base={a} lora={misfit}", "a change of 8 x 8 in delta={misfit}"),
+    ("merge=bake base={a} lora={misfit}", "a delta of 8 x 8 in delta={misfit}"),
     ("merge=lora_sum loras=[{dora}] rank=2 out=x.safetensors", "is a DoRA, whose change depends on the model"),
     ("merge=extract a={a} b={b} out=x.safetensors", "rank is not set: the result is a LoRA"),
     ("merge=extract a={a} b={b} rank=2", "the result is a file that ends in .safetensors"),
     ("a={a} b={b} to=kohya", "to=kohya: the result is a whole model"),
     ("a={a} b={b} to=single_file", "the result is a file that ends in .safetensors"),
-    ("a={a} b={b} out={a}/inside", "lies in the input a={a}"),
+    ("a={a} b={b} out={a}/inside", "contains the input a={a} or is inside it"),
     ("a={a} b={b} 'alpha={{input_40: 1.0}}'", "alpha: there is no block 'input_40'"),
-    ("a={a} b={b} 'alpha={{unet: 1.0}}'", "alpha: says no number for text_encoder, text_encoder_2, vae"),
+    ("a={a} b={b} 'alpha={{unet: 1.0}}'", "alpha: has no number for text_encoder, text_encoder_2, vae"),
     ("merge=ties base={a} models={b}", "ties takes a list of inputs"),
     ("merge=ties base={a} models=[{b}] density=0", "density=0: must be greater than 0"),
     ("merge=model_stock base={a} models=[{b}]", "model_stock needs at least 2 inputs"),
     ("merge=linear models=[{a},{b}] shares=[1]", "shares: 1 for 2 models; one for each"),
     ("merge=fisher models=[{a},{b}] importances=[{measured}]", "importances: 1 for 2 models; one for each"),
     ("merge=fisher models=[{a},{b}] importances=[{a},{b}]", "is a weight, and fisher needs an importance; only"),
-    ("merge=ties base={a} models=[{measured}]", "is an importance, and ties needs a change of base"),
+    ("merge=ties base={a} models=[{measured}]", "is an importance, and ties needs a task vector"),
     ("merge=fisher models=[{a}] importances=[{unlike}]", "conv_in.bias: [3] in importances={unlike}, [6] in"),
 ]
 RECIPES = [
     ("steps: {x: {method: tise, base: A, models: [B]}}", "x.method=tise: there is no such method; did you mean 'ties'"),
-    ("steps: {x: {method: add, base: y, delta: L}, y: {method: add, base: x, delta: L}}", "go round in a circle"),
+    ("steps: {x: {method: add, base: y, delta: L}, y: {method: add, base: x, delta: L}}", "form a cycle"),
     (
         "steps: {x: {method: add, base: y, delta: L}, y: {method: add, base: x, delta: L},"
         " z: {method: weighted_sum, a: x, b: A}}",
-        "circle: x -> y -> x",
+        "cycle: x -> y -> x",
     ),
     ("steps: {x: {method: weighted_sum, a: A, b: B, alhpa: 1}}", "x.alhpa: weighted_sum has no such argument; did you"),
     ("steps: {x: {method: weighted_sum, a: A, b: B, alpha: much}}", "x.alpha=much: must be"),
     ("steps: {x: {method: weighted_sum, a: A}}", "b is not set: weighted_sum needs it"),
     ("steps: {x: {method: difference, a: A, b: B}, y: {method: weighted_sum, a: x, b: A}}", "y.a=x: is a delta"),
-    ("steps: {x: {method: slerp, a: A, b: B}, y: {method: slerp, a: A, b: B}}", "steps x and y lead nowhere both"),
+    ("steps: {x: {method: slerp, a: A, b: B}, y: {method: slerp, a: A, b: B}}", "steps x and y are not used"),
     ("steps: {x: {method: slerp, a: A, b: B, gram: 1}}", "x.gram: slerp has no such argument; it takes a, b, alpha"),
     ("steps: {x: {method: slerp, a: A, b: B, alpha: '${numbers.alpha}'}}", "numbers"),
     ("stesp: {}", "has no `steps:`"),
@@ -124,7 +124,7 @@ def refused(
         told = capsys.readouterr().err
         assert told.startswith("error: ")
         # Weights that do not fit each other are listed, one a line.
-        assert told.count("\n") == 1 or "do not fit each other in 1 weights" in told
+        assert told.count("\n") == 1 or "the inputs differ in 1 weights" in told
         return told
 
     return error_of

@@ -16,7 +16,7 @@ from sdft.errors import UserError
 from sdft.formats import safetensors_io
 from sdft.formats.safetensors_io import MappedFile, StoredTensor
 from sdft.merging import input_files, methods, sparsify
-from sdft.merging.input_files import InputFile, opened
+from sdft.merging.input_files import InputFile, open_inputs
 from sdft.merging.merge import merge
 from sdft.merging.recipe import Step
 from sdft.merging.sources import open_source
@@ -99,7 +99,7 @@ def test_what_is_forgotten_was_hashed_and_read_by_all(
     path = model("a")
     twice = {name: open_source(name, str(path)) for name in ("a", "again")}
     weights = list(twice["a"].checkpoint.weights)
-    with opened(twice, tqdm(disable=True)) as found:
+    with open_inputs(twice, tqdm(disable=True)) as found:
         for weight in weights:
             assert torch.equal(found.readers["a"](weight), found.readers["again"](weight))
             found.release(weight)
@@ -124,7 +124,7 @@ def test_a_hash_is_little_ahead_of_what_was_read(
 
     monkeypatch.setattr(MappedFile, "sha256", note)
     source = open_source("a", str(model("a")))
-    with opened({"a": source}, tqdm(disable=True)) as found:
+    with open_inputs({"a": source}, tqdm(disable=True)) as found:
         for weight in source.checkpoint.weights:
             found.readers["a"](weight)
             found.release(weight)

@@ -227,7 +227,7 @@ def test_nan_is_not_extracted(model: Model, tmp_path: Path) -> None:
 
 def test_what_fp16_cannot_hold_is_refused(model: Model, tmp_path: Path) -> None:
     large = model("b", 1, **{"unet/conv_in.bias": torch.full((6,), 7e4)})
-    with pytest.raises(UserError, match=r"comes out as .*too large for its dtype \(dtype=fp32"):
+    with pytest.raises(UserError, match=r"a value of .* is too large for its dtype; pass dtype=fp32"):
         run(methods.weighted_sum, {"a": large, "b": large}, tmp_path / "out", dtype="fp16")
 
 
@@ -266,7 +266,7 @@ def test_what_exists_is_replaced_only_when_asked(model: Model, tmp_path: Path) -
     run(methods.weighted_sum, inputs, out, {"alpha": 1.0}, overwrite=True)
     assert torch.equal(read(out)[LONG], tensors_of(1)[LONG])
     (tmp_path / "precious").mkdir()
-    with pytest.raises(UserError, match="is no model, so it is not overwritten"):
+    with pytest.raises(UserError, match="is not a model, so it is not overwritten"):
         run(methods.weighted_sum, inputs, tmp_path / "precious", overwrite=True)
 
 
@@ -276,7 +276,7 @@ def test_every_weight_that_does_not_fit_is_named(model: Model, tmp_path: Path) -
     with pytest.raises(UserError) as caught:
         run(methods.weighted_sum, {"a": a, "b": b}, tmp_path / "out")
     told, *lines = str(caught.value).splitlines()
-    assert told == "the inputs do not fit each other in 2 weights:"
+    assert told == "the inputs differ in 2 weights, so they cannot be merged:"
     assert lines == [
         f"  only in a={a}: unet/conv_norm_out.bias",
         f"  unet/conv_in.bias: [6] in a={a}, [7] in b={b}",

@@ -45,9 +45,9 @@ def apply(name: str, *, pieces: int = 1, **arguments) -> Tensor:
     flat = [tensor for one in given for tensor in (one if isinstance(one, list) else [one])]
 
     numbers = {key: value for key, value in arguments.items() if key in signature.numbers}
-    statistics = {key: of(chunks_of(flat, pieces), **numbers) for key, of in signature.statistics.items()}
-    draw = {"draw": uniform} if signature.draws else {}
-    return METHODS[name](**arguments, **statistics, **draw)
+    statistics = {key: compute(chunks_of(flat, pieces), **numbers) for key, compute in signature.statistics.items()}
+    random = {signature.uniform: uniform} if signature.uniform else {}
+    return METHODS[name](**arguments, **statistics, **random)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -188,7 +188,7 @@ def test_merging_x_with_x_is_x(name: str, inputs: dict) -> None:
         if wanted.kind == Kind.IMPORTANCE:
             continue
         tensor = x - base if wanted.kind == Kind.TASK_VECTOR else x
-        given[key] = base if key == "base" else [tensor, tensor.clone()] if wanted.many else tensor.clone()
+        given[key] = base if key == "base" else [tensor, tensor.clone()] if wanted.is_list else tensor.clone()
     merged = apply(name, **given, **inputs)
     exact = name in ("weighted_sum", "slerp", "linear", "fisher", "geometric_median", "clamp")
     assert torch.equal(merged, x) if exact else torch.allclose(merged, x, atol=1e-5)

@@ -63,10 +63,10 @@ def test_new_words_and_unfinished_runs_are_refused(runs: dict[str, Path], tmp_pa
     def bake(run: Path) -> None:
         list(merge({"out": Step(methods.add, {"base": str(runs["base"]), "delta": str(run)})}, str(tmp_path / "out")))
 
-    with pytest.raises(UserError, match=r"delta=.*words: the run learned new words too.*pass .*lora.safetensors"):
+    with pytest.raises(UserError, match=r"delta=.*words: the run also trained new words.*pass .*lora.safetensors"):
         bake(runs["words"])
     (runs["lora"] / "lora.safetensors").unlink()
-    with pytest.raises(UserError, match="the run left neither a LoRA nor a model"):
+    with pytest.raises(UserError, match="the run has neither a LoRA nor a model"):
         bake(runs["lora"])
 
 

@@ -40,7 +40,7 @@ def test_a_disk_that_is_full_at_any_byte_leaves_the_file_of_before(size: int, tm
         write_state(STATE, path)
     assert read_state(path)["step"] == 6
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"], "nothing half written stays"
-    for words in (str(path), "It needs 1.2 MB", "are free", "last.ckpt of before is intact", "resume="):
+    for words in (str(path), "It needs 1.2 MB", "are free", "last.ckpt is intact", "resume="):
         assert words in str(told.value)
 
 
@@ -70,7 +70,7 @@ def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
     with disk(tmp_path / "disk", "size=9m") as folder:
         write_state(STATE, folder / "last.ckpt")
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
-        with pytest.raises(UserError, match=r"last\.ckpt: .*Read-only.*of before is intact"):
+        with pytest.raises(UserError, match=r"last\.ckpt: .*Read-only.*is intact"):
             write_state(STATE, folder / "last.ckpt")
         with pytest.raises(UserError, match=r"best\.ckpt: .*Read-only"):
             write_state(STATE, folder / "best.ckpt")

@@ -164,7 +164,7 @@ def test_a_full_disk_of_one_rank_stops_all_with_the_save_of_before(tmp_path: Pat
     for rank in (0, 1):
         told = (tmp_path / f"error_{rank}.txt").read_text()
         assert re.match(rf"{slices_folder(run.last)}/step_000004\.\w+\.rank_1_of_2: the checkpoint cannot be", told)
-        assert re.search(r"the last\.ckpt of before is intact. It needs \d\.\d MB, and [\d,.]+ MB are free", told)
+        assert re.search(r"the previous last\.ckpt is intact. It needs \d\.\d MB, and [\d,.]+ MB are free", told)
     assert {file.name[:11] for file in slices_folder(run.last).iterdir()} == {"step_000002"}
 
 

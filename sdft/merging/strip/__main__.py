@@ -1,4 +1,4 @@
-"""Blend two models step by step and see it: `python -m sdft.merging.strip a=runs/dreamy b=runs/photo`."""
+"""Draw an image strip of the interpolation of two models: `python -m sdft.merging.strip a=runs/dreamy b=runs/photo`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STRIP = "strip.png"
 
 @verb("strip")
 def main(cfg: DictConfig) -> None:
-    """One row of pictures for each prompt, from one end to the other, all from the same noise."""
+    """One row of images for each prompt, one column for each model from a to b, all from the same noise."""
     interpolate, load, draw = build(cfg.interpolation), build(cfg.model), build(cfg.draw)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     names, columns = [], []
@@ -28,7 +28,7 @@ def main(cfg: DictConfig) -> None:
         print(f"  {name:8} {path}", flush=True)
     strip = Path(cfg.out) / STRIP
     save_grid(strip, list(np.stack(columns, axis=1)), list(cfg.prompts), names)
-    print(f"  strip {strip}\nnext: choose one of the blends and train on from it with model.weights=FOLDER")
+    print(f"  strip {strip}\nnext: choose a model and continue training from it with model.weights=FOLDER")
 
 
 if __name__ == "__main__":

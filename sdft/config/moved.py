@@ -1,0 +1,80 @@
+"""Configs of earlier versions: where the classes that they name are today."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sdft.config.keys import ConfigError
+
+MOVED = {
+    "sdft.callbacks.exports": "sdft.training.callbacks.export",
+    "sdft.callbacks.guards": "sdft.training.callbacks.guard",
+    "sdft.callbacks.preempt": "sdft.training.callbacks.preemption",
+    "sdft.callbacks": "sdft.training.callbacks",
+    "sdft.evaluation.metrics.likeness": "sdft.evaluation.metrics.similarity",
+    "sdft.evaluation.verdict.AutoencoderVerdict": "sdft.evaluation.after_training.AutoencoderEvaluation",
+    "sdft.evaluation.verdict.JudgeVerdict": "sdft.evaluation.after_training.JudgeEvaluation",
+    "sdft.evaluation.verdict.StyleVerdict": "sdft.evaluation.after_training.StyleEvaluation",
+    "sdft.merging.sparse": "sdft.merging.sparsify",
+    "sdft.merging.way.way": "sdft.merging.interpolation.interpolate",
+    "sdft.objective.Debiased": "sdft.objective.weighting.Debiased",
+    "sdft.objective.Denoising": "sdft.objective.denoising.Denoising",
+    "sdft.objective.LogitNormalTimesteps": "sdft.objective.timesteps.LogitNormalTimesteps",
+    "sdft.objective.MinSNR": "sdft.objective.weighting.MinSNR",
+    "sdft.objective.Uniform": "sdft.objective.weighting.Uniform",
+    "sdft.objective.UniformTimesteps": "sdft.objective.timesteps.UniformTimesteps",
+    "sdft.optimizer.adamw": "sdft.optimizers.optimizers.adamw",
+    "sdft.optimizer": "sdft.optimizers.schedules",
+    "sdft.preflight": "sdft.planning.preflight",
+    "sdft.sampling.Sampler": "sdft.sampling.samplers.Sampler",
+    "sdft.strategies": "sdft.distributed.strategies",
+    "sdft.trainer.trainer": "sdft.training.trainer.trainer",
+    "sdft.trainer": "sdft.training.checkpoints",
+    "sdft.tuning.Adapter": "sdft.tuning.adapter.Adapter",
+    "sdft.tuning.Full": "sdft.tuning.full.Full",
+}
+"""Module or class of version 0.1.0 -> its name today. The longest match counts."""
+
+
+def current_name(target: str) -> str:
+    """The name today of a `_target_`."""
+    for old in sorted(MOVED, key=len, reverse=True):
+        if target == old or target.startswith(f"{old}."):
+            return MOVED[old] + target.removeprefix(old)
+    return target
+
+
+def read_config(path: Path) -> DictConfig:
+    """The composed config of an earlier run, such as its `.hydra/config.yaml`, with today's names.
+
+    Raises ConfigError where there is none, or it is no config.
+    """
+    try:
+        cfg = OmegaConf.load(path)
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as the config of a run ({str(error).splitlines()[0]})") from error
+    if not isinstance(cfg, DictConfig):
+        raise ConfigError(f"{path}: is not the config of a run")
+    rename_targets(cfg)
+    return cfg
+
+
+def rename_targets(node: Any) -> None:
+    """Replace every `_target_` below a node by its name today."""
+    if OmegaConf.is_dict(node) and not node._is_none():
+        for key in list(node):
+            if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
+                continue
+            if key == "_target_" and isinstance(node[key], str):
+                node[key] = current_name(node[key])
+            else:
+                rename_targets(node[key])
+    elif OmegaConf.is_list(node) and not node._is_none():
+        for index in range(len(node)):
+            if not OmegaConf.is_interpolation(node, index):
+                rename_targets(node[index])
