@@ -120,7 +120,8 @@ def load_model(
         chosen = str(OmegaConf.to_container(OmegaConf.load(recorded), resolve=True)["model"].get("weights"))  # type: ignore
     chosen_options = [f"model={'nano' if chosen == 'nano' else 'sdxl'}", f"model.weights={_value(chosen)}"]
     if dtype is not None:
-        chosen_options.append(f"model.dtype={_value(dict.fromkeys(('unet', 'text_encoder', 'text_encoder_2'), dtype))}")
+        parts_given = ("unet", "text_encoder", "text_encoder_2")
+        chosen_options += [f"+model.dtype.{part}={_value(dtype)}" for part in parts_given]
     cfg = compose("eval", [*chosen_options, "model.gradient_checkpointing=false", *overrides, "subjects={model: nano}"])
     config.check(cfg)
     parts: list[Any] = [source]

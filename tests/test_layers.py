@@ -87,7 +87,7 @@ MODULES = {name_of(file) for file in FILES}
 
 
 def layer_of(module: str) -> int:
-    if module.endswith(".__main__") or module == "sdft":  # which offers the Python API
+    if module == "sdft" or module.endswith(".__main__"):  # the package itself exports the Python API
         return VERBS
     prefixes = (prefix for prefix in LAYERS if inside(module, prefix))
     return LAYERS.get(max(prefixes, key=len, default=""), CONCEPTS)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import yaml
 import train
 from sdft.errors import UserError
 from sdft.training import receipt
-from sdft.training.sweep import finished, print_table
+from sdft.training.sweep import finished, print_table, this_command
 
 SMALL = [
     "logger=csv",
@@ -118,3 +120,14 @@ def test_one_job_of_a_grid_runs_by_its_number(tmp_path: Path, monkeypatch) -> No
     assert yaml.safe_load((tmp_path / "swept" / "2" / ".hydra" / "overrides.yaml").read_text()) == record["overrides"]
     with pytest.raises(SystemExit):
         sweep(monkeypatch, *grid, "hydra.job.num=4")
+
+
+def test_a_program_is_started_again_as_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package's `__main__` as a module: as a file, its folder would hide the package."""
+    program = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", program)
+    monkeypatch.setattr(sys, "argv", ["/env/bin/sdft-train", "-m"])
+    program.__spec__ = None
+    assert this_command() == [sys.executable, "/env/bin/sdft-train"]
+    program.__spec__ = importlib.machinery.ModuleSpec("sdft.training.__main__", None)
+    assert this_command() == [sys.executable, "-m", "sdft.training.__main__"]
