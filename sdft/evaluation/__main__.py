@@ -1,4 +1,4 @@
-"""Compare what models draw of the same words: `python eval.py subjects='{base: nano, mine: RUN_FOLDER}'`."""
+"""Compare models on the same prompts and seeds: `python eval.py subjects='{base: nano, mine: RUN_FOLDER}'`."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from sdft.training.sweep import jobs_of
 
 @verb("eval")
 def main(cfg: DictConfig) -> None:
-    """One comparison, from config to pictures, figures and `report.html`."""
+    """One comparison, from config to images, metrics and `report.html`."""
     place, hydra = ProcessInfo.current(), HydraConfig.get()
-    if place.world_size > 1 and not any(word.startswith("run_dir=") for word in hydra.overrides.task):
-        raise UserError("run_dir is not set: several processes draw one comparison, so pass run_dir=FOLDER to all")
+    if place.world_size > 1 and not any(override.startswith("run_dir=") for override in hydra.overrides.task):
+        raise UserError("run_dir is not set: several processes share one comparison, so pass run_dir=FOLDER to all")
     cfg.run_dir = hydra.runtime.output_dir
     comparison = build(cfg)
-    # The cheap parts first: a wrong path is told before any weights are read.
+    # The cheap parts first: a wrong path is reported before any weights are loaded.
     jobs = read_jobs(comparison.sweep) if comparison.sweep else []
     subjects = sweep_subjects(cfg, jobs) if comparison.sweep else comparison.read_subjects()
     wanted = comparison.build_grid(subjects)
@@ -56,7 +56,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def find_device() -> torch.device:
-    """This process's own accelerator, where there is one."""
+    """The accelerator of this process, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))))
@@ -66,7 +66,7 @@ def read_jobs(sweep_dir: Path) -> list[Job]:
     """The jobs of a multirun."""
     if not sweep_dir.is_dir():
         raise UserError(f"sweep={sweep_dir}: there is no such folder")
-    found = [Job(folder, said, summary) for folder, said, summary in jobs_of(sweep_dir)]
+    found = [Job(folder, overrides, summary) for folder, overrides, summary in jobs_of(sweep_dir)]
     if not found:
         raise UserError(f"sweep={sweep_dir}: holds no jobs; pass the folder of a train.py -m")
     for job in found:
@@ -76,14 +76,14 @@ def read_jobs(sweep_dir: Path) -> list[Job]:
 
 
 def sweep_subjects(cfg: DictConfig, jobs: Sequence[Job]) -> list[Subject]:
-    """The base and every finished job."""
+    """The base model and every finished job."""
     weights = cfg.model.get("weights")
     base = [Subject("base", weights, weights=weights)] if weights is not None else []
     return [*base, *job_subjects(jobs)]
 
 
 def rebuild(run: Path) -> SDXL:
-    """The model of a run as it was at its first step, what learns in it attached."""
+    """The model of a run as it was at its first step, with its adapters or new words attached."""
     config = run / ".hydra" / "config.yaml"
     if not config.is_file():
         raise UserError(f"{config} is missing: without it the run's checkpoints cannot be opened")
@@ -96,7 +96,7 @@ def rebuild(run: Path) -> SDXL:
 
 
 def write(comparison: Comparison, results: Results) -> list[Path]:
-    """Everything that is left, and where it lies."""
+    """Write the tables, the contact sheet and the page; returns their paths."""
     folder = comparison.run_dir
     try:
         tables = write_tables(folder, results)
@@ -104,8 +104,8 @@ def write(comparison: Comparison, results: Results) -> list[Path]:
         write_page(folder / "report.html", results)
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written to ({error.strerror}); the pictures are kept, and the same command with the "
-            "same run_dir goes on"
+            f"{folder} cannot be written to ({error.strerror}); the images are kept, and the same command with the "
+            "same run_dir continues"
         ) from error
     if comparison.logger:
         from sdft.training.callbacks.tracking import log_comparison
@@ -118,10 +118,10 @@ def write(comparison: Comparison, results: Results) -> list[Path]:
 def print_report(
     results: Results, front: Sequence[str], written: Sequence[Path], left_out: Sequence[str], why_not: str
 ) -> None:
-    """What came out and where it lies."""
+    """Print the table, the main verdicts, the recommendation and the paths of the files."""
     if results.metrics:
         print(f"\n{terminal_table(results)}\n")
-    # What was seen, and what a recommendation rests on; the page has the others too.
+    # Differences that were found, and those of the recommendation; the page has all.
     directed = {metric.name for metric in results.metrics if metric.better}
     for verdict in results.verdicts:
         if verdict.metric in directed and (verdict.p < LEVEL or verdict.metric in front):
