@@ -131,7 +131,7 @@ def load_model(
         try:
             (subject,) = read_subjects({"model": parts if len(parts) > 1 else source})
             if words is not None:
-                subject = replace(subject, worn=(*subject.worn, AdapterFiles(words=Path(words).expanduser())))
+                subject = replace(subject, adapters=(*subject.adapters, AdapterFiles(words=Path(words).expanduser())))
             loader = SubjectLoader(config.build(cfg.model), chosen, torch.device(device or find_device()))
             loaded = stack.enter_context(loader.open(subject))
         except UserError as error:

@@ -82,7 +82,7 @@ def test_a_run_draws_what_its_model_drew_and_leaves_no_trace(run, models: Subjec
     folder, expected = run
     before, plain = list(traces(models.base)), picture(models.base)
     (subject,) = read_subjects({"mine": str(folder)})
-    assert subject.worn == (AdapterFiles(folder / "lora.safetensors", folder / "words.safetensors"),)
+    assert subject.adapters == (AdapterFiles(folder / "lora.safetensors", folder / "words.safetensors"),)
     assert (subject.name, subject.source, subject.weights) == ("mine", str(folder), None)
     with models.open(subject) as model:
         drawn = picture(model)
@@ -104,7 +104,7 @@ def test_the_new_words_matter_by_themselves(run: tuple[Path, np.ndarray], base: 
 
 def test_a_lora_file_goes_on_the_base(run: tuple[Path, np.ndarray], models: SubjectLoader) -> None:
     (subject,) = read_subjects({"file": str(run[0] / "lora.safetensors")})
-    assert (subject.kind, subject.worn) == ("LoRA", (AdapterFiles(run[0] / "lora.safetensors"),))
+    assert (subject.kind, subject.adapters) == ("LoRA", (AdapterFiles(run[0] / "lora.safetensors"),))
     with models.open(subject) as model:
         assert model is models.base
         assert any("lora_" in name for name, _ in model.text_encoder_2.named_parameters())

@@ -128,7 +128,8 @@ def test_every_command_runs(lab: Path) -> None:
 @pytest.mark.slow
 def test_a_run_with_parts_from_outside_is_resumed(lab: Path) -> None:
     words = ["train.py", "hydra.searchpath=[pkg://my_lab.conf]", "experiment=dreamy_style", "optimizer=sgd",
-             "data=squares", "objective/weighting=soft_min_snr", "callbacks=with_norm", "verdict=none", "~callbacks.previews",
+             "data=squares", "objective/weighting=soft_min_snr", "callbacks=with_norm", "verdict=none",
+             "~callbacks.previews",
              "logger=csv", "export.tolerance=1", "resume=auto", "run_dir=runs/resumed"]  # fmt: skip
     if not (lab / "train.py").exists():
         (lab / "train.py").symlink_to(ROOT / "train.py")

@@ -1,7 +1,7 @@
-"""What a finished run achieved, in figures and one picture: the base beside the tuned model.
+"""Evaluation at the end of a training run: metrics for `summary.json`, and `before_after.png`.
 
-Each verdict is an object chosen by config; called with the tuned model and a way back to its base, it gives the
-figures of `summary.json`. Knows sampling and measures; does not know how the model was trained.
+The config group `verdict` chooses one of these classes. It is called with the tuned model, and with a context manager
+in which the model is the base model again.
 """
 
 from __future__ import annotations
@@ -31,19 +31,22 @@ from sdft.sampling.samplers import Sampler
 from sdft.types import Count, Precision
 
 Base = Callable[[], AbstractContextManager]
+"""Context manager in which the model is the base model."""
 BEFORE_AFTER = "before_after.png"
 MIN_REFERENCES = 4
 
 
 class StyleEvaluation:
-    """Did the model learn the look, and does it still draw what it is asked?
+    """Style gain and prompt adherence of the tuned model, beside the base model.
 
-    reference: held-out pictures of the look; the captions of its first `num_images` are the prompts.
-    prompts: what `before_after.png` shows.
-    sampler, size: how and how large pictures are drawn.
-    judge: folder or hub id of the CLIP that measures adherence; `nano` is the shipped one; none measures nothing.
-    caption: how a prompt asks for the look; with a word in it, the look without the word is measured too.
-    reduced_side: pictures are reduced to this side before they are compared.
+    reference: held-out images of the style; the captions of its first `num_images` are the prompts.
+    prompts: prompts of `before_after.png`.
+    sampler, size: the sampler, and the side of the images in pixels.
+    judge: folder or hub id of the CLIP model that measures adherence; `nano` is the one in this package; by default
+        adherence is not measured.
+    caption: template of the tuned model's prompts, with `{caption}`. If it adds a word, the style gain without the
+        word is measured too.
+    reduced_side: images are reduced to this side in pixels before their style is measured.
     """
 
     def __init__(
@@ -62,23 +65,23 @@ class StyleEvaluation:
         self.judge = judge
 
     def __call__(self, model: SDXL, base: Base, folder: Path, precision: Precision = "fp32") -> dict[str, Any]:
-        """Figures of the run; writes `before_after.png` into `folder`."""
+        """The metrics of the run; writes `before_after.png` into `folder`."""
         captions = [self.reference[index].caption for index in range(self.num_images)]
-        asked = [self.caption.format(caption=caption) for caption in captions]
-        draw = partial(self._draw, model, precision)
+        tuned_prompts = [self.caption.format(caption=caption) for caption in captions]
+        sample = partial(self._sample, model, precision)
         with base():
-            before = draw(captions, "base")
-            shown = [draw(self.prompts)]
-        tuned = draw(asked, "tuned")
-        shown.append(draw([self.caption.format(caption=prompt) for prompt in self.prompts]))
+            before = sample(captions, "base")
+            shown = [sample(self.prompts)]
+        tuned = sample(tuned_prompts, "tuned")
+        shown.append(sample([self.caption.format(caption=prompt) for prompt in self.prompts]))
         save_grid(folder / BEFORE_AFTER, shown, ["base", "tuned"], self.prompts)
         if len(self.reference.keys) < MIN_REFERENCES:
-            why = f"not measured: {len(self.reference.keys)} held-out pictures, needs {MIN_REFERENCES}"
+            why = f"not measured: {len(self.reference.keys)} held-out images, needs {MIN_REFERENCES}"
             return {"style_gain": None, "style_gain_note": why} | self._adherence(before, tuned, captions)
         reference, reconstructed = self._references(model)
-        gauge = StyleGainMetric(before, reference, reconstructed, side=self.reduced_side)
-        gain = gauge(tuned)
-        figures = {
+        measure = StyleGainMetric(before, reference, reconstructed, side=self.reduced_side)
+        gain = measure(tuned)
+        values = {
             "style_gain": gain.style_gain,
             "style_gain_ceiling": gain.ceiling,
             "style_gain_colour": gain.colour.gain,
@@ -88,34 +91,35 @@ class StyleEvaluation:
             "distance_floor": gain.d_floor,
         }
         if self.caption != "{caption}":
-            unasked = draw(captions, "tuned, without the word")
-            figures["style_gain_without_word"] = gauge(unasked).style_gain
-        return figures | self._adherence(before, tuned, captions)
+            without_word = sample(captions, "tuned, without the word")
+            values["style_gain_without_word"] = measure(without_word).style_gain
+        return values | self._adherence(before, tuned, captions)
 
-    def _draw(
+    def _sample(
         self, model: SDXL, precision: Precision, prompts: Sequence[str], progress: str | None = None
     ) -> np.ndarray:
         size_hw = (self.size, self.size)
         return generate(model, prompts, range(len(prompts)), self.sampler, size_hw, precision, progress)
 
     def _references(self, model: SDXL) -> tuple[np.ndarray, np.ndarray]:
-        """The held-out pictures, and the same through the VAE."""
+        """The held-out images, and their reconstructions by the VAE."""
         pictures = Pictures(self.reference, (self.size, self.size), seed=0)
-        real, through = [], []
+        real, reconstructed = [], []
         for batch in batches(pictures, range(len(self.reference.keys)), self.sampler.batch_size):
             batch = batch.to(model.device)
             assert batch.pixels_BCHW is not None
             real.append(to_uint8(batch.pixels_BCHW))
-            through.append(to_uint8(model.decode(model.encode_images(batch))))
-        return np.concatenate(real), np.concatenate(through)
+            reconstructed.append(to_uint8(model.decode(model.encode_images(batch))))
+        return np.concatenate(real), np.concatenate(reconstructed)
 
     def _adherence(self, before: np.ndarray, tuned: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
         if self.judge is None:
             return {}
-        scene = getattr(self.reference, "scene", None)
-        judge = load_judge(str(NANO / "clip") if self.judge == "nano" else self.judge, SUBJECTS if scene else None)
-        if scene:
-            subjects = [scene(index).subject for index in range(self.num_images)]
+        # Toy images have known subjects: the accuracy of naming them says more than a similarity.
+        toy = self.reference if isinstance(self.reference, ToyWorld) else None
+        judge = load_judge(str(NANO / "clip") if self.judge == "nano" else self.judge, SUBJECTS if toy else None)
+        if toy:
+            subjects = [toy.scene(index).subject for index in range(self.num_images)]
             return {
                 "adherence": judge.subject_accuracy(tuned, subjects),
                 "adherence_base": judge.subject_accuracy(before, subjects),
@@ -127,15 +131,15 @@ class StyleEvaluation:
 
 
 class AutoencoderEvaluation:
-    """How well a VAE keeps pictures: PSNR in dB on held-out ones, by the look in their key."""
+    """Reconstruction quality of a trained VAE: PSNR in dB on held-out images, for each reference."""
 
     def __init__(self, references: dict[str, Source], size: Count):
         self.references, self.size = references, size
 
     @torch.no_grad()
     def __call__(self, vae: nn.Module, base: Base, folder: Path, precision: Precision = "fp32") -> dict[str, float]:
-        """Mean PSNR of each reference; writes originals above reconstructions."""
-        figures, rows, labels = {}, [], []
+        """Mean PSNR of each reference; writes `before_after.png` with the originals above their reconstructions."""
+        values, rows, labels = {}, [], []
         for name, source in self.references.items():
             pictures = Pictures(source, (self.size, self.size), seed=0)
             psnr, shown = [], []
@@ -145,25 +149,25 @@ class AutoencoderEvaluation:
                 y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
                 psnr += (6.0206 - 10 * (y - x).square().mean(dim=(1, 2, 3)).log10()).tolist()
                 shown.append((to_uint8(x), to_uint8(y)))
-            figures[f"psnr_{name}"] = float(np.mean(psnr))
+            values[f"psnr_{name}"] = float(np.mean(psnr))
             rows += [np.concatenate(column)[:10] for column in zip(*shown, strict=True)]
             labels += [name, "through the VAE"]
         save_grid(folder / BEFORE_AFTER, rows, labels)
-        return figures
+        return values
 
 
 class JudgeEvaluation:
-    """How often a CLIP names the subject of held-out pictures."""
+    """Zero-shot accuracy of a trained CLIP judge on the subjects of held-out toy images."""
 
     def __init__(self, references: dict[str, ToyWorld], words: Sequence[str]):
         self.references, self.tokenizer = references, tokenizer(words, "<|endoftext|>")
 
     def __call__(self, clip: nn.Module, base: Base, folder: Path, precision: Precision = "fp32") -> dict[str, float]:
-        """Accuracy of each reference, and over all."""
+        """Accuracy on each reference, and their mean."""
         judge = Judge(clip, self.tokenizer, SUBJECTS)
-        figures = {}
+        values = {}
         for name, source in self.references.items():
             images = np.stack([source[index].image_HWC for index in range(len(source.keys))])
             subjects = [source.scene(index).subject for index in range(len(source.keys))]
-            figures[f"accuracy_{name}"] = judge.subject_accuracy(images, subjects)
-        return figures | {"accuracy": float(np.mean(list(figures.values())))}
+            values[f"accuracy_{name}"] = judge.subject_accuracy(images, subjects)
+        return values | {"accuracy": float(np.mean(list(values.values())))}

@@ -1,6 +1,4 @@
-"""Whether pictures show what their prompts say, as a CLIP sees it.
-
-Knows CLIP's two towers and its pixels. Must not know which model made the pictures, nor how the judge was trained.
+"""The judge: a CLIP model that scores images against texts, for prompt adherence and as a feature extractor.
 """
 
 from __future__ import annotations
@@ -22,14 +20,14 @@ Images = np.ndarray | Sequence[np.ndarray]
 
 
 class Judge:
-    """A CLIP that is asked what it sees.
+    """A CLIP model with its tokenizer and image processor.
 
-    clip, tokenizer: of one model; nano's own or any of the hub's.
-    classes: the subjects among which `subject_accuracy` chooses; accuracies over different classes do not compare.
-    processor: resize (bicubic, antialiased, shorter edge), centre crop and normalisation of the pictures. Without it,
-        the size is the vision tower's and pixels lie in [-1, 1], as nano's judge has learnt.
-    prompt: what the judge compares a picture with; `{noun}` is the class and its article.
-    batch_size: pictures, or texts, at a time.
+    clip, tokenizer: of one model.
+    classes: the classes of `subject_accuracy`; accuracies over different classes are not comparable.
+    processor: resizes (bicubic, antialiased, shorter edge), crops and normalises images. By default, to the size of
+        the vision model and to pixels in [-1, 1], as the nano judge was trained.
+    prompt: template of the text for a class; `{noun}` is the class with its article.
+    batch_size: images or texts per forward pass.
     """
 
     def __init__(
@@ -46,14 +44,14 @@ class Judge:
         self.processor = processor or pixels_in_unit_range(clip.vision_model.embeddings.image_size)
 
     def subject_accuracy(self, images: Images, subjects: Sequence[str]) -> float:
-        """The share of pictures whose likeliest class, of all classes, is the subject asked for."""
+        """Zero-shot classification: the share of images whose most similar class is the given subject."""
         return self.subject_hits(images, subjects).float().mean().item()
 
     def subject_hits(self, images: Images, subjects: Sequence[str]) -> Tensor:
-        """Whether each picture's likeliest class is its subject, N bools."""
+        """Whether the most similar class of each image is its subject, N bools."""
         _check_counts(images, subjects)
         if not self.classes:
-            raise UserError("the judge has no classes to choose among; give it the list of possible subjects")
+            raise UserError("the judge has no classes; pass the list of possible subjects")
         if unknown := set(subjects) - set(self.classes):
             raise UserError(f"subjects {sorted(unknown)} are not among the judge's classes {list(self.classes)}")
         texts_KD = self.embed_texts([self.prompt.format(noun=with_article(name)) for name in self.classes])
@@ -61,7 +59,7 @@ class Judge:
         return chosen_N == torch.tensor([self.classes.index(subject) for subject in subjects])
 
     def similarity(self, images: Images, captions: Sequence[str]) -> Tensor:
-        """The cosine of each picture with its caption, N; the mean is CLIP-T (Hessel et al. 2021, unscaled)."""
+        """Cosine similarity of each image with its caption, N; the mean is CLIP-T (Hessel et al. 2021, unscaled)."""
         _check_counts(images, captions)
         return (self.embed_images(images) * self.embed_texts(captions)).sum(1)
 
@@ -78,7 +76,7 @@ class Judge:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors, N x D, fp32 on the CPU; a text longer than the text tower is cut."""
+        """Unit vectors, N x D, fp32 on the CPU; texts are truncated to the length of the text model."""
         embedded = []
         for first in range(0, len(texts), self.batch_size):
             ids_BL = self.tokenizer(
@@ -94,9 +92,9 @@ class Judge:
 
 
 def load_judge(source: str, classes: Sequence[str] | None = None) -> Judge:
-    """The judge in a folder or on the hub: a CLIPModel in safetensors, its tokenizer, and how it wants its pixels.
+    """Loads a judge from a folder or the hub: a CLIPModel in safetensors, its tokenizer and its image processor.
 
-    A folder without `preprocessor_config.json` is taken to be nano's, whose pixels lie in [-1, 1].
+    A folder without `preprocessor_config.json` is taken for a nano judge, with pixels in [-1, 1].
     """
     folder = Path(source).expanduser()
     try:
@@ -114,7 +112,7 @@ def load_judge(source: str, classes: Sequence[str] | None = None) -> Judge:
 
 
 def pixels_in_unit_range(image_size: int) -> CLIPImageProcessorPil:
-    """Pixels in [-1, 1] at `image_size`."""
+    """An image processor that gives pixels in [-1, 1] at `image_size`."""
     return CLIPImageProcessorPil(
         size={"shortest_edge": image_size},
         crop_size={"height": image_size, "width": image_size},
@@ -130,10 +128,10 @@ def with_article(noun: str) -> str:
 
 def _check_counts(images: Images, texts: Sequence[str]) -> None:
     if len(images) != len(texts) or len(images) == 0:
-        raise UserError(f"{len(images)} pictures and {len(texts)} texts: the judge needs one text a picture")
+        raise UserError(f"{len(images)} images and {len(texts)} texts: the judge needs one text per image")
 
 
 def _checked(image: np.ndarray) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise UserError(f"pictures are uint8 of shape (h, w, 3), not {image.dtype} of shape {image.shape}")
+        raise UserError(f"images are uint8 of shape (h, w, 3), not {image.dtype} of shape {image.shape}")
     return image

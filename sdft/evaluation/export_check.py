@@ -1,6 +1,6 @@
-"""Does a written file give the trained model back, when the loaders that its users have open it?
+"""Checks exported files: loads each one and compares its prediction with that of the trained model.
 
-Knows the kinds of files that training writes and one small forward pass to compare. Must not know how they are written.
+One small forward pass per file. The files are written by `formats`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from sdft.rng import generator
 
 LATENT_SIDE = 16
 MIN_EFFECT = 0.05
-"""Of the prediction: what training changed less than that is measured against this, or rounding would look large."""
+"""Smallest change of the prediction by training, relative to it, that errors are divided by.
+
+If training changed less, errors are divided by this, or rounding errors would look large."""
 
 
 def export_errors(
@@ -34,12 +36,12 @@ def export_errors(
     reload: Callable[[], SDXL],
     words: tuple[str, ...] = (),
 ) -> dict[str, float]:
-    """How far what each file predicts is from the trained `model`, as a share of what training changed.
+    """The error of each file's prediction, relative to the change of the prediction by training.
 
-    base: makes the model what it was before training, inside a `with`.
-    reload: the base model anew, for the adapters to go on.
+    base: context manager in which `model` is the base model.
+    written: kind of file -> path. reload: loads the base model again, to apply adapters to.
     """
-    # In fp32: rounding of activations would hide what is wrong with the weights.
+    # In fp32: rounding of activations in half precision would hide errors of the weights.
     dtypes = {part: getattr(model, part).dtype for part in FILES}
     model.float()
     trained = probe(model, words)
@@ -63,7 +65,7 @@ def export_errors(
 
 @torch.no_grad()
 def probe(model: SDXL, words: tuple[str, ...]) -> list[Tensor]:
-    """What the model says of fixed noise under a few prompts, and its picture of it."""
+    """The prediction on fixed noise for a few prompts, and the decoded image of the same noise."""
     prompts = ["a photo of a cat", *words]
     shape = (len(prompts), model.vae.config.latent_channels, LATENT_SIDE, LATENT_SIDE)
     z_BCHW = torch.randn(shape, generator=generator(0, "parity")).to(model.device)
@@ -77,7 +79,7 @@ def probe(model: SDXL, words: tuple[str, ...]) -> list[Tensor]:
 
 @contextmanager
 def opened(name: str, written: Mapping[str, Path], reload: Callable[[], SDXL]) -> Iterator[SDXL]:
-    """The model that a file stands for in fp32, inside the `with`: read by diffusers, wherever it can."""
+    """Context manager that loads the model of a file in fp32, by diffusers if it can read the file."""
     if name in ("model", "single_file"):
         options = {"dtype": torch.float32, "add_watermarker": False}
         if name == "model":
@@ -92,7 +94,7 @@ def opened(name: str, written: Mapping[str, Path], reload: Callable[[], SDXL]) -
     model = reload().eval().float()
     kinds = {layer.kind for layer in read_lora(written[name], name).layers.values()}
     with ExitStack() as stack:
-        # diffusers 0.42 knows no LoHa and LoKr, and drops the magnitudes of a DoRA with kohya's names.
+        # diffusers 0.42 cannot read LoHa and LoKr, and drops the magnitudes of a DoRA with kohya's names.
         if kinds & {"loha", "lokr"} or (name == "lora_kohya" and "dora" in kinds):
             stack.enter_context(with_lora(model, written[name], name))
         else:
@@ -104,5 +106,5 @@ def opened(name: str, written: Mapping[str, Path], reload: Callable[[], SDXL]) -
 
 
 def rms(x: Tensor) -> float:
-    """The root of the mean square."""
+    """Root mean square."""
     return x.double().square().mean().sqrt().item()

@@ -1,6 +1,6 @@
-"""What is drawn: subjects times every axis, as a list of cells.
+"""The grid of a comparison: one cell for every combination of subject, axis values, prompt and seed.
 
-Knows names and numbers. Must not know models, files or how pictures are judged.
+Only names and numbers; nothing is loaded or generated here.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Size = Count | Annotated[Sequence[Count], MinLen(2)]
 
 
 class Axes:
-    """What is varied, each a list of values; what is not said is as `sampler` and `size` say.
+    """The values of each axis. An axis that is None keeps the value of `sampler` or `size`.
 
-    sampler: solvers by name.
-    cfg, steps, rescale, negative: of the sampler.
+    sampler: names of samplers.
+    cfg, steps, rescale, negative: options of the sampler.
     size: sides in pixels, or [height, width].
-    scale: strengths of a subject's LoRAs, times their own; what has none is the same at all of them.
-    step: of training, where a run kept checkpoints (`callbacks=progress`), or `all`; the last is the run's result.
+    scale: multipliers of the strengths of a subject's LoRAs; a subject without LoRAs is the same at all of them.
+    step: training steps at which a run kept checkpoints (`callbacks=progress`), or `all`; the last is the final model.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Axes:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Everything a picture is made with, besides the weights."""
+    """Everything that an image depends on, besides the weights. The names and values are part of its file name."""
 
     prompt: str
     seed: int
@@ -78,17 +78,18 @@ class GenerationSettings:
     size_hw: tuple[int, int]
 
     def to_sampler(self, batch_size: int) -> Sampler:
-        """The sampler that draws it."""
+        """The sampler with these options."""
         return Sampler(self.sampler, self.steps, self.cfg, self.negative, self.rescale, batch_size)
 
 
 @dataclass(frozen=True)
 class GridCell:
-    """One picture to be drawn.
+    """One image of the grid.
 
-    contestant: the subject as it is known in the results: with the values of the axes that compete.
-    axes: where it stands among the contestant's pictures; two pictures with the same axes make a pair.
-    scale: of the subject's LoRAs. step: of training, FINAL for the finished weights.
+    variant: name of the subject in the results: its name and the values of the competing axes, `dreamy scale 0.5`.
+    scale: multiplies the strengths of the subject's LoRAs. step: of training, FINAL for the final weights.
+    axes: position among the images of the variant: prompt, seed, and the other axes that vary.
+    varied: values of the competing axes.
     """
 
     variant: str
@@ -101,7 +102,7 @@ class GridCell:
 
     @property
     def pair(self) -> tuple:
-        """What it shares with its partners of other contestants."""
+        """Key under which the images of two variants form a pair."""
         return tuple(self.axes.items())
 
 
@@ -114,7 +115,11 @@ def build_grid(
     axes: Axes,
     compete: Sequence[Axis] = (),
 ) -> list[GridCell]:
-    """The grid, subject by subject, and within one from the slowest axis to prompts and seeds."""
+    """All cells, by subject, then by axes, prompt and seed (which changes fastest).
+
+    seeds: of each prompt. sampler, size: for axes without values. compete: axes whose values make variants.
+    Raises UserError for an axis that cannot be used.
+    """
     default = {**options_of(sampler), "size": _hashable(size), "scale": 1.0}
     steps = training_steps(subjects, axes.step)
     values = {name: axes.values.get(name, [value]) for name, value in default.items()} | {"step": steps}
@@ -125,9 +130,9 @@ def build_grid(
     found = []
     for subject in subjects:
         for point in _points(subject, values, compete):
-            told = {name: _value(point[name]) for name in shown if point[name] is not None}
-            varied = {name: value for name, value in told.items() if name in compete}
-            other = {name: value for name, value in told.items() if name not in compete}
+            given = {name: _value(point[name]) for name in shown if point[name] is not None}
+            varied = {name: value for name, value in given.items() if name in compete}
+            other = {name: value for name, value in given.items() if name not in compete}
             variant = " ".join([subject.name, *(f"{name} {_short(value)}" for name, value in varied.items())])
             for prompt, seed in itertools.product(prompts, seeds):
                 found.append(_cell(variant, subject, point, prompt, seed, other, varied))
@@ -135,7 +140,7 @@ def build_grid(
 
 
 def options_of(sampler: Sampler) -> dict[str, Value]:
-    """What a sampler is, by the names of the axes."""
+    """The options of a sampler by the names of their axes."""
     return {
         "sampler": sampler.name,
         "cfg": sampler.cfg,
@@ -146,24 +151,24 @@ def options_of(sampler: Sampler) -> dict[str, Value]:
 
 
 def size_text(size: Size) -> str:
-    """Width x height."""
+    """Width x height, as `96x64`."""
     h, w = (size, size) if isinstance(size, int) else size
     return f"{w}x{h}"
 
 
-def training_steps(subjects: Sequence[Subject], asked: Sequence[int] | Literal["all"] | None) -> list[int]:
-    """The steps of training that are looked at; FINAL alone where nothing is asked."""
-    if asked is None:
+def training_steps(subjects: Sequence[Subject], steps: Sequence[int] | Literal["all"] | None) -> list[int]:
+    """The training steps to load; by default only FINAL. Raises UserError for a step without a checkpoint."""
+    if steps is None:
         return [FINAL]
     known = sorted({step for subject in subjects for step in subject.steps})
     if not known:
         raise UserError("axes.step: none of the subjects is a run with checkpoints; train with callbacks=progress")
-    if asked == "all":
+    if steps == "all":
         return known
-    for step in asked:
+    for step in steps:
         if step not in known:
             raise UserError(f"axes.step={step}: no subject has a checkpoint of that step; there are {known}")
-    return list(asked)
+    return list(steps)
 
 
 def read_prompts(prompts: Sequence[str] | str) -> list[str]:
@@ -183,7 +188,7 @@ def read_prompts(prompts: Sequence[str] | str) -> list[str]:
 
 
 def _points(subject: Subject, values: Mapping[str, Sequence], compete: Sequence[str]) -> Iterator[dict]:
-    """Every combination of the axes; a subject does not compete with itself on an axis that it does not have."""
+    """Every combination of axis values. On a competing axis that does not apply to the subject, there is only one."""
     own = dict(values)
     if "scale" in compete and not subject.loras:
         own["scale"] = [None]
@@ -210,7 +215,7 @@ def _cell(
         size_hw=size if isinstance(size, tuple) else (size, size),
     )
     scale = 1.0 if point["scale"] is None else point["scale"]
-    # A run's last step is what it exported.
+    # The last step of a run is the exported model.
     step = FINAL if step is None or not subject.steps or step == subject.steps[-1] else step
     return GridCell(variant, subject, scale, step, settings, {"prompt": prompt, "seed": seed, **other}, varied)
 
@@ -220,7 +225,7 @@ def _hashable(value):
 
 
 def _value(value) -> Value:
-    """As tables and pages show it."""
+    """As tables and the page show it."""
     return size_text(value) if isinstance(value, tuple) else value
 
 

@@ -1,7 +1,7 @@
-"""The pictures of a comparison on disk, each named by everything that it was made from.
+"""The images of a comparison on disk, each named by a hash of everything that it depends on.
 
-So a picture is made once: what is there is not made again, and a comparison that was stopped goes on. Knows cells,
-files and ranks. Must not know how pictures are judged.
+An image that exists is not generated again, so a comparison that was stopped continues. Several processes share the
+work through the folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from PIL import Image
@@ -31,55 +31,47 @@ from sdft.sampling.generate import PromptEmbeddings, generate, refuse_size
 
 VERSIONS = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
 TIMEOUT_SECONDS = 1800
-"""Seconds without a new picture after which rank 0 gives up on the others."""
+"""Seconds without a new image after which rank 0 stops waiting for the others."""
 
 
 class ImageCache:
-    """Draws cells that are not there yet.
+    """Generates the images of cells that are not on disk yet.
 
-    folder: of the pictures. batch_size: pictures at a time.
+    folder: of the images. loader: loads the subjects. batch_size: images per batch.
+    precision: of autocast, part of the file names.
     """
 
-    def __init__(self, folder: Path, models: SubjectLoader, precision: Literal["fp32", "bf16"], batch_size: int):
-        self.folder, self.models, self.precision, self.batch_size = folder, models, precision, batch_size
+    def __init__(self, folder: Path, loader: SubjectLoader, precision: Literal["fp32", "bf16"], batch_size: int):
+        self.folder, self.loader, self.precision, self.batch_size = folder, loader, precision, batch_size
 
     def path(self, cell: GridCell) -> Path:
-        """Of a cell's picture, whether or not it is there."""
-        weights = self.models.identity(cell.subject, cell.scale, cell.step)
-        said = [weights, asdict(cell.settings), self.precision, self.models.device.type, VERSIONS]
-        digest = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=12)
+        """Path of a cell's image, whether or not it exists.
+
+        The hashed values must not change, or the images of earlier comparisons are generated again.
+        """
+        weights = self.loader.identity(cell.subject, cell.scale, cell.step)
+        content = [weights, asdict(cell.settings), self.precision, self.loader.device.type, VERSIONS]
+        digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=12)
         return self.folder / f"{digest.hexdigest()}.png"
 
     def fill(self, cells: Sequence[GridCell], process: ProcessInfo = ProcessInfo()) -> None:
-        """Draw what is missing; rank 0 comes back when every picture is there, the others after their own.
+        """Generate what is missing; rank 0 returns when every image exists, the others after their own.
 
-        The batches are those of the whole grid, so what was stopped goes on with the same ones, and the same bits.
+        Batches are formed from the whole grid, so a stopped comparison continues with the same batches and bits.
         """
         wanted = {self.path(cell): cell for cell in cells}
         missing = {path for path in wanted if not path.is_file()}
-        with tqdm(total=len(missing), desc="drawing", unit="image", disable=process.rank > 0 or not missing) as bar:
-            self._draw(list(wanted.items()), process, bar.update)
+        with tqdm(total=len(missing), desc="generating", unit="image", disable=process.rank > 0 or not missing) as bar:
+            self._generate(list(wanted.items()), process, bar.update)
             if process.rank == 0 and process.world_size > 1:
                 self._wait(list(missing), bar)
 
-    def _draw(self, wanted: list[tuple[Path, GridCell]], process: ProcessInfo, drawn: Callable[[int], object]) -> None:
-        number = itertools.count()
-        by_weights: dict[tuple, list[tuple[Path, GridCell]]] = {}
-        for path, cell in wanted:
-            by_weights.setdefault((cell.subject.name, cell.scale, cell.step), []).append((path, cell))
-        for of_model in by_weights.values():
-            mine = []
-            for _, alike in itertools.groupby(sorted(of_model, key=_settings), _settings):
-                for batch in _batches(list(alike), self.batch_size):
-                    missing = [(path, cell) for path, cell in batch if not path.is_file()]
-                    if next(number) % process.world_size == process.rank and missing:
-                        mine.append(missing)
-            if not mine:
-                continue
-            cell = mine[0][0][1]
-            with self.models.open(cell.subject, cell.scale, cell.step) as model:
+    def _generate(self, wanted: list[tuple[Path, GridCell]], process: ProcessInfo, done: Callable[[int], Any]) -> None:
+        for batches in self._own_batches(wanted, process):
+            _, first = batches[0][0]
+            with self.loader.open(first.subject, first.scale, first.step) as model:
                 texts = PromptEmbeddings(model)
-                for batch in mine:
+                for batch in batches:
                     settings = batch[0][1].settings
                     refuse_size(model, settings.size_hw)
                     images = generate(
@@ -93,14 +85,30 @@ class ImageCache:
                     )
                     for (path, _), image in zip(batch, images, strict=True):
                         write_image(path, image)
-                    drawn(len(batch))
+                    done(len(batch))
+
+    def _own_batches(self, wanted: list[tuple[Path, GridCell]], process: ProcessInfo) -> Iterator[list[list]]:
+        """The batches of this process, one list for each model; every batch without the images that exist."""
+        number = itertools.count()
+        by_weights: dict[tuple, list[tuple[Path, GridCell]]] = {}
+        for path, cell in wanted:
+            by_weights.setdefault((cell.subject.name, cell.scale, cell.step), []).append((path, cell))
+        for of_model in by_weights.values():
+            own = []
+            for _, alike in itertools.groupby(sorted(of_model, key=_settings), _settings):
+                for batch in _batches(list(alike), self.batch_size):
+                    missing = [(path, cell) for path, cell in batch if not path.is_file()]
+                    if next(number) % process.world_size == process.rank and missing:
+                        own.append(missing)
+            if own:
+                yield own
 
     def _wait(self, paths: Sequence[Path], bar: tqdm) -> None:
-        """Until the other ranks have drawn their share."""
-        last, there = time.monotonic(), -1
+        """Wait until the other ranks have generated their share."""
+        last, count = time.monotonic(), -1
         while (now := sum(path.is_file() for path in paths)) < len(paths):
-            if now != there:
-                last, there = time.monotonic(), now
+            if now != count:
+                last, count = time.monotonic(), now
                 bar.n = now
                 bar.refresh()
             elif time.monotonic() - last > TIMEOUT_SECONDS:
@@ -113,7 +121,7 @@ class ImageCache:
 
 
 class ImageFiles(Sequence[np.ndarray]):
-    """Pictures as H x W x 3 bytes, read when asked for."""
+    """Images as uint8 RGB, H x W x 3, read on access."""
 
     def __init__(self, paths: Sequence[Path]):
         self.paths = list(paths)
@@ -133,12 +141,12 @@ class ImageFiles(Sequence[np.ndarray]):
 
 
 def noise_seed(settings: GenerationSettings) -> int:
-    """Of the noise that a picture starts from: its own for each prompt, so that no two prompts share their luck."""
+    """Seed of the initial noise. It differs between prompts: with common noise, their results would be correlated."""
     return seed_of(settings.seed, "noise", settings.prompt)
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """A PNG, whole or not at all."""
+    """Write a PNG atomically."""
     content = io.BytesIO()
     Image.fromarray(image).save(content, "PNG")
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial")
@@ -149,13 +157,13 @@ def write_image(path: Path, image: np.ndarray) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(
-            f"{path.parent} cannot be written to ({error.strerror}); the pictures drawn so far are kept, and the same "
-            "command with the same run_dir goes on"
+            f"{path.parent} cannot be written to ({error.strerror}); the images written so far are kept, and the same "
+            "command with the same run_dir continues"
         ) from error
 
 
 def _settings(item: tuple[Path, GridCell]) -> str:
-    """What a batch has in common."""
+    """What all images of a batch have in common: the settings without prompt and seed."""
     return json.dumps(asdict(replace(item[1].settings, prompt="", seed=0)))
 
 

@@ -1,8 +1,8 @@
-"""Is it different, by how much, and what could have been seen? Estimates and paired comparisons, by scipy.
+"""Estimates with intervals and paired tests: difference, p-value, effect size and smallest detectable difference.
 
-Pictures of one prompt resemble each other, so they are not as many independent witnesses. What counts as one is a
-unit: a prompt with all its pictures where there are enough prompts, which speaks of prompts of this kind; a pair of
-(prompt, seed) where there are few, which speaks of these prompts only. Knows numbers. Must not know pictures.
+Images of one prompt are correlated, so they do not count as independent observations. The independent unit is the
+prompt with all its images if there are at least `MIN_UNITS` prompts: the test then holds for prompts of that kind.
+With fewer prompts it is the pair (prompt, seed), and the test holds for these prompts only.
 """
 
 from __future__ import annotations
@@ -18,14 +18,19 @@ from sdft.evaluation.results import Estimate
 from sdft.rng import seed_of
 
 MIN_UNITS = 6
-"""Units from which a sign-flip test can reach 5 %: 2 of the 2^6 patterns of signs are 3 %."""
+"""The fewest units with which a sign-flip test can reach 5 %: 2 of the 2^6 patterns of signs are 3 %."""
 LEVEL, POWER = 0.05, 0.8
+"""Significance level of the tests, and power at which a difference counts as detectable."""
 RESAMPLES = 4999
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of paired units. `difference` is a minus b; `effect` is it in standard deviations of the differences."""
+    """The test of paired units.
+
+    difference: a minus b. p: two-sided. effect: the difference in standard deviations of the paired differences.
+    detectable: the smallest difference that this number of units can detect; infinite with too few units.
+    """
 
     difference: Estimate
     p: float
@@ -35,33 +40,32 @@ class Difference:
 
 
 def units(prompts: Sequence[str], seeds: Sequence[int]) -> list[Hashable]:
-    """The unit of each picture."""
+    """The unit of each image: its prompt, or its prompt and seed; see the module docstring."""
     if len(set(prompts)) >= MIN_UNITS:
         return list(prompts)
     return list(zip(prompts, seeds, strict=True))
 
 
 def unit_means(values: np.ndarray, of: Sequence[Hashable]) -> np.ndarray:
-    """Mean of each unit, in the order of their first appearance; NaN is left out, and units of nothing else."""
+    """Mean of each unit, in order of first appearance. NaN is left out, and so are units that have only NaN."""
     number = {unit: i for i, unit in enumerate(dict.fromkeys(of))}
     index = np.array([number[unit] for unit in of])
-    there = ~np.isnan(values)
-    counts = np.bincount(index[there], minlength=len(number))
-    sums = np.bincount(index[there], values[there], minlength=len(number))
+    valid = ~np.isnan(values)
+    counts = np.bincount(index[valid], minlength=len(number))
+    sums = np.bincount(index[valid], values[valid], minlength=len(number))
     return sums[counts > 0] / counts[counts > 0]
 
 
 def estimate(values: np.ndarray, of: Sequence[Hashable]) -> Estimate | None:
-    """The mean over units with its 95 % bootstrap interval; none where nothing was measured."""
+    """The mean over units with its 95 % bootstrap interval; None if there are only NaN."""
     means = unit_means(np.asarray(values, dtype=float), of)
     return _with_interval(means) if len(means) else None
 
 
 def compare(a: np.ndarray, b: np.ndarray, of: Sequence[Hashable], num_comparisons: int = 1) -> Difference | None:
-    """Paired values of two subjects; none without a pair.
+    """Tests the paired values of two subjects with a two-sided sign-flip test; None without a pair.
 
-    p: of a two-sided sign-flip test: without a difference, a unit would as likely point the other way.
-    num_comparisons: among which the level is shared, for the smallest difference that could have been seen.
+    num_comparisons: by which the level is divided for the smallest detectable difference.
     """
     d = unit_means(np.asarray(a, dtype=float) - np.asarray(b, dtype=float), of)
     n = len(d)
@@ -73,21 +77,22 @@ def compare(a: np.ndarray, b: np.ndarray, of: Sequence[Hashable], num_comparison
 
 
 def sign_flip(d: np.ndarray) -> float:
-    """p of the mean of `d` being 0, over all patterns of signs or 4999 random ones; 1 with too few to tell.
+    """p-value of the mean of `d` being 0, over all patterns of signs or 4999 random ones; 1 with too few units.
 
-    The same as scipy's `permutation_test`, which takes a thousand times as long over all patterns.
+    Equals `scipy.stats.permutation_test`, which takes a thousand times as long over all patterns.
     """
     if len(d) < MIN_UNITS or not np.any(d):
         return 1.0
     sums = np.abs(_signs(len(d)) @ d)
-    # As large as the one that was seen, rounding aside; the first pattern is the one that was seen.
+    # At least as large as the observed sum, which the first pattern gives; the tolerance is for rounding.
     return float(np.mean(sums >= sums[0] * (1 - 1e-12)))
 
 
 def detectable(spread: float, n: int, num_comparisons: int = 1) -> float:
-    """The smallest difference that `n` units of this spread show with 80 % power at the 5 % level, shared by Holm.
+    """The smallest difference that `n` units detect with 80 % power at the 5 % level, divided by `num_comparisons`.
 
-    (t_{1 - a/2} + t_{80 %}) spread / sqrt(n), by Student's t with n - 1 degrees; infinite where n is too small.
+    (t_{1 - a/2} + t_{80 %}) spread / sqrt(n), from Student's t with n - 1 degrees of freedom; infinite for small n.
+    spread: standard deviation of the differences.
     """
     if n < MIN_UNITS:
         return float("inf")
@@ -96,7 +101,7 @@ def detectable(spread: float, n: int, num_comparisons: int = 1) -> float:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979): the k-th smallest of m, times m - k + 1, never decreasing."""
+    """p-values corrected for multiple tests (Holm 1979): the k-th smallest of m times m - k + 1, never decreasing."""
     order = np.argsort(ps)
     stepped = np.asarray(ps)[order] * np.arange(len(ps), 0, -1)
     corrected = np.empty(len(ps))
@@ -104,22 +109,24 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def jackknife(statistic: Callable[[np.ndarray], float], of: Sequence[Hashable], most: int = 20) -> Estimate:
-    """A figure of a whole set, given which members count, with its 95 % interval by leaving out one unit at a time.
+def jackknife(statistic: Callable[[np.ndarray], float], of: Sequence[Hashable], max_groups: int = 20) -> Estimate:
+    """The value of a whole set with its 95 % jackknife interval, by leaving out one unit at a time.
 
-    Sets are not resampled: doubled members would look like neighbours. Beyond `most` units, groups of them are left
-    out. No interval with fewer than 3.
+    A bootstrap would draw members twice, which distances between sets see as nearest neighbours.
+
+    statistic: the value of the members with these indices. of: the unit of each member.
+    max_groups: with more units, groups of units are left out. No interval with fewer than 3 units.
     """
     number = {unit: i for i, unit in enumerate(dict.fromkeys(of))}
-    groups = np.array([number[unit] for unit in of]) % most
+    groups = np.array([number[unit] for unit in of]) % max_groups
     value = statistic(np.arange(len(of)))
-    g = min(len(number), most)
+    g = min(len(number), max_groups)
     if g < 3:
         return Estimate(value)
-    left = np.array([statistic(np.flatnonzero(groups != i)) for i in range(g)])
-    error = np.sqrt((g - 1) / g * np.square(left - left.mean()).sum())
-    reach = float(stats.t(g - 1).ppf(1 - LEVEL / 2) * error)
-    return Estimate(value, value - reach, value + reach)
+    values = np.array([statistic(np.flatnonzero(groups != i)) for i in range(g)])
+    error = np.sqrt((g - 1) / g * np.square(values - values.mean()).sum())
+    half_width = float(stats.t(g - 1).ppf(1 - LEVEL / 2) * error)
+    return Estimate(value, value - half_width, value + half_width)
 
 
 @lru_cache
@@ -143,5 +150,5 @@ def _with_interval(means: np.ndarray) -> Estimate:
 
 
 def _rng(purpose: str) -> np.random.Generator:
-    """The same draws for the same question, every time it is asked."""
+    """A generator that depends on the purpose alone, so that results are reproducible."""
     return np.random.default_rng(seed_of(0, purpose))

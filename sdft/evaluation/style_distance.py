@@ -1,6 +1,6 @@
-"""How far two sets of pictures are from each other as distributions, so that no picture needs a partner.
+"""The style distance: a sliced Wasserstein distance between two sets of images, which need not correspond.
 
-Colours of pixels, and small patches without their mean, at several scales. Knows pixels only.
+Compares the distributions of pixel colours, and of small patches without their mean at several scales.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from sdft.rng import generator
 Images = np.ndarray | Sequence[np.ndarray]
 """uint8 RGB, N x H x W x 3 or a sequence of H x W x 3."""
 Projections = dict[str, np.ndarray]
-"""`colour` or `patches/SCALE` -> what each picture answers to R directions at K places, N x R x K."""
+"""`colour` or `patches/SCALE` -> the pixels or patches at K positions projected on R directions, N x R x K."""
 
 COLOUR = "colour"
 PATCH = 5
 """Side of a patch, in pixels of its scale."""
 SCALES = (1, 2, 4)
-"""Pixels of the reduced picture in one pixel of a patch."""
+"""Pixels of the reduced image that are averaged to one pixel of a patch."""
 NUM_POSITIONS = {COLOUR: 12, "patches": 8}
-"""Places looked at in each picture, along each axis."""
+"""Positions per image along each axis; the square of it in all."""
 NUM_DIRECTIONS = {COLOUR: 48, "patches": 144}
 OPPONENT = torch.tensor(
     [
@@ -38,9 +38,9 @@ OPPONENT = torch.tensor(
         [-2 * 6**-0.5, 2 * 2 * 6**-0.5, -2 * 6**-0.5],
     ]
 )
-"""Lightness, red against blue, green against both. Hue counts double: it varies about half as much in pictures."""
+"""Opponent colours: lightness, red - blue, green - both. Hue has weight 2: it varies about half as much in images."""
 MAX_PIXELS = 2**22
-"""Pixels held as floats at a time: 4 pictures of 1024 x 1024, 50 MB."""
+"""Pixels per batch: 4 images of 1024 x 1024, 50 MB as floats."""
 
 
 @dataclass(frozen=True)
@@ -53,47 +53,47 @@ class Distance:
 
 
 class SlicedWasserstein:
-    """The distance of a set of pictures to a fixed set of reference pictures of a look.
+    """The distance of a set of images to a fixed set of reference images of a style.
 
     d = (colour + patches) / 2. Each is a sliced Wasserstein-1 distance divided by a spread: the root mean square, over
-    directions, of the standard deviation along a direction. So both read as widths of a distribution and neither
-    drowns the other; patches is the mean over scales. The power is 1 because W1 is linear in mixtures: a set of which
-    a share s has the look is 1 - s times as far from it. Sliced Wasserstein: Bonneel et al. 2015.
+    directions, of the standard deviation along a direction. So both are in units of the width
+    of a distribution and neither dominates; patches is the mean over scales. The power is 1 because W1 is linear in
+    mixtures: a set of which a share s has the style is 1 - s times as far from it. Source: Bonneel et al. 2015.
 
-    reference: the pictures of the look.
-    contrast: pictures that the look is told apart from, which widen the spread to that of both sets, counted alike;
-        distances under different contrasts have different units. Without it, the spread is the reference's own.
-    side: every picture is first reduced (antialiased) until its shorter edge has this many pixels, so that a scale
-        means the same at any resolution; 64 for nano, 256 keeps the brush strokes of a 1024-pixel picture. Smaller
-        pictures are refused: an enlarged picture is soft, and softness is style.
-    seed: of the directions and places.
+    reference: images of the style.
+    contrast: images without the style: the spread is then that of both sets with equal weight. Distances with
+        different contrasts have different units. By default, the spread is that of the reference.
+    side: every image is first reduced (antialiased) until its shorter edge has this many pixels, so that a scale
+        means the same at any resolution; 64 for nano, 256 keeps the brush strokes of a 1024-pixel image. Smaller
+        images raise UserError: enlarging would blur them, and sharpness is part of style.
+    seed: of the directions and positions.
     """
 
     def __init__(self, reference: Images, contrast: Images | None = None, side: int = 64, seed: int = 0):
         if side < PATCH * max(SCALES):
             raise UserError(f"side={side}: patches need at least {PATCH * max(SCALES)} pixels")
         self.side, self.seed = side, seed
-        pool = [self._project(pictures) for pictures in (reference, contrast) if pictures is not None]
+        pool = [self._project(images) for images in (reference, contrast) if images is not None]
         self._spread = {name: _spread([projected[name] for projected in pool]) for name in pool[0]}
         self.reference, self.contrast = self._in_spreads(pool[0]), self._in_spreads(pool[-1])
 
-    def __call__(self, pictures: Images) -> Distance:
-        """The distance of `pictures` to the reference."""
-        return self.between(self.projections(pictures), self.reference)
+    def __call__(self, images: Images) -> Distance:
+        """The distance of `images` to the reference."""
+        return self.between(self.projections(images), self.reference)
 
     def between(self, a: Projections, b: Projections) -> Distance:
-        """The distance of two sets, given what they answer; symmetric."""
+        """The distance of two sets from their projections; symmetric."""
         return set_distance(sort_projections(a), sort_projections(b))
 
-    def projections(self, pictures: Images) -> Projections:
-        """What the pictures answer, in units of the spread; for measuring parts of a set without looking again."""
-        return self._in_spreads(self._project(pictures))
+    def projections(self, images: Images) -> Projections:
+        """Projections in units of the spread; the distance of any subset follows from them without the images."""
+        return self._in_spreads(self._project(images))
 
     def _in_spreads(self, projected: Projections) -> Projections:
         return {name: r / np.float32(self._spread[name]) for name, r in projected.items()}
 
-    def _project(self, pictures: Images) -> Projections:
-        batches = [dict(self._project_batch(x_BCHW)) for x_BCHW in _reduced(pictures, self.side)]
+    def _project(self, images: Images) -> Projections:
+        batches = [dict(self._project_batch(x_BCHW)) for x_BCHW in _reduced(images, self.side)]
         return {name: np.concatenate([batch[name].numpy() for batch in batches]) for name in batches[0]}
 
     def _project_batch(self, x_BCHW: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -119,12 +119,12 @@ def wasserstein(a_RN: np.ndarray, b_RM: np.ndarray) -> float:
 
 
 def sort_projections(projections: Mapping[str, np.ndarray]) -> Projections:
-    """All answers to a direction sorted: R x NK."""
+    """The projections of all images on each direction, sorted: R x NK."""
     return {name: np.sort(r.swapaxes(0, 1).reshape(r.shape[1], -1), axis=1) for name, r in projections.items()}
 
 
 def set_distance(a: Projections, b: Projections) -> Distance:
-    """Of two sets of sorted answers."""
+    """The distance of two sets from their sorted projections."""
     parts = {name: wasserstein(a[name], b[name]) for name in a}
     colour = parts.pop(COLOUR)
     patches = sum(parts.values()) / len(parts)
@@ -133,7 +133,7 @@ def set_distance(a: Projections, b: Projections) -> Distance:
 
 @lru_cache
 def positions(part: str, seed: int) -> Tensor:
-    """One random point in each cell of a grid over the unit square, K x 2; the same in every picture."""
+    """One random point in each cell of a grid over the unit square, K x 2; the same in every image."""
     n = NUM_POSITIONS[part]
     cells = torch.cartesian_prod(torch.arange(n), torch.arange(n))
     return (cells + torch.rand((n * n, 2), generator=generator(seed, f"style {part} places"))) / n
@@ -153,10 +153,10 @@ def directions(part: str, seed: int) -> Tensor:
 
 
 def patch_basis() -> Tensor:
-    """What a patch is seen through: DCT-II waves of each opponent colour, 72 x 75.
+    """The basis in which patches are projected: DCT-II waves of each opponent colour, 72 x 75.
 
-    Without the constant wave, so that a patch says nothing about its colour. Each wave is weighted by its frequency:
-    amplitudes of pictures fall as 1/f, so this makes all waves count alike, fine texture as well as gradients.
+    Without the constant wave, so that the mean colour of a patch has no effect. Each wave is weighted by its frequency:
+    amplitudes of images fall as 1/f, so all waves contribute equally, fine texture as well as gradients.
     """
     k = torch.arange(PATCH, dtype=torch.float64)
     waves = torch.cos(math.pi / PATCH * (k[None] + 0.5) * k[:, None]) * math.sqrt(2 / PATCH)
@@ -167,22 +167,22 @@ def patch_basis() -> Tensor:
     return torch.kron(OPPONENT.double(), weighted).float()
 
 
-def _reduced(pictures: Images, side: int) -> Iterator[Tensor]:
-    """Pixels in [0, 1], B x 3 x H x W, neighbours of one size together, with `side` pixels along the shorter edge."""
-    if len(pictures) == 0:
-        raise UserError("there are no pictures to compare")
+def _reduced(images: Images, side: int) -> Iterator[Tensor]:
+    """Batches of pixels in [0, 1], B x 3 x H x W, resized to `side` pixels along the shorter edge, in order."""
+    if len(images) == 0:
+        raise UserError("there are no images to compare")
     start = 0
-    while start < len(pictures):
-        stop, shape = start + 1, pictures[start].shape
+    while start < len(images):
+        stop, shape = start + 1, images[start].shape
         at_once = MAX_PIXELS // math.prod(shape[:2])
-        while stop < min(len(pictures), start + at_once) and pictures[stop].shape == shape:
+        while stop < min(len(images), start + at_once) and images[stop].shape == shape:
             stop += 1
-        batch = np.stack([pictures[i] for i in range(start, stop)])
+        batch = np.stack([images[i] for i in range(start, stop)])
         if batch.dtype != np.uint8 or batch.ndim != 4 or batch.shape[-1] != 3:
-            raise UserError(f"pictures are uint8 of shape (h, w, 3), not {batch.dtype} of shape {shape}")
+            raise UserError(f"images are uint8 of shape (h, w, 3), not {batch.dtype} of shape {shape}")
         h, w = shape[:2]
         if min(h, w) < side:
-            raise UserError(f"a picture of {h}x{w} is smaller than side={side}; lower side for all sets")
+            raise UserError(f"an image of {h}x{w} is smaller than side={side}; lower side for all sets")
         x_BCHW = torch.from_numpy(batch).permute(0, 3, 1, 2).float() / 255
         if min(h, w) > side:
             size_hw = [round(edge * side / min(h, w)) for edge in (h, w)]
@@ -192,7 +192,7 @@ def _reduced(pictures: Images, side: int) -> Iterator[Tensor]:
 
 
 def _windows(x_BCHW: Tensor, window: int, places_K2: Tensor) -> Tensor:
-    """Square windows at fractions of the room there is, B x (3 window window) x K."""
+    """Square windows at positions in the unit square, B x (3 window window) x K."""
     b, _, h, w = x_BCHW.shape
     room = torch.tensor([h - window + 1, w - window + 1])
     top, left = (places_K2 * room).long().T
@@ -203,9 +203,9 @@ def _windows(x_BCHW: Tensor, window: int, places_K2: Tensor) -> Tensor:
 
 
 def _spread(sets: Sequence[np.ndarray]) -> float:
-    """Root mean square, over directions, of the standard deviation in the union of sets that count alike."""
+    """Root mean square, over directions, of the standard deviation in the union of sets with equal weight."""
     mean_R = np.mean([r.mean(axis=(0, 2), dtype=np.float64) for r in sets], axis=0)
     variances = [np.square(r - mean_R[:, None].astype(r.dtype)).mean(dtype=np.float64) for r in sets]
     spread = math.sqrt(np.mean(variances))
-    # Pictures of one flat colour have no spread; their distances stay in plain units (pixel values from 0 to 1).
+    # Images of one flat colour have no spread; their distances keep the unit of pixel values from 0 to 1.
     return spread if spread > 1e-4 else 1.0

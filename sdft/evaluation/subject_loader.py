@@ -1,6 +1,6 @@
-"""Opens subjects as models: puts adapters on and takes them off again without a trace.
+"""Loads subjects as models, applies adapters and removes them again without changing a bit of the base model.
 
-Knows how models, LoRAs, words and checkpoints are opened, and what identifies their content. Must not know prompts.
+Also gives the identity of a subject's weights by content, from which the image cache makes its names.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from sdft.tuning.parameters import copy_parameters, trainable_parameters
 
 
 class SubjectLoader:
-    """Opens subjects. The base model is loaded once, when it is first needed, and leaves every subject as it came.
+    """Loads subjects. The base model is loaded once, on first use; adapters of one subject never reach the next.
 
-    load: the base model without arguments, another with `weights`.
-    base_weights: of the base model; none where it has no weights of its own.
-    revive: the model of a run as it was at its first step, given the run's folder, so that checkpoints can be put in.
+    load: loads the base model; called with `weights`, another one.
+    base_weights: path or name of the base model; None if it is not loaded from weights.
+    rebuild: given a run folder, builds the run's model as it was at its first step, to load checkpoints into.
     """
 
     def __init__(
@@ -44,47 +44,47 @@ class SubjectLoader:
         rebuild: Callable[[Path], SDXL] | None = None,
     ):
         self._load, self.base_weights, self.device, self._rebuild = load, base_weights, device, rebuild
-        self._own: tuple[object, SDXL] | None = None
-        """The last model that is not the base: one at a time."""
+        self._other: tuple[object, SDXL] | None = None
+        """Key and model of the last one that is not the base model; only one is in memory."""
 
     @cached_property
     def base(self) -> SDXL:
-        """The model that LoRAs go on."""
+        """The model to which LoRAs are applied."""
         return self._load().to(self.device).eval()
 
     @contextmanager
     def open(self, subject: Subject, scale: float = 1.0, step: int = FINAL) -> Iterator[SDXL]:
-        """The subject's model, inside the `with`.
+        """Context manager that gives the subject's model.
 
-        scale: of its LoRAs, times their own strengths. step: of its training.
+        scale: multiplies the strengths of its LoRAs. step: of its training, to load a checkpoint.
         """
         if step != FINAL:
             yield self._at_step(subject, step)
             return
         with ExitStack() as stack:
-            model = self.base if subject.weights in (None, self.base_weights) else self._of_its_own(subject)
-            paths = [(worn.lora, worn.scale * scale) for worn in subject.worn if worn.lora is not None]
+            model = self.base if subject.weights in (None, self.base_weights) else self._other_model(subject)
+            paths = [(files.lora, files.scale * scale) for files in subject.adapters if files.lora is not None]
             loras = [(read_lora(path, subject.key), strength) for path, strength in paths]
             if any(strength for _, strength in loras):
                 stack.enter_context(trained_prediction_type(model, [lora for lora, _ in loras], subject.key))
                 stack.enter_context(applied_lora(model, stack_loras(loras, subject.key), subject.key))
-            for worn in subject.worn:
-                if worn.words is not None:
-                    stack.enter_context(with_words(model, worn.words, subject.key))
+            for files in subject.adapters:
+                if files.words is not None:
+                    stack.enter_context(with_words(model, files.words, subject.key))
             yield model
 
     def identity(self, subject: Subject, scale: float, step: int) -> list[Any]:
-        """What the weights are, by content: equal where the pictures must be equal."""
+        """The weights by content, as JSON types: equal identities give equal images."""
         if step != FINAL:
             return [file_digest(subject.checkpoints[step]), self._model_identity(self.base_weights)]
         weights = subject.weights if subject.weights is not None else self.base_weights
-        worn = [
-            [what, file_digest(path), strength]
-            for worn in subject.worn
-            for what, path, strength in (("lora", worn.lora, worn.scale * scale), ("words", worn.words, 1.0))
+        adapters = [
+            [kind, file_digest(path), strength]
+            for files in subject.adapters
+            for kind, path, strength in (("lora", files.lora, files.scale * scale), ("words", files.words, 1.0))
             if path is not None and strength
         ]
-        return [self._model_identity(weights), *worn]
+        return [self._model_identity(weights), *adapters]
 
     def _model_identity(self, weights: str | None) -> Any:
         options = dict(self._load.keywords) if isinstance(self._load, partial) else {}
@@ -93,68 +93,68 @@ class SubjectLoader:
             digest = model_digest(weights, options.get("variant"), options.get("allow_pickle", False))
         return [digest, _plain(options)]
 
-    def _of_its_own(self, subject: Subject) -> SDXL:
+    def _other_model(self, subject: Subject) -> SDXL:
         if self.base_weights is None:
             raise UserError(f"{subject.key}: choose a model that takes weights, such as model=nano or model=sdxl")
-        if self._own is None or self._own[0] != subject.weights:
-            self._own = None  # its memory first
+        if self._other is None or self._other[0] != subject.weights:
+            self._other = None  # frees its memory before the next is loaded
             try:
-                self._own = subject.weights, self._load(weights=subject.weights).to(self.device).eval()
+                self._other = subject.weights, self._load(weights=subject.weights).to(self.device).eval()
             except UserError as error:
                 raise UserError(str(error).replace("model.weights", f"subjects.{subject.name}")) from error
-        return self._own[1]
+        return self._other[1]
 
     def _at_step(self, subject: Subject, step: int) -> SDXL:
-        """The run's model with what it had learned by then; the average where the run kept one."""
+        """The run's model with the weights of a checkpoint: the average (EMA) if the run kept one."""
         if self._rebuild is None or subject.run is None:
-            raise UserError(f"{subject.key}: is no run, so it has no step {step}")
-        if self._own is None or self._own[0] != subject.run:
-            self._own = None
-            self._own = subject.run, self._rebuild(subject.run).to(self.device).eval()
-        model, path = self._own[1], subject.checkpoints[step]
+            raise UserError(f"{subject.key}: is no training run, so it has no step {step}")
+        if self._other is None or self._other[0] != subject.run:
+            self._other = None
+            self._other = subject.run, self._rebuild(subject.run).to(self.device).eval()
+        model, path = self._other[1], subject.checkpoints[step]
         state = read_state(path)
-        averages = [kept["average"] for kept in state["callbacks"].values() if "average" in kept]
-        live = state["state_dict"] if not averages else {}
-        weights = averages[0] if averages else {name.removeprefix("model."): value for name, value in live.items()}
+        averages = [callback["average"] for callback in state["callbacks"].values() if "average" in callback]
+        trained = {} if averages else state["state_dict"]
+        weights = averages[0] if averages else {name.removeprefix("model."): value for name, value in trained.items()}
         if {name for name, _ in trainable_parameters(model)} != set(weights):
-            raise UserError(f"{subject.key}: {path.name} holds other weights than the run's config trains")
+            raise UserError(f"{subject.key}: {path.name} holds other parameters than the run's config trains")
         copy_parameters(model, weights)
         return model
 
 
 @contextmanager
 def with_lora(model: SDXL, path: Path, key: str = "lora") -> Iterator[None]:
-    """The model with a LoRA at full strength inside the `with`; afterwards it has its own modules and bits again."""
+    """Context manager that applies a LoRA at full strength; on exit, modules and weights are bit for bit as before."""
     with applied_lora(model, read_lora(path, key), key):
         yield
 
 
 @contextmanager
 def trained_prediction_type(model: SDXL, loras: Sequence[LoraFile], key: str) -> Iterator[None]:
-    """The model's noise schedule as the LoRAs were trained for, inside the `with`."""
-    told = {prediction_of(lora) for lora in loras} - {None}
-    if len(told) > 1:
-        raise UserError(f"{key}: one of the LoRAs predicts noise and one v; they do not go together")
-    kept = model.scheduler
-    if told:
-        prediction, zero_snr = told.pop()  # type: ignore[misc]
-        model.set_prediction_type(prediction, zero_snr or kept.config.rescale_betas_zero_snr)
+    """Context manager that sets the prediction type and noise schedule for which the LoRAs were trained."""
+    types = {prediction_of(lora) for lora in loras} - {None}
+    if len(types) > 1:
+        raise UserError(f"{key}: the LoRAs were trained for different noise schedules; they cannot be applied together")
+    scheduler = model.scheduler
+    if types:
+        prediction, zero_snr = types.pop()  # type: ignore[misc]
+        model.set_prediction_type(prediction, zero_snr or scheduler.config.rescale_betas_zero_snr)
     try:
         yield
     finally:
-        model.scheduler = kept
+        model.scheduler = scheduler
 
 
 def prediction_of(lora: LoraFile) -> tuple[str, bool] | None:
-    """(v_prediction, whether the schedule ends in noise) of a LoRA that says it learned v; others go with any base."""
-    said = lora.metadata
-    learned_v = said.get("modelspec.prediction_type") == "v" or said.get("ss_v_parameterization") == "True"
-    return ("v_prediction", said.get("ss_zero_terminal_snr") == "True") if learned_v else None
+    """(v_prediction, zero terminal SNR) of a LoRA whose metadata says so; None for others, which fit any base model."""
+    metadata = lora.metadata
+    is_v = metadata.get("modelspec.prediction_type") == "v" or metadata.get("ss_v_parameterization") == "True"
+    return ("v_prediction", metadata.get("ss_zero_terminal_snr") == "True") if is_v else None
 
 
 @lru_cache
 def file_digest(path: Path) -> str:
-    """Of a file's content."""
+    """SHA-256 of a file's content."""
     try:
         with path.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
@@ -164,24 +164,24 @@ def file_digest(path: Path) -> str:
 
 @lru_cache
 def model_digest(weights: str, variant: str | None = None, allow_pickle: bool = False) -> str:
-    """Of a model's weights, and of the configs and tokenizers beside them."""
+    """SHA-256 of a model's weights and of the configs and tokenizers beside them."""
     checkpoint = find_checkpoint(weights, variant, allow_pickle)
     files = set(checkpoint.files) or {checkpoint.root}
     if checkpoint.is_folder:
         files |= {file for kind in ("*.json", "*.txt") for file in checkpoint.root.rglob(kind)}
     names = {file: file.name if file == checkpoint.root else str(file.relative_to(checkpoint.folder)) for file in files}
-    told = [[names[file], file_digest(file)] for file in sorted(files, key=names.__getitem__)]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    content = [[names[file], file_digest(file)] for file in sorted(files, key=names.__getitem__)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of loading that pictures depend on, as JSON holds them."""
+    """The loading options that images depend on, as strings."""
     return {name: str(value) for name, value in sorted(options.items()) if name not in ("weights", "allow_pickle")}
 
 
 @contextmanager
 def with_words(model: SDXL, path: Path, key: str = "words") -> Iterator[None]:
-    """The model with learned words inside the `with`; afterwards it has its own tokenizers and tables again."""
+    """Context manager that adds learned words; on exit, tokenizers and token embeddings are as before."""
     words, rows = read_words(path, key)
     tokenizers = model.tokenizer, model.tokenizer_2
     tables = [encoder.get_input_embeddings() for _, encoder in model.context_encoders]

@@ -147,7 +147,7 @@ def test_bad_questions_are_refused(untrained: Judge, tmp_path: Path) -> None:
     images = [_flat("cat")]
     with pytest.raises(UserError, match=r"subjects \['unicorn'\]"):
         untrained.subject_accuracy(images, ["unicorn"])
-    with pytest.raises(UserError, match="one text a picture"):
+    with pytest.raises(UserError, match="one text per image"):
         untrained.similarity(images, ["a cat", "a dog"])
     with pytest.raises(UserError, match="no classes"):
         Judge(untrained.clip, untrained.tokenizer).subject_accuracy(images, ["cat"])

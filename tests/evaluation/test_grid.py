@@ -12,7 +12,7 @@ from sdft.evaluation.subjects import FINAL, AdapterFiles, Subject
 from sdft.sampling.samplers import Sampler
 
 BASE = Subject("base", "nano", weights="nano")
-MINE = Subject("mine", "lora", worn=(AdapterFiles(Path("lora.safetensors")),))
+MINE = Subject("mine", "lora", adapters=(AdapterFiles(Path("lora.safetensors")),))
 SAMPLER = Sampler("euler", steps=4, cfg=3.0)
 
 
@@ -55,7 +55,7 @@ def test_checkpoints_are_an_axis(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     for step in (50, 100):
         (tmp_path / "checkpoints" / f"step_{step:06d}.ckpt").touch()
-    run = Subject("run", "r", worn=MINE.worn, run=tmp_path, num_steps=100)
+    run = Subject("run", "r", adapters=MINE.adapters, run=tmp_path, num_steps=100)
     found = grid(Axes(step="all"), compete=["step"], subjects=[BASE, run], prompts=["a"], seeds=[0])
     assert [(c.variant, c.step) for c in found] == [("base", FINAL), ("run step 50", 50), ("run step 100", FINAL)]
     with pytest.raises(UserError, match=r"axes\.step=70: no subject has a checkpoint of that step.*\[50, 100\]"):

@@ -83,7 +83,7 @@ def test_what_is_there_is_not_drawn_again(models: SubjectLoader, wanted: list[Gr
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
     drawn.fill(wanted)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    drawn.models.open = None  # type: ignore[method-assign, assignment]
+    drawn.loader.open = None  # type: ignore[method-assign, assignment]
     drawn.fill(wanted)
 
 
@@ -92,7 +92,7 @@ def test_after_a_full_disk_the_same_pictures_come(models, wanted, tmp_path: Path
     gallery(tmp_path / "whole", models).fill(wanted)
     stopped = gallery(tmp_path / "stopped", models)
     stopped.fill(wanted[:BATCH])
-    told = r"cannot be written to \(File too large\); the pictures drawn so far are kept"
+    told = r"cannot be written to \(File too large\); the images written so far are kept"
     with pytest.raises(UserError, match=told), full_disk(200):
         stopped.fill(wanted)
     kept = contents(tmp_path / "stopped")
@@ -112,7 +112,7 @@ def test_ranks_share_the_work_and_draw_the_same(models: SubjectLoader, wanted: l
 
 
 @pytest.mark.parametrize(
-    ("told", "place"),
+    ("variables", "expected"),
     [
         ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, ProcessInfo(5, 8, 1)),
         ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, ProcessInfo(1, 2, 1)),
@@ -121,12 +121,12 @@ def test_ranks_share_the_work_and_draw_the_same(models: SubjectLoader, wanted: l
         ({}, ProcessInfo()),
     ],
 )
-def test_the_launcher_says_who_this_is(told: dict[str, str], process: ProcessInfo, monkeypatch) -> None:
+def test_the_launcher_says_who_this_is(variables: dict[str, str], expected: ProcessInfo, monkeypatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in told.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert ProcessInfo.current() == process
+    assert ProcessInfo.current() == expected
 
 
 def test_a_picture_is_named_by_what_it_was_made_from(models: SubjectLoader, wanted: list[GridCell], lora: Path) -> None:
@@ -210,7 +210,7 @@ def test_checkpoints_of_a_run_are_opened_on_one_model(tiny_model, tmp_path: Path
     assert len(opened) == 2, "one for this test, one for all checkpoints"
     assert models.identity(run, 1.0, 50) != models.identity(run, 1.0, 100)
     torch.save({"state_dict": {}, "callbacks": {}}, tmp_path / "checkpoints" / "step_000120.ckpt")
-    told = r"subjects\.run=.*step_000120\.ckpt holds other weights"
+    told = r"subjects\.run=.*step_000120\.ckpt holds other parameters"
     with pytest.raises(UserError, match=told), models.open(run, step=120):
         pass
 

@@ -146,10 +146,10 @@ def test_a_missing_or_broken_picture_is_named_and_the_old_page_stays(tmp_path: P
     page.write_text("old")
     broken = tmp_path / results.pictures[3].path
     broken.write_bytes(b"not a picture")
-    with pytest.raises(UserError, match=f"{re.escape(str(broken))}: not a picture"):
+    with pytest.raises(UserError, match=f"{re.escape(str(broken))}: not a readable image"):
         write_page(page, results)
     broken.unlink()
-    with pytest.raises(UserError, match=f"{re.escape(str(broken))}: this picture is missing"):
+    with pytest.raises(UserError, match=f"{re.escape(str(broken))}: this image is missing"):
         write_page(page, results)
     assert page.read_text() == "old"
     assert not list(tmp_path.glob("*.partial"))
@@ -309,13 +309,13 @@ def test_filters_and_directions(open_page, report: Path) -> None:
     page.get_by_role("group", name="Filter by subject").get_by_role("button", name="tuned").click()
     page.get_by_role("group", name="Filter by seed").get_by_role("button", name="1").click()
     assert shown(page) == [f"tuned: prompt {prompt}, seed 1" for prompt in PROMPTS]
-    assert page.locator("#count").text_content() == "3 of 18 pictures"
+    assert page.locator("#count").text_content() == "3 of 18 images"
     page.get_by_role("group", name="Filter by subject").get_by_role("button", name="tuned").click()
     assert len(shown(page)) == 9
     page.get_by_label("Rows").select_option("subject")
     assert page.get_by_label("Columns").input_value() == "prompt"
     assert page.locator("#grid tbody th").all_text_contents() == list(COLOURS)
-    page.get_by_label("Shown figure").select_option("adherence")
+    page.get_by_label("Shown metric").select_option("adherence")
     assert page.locator(".caption").all_text_contents() == ["0.260"] * 9
 
 
@@ -370,10 +370,10 @@ def test_a_blind_vote_is_kept_and_exported(open_page, report: Path) -> None:
     assert page.locator("#scores tbody tr").count() == len(exported["scores"])
     page.reload()
     assert votes_in(page)["votes"] == exported["votes"]
-    page.get_by_role("button", name="Go on voting").click()
+    page.get_by_role("button", name="Continue voting").click()
     assert page.locator("#ballot-count").text_content() == "5 answered, 13 to go"
     vote(page, "s" * 13)
-    assert page.locator("#ballot-count").text_content() == "Every pair has been asked."
+    assert page.locator("#ballot-count").text_content() == "All pairs are answered."
     vote(page, "1u")
     assert page.locator("#ballot-count").text_content() == "17 answered, 1 to go"
 

@@ -236,11 +236,11 @@ def test_bad_pictures_are_refused(drawn) -> None:
         SlicedWasserstein(plain[:, :32, :32])
     with pytest.raises(UserError, match="uint8"):
         SlicedWasserstein(plain / 255)
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         SlicedWasserstein(plain)(plain[:0])
     with pytest.raises(UserError, match="at least 20"):
         SlicedWasserstein(plain, side=16)
     with pytest.raises(UserError, match="at least 4"):
         style_gain(plain, plain, plain[:3])
-    with pytest.raises(UserError, match="5 reconstructed pictures for 48"):
+    with pytest.raises(UserError, match="5 reconstructed images for 48"):
         style_gain(plain, plain, plain, reconstructed=plain[:5])

@@ -1,11 +1,11 @@
-// Strengths from pairwise votes, after Bradley and Terry (1952). Knows numbers only.
+// Scores from pairwise votes by the model of Bradley and Terry (1952).
 
 /**
  * wins[i][j]: how often i was preferred to j; a vote without preference counts half for each.
- * Gives {score, low, high} for each: log-strengths around their mean, with Wald intervals of 95 %.
+ * Returns {score, low, high} for each: log-strengths around their mean, with Wald intervals of 95 %.
  *
- * i is preferred to j with probability 1 / (1 + exp(s_j - s_i)). To the log-likelihood comes one draw of each against
- * an opponent of strength 0: without it, one who won every vote so far would be infinitely strong.
+ * i is preferred to j with probability 1 / (1 + exp(s_j - s_i)). The log-likelihood is regularised by
+ * one draw of each against an opponent of strength 0: without it, a subject that won every vote has no finite score.
  */
 function bradleyTerry(wins) {
   const strengths = wins.map(() => 0);
@@ -16,7 +16,7 @@ function bradleyTerry(wins) {
     const inverse = inverted(information);
     const step = inverse.map((row) => row.reduce((sum, value, j) => sum + value * slope[j], 0));
     const longest = Math.max(...step.map(Math.abs), 0);
-    // A bounded Newton step cannot leap over the maximum of this concave function and away.
+    // Newton steps are bounded so that they cannot overshoot the maximum of this concave function and diverge.
     const pace = longest > 1 ? 1 / longest : 1;
     step.forEach((value, i) => { strengths[i] += pace * value; });
     if (longest < 1e-10) break;
@@ -59,7 +59,7 @@ function centredVariance(covariance, i) {
   return sum;
 }
 
-/** Inverse of a positive definite matrix, by elimination; such a one needs no change of rows. */
+/** Inverse of a positive definite matrix, by elimination; it needs no pivoting. */
 function inverted(matrix) {
   const n = matrix.length;
   const rows = matrix.map((row, i) => [...row, ...row.map((_, j) => (i === j ? 1 : 0))]);

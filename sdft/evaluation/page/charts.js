@@ -1,4 +1,4 @@
-// Drawings without a library: whiskers, the trade-off with its Pareto front, heat maps.
+// Charts as SVG, without a library: intervals, the trade-off with its Pareto front, heat maps.
 
 const MANY = 12;
 
@@ -20,7 +20,7 @@ function showTradeoff() {
   const points = tradeoffPoints(tradeoff);
   if (points.length === 0) return;
   at("tradeoff").hidden = false;
-  // Drawn in real pixels and anew for each width, so that its letters stay readable on a phone.
+  // In real pixels, and again for each width, so that the text stays readable on a phone.
   new ResizeObserver(([{ contentRect }]) => {
     if (contentRect.width > 0) at("plot").replaceChildren(tradeoffPlot(tradeoff, points, contentRect.width));
   }).observe(at("plot"));
@@ -32,7 +32,7 @@ function tradeoffPoints({ x, y, front, recommended }) {
     x: figureOf(name, x),
     y: figureOf(name, y),
     front: front.includes(name),
-    kept: name === recommended,
+    recommended: name === recommended,
   });
   const isMeasured = ({ x, y }) => Number.isFinite(x?.value) && Number.isFinite(y?.value);
   return [...subjects.keys()].map(point).filter(isMeasured);
@@ -46,8 +46,8 @@ function tradeoffPlot(tradeoff, points, width) {
   const front = points.filter((point) => point.front).sort((a, b) => a.x.value - b.x.value);
   const path = front.map((point) => `${across.to(point.x.value)},${up.to(point.y.value)}`).join(" ");
   const best = front.map(({ name }) => name).join(", ");
-  const said = `${labelOf(tradeoff.y)} against ${labelOf(tradeoff.x)}; on the front: ${best}`;
-  return draw("svg", { width, height, role: "img", "aria-label": said },
+  const description = `${labelOf(tradeoff.y)} against ${labelOf(tradeoff.x)}; on the front: ${best}`;
+  return draw("svg", { width, height, role: "img", "aria-label": description },
     axisLines(across, up, frame),
     axisName(labelOf(tradeoff.x, true), `translate(${(frame.left + frame.right) / 2} ${height - 10})`),
     axisName(labelOf(tradeoff.y, true), `translate(14 ${(frame.top + frame.bottom) / 2}) rotate(-90)`),
@@ -66,12 +66,12 @@ function labelOf(name, direction = false) {
   return (metric?.label ?? name) + (direction && arrow ? `${arrow} better` : "");
 }
 
-/** Maps values to pixels; a little air around the intervals, ticks at round numbers. */
+/** Maps values to pixels, with a margin around the intervals and ticks at round numbers. */
 function scale(estimates, from, to) {
   const ends = estimates.flatMap(({ value, low, high }) => [value, low, high]).filter(Number.isFinite);
   let [low, high] = [Math.min(...ends), Math.max(...ends)];
-  const air = high > low ? (high - low) * 0.06 : Math.abs(high) * 0.1 || 1;
-  [low, high] = [low - air, high + air];
+  const margin = high > low ? (high - low) * 0.06 : Math.abs(high) * 0.1 || 1;
+  [low, high] = [low - margin, high + margin];
   const rough = (high - low) / 5;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough);
@@ -101,19 +101,19 @@ function mark(point, across, up) {
   const bars = [];
   if (hasInterval(point.x)) bars.push(line("interval", across.to(point.x.low), y, across.to(point.x.high), y));
   if (hasInterval(point.y)) bars.push(line("interval", x, up.to(point.y.low), x, up.to(point.y.high)));
-  const ring = point.kept ? [draw("circle", { cx: x, cy: y, r: 10, class: "kept" })] : [];
+  const ring = point.recommended ? [draw("circle", { cx: x, cy: y, r: 10, class: "kept" })] : [];
   const title = draw("title", {}, `${point.name}: ${fixed(point.x.value, 4)}, ${fixed(point.y.value, 4)}`);
   const dot = draw("circle", { cx: x, cy: y, r: 5, class: "dot" });
   return draw("g", { class: point.front ? "point" : "point beaten" }, bars, ring, dot, title);
 }
 
-/** Names beside their dots, the kept one and the front first; one that finds no free place is told by its tooltip. */
+/** Names beside their dots, the recommended one and the front first; one without free space has only its tooltip. */
 function labels(points, across, up, frame) {
-  // Among many, only those that matter have names.
-  const named = points.length > MANY ? points.filter((point) => point.front || point.kept) : points;
+  // With many points, only the front and the recommended one have names.
+  const named = points.length > MANY ? points.filter((point) => point.front || point.recommended) : points;
   const taken = points.map((p) => box(across.to(p.x.value) - 7, up.to(p.y.value) - 7, 14, 14));
   const placed = [];
-  const rank = (point) => (point.kept ? 0 : point.front ? 1 : 2);
+  const rank = (point) => (point.recommended ? 0 : point.front ? 1 : 2);
   for (const point of [...named].sort((a, b) => rank(a) - rank(b))) {
     const [x, y] = [across.to(point.x.value), up.to(point.y.value)];
     const text = point.name.length > 24 ? `${point.name.slice(0, 23)}…` : point.name;
@@ -124,7 +124,7 @@ function labels(points, across, up, frame) {
     const free = tries.find((area) => inside(area) && !taken.some((other) => overlap(area, other)));
     if (!free) continue;
     taken.push(free);
-    const name = point.kept ? "label kept-label" : "label";
+    const name = point.recommended ? "label kept-label" : "label";
     placed.push(draw("text", { x: free.left, y: free.top + 12, class: name }, text));
   }
   return placed;
@@ -144,7 +144,7 @@ function showHeatMaps() {
   at("map-list").replaceChildren(...results.heat_maps.map(heatMap));
 }
 
-/** A table whose cells are darker for larger values and lead to their pictures. */
+/** A table whose cells are darker for larger values; a click shows their images. */
 function heatMap(map) {
   const metric = metrics.get(map.metric) ?? { label: map.metric, better: null, meaning: "" };
   const values = map.cells.map(({ value }) => value).filter(Number.isFinite);
@@ -156,10 +156,10 @@ function heatMap(map) {
   const square = (row, column) => {
     const cell = map.cells.find((one) => one.row === row && one.column === column);
     if (!cell || !Number.isFinite(cell.value)) return make("td", { className: "empty" }, NONE);
-    const button = make("button", { type: "button", className: "heat", title: "Show its pictures" },
+    const button = make("button", { type: "button", className: "heat", title: "Show its images" },
       make("b", {}, fixed(cell.value, digits)), cell.value === best ? bestMark() : null,
       make("small", {}, interval(cell, digits)));
-    // Half of the colour at most: the figures stay readable on it in both themes.
+    // At most half of the colour: the numbers stay readable in both themes.
     const heat = high > low ? (cell.value - low) / (high - low) : 0.5;
     button.style.setProperty("--heat", `${Math.round(5 + 45 * heat)}%`);
     button.addEventListener("click", () => showOnly([[map.row_name, row], [map.column_name, column]]));

@@ -1,7 +1,7 @@
 "use strict";
-// Words for making elements and writing numbers. What a user wrote becomes text or an attribute, never markup.
+// Functions that make elements and format numbers. Texts of users become text or attributes, never markup.
 
-/** make("p", {className: "note"}, "text", child, [more children]); null is left out. */
+/** make("p", {className: "note"}, "text", child, [more children]); null children are left out. */
 function make(tag, properties = {}, ...children) {
   return filled(document.createElement(tag), properties, children);
 }
@@ -27,7 +27,7 @@ function at(id) {
   return document.getElementById(id);
 }
 
-/** A labelled choice; options: [value, label] pairs, where the value may be anything. */
+/** A labelled select element; options: [value, label] pairs, with values of any type. */
 function choice(label, options, chosen, change) {
   const select = make("select", {}, options.map(([, text]) => make("option", {}, text)));
   select.selectedIndex = Math.max(0, options.findIndex(([value]) => value === chosen));
@@ -42,27 +42,27 @@ function terms(entries) {
 
 const NONE = "–";
 
-/** How many decimals leave three significant digits in the largest of these numbers. */
+/** The number of decimals that gives the largest of these numbers three significant digits. */
 function decimals(numbers) {
   const largest = Math.max(...numbers.filter(Number.isFinite).map(Math.abs), 0);
   return largest === 0 ? 0 : Math.min(6, Math.max(0, 2 - Math.floor(Math.log10(largest))));
 }
 
-/** A number with so many decimals and a true minus sign. */
+/** A number with this many decimals and a typographic minus sign. */
 function fixed(number, digits) {
   if (!Number.isFinite(number)) return NONE;
   const text = number.toFixed(digits);
   return Number(text) === 0 ? text.replace("-", "") : text.replace("-", "−");
 }
 
-/** A value of an axis or a setting, as it is. */
+/** A value of an axis or a setting, as text. */
 function written(value) {
   if (value === null || value === undefined) return NONE;
   if (value === "") return "(empty)";
   return typeof value === "number" && !Number.isInteger(value) ? String(Number(value.toPrecision(6))) : String(value);
 }
 
-/** What something cost, in the unit that its name says. */
+/** A cost, in the unit that its name ends with: seconds, bytes, or a count. */
 function cost(name, amount) {
   if (!Number.isFinite(amount)) return NONE;
   if (name.endsWith("seconds")) return duration(amount);
@@ -81,7 +81,7 @@ function hasInterval({ low, high }) {
   return Number.isFinite(low) && Number.isFinite(high);
 }
 
-/** "0.28 to 0.32", or nothing where one number is all there is. */
+/** "0.28 to 0.32", or "" if there is only one number. */
 function interval(estimate, digits) {
   return hasInterval(estimate) ? `${fixed(estimate.low, digits)} to ${fixed(estimate.high, digits)}` : "";
 }

@@ -1,7 +1,7 @@
-// The enlarged picture: its settings, its neighbours, and another subject behind it to compare with.
+// The enlarged image: its settings, its neighbours, and the same image of another subject behind a slider.
 
 let enlarged = null;
-/** The subject behind the picture; it stays while the reader moves on. */
+/** The subject that is compared with; it stays the same when the reader moves to other images. */
 let behind = null;
 
 function enlarge(index) {
@@ -40,13 +40,13 @@ function showBehind(picture) {
   at("stage").classList.toggle("compared", compared);
   if (!compared) return;
   showLarge(at("under"), index);
-  at("under").alt = `behind it: ${behind}`;
+  at("under").alt = `compared with: ${behind}`;
   at("tag-left").textContent = picture.subject;
   at("tag-right").textContent = behind;
   moveSplit(Number(at("split").value));
 }
 
-/** Left of `percent` is the picture, right of it the one behind. */
+/** Left of `percent` is the image, right of it the one it is compared with. */
 function moveSplit(percent) {
   at("split").value = percent;
   at("stage").style.setProperty("--split", `${percent}%`);
@@ -67,7 +67,7 @@ async function copySettings() {
     await navigator.clipboard.writeText(text);
     at("copy").textContent = "Copied";
   } catch {
-    // No clipboard for this page: the settings stand beside the picture, selected.
+    // Without access to the clipboard, the settings beside the image are selected.
     getSelection().selectAllChildren(at("large-settings"));
     at("copy").textContent = "Selected: copy with the keyboard";
   }

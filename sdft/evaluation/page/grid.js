@@ -1,11 +1,11 @@
-// The grid of pictures: which axis runs where, filters, sizes, and moving about with the arrow keys.
+// The grid of images: axes of rows and columns, filters, size, and moving with the arrow keys.
 
 const layout = startingLayout();
 
-/** Numbers of the shown pictures, row by row, as the eye reads them. */
+/** Indices of the shown images, row by row. */
 let shownRows = [];
 
-/** Pictures load when they come into view: thousands would take seconds. */
+/** Thumbnails load when they come into view: thousands would take seconds. */
 const lazy = new IntersectionObserver(
   (entries) => entries.filter((entry) => entry.isIntersecting).forEach(({ target }) => load(target)),
   { root: at("grid"), rootMargin: "300px" },
@@ -16,7 +16,7 @@ function load(button) {
   lazy.unobserve(button);
 }
 
-/** Subjects beside each other under each prompt; in a sweep, the two axes of its heat map for one prompt. */
+/** By default a row per prompt and a column per subject; in a sweep, the two axes of its heat map for one prompt. */
 function startingLayout() {
   const map = results.heat_maps.find(({ row_name, column_name }) => axes.has(row_name) && axes.has(column_name));
   if (map) {
@@ -32,7 +32,7 @@ function startingLayout() {
 function buildGridControls() {
   const names = [[null, "nothing"], ...varyingAxes.map((name) => [name, name])];
   const set = (key, other) => (name) => {
-    // One axis cannot run both ways: the other direction takes what this one had.
+    // An axis cannot be rows and columns: the two are swapped.
     if (name !== null && layout[other] === name) layout[other] = layout[key];
     layout[key] = name;
     buildGridControls();
@@ -43,7 +43,7 @@ function buildGridControls() {
   setSize(Number(size.value));
   const isMeasured = ({ name }) => results.pictures.some((picture) => Object.hasOwn(picture.figures, name));
   const measured = [...metrics.values()].filter(isMeasured).map(({ name, label }) => [name, label]);
-  const figure = choice("Shown figure", [[null, "none"], ...measured], layout.figure, (name) => {
+  const figure = choice("Shown metric", [[null, "none"], ...measured], layout.figure, (name) => {
     layout.figure = name;
     showGrid();
   });
@@ -62,7 +62,7 @@ function setSize(pixels) {
   at("grid").style.setProperty("--size", `${pixels}px`);
 }
 
-/** As large as all columns allow without scrolling, within reason. */
+/** The size at which all columns fit without scrolling, within limits. */
 function fittingSize() {
   const columns = layout.columns === null ? 1 : usedValues(layout.columns).length;
   const perCell = shownPictures().length / columns / (layout.rows === null ? 1 : usedValues(layout.rows).length);
@@ -71,14 +71,14 @@ function fittingSize() {
   return Math.min(256, Math.max(matchMedia("(max-width: 40rem)").matches ? 64 : 96, Math.floor(room / across / 8) * 8));
 }
 
-/** The values of an axis that the filters let through. */
+/** The values of an axis that pass the filters. */
 function usedValues(name) {
   const wanted = filters.get(name);
   return axes.get(name).values.filter((value) => wanted.size === 0 || wanted.has(value));
 }
 
 function buildFilters() {
-  at("filters").replaceChildren(...tellingAxes.map((name) => {
+  at("filters").replaceChildren(...filterAxes.map((name) => {
     const chips = axes.get(name).values.map((value) => chip(name, value));
     return make("div", { className: "chips", role: "group", "aria-label": `Filter by ${name}` },
       make("span", { className: "note" }, name), make("div", {}, chips));
@@ -101,7 +101,7 @@ function chip(name, value) {
 function showGrid() {
   const shown = shownPictures();
   const total = results.pictures.length;
-  at("count").textContent = shown.length === total ? `${total} pictures` : `${shown.length} of ${total} pictures`;
+  at("count").textContent = shown.length === total ? `${total} images` : `${shown.length} of ${total} images`;
   const cells = new Map();
   const valueOn = (name, picture) => (name === null ? null : axes.get(name).of(picture));
   for (const index of shown) {
@@ -124,7 +124,7 @@ function showGrid() {
 }
 
 function gridTable(rows, columns, cells) {
-  const inside = tellingAxes.filter((name) => name !== layout.rows && name !== layout.columns);
+  const inside = filterAxes.filter((name) => name !== layout.rows && name !== layout.columns);
   const open = inside.filter((name) => usedValues(name).length > 1);
   const heading = (value, scope) =>
     make("th", { scope }, make("div", { dir: "auto", title: written(value) }, written(value)));
@@ -138,7 +138,7 @@ function gridTable(rows, columns, cells) {
   return make("table", {}, head, make("tbody", {}, body));
 }
 
-/** Several pictures of one cell form a square; what tells them apart stands below each. */
+/** Several images of one cell form a square; the values in which they differ are below each. */
 function cell(indices, open) {
   const group = make("div", { className: "cell" }, indices.map((index) => pictureButton(index, open)));
   const across = layout.columns === null ? "auto-fill" : Math.ceil(Math.sqrt(Math.max(1, indices.length)));
@@ -160,7 +160,7 @@ function pictureButton(index, open) {
     words.length > 0 ? make("span", { className: "caption" }, words.join(" · ")) : null);
 }
 
-/** The picture that an arrow key leads to, or the same at an edge. */
+/** The image that an arrow key moves to, or the same at an edge. */
 function neighbour(index, key) {
   const row = shownRows.findIndex((indices) => indices.includes(index));
   if (row < 0) return shownRows[0]?.[0] ?? index;
@@ -188,11 +188,11 @@ function listenToGrid() {
     event.preventDefault();
     focusPicture(neighbour(Number(chosen(event).dataset.index), event.key));
   });
-  // Paper shows everything, also what was never scrolled to.
+  // Load all images before printing.
   addEventListener("beforeprint", () => at("grid").querySelectorAll(".picture").forEach(load));
 }
 
-/** Narrows the pictures to these values and goes to them. */
+/** Filters the images by these values and scrolls to them. */
 function showOnly(wanted) {
   for (const [name, value] of wanted) {
     if (!filters.has(name)) continue;

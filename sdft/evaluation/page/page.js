@@ -1,8 +1,8 @@
-// Puts the page together: title, verdict, theme, sections. Runs last.
+// Builds the page: title, recommendation, theme, sections. Runs last.
 
 const THEME = "sdft theme";
 
-function kept(name) {
+function stored(name) {
   try {
     return localStorage.getItem(name);
   } catch {
@@ -20,7 +20,7 @@ function setTheme(theme) {
     try {
       localStorage.setItem(THEME, other);
     } catch {
-      // It lasts until the page closes.
+      // Without storage, the choice lasts until the page is closed.
     }
   };
 }
@@ -35,10 +35,10 @@ function showLead() {
     at("lead").append(make("p", { dir: "auto" }, reason));
   } else if (results.verdicts.length > 0) {
     const found = results.verdicts.filter((verdict) => judged(verdict).kind !== "same").length;
-    say(`${found} of ${results.verdicts.length} differences can be told from chance.`);
+    say(`${found} of ${results.verdicts.length} differences are statistically significant.`);
   } else {
     const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
-    say(`${count(results.pictures.length, "picture")} of ${count(subjects.size, "subject")}.`);
+    say(`${count(results.pictures.length, "image")} of ${count(subjects.size, "subject")}.`);
   }
 }
 
@@ -48,7 +48,7 @@ function listContents() {
     make("a", { href: `#${section.id}` }, section.querySelector("h2").textContent)));
 }
 
-setTheme(kept(THEME) ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
+setTheme(stored(THEME) ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
 showLead();
 buildGridControls();
 buildFilters();

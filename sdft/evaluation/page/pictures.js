@@ -1,4 +1,4 @@
-// The results as data: axes, filters, which picture stands where. Makes no elements, except to load what they show.
+// The results as data: axes, filters, positions of images. Makes no elements, but sets the images of given ones.
 
 const results = JSON.parse(at("results").textContent);
 const SUBJECT = "subject";
@@ -9,11 +9,11 @@ const subjects = new Map(results.subjects.map((subject) => [subject.name, subjec
 const metrics = new Map(results.metrics.map((metric) => [metric.name, metric]));
 const figures = new Map(Object.entries(results.figures).map(([name, row]) => [name, new Map(Object.entries(row))]));
 
-/** metric -> how many decimals the figures of single pictures are written with. */
+/** metric -> number of decimals for the values of single images. */
 const figureDigits = new Map([...metrics.keys()].map((name) =>
   [name, decimals(results.pictures.map((picture) => picture.figures[name]))]));
 
-/** Axis name -> its values in order and the value of a picture: the subject, what tells subjects apart, the rest. */
+/** Axis name -> its values in order, and the value of an image: subject, grid axes, varied values of subjects. */
 const axes = new Map();
 addAxis(SUBJECT, [...subjects.keys()], (picture) => picture.subject);
 for (const [name, values] of Object.entries(results.axes)) {
@@ -23,7 +23,7 @@ for (const name of new Set(results.subjects.flatMap((subject) => Object.keys(sub
   const varied = (subject) => (Object.hasOwn(subject.varied, name) ? subject.varied[name] : NONE);
   const values = [...new Set(results.subjects.map(varied))];
   if (values.every(Number.isFinite)) values.sort((a, b) => a - b);
-  // A sweep may vary the seed of training, while the pictures have seeds of their own.
+  // A sweep may vary the seed of training, which is not the seed of the images.
   addAxis(axes.has(name) ? `subject's ${name}` : name, values, (picture) => varied(subjects.get(picture.subject)));
 }
 
@@ -32,15 +32,16 @@ function addAxis(name, values, of) {
   axes.set(name, { values: stray ? [...values, NONE] : values, of });
 }
 
-/** Names of the axes along which something differs. */
+/** Names of the axes with more than one value. */
 const varyingAxes = [...axes.keys()].filter((name) => axes.get(name).values.length > 1);
 
-/** The same without the subject where rank, rate and the like tell each from all others: its name only repeats them. */
-const tellingAxes = varyingAxes.filter((name) => name !== SUBJECT || !variedTellsSubjects());
+/** The same without the subject if varied values (rank, rate) identify it: its name only repeats them. */
+const filterAxes = varyingAxes.filter((name) => name !== SUBJECT || !variedIdentifiesSubjects());
 
-function variedTellsSubjects() {
-  const told = new Set(results.subjects.map(({ varied }) => JSON.stringify(Object.entries(varied).sort())));
-  return told.size === results.subjects.length && results.subjects.some(({ varied }) => Object.keys(varied).length > 0);
+function variedIdentifiesSubjects() {
+  const combinations = new Set(results.subjects.map(({ varied }) => JSON.stringify(Object.entries(varied).sort())));
+  const isVaried = results.subjects.some(({ varied }) => Object.keys(varied).length > 0);
+  return combinations.size === results.subjects.length && isVaried;
 }
 
 /** Axis name -> the values that are shown; an empty set shows all. */
@@ -53,17 +54,17 @@ function isShown(picture) {
   return true;
 }
 
-/** Numbers of the pictures that pass the filters. */
+/** Indices of the images that pass the filters. */
 function shownPictures() {
   return [...results.pictures.keys()].filter((index) => isShown(results.pictures[index]));
 }
 
-/** Where a picture stands, whoever drew it: the same for all subjects. */
+/** The position of an image in the grid, the same for all subjects. */
 function placeOf(picture) {
   return JSON.stringify(Object.keys(results.axes).map((name) => axes.get(name).of(picture)));
 }
 
-/** place -> subject -> number of the picture. */
+/** position -> subject -> index of the image. */
 const places = new Map();
 for (const [index, picture] of results.pictures.entries()) {
   const place = placeOf(picture);
@@ -71,17 +72,17 @@ for (const [index, picture] of results.pictures.entries()) {
   places.get(place).set(picture.subject, index);
 }
 
-/** "seed 3, cfg 7": a picture's values on these axes. */
+/** "seed 3, cfg 7": the values of an image on these axes. */
 function described(picture, names) {
   return names.map((name) => `${name} ${written(axes.get(name).of(picture))}`).join(", ");
 }
 
-/** A picture's path as a link: a name with `#`, `?` or `%` in it stays a name, and no scheme can stand before it. */
+/** The path of an image as a link: `#`, `?` and `%` are escaped, and it cannot begin with a scheme. */
 function linkTo(picture) {
   return `./${picture.path.split("/").map(encodeURIComponent).join("/")}`;
 }
 
-/** Shows the embedded picture. */
+/** Shows the thumbnail. */
 function showThumbnail(image, index) {
   const { uri, width, height, whole } = results.pictures[index].thumbnail;
   image.src = uri;
@@ -90,7 +91,7 @@ function showThumbnail(image, index) {
   image.classList.toggle("hard", whole);
 }
 
-/** Shows the embedded picture at once, and the file as soon as it is there, where that has more to show. */
+/** Shows the thumbnail at once, and the file when it is loaded, if it is larger. */
 function showLarge(image, index) {
   const picture = results.pictures[index];
   showThumbnail(image, index);

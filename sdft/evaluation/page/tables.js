@@ -1,4 +1,4 @@
-// The tables: figures with their intervals and costs, differences in words, what was compared.
+// The tables: metrics with intervals and costs, differences as sentences, what was compared.
 
 const LEVEL = 0.05;
 const ARROWS = { higher: "↑ higher is better", lower: "↓ lower is better" };
@@ -7,7 +7,7 @@ function figureOf(subject, metric) {
   return figures.get(subject)?.get(metric);
 }
 
-/** The highest or lowest value, whichever is better; null where neither direction is. */
+/** The highest or lowest value, whichever is better; null if the metric has no direction. */
 function bestOf(metric, values) {
   const known = values.filter(Number.isFinite);
   if (known.length < 2 || metric.better === null) return null;
@@ -34,7 +34,7 @@ function showFigures() {
     [label, `${meaning} ${better ? `${ARROWS[better]}.` : "Neither direction is better."}`])));
 }
 
-/** A column: its heading, the value of a subject to sort by, and the cell that shows it. */
+/** A column of the metrics table: heading, value of a subject to sort by, content of its cell. */
 function variedColumn(name) {
   const value = (subject) => (Object.hasOwn(subject.varied, name) ? subject.varied[name] : null);
   return { label: name, hint: "", value, cell: (subject) => [written(value(subject))] };
@@ -63,7 +63,7 @@ function metricColumn(metric) {
   return { label: metric.label, hint: ARROWS[metric.better] ?? "", title: metric.meaning, value, cell };
 }
 
-/** A table of the subjects; a click on a heading sorts by it, the next one turns the order round. */
+/** A table of the subjects; a click on a heading sorts by it, the next one reverses the order. */
 function sortableTable(columns) {
   const body = make("tbody");
   const headings = columns.map((column) => {
@@ -84,7 +84,7 @@ function sortableTable(columns) {
   return make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "subject"), headings)), body);
 }
 
-/** What is missing comes last in both orders. */
+/** Missing values come last in both orders. */
 function byValue(value, order) {
   const sign = order === "descending" ? -1 : 1;
   return (one, other) => {
@@ -94,7 +94,7 @@ function byValue(value, order) {
   };
 }
 
-/** How a difference is to be taken: a sign that does not need its colour, and the word for it. */
+/** The outcome of a test: a sign that is clear without its colour, and a word. */
 function judged(verdict) {
   const better = metrics.get(verdict.metric)?.better ?? null;
   if (verdict.p === null || verdict.p >= LEVEL) return { sign: "=", word: "no detectable difference", kind: "same" };
@@ -111,7 +111,7 @@ function showVerdicts() {
     const look = { className: `sign ${kind}`, title: word, role: "img", "aria-label": word };
     return make("li", {}, make("span", look, sign), make("span", { dir: "auto" }, verdict.sentence));
   });
-  const heads = ["subject", "against", "figure", "difference", "p (Holm)", "effect size", "would have shown", "pairs"];
+  const heads = ["subject", "baseline", "metric", "difference", "p (Holm)", "effect size", "detectable", "pairs"];
   const rows = results.verdicts.map((v) => {
     const digits = decimals([v.difference.value, v.difference.low, v.difference.high]);
     const ends = interval(v.difference, digits);
@@ -121,7 +121,7 @@ function showVerdicts() {
   });
   at("verdict-list").replaceChildren(
     make("ul", { className: "verdicts" }, lines),
-    make("details", {}, make("summary", {}, "The numbers behind the sentences"),
+    make("details", {}, make("summary", {}, "Table of the tests"),
       make("div", { className: "wide" }, plainTable(heads, rows))),
   );
 }
@@ -136,7 +136,7 @@ function plainTable(heads, rows) {
 
 function showAbout() {
   const rows = results.subjects.map(({ name, kind, source }) => [name, kind, source]);
-  at("subjects").replaceChildren(plainTable(["subject", "what", "from"], rows));
+  at("subjects").replaceChildren(plainTable(["subject", "kind", "source"], rows));
   const shared = Object.entries(results.settings).map(([name, value]) => [name, written(value)]);
   at("shared").replaceChildren(...terms(shared));
 }

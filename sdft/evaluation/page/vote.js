@@ -1,16 +1,16 @@
-// The blind vote: which pairs are asked, what was answered, what follows from it.
+// The blind vote: pairs of images, answers, and scores of the subjects.
 
 const STORE = `sdft vote ${results.id}`;
 const KEYS = {
   1: "left", ArrowLeft: "left", 2: "right", ArrowRight: "right", 0: "tie", ArrowUp: "tie", ArrowDown: "skip",
 };
 
-/** Numbers of two pictures, as they stood, and the choice: left, right, tie or skip. */
+/** Indices of the left and right image, and the choice: left, right, tie or skip. */
 let votes = storedVotes();
-/** Pairs still to ask, the next one last. */
+/** Pairs that are still to be shown, the next one last. */
 let waiting = [];
 
-/** What the browser kept; some refuse to keep anything for a page from disk. */
+/** The votes in the browser's storage; some browsers have none for pages from disk. */
 function storedVotes() {
   try {
     const stored = JSON.parse(localStorage.getItem(STORE) ?? "[]");
@@ -33,15 +33,15 @@ function pairName(one, other) {
   return one < other ? `${one} ${other}` : `${other} ${one}`;
 }
 
-/** Pairs of subjects on the same place, among the shown pictures, not asked yet; shuffled and turned at random. */
+/** Pairs of shown images at one position, without those that were answered; order and sides are random. */
 function pairsToAsk() {
-  const asked = new Set(votes.map(({ left, right }) => pairName(left, right)));
+  const answered = new Set(votes.map(({ left, right }) => pairName(left, right)));
   const shown = new Set(shownPictures());
   const pairs = [];
   for (const here of places.values()) {
     const indices = [...here.values()].filter((index) => shown.has(index));
     indices.forEach((one, n) => indices.slice(n + 1).forEach((other) => {
-      if (!asked.has(pairName(one, other))) pairs.push(Math.random() < 0.5 ? [one, other] : [other, one]);
+      if (!answered.has(pairName(one, other))) pairs.push(Math.random() < 0.5 ? [one, other] : [other, one]);
     }));
   }
   for (let n = pairs.length - 1; n > 0; n--) {
@@ -61,10 +61,10 @@ function ask() {
   const pair = waiting.at(-1);
   const done = pair === undefined;
   const progress = `${votes.length} answered, ${waiting.length} to go`;
-  at("ballot-count").textContent = done ? "Every pair has been asked." : progress;
+  at("ballot-count").textContent = done ? "All pairs are answered." : progress;
   at("undo").disabled = votes.length === 0;
   for (const button of at("ballot").querySelectorAll("[data-choice]")) button.disabled = done;
-  // The buttons are off, and keys only reach what has the focus.
+  // The buttons are disabled, and keys only reach a focused element.
   if (done) at("ballot-close").focus();
   for (const [id, side] of [["ballot-left", 0], ["ballot-right", 1]]) {
     at(id).hidden = done;
@@ -72,7 +72,7 @@ function ask() {
   }
   const picture = done ? null : results.pictures[pair[0]];
   at("ballot-question").textContent = done ? "" : written(picture.axes[PROMPT] ?? "");
-  // What tells subjects apart, such as the rank of a sweep, stays out: the vote is blind.
+  // Values that identify subjects, such as the rank of a sweep, are not shown: the vote is blind.
   at("ballot-settings").textContent = done ? "" : described(picture, varyingAxes.filter((name) =>
     name !== PROMPT && Object.hasOwn(results.axes, name)));
 }
@@ -116,7 +116,7 @@ const counted = () => votes.filter(({ choice }) => choice !== "skip");
 
 function showScores() {
   at("export").disabled = at("forget").disabled = votes.length === 0;
-  at("start").textContent = votes.length === 0 ? "Start voting" : "Go on voting";
+  at("start").textContent = votes.length === 0 ? "Start voting" : "Continue voting";
   const rated = counted().length > 0 ? scores() : [];
   if (rated.length === 0) return at("scores").replaceChildren();
   const ends = rated.flatMap(({ low, high }) => [low, high]);
@@ -127,9 +127,9 @@ function showScores() {
       make("small", {}, `${percent(low)} to ${percent(high)}`));
     return [subject, chance, `${written(won)} of ${votes}`];
   });
-  const note = "Chance to be preferred to an average subject, with its 95 % interval; "
-    + "no preference is half a vote for each.";
-  return at("scores").replaceChildren(plainTable(["subject", "chance to win", "votes won"], rows),
+  const note = "Probability to be preferred to an average subject (Bradley-Terry), with its 95 % interval; "
+    + "no preference counts as half a vote for each.";
+  return at("scores").replaceChildren(plainTable(["subject", "probability", "votes won"], rows),
     make("p", { className: "note" }, note));
 }
 
@@ -152,7 +152,7 @@ function exportVotes() {
 }
 
 function forgetVotes() {
-  if (!confirm("Forget all votes of this page?")) return;
+  if (!confirm("Delete all votes of this page?")) return;
   votes = [];
   storeVotes();
   showScores();
@@ -169,7 +169,7 @@ function buildVote() {
   at("vote-buttons").replaceChildren(
     button("start", "Start voting", startVoting),
     button("export", "Export as JSON", exportVotes),
-    button("forget", "Forget the votes", forgetVotes),
+    button("forget", "Delete the votes", forgetVotes),
   );
   at("undo").addEventListener("click", undo);
   at("ballot-close").addEventListener("click", () => at("ballot").close());
