@@ -27,7 +27,7 @@ from sdft.sampling.generate import generate
 from sdft.sampling.samplers import Sampler
 from sdft.tuning.adapter import Adapter
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORD = "стиль_Техноманта"
 PROMPT = f"a photo of a cat, {WORD}"
 SAMPLER = Sampler("euler", steps=2, cfg=3.0)

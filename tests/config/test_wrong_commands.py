@@ -12,7 +12,7 @@ from PIL import Image
 import train
 from sdft.models import load
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CASES = [
     ("experiment=dremy_style", "experiment", "dreamy_style"),
     ("modle=nano", "modle", "model"),

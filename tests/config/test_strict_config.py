@@ -343,7 +343,7 @@ if __name__ == "__main__":
 def run(conf: Path):
     folder = conf.parent
     (folder / "script.py").write_text(SCRIPT)
-    env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}{os.pathsep}{folder}"}
+    env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[2]}{os.pathsep}{folder}"}
 
     def run(*words: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
         (folder / "ran").unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sdft.callbacks import exports
+from sdft.training.callbacks import export as exports
 
 from sdft.errors import UserError
 from sdft.formats import lora_file
