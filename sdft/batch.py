@@ -15,36 +15,36 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """What one step learns from. Everything random about a sample follows from its key and visit (see `rng`)."""
+    """The samples of one step. All randomness about a sample follows from its key and visit (see `sdft.rng`)."""
 
     keys: Sequence[str]
-    """Stable name of each sample: a relative path, a shard entry, `toy/dreamy/train/17`."""
+    """Unique, stable name of each sample: a relative path, a shard entry, `toy/dreamy/train/17`."""
     visits: Sequence[int]
-    """How often the run has seen each sample before: the epoch of a fixed-size source."""
+    """How often the run has drawn each sample before: the epoch, for a source of fixed size."""
     captions: Sequence[str]
-    """Captions as the text encoders read them; dropped ones are marked in `dropped`."""
+    """Captions; those marked in `dropped` are not encoded."""
     dropped_B: Tensor
-    """bool: the caption is replaced by the empty conditioning."""
+    """bool: the caption is replaced by the empty prompt."""
     time_ids_B6: Tensor
     """fp32: original h, w, crop top, left, target h, w."""
     loss_weight_B: Tensor
-    """fp32 weight of each sample, 1 unless a source says otherwise."""
+    """fp32 weight of each sample's loss, 1 by default."""
     pixels_BCHW: Tensor | None = None
     """fp32 in [-1, 1]; None when the latents are cached."""
     moments_BCHW: Tensor | None = None
-    """fp32 posterior mean and log variance, stacked on C; None when not cached."""
+    """fp32 mean and log variance of the VAE's posterior, stacked on C; None when not cached."""
     context_BLD: Tensor | None = None
     pooled_BP: Tensor | None = None
-    """Text states of the captions, of the empty string where dropped; None when the encoders read them anew."""
+    """Cached text embeddings, of the empty string where dropped; None when the encoders run in the step."""
     dropped_BE: Tensor | None = None
-    """bool: text encoders that see the empty conditioning while the other reads on; None where none ever does."""
+    """bool: text encoders for which alone the caption is dropped; None if that is never the case."""
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @property
     def dropped_by_encoder_BE(self) -> Tensor:
-        """bool: which text encoders see the empty conditioning; E is 1 where that is always all or none of them."""
+        """bool: for which text encoders the caption is dropped; E is 1 if always for all or none."""
         all_B1 = self.dropped_B[:, None]
         return all_B1 if self.dropped_BE is None else all_B1 | self.dropped_BE
 
@@ -57,22 +57,22 @@ class Batch:
 
 @dataclass
 class Conditioning:
-    """What the UNet is told besides the noisy latents."""
+    """The conditioning of the denoiser: text embeddings and SDXL's size embedding."""
 
     context_BLD: Tensor
     pooled_BP: Tensor
     time_ids_B6: Tensor
-    """fp32 whatever the model computes in: bf16 cannot hold a size of 683."""
+    """fp32 in every precision: bf16 cannot represent a size of 683."""
 
 
 @dataclass
 class LossReport:
-    """One loss a sample, and the figures worth watching."""
+    """The loss of each sample, and further values to log."""
 
     per_sample_B: Tensor
     figures: dict[str, Tensor] = field(default_factory=dict)
 
     def scalars(self, prefix: str) -> dict[str, Tensor]:
-        """Everything to log, detached: the mean loss and the mean of each figure."""
+        """The mean loss and the mean of each value, detached, for logging."""
         named = {"loss": self.per_sample_B, **self.figures}
         return {f"{prefix}/{name}": value.detach().float().mean() for name, value in named.items()}

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """An error whose message says what is wrong and what to do; the verbs print it without a traceback."""
+    """An error in the user's input, with the remedy in its message; commands print it without a traceback."""

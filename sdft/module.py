@@ -1,13 +1,13 @@
 """The one LightningModule and the one training step.
 
-Joins a model, what learns in it (`tuning`), what it is asked (`objective`) and how it moves (`optimizer`). Which of
-them, is the caller's choice: full fine-tunes, adapters, and nano's own parts all train through this step.
+Combines a model, its trainable parameters (`tuning`), a loss (`objective`) and an optimizer. Full fine-tuning, adapters
+and nano's own networks all train through this step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -17,19 +17,16 @@ from sdft.batch import Batch
 from sdft.distributed.sharding import clip_gradients
 from sdft.errors import UserError
 from sdft.models.attention import refuse_device
-from sdft.models.sdxl import SDXL
-from sdft.planning.footprint import offloaded_parts
+from sdft.optimizers.optimizers import scale_rates
+from sdft.protocols import DiffusionModel, Objective, OptimizerFactory, ScheduleFactory, Tuning, strategy_hooks
 from sdft.rng import Draws, seed_of
 from sdft.tuning.parameters import part_of, trainable_parameters
 
 VALIDATION_SEED = 0
-ENCODER_PARTS = ("embeddings", "encoder", "final_layer_norm", "text_projection")
-"""What a text encoder is divided by, where weights are divided; transformers knows the whole of it by its exact class,
-which dividing it would change."""
 
 
 class Step(NamedTuple):
-    """What the last forward pass saw and found, for those who watch over it."""
+    """The samples and the loss of the last forward pass, for callbacks."""
 
     keys: Sequence[str]
     visits: Sequence[int]
@@ -41,16 +38,33 @@ class Step(NamedTuple):
 class Finetuning(L.LightningModule):
     """Fine-tuning of `model`.
 
-    seed: of everything random in the steps.
+    model: a `DiffusionModel`, or a single network with an objective of its own.
+    tuning: which parameters train.
+    objective: the loss.
+    optimizer: builds the optimizer from parameter groups; their rates are multiplied by the groups' `lr_scale`.
+    lr_schedule: builds the schedule, stepped once per optimizer step.
+    seed: of all randomness in training.
+
+    Raises UserError where the objective does not fit what the weights predict, or a trainable weight is not fp32.
     """
 
-    def __init__(self, model: nn.Module, tuning, objective, optimizer: Callable, lr_schedule: Callable, seed: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        tuning: Tuning,
+        objective: Objective,
+        optimizer: OptimizerFactory,
+        lr_schedule: ScheduleFactory,
+        seed: int,
+    ):
         super().__init__()
+        require("tuning", tuning, Tuning)
+        require("objective", objective, Objective)
         self.model, self.tuning, self.objective = model, tuning, objective
         self.optimizer, self.lr_schedule, self.seed = optimizer, lr_schedule, seed
         self.strict_loading = False
-        self.comparable = objective.comparable() if hasattr(objective, "comparable") else objective
-        if hasattr(objective, "prediction"):
+        self.validation_objective = objective.for_validation()
+        if objective.prediction is not None:
             refuse_other_prediction(model, objective)
             model.set_prediction_type(objective.prediction, objective.zero_terminal_snr)
         with torch.random.fork_rng(devices=[]):
@@ -61,56 +75,62 @@ class Finetuning(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The weighted mean loss of a batch."""
-        if getattr(self.tuning, "dropout", 0):
+        if self.tuning.dropout:
             torch.manual_seed(seed_of(self.seed, "dropout", batch.keys[0], batch.visits[0]))
         report = self.objective(self.model, batch, Draws(self.seed, batch.keys, batch.visits))
-        figures = self.mean_over_ranks(report.scalars("train"))
-        self.latest = Step(batch.keys, batch.visits, report.per_sample_B.detach(), figures["train/loss"])
-        self.log_dict(figures, batch_size=len(batch))
-        self.log("loss", figures["train/loss"], prog_bar=True, logger=False, batch_size=len(batch))
+        values = self.mean_over_ranks(report.scalars("train"))
+        self.latest = Step(batch.keys, batch.visits, report.per_sample_B.detach(), values["train/loss"])
+        self.log_dict(values, batch_size=len(batch))
+        self.log("loss", values["train/loss"], prog_bar=True, logger=False, batch_size=len(batch))
         return (report.per_sample_B * batch.loss_weight_B).mean()
 
-    def mean_over_ranks(self, figures: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Each figure of the whole batch: the mean over the processes, which have equal shares of it."""
+    def mean_over_ranks(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each value averaged over the processes, which hold equal shares of the batch."""
         if self._trainer is None or self.trainer.world_size == 1:
-            return figures
-        means = self.trainer.strategy.reduce(torch.stack(list(figures.values())), reduce_op="mean")
-        return dict(zip(figures, means, strict=True))
+            return values
+        means = self.trainer.strategy.reduce(torch.stack(list(values.values())), reduce_op="mean")
+        return dict(zip(values, means, strict=True))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The unweighted error on fixed (image, timestep, noise) triples, the same for every run and objective."""
-        report = self.comparable(self.model, batch, Draws(VALIDATION_SEED, batch.keys, batch.visits))
+        report = self.validation_objective(self.model, batch, Draws(VALIDATION_SEED, batch.keys, batch.visits))
         self.log_dict(report.scalars("val"), batch_size=len(batch), sync_dist=True)
 
     def configure_model(self) -> None:
-        """Let a strategy that divides models do so; Lightning asks when the processes know each other."""
-        divide, model = getattr(self.trainer.strategy, "divide", None), self.model
-        if divide is None:
+        """Let the strategy shard the model; Lightning calls this once the processes are connected."""
+        hooks = strategy_hooks(self.trainer.strategy)
+        if hooks.num_shards(self.trainer.world_size) == 1:
             return
-        if not isinstance(model, SDXL):
-            raise UserError("strategy=fsdp divides SDXL only; choose strategy=ddp to train a part of nano")
-        stay = "text_encoder" not in offloaded_parts(model, self.trainer.datamodule)
-        encoders = (model.text_encoder, model.text_encoder_2) if stay else ()
-        named = (pair for encoder in encoders for pair in encoder.named_modules())
-        divide([model.unet, *(part for name, part in named if name.split(".")[-1] in ENCODER_PARTS)])
+        if not isinstance(self.model, DiffusionModel):
+            raise UserError("strategy=fsdp shards diffusion models only; choose strategy=ddp to train a single network")
+        hooks.shard(self.model.modules_to_shard(self.cached_parts(self.trainer.datamodule.cache)))
+
+    def cached_parts(self, cache: Literal["ram", "disk", "off"]) -> set[str]:
+        """Parts that no training step calls, because their outputs are cached."""
+        if not isinstance(self.model, DiffusionModel):
+            return set()
+        return self.model.cached_parts(cache, {part_of(name) for name, _ in trainable_parameters(self.model)})
 
     def on_fit_start(self) -> None:
-        """Encode once what stays the same, and send away what has nothing left to do."""
+        """Fill the caches, and offload the parts that they replace."""
         data, model = self.trainer.datamodule, self.model
-        if isinstance(model, SDXL):
-            refuse_device(model.unet, self.device)
-        if data.cache == "off":
+        if not isinstance(model, DiffusionModel):
             return
-        data.encode_once(model.encode_moments, self.device, vae=model.vae)
-        model.offload("vae")
-        if "text_encoder" not in offloaded_parts(model, data):
-            return
-        encoders = (model.text_encoder, model.text_encoder_2)
-        if data.encode_texts_once(model.encode_prompts, model.prompt_ids, *encoders):
-            model.offload("text_encoder", "text_encoder_2")
+        refuse_device(model.denoiser, self.device)
+        cached = self.cached_parts(data.cache)
+        if model.VAE in cached:
+            data.encode_once(model.encode_moments, self.device, vae=model.get_submodule(model.VAE))
+            model.offload(model.VAE)
+        texts = cached >= {*model.TEXT_ENCODERS}
+        if texts and data.encode_texts_once(model.encode_prompts, model.prompt_ids, *model.text_encoders):
+            model.offload(*model.TEXT_ENCODERS)
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """A new optimizer of the trainable parameters, with the learning rate of each part."""
+        return scale_rates(self.optimizer(self.tuning.groups(self.model)))
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = self.optimizer(self.tuning.groups(self.model))
+        optimizer = self.build_optimizer()
         schedule = self.lr_schedule(optimizer, num_steps=self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -121,25 +141,34 @@ class Finetuning(L.LightningModule):
             clip_gradients((p for group in optimizer.param_groups for p in group["params"]), gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what learns; everything else comes from `model.weights` again."""
+        """Keep only trainable parameters; all others are read from `model.weights` again."""
         names = {f"model.{name}" for name, _ in trainable_parameters(self.model)}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other weights than those that learn now; count in batches of this run."""
+        """Raises UserError for a checkpoint with other trainable parameters than this run's."""
         recount_batches(checkpoint, self.trainer)
         now = {(f"model.{name}", tuple(p.shape)) for name, p in trainable_parameters(self.model)}
         saved = {(name, tuple(value.shape)) for name, value in checkpoint["state_dict"].items()}
         if now != saved:
             odd = sorted({name for name, _ in now ^ saved})
-            raise UserError(f"resume: the checkpoint trains other weights than this run, {len(odd)} of them, "
-                            f"for example {odd[0]!r}; resume with the same model, tuning and rank")
+            raise UserError(
+                f"resume: the checkpoint has other trainable parameters than this run, {len(odd)} of them, "
+                f"for example {odd[0]!r}; resume with the same model, tuning and rank"
+            )
+
+
+def require(key: str, built: Any, contract: type) -> None:
+    """Raise UserError where what a config built does not inherit from the contract of its key."""
+    if not isinstance(built, contract):
+        name = type(built).__name__
+        raise UserError(f"{key}: {name} is not a sdft.protocols.{contract.__name__}; let the class inherit from it")
 
 
 def recount_batches(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
-    """Make the steps that are done into batches: this run may accumulate otherwise, and half a step is not kept.
+    """Convert the checkpoint's optimizer steps to batches of this run, which may accumulate differently.
 
-    The last batch of the run that saved it need not be that of this one, which may have more steps.
+    The last batch of the run that saved the checkpoint need not be the last of this one, which may have more steps.
     """
     num_batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -151,19 +180,19 @@ def recount_batches(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     checkpoint[type(trainer.datamodule).__qualname__]["batches_done"] = num_batches
 
 
-def refuse_other_prediction(model: SDXL, objective) -> None:
-    """Raise UserError where the run would unlearn what the weights predict; epsilon to v is a known practice."""
+def refuse_other_prediction(model: DiffusionModel, objective: Objective) -> None:
+    """Raise UserError where training would undo what the weights predict; epsilon to v is established practice."""
     config = model.scheduler.config
     if config.prediction_type == "v_prediction" and objective.prediction == "epsilon":
         fit = "v_zero_snr" if config.rescale_betas_zero_snr else "v"
         raise UserError(f"objective=epsilon: the weights predict v; choose objective={fit}")
     if config.rescale_betas_zero_snr and not objective.zero_terminal_snr:
-        raise UserError("objective=v: the weights know a noise schedule that ends in pure noise; choose v_zero_snr")
+        raise UserError("objective=v: the weights were trained with zero terminal SNR; choose objective=v_zero_snr")
 
 
 def refuse_low_precision_weights(model: nn.Module) -> None:
-    """Raise UserError where a weight that learns has fewer bits than fp32: small updates would be rounded away."""
+    """Raise UserError where a trainable weight has fewer bits than fp32: small updates would be rounded away."""
     for name, parameter in trainable_parameters(model):
         if parameter.dtype != torch.float32:
             key = f"model.dtype.{part_of(name)}"
-            raise UserError(f"{key} is {parameter.dtype}, but a part that learns must be fp32; set {key}=fp32")
+            raise UserError(f"{key} is {parameter.dtype}, but trainable parameters must be fp32; set {key}=fp32")

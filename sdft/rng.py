@@ -1,7 +1,7 @@
 """Counter-based randomness: every draw is a pure function of (run seed, purpose, key, counter).
 
-No generator is carried from one step to the next, so a draw cannot depend on the number of workers, the batch size,
-accumulation, the world size or a resume. Draws are made on the CPU: every device sees the same noise.
+No generator is kept from step to step, so draws do not depend on the number of workers, the batch size, accumulation,
+the world size or a resume. Draws are made on the CPU, so that every device gets the same noise.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ def seed_of(run_seed: int, purpose: str, key: str = "", counter: int = 0) -> int
 
 
 def generator(run_seed: int, purpose: str, key: str = "", counter: int = 0) -> torch.Generator:
-    """A CPU generator at the start of the stream of (run seed, purpose, key, counter)."""
+    """A CPU generator seeded by (run seed, purpose, key, counter)."""
     return torch.Generator().manual_seed(seed_of(run_seed, purpose, key, counter))
 
 
 class Draws:
-    """The random numbers of one batch: sample i draws from the stream of its own key and visit."""
+    """Random numbers for a batch: those of sample i are seeded by its own key and visit."""
 
     def __init__(self, run_seed: int, keys: Sequence[str], visits: Sequence[int]):
         self.run_seed, self.keys, self.visits = run_seed, keys, visits
@@ -35,7 +35,7 @@ class Draws:
         return self._stack(purpose, lambda g: torch.randn(tuple(shape), generator=g))
 
     def uniform(self, purpose: str) -> Tensor:
-        """One number in [0, 1) a sample, fp64."""
+        """One number in [0, 1) per sample, fp64."""
         return self._stack(purpose, lambda g: torch.rand((), generator=g, dtype=torch.float64))
 
     def _stack(self, purpose: str, draw) -> Tensor:

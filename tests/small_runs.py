@@ -216,7 +216,7 @@ def train(run: Run) -> dict[str, Any]:
     module = new_module()
     fit.fit(module, data, ckpt_path=run.resume, weights_only=False)
     if run.strategy in ("fsdp", "hybrid"):
-        module = fit.strategy.gathered(module, new_module)
+        module = fit.strategy.gather(module, new_module)
     weights = {name: p.detach().clone() for name, p in trainable_parameters(module.model)} if fit.is_global_zero else {}
     validation = {name: float(value) for name, value in fit.callback_metrics.items() if name.startswith("val/")}
     if run.export and fit.is_global_zero:

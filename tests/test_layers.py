@@ -36,6 +36,7 @@ LAYERS = {
     "sdft.distributed.sharding": WORDS,
     "sdft.errors": WORDS,
     "sdft.hardware": WORDS,
+    "sdft.protocols": WORDS,
     "sdft.rng": WORDS,
     "sdft.types": WORDS,
 }

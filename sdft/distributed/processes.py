@@ -1,7 +1,4 @@
-"""Which of the processes of one command this one is, and which of them says what several have found.
-
-Knows the words of torchrun, srun and Lightning's launcher; must not know what the processes do.
-"""
+"""The rank of this process under torchrun, srun or Lightning's launcher, and which process prints a message."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from sdft.hardware import num_gpus
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """Which of the processes this one is; `local_rank` counts those of one machine."""
+    """Rank among all processes of the run; `local_rank` is the rank among those of one machine."""
 
     rank: int = 0
     world_size: int = 1
@@ -24,30 +21,30 @@ class ProcessInfo:
 
     @classmethod
     def current(cls) -> ProcessInfo:
-        """As torchrun, srun or Lightning say it; alone without them."""
+        """From the environment variables of torchrun, srun or Lightning; rank 0 of 1 without them."""
         said = os.environ
         if "WORLD_SIZE" in said:
             # Lightning, which starts the processes of one machine, has no RANK.
             local_rank = said.get("LOCAL_RANK", "0")
             return cls(int(said.get("RANK", local_rank)), int(said["WORLD_SIZE"]), int(local_rank))
-        # Only srun says how many tasks a step has; the variables of the job are also there in its batch script.
+        # SLURM_STEP_NUM_TASKS is set by srun only; the job's variables are also set in its batch script.
         if "SLURM_STEP_NUM_TASKS" in said and "SLURM_PROCID" in said:
             ranks = (said["SLURM_PROCID"], said["SLURM_STEP_NUM_TASKS"], said.get("SLURM_LOCALID", "0"))
             return cls(*map(int, ranks))
         return cls()
 
     def should_print(self, text: str) -> bool:
-        """Whether this process prints what others may have found as well.
+        """Whether this process prints a message that other processes may want to print too.
 
-        Processes that have met print a text once, whoever finds it first. Before they meet, the first of each machine
-        speaks, since all of a machine see the same files.
+        Once the processes are connected, the first one to call this prints. Before that, local rank 0 of each machine
+        does, since all processes of a machine see the same files.
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self.local_rank == 0
         try:
             return torch.distributed.group.WORLD.get_group_store().add(f"said: {text}", 1) == 1
         except RuntimeError:
-            return self.rank == 0  # the store was rank 0's and ended with it, which has said why
+            return self.rank == 0  # the store ended with rank 0, which has printed the reason
 
 
 def num_processes(accelerator: str, devices: int | Literal["auto"], num_nodes: int) -> int:

@@ -1,7 +1,6 @@
-"""Weights divided among processes: what one of them holds, and the whole.
+"""Sharded weights: the local shard of a process, and gathering the whole.
 
-A sharded weight is a DTensor cut along its first axis into equal slices, the last ones perhaps shorter or empty.
-Knows torch and nothing else; who cuts them and why is for `strategies`.
+A sharded weight is a DTensor split along its first axis into equal shards, the last ones perhaps shorter or empty.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 Name = TypeVar("Name")
 MESSAGE_BYTES = 2**28
-"""Of one rank at a time, when weights are put together."""
+"""Largest message of one rank when weights are gathered."""
 
 
 def shard_like(parameter: Tensor, weight: Tensor) -> Tensor:
-    """A weight in shards where the parameter is, each rank cutting its own out of the whole that it holds."""
+    """A whole weight sharded like the parameter: each rank cuts its shard out of its copy, without communication."""
     if not isinstance(parameter, DTensor) or isinstance(weight, DTensor):
         return weight
     weight = weight.to(parameter.device, parameter.dtype)
@@ -29,33 +28,33 @@ def shard_like(parameter: Tensor, weight: Tensor) -> Tensor:
 
 
 def local_shard(weight: Tensor) -> Tensor:
-    """What this rank holds of a weight, not a copy; without gradients."""
+    """The shard of this rank (a view, detached); the weight itself if it is not sharded."""
     with torch.no_grad():
         return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all numbers of some tensors, all of them whole or all sharded."""
+    """The total L2 norm of tensors, all of them whole or all sharded."""
     own = torch.nn.utils.get_total_norm([local_shard(tensor) for tensor in tensors])
     mesh = next((tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)), None)
     if mesh is None:
         return own
-    # torch's own way, which knows DTensors, sends one message a tensor.
+    # torch's own function for DTensors sends one message per tensor.
     squared = own.square()
     dist.all_reduce(squared, group=mesh.get_group(-1))
     return squared.sqrt()
 
 
 def clip_gradients(parameters: Iterable[Tensor], largest: float) -> None:
-    """Scale all gradients down to a norm of at most `largest`."""
+    """Scale the gradients down to a total L2 norm of at most `largest`."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     factor = (largest / (norm(gradients) + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([local_shard(gradient) for gradient in gradients], factor)
 
 
 def snapshot(state: Any) -> tuple[Any, list[Tensor]]:
-    """A copy of a nested state in CPU memory: with outlines (on the meta device) for its sharded tensors, and this
-    rank's slices of these, in the same order."""
+    """A copy of a nested state in CPU memory, with meta tensors in place of sharded ones, and this rank's shards of
+    these, in the same order."""
     slices: list[Tensor] = []
 
     def copied(value: Any) -> Any:
@@ -71,10 +70,10 @@ def snapshot(state: Any) -> tuple[Any, list[Tensor]]:
     return copied(state), slices
 
 
-def whole(weights: Mapping[Name, Tensor]) -> dict[Name, Tensor]:
-    """The same weights, sharded ones put together in the memory of rank 0.
+def gather_weights(weights: Mapping[Name, Tensor]) -> dict[Name, Tensor]:
+    """The same weights, sharded ones gathered in the CPU memory of rank 0; on other ranks these are empty.
 
-    All ranks must ask; for the others a sharded weight comes back empty.
+    Collective: all ranks must call it.
     """
     found = dict(weights)
     sharded = {name: weight for name, weight in weights.items() if isinstance(weight, DTensor)}
@@ -92,7 +91,7 @@ def whole(weights: Mapping[Name, Tensor]) -> dict[Name, Tensor]:
 
 
 def _messages(weights: Mapping[Name, DTensor]) -> Iterator[dict[Name, DTensor]]:
-    """Weights of one type, together, up to a size."""
+    """Weights of one dtype, grouped up to a size."""
     message: dict[Name, DTensor] = {}
     num_bytes = 0
     for name, weight in weights.items():
@@ -107,6 +106,6 @@ def _messages(weights: Mapping[Name, DTensor]) -> Iterator[dict[Name, DTensor]]:
 
 
 def _padded(weight: DTensor, size: int) -> Tensor:
-    """This rank's slice, flat and as long as the longest: end to end, the slices then begin with the whole."""
+    """This rank's shard, flat and padded to the longest: concatenated, the shards begin with the whole weight."""
     share, rows = local_shard(weight).reshape(-1), -(-weight.shape[0] // size)
     return F.pad(share, (0, rows * weight.numel() // max(weight.shape[0], 1) - share.numel()))

@@ -16,7 +16,7 @@ from annotated_types import MinLen
 from sdft.errors import UserError
 from sdft.evaluation.results import Value
 from sdft.evaluation.subjects import FINAL, Subject
-from sdft.sampling.samplers import Name, Sampler
+from sdft.sampling.samplers import Sampler
 from sdft.types import Count, Fraction, Index, NonNegative
 
 Axis = Literal["sampler", "cfg", "steps", "rescale", "negative", "size", "scale", "step"]
@@ -36,7 +36,7 @@ class Axes:
 
     def __init__(
         self,
-        sampler: Sequence[Name] | None = None,
+        sampler: Sequence[str] | None = None,
         cfg: Sequence[NonNegative] | None = None,
         steps: Sequence[Count] | None = None,
         rescale: Sequence[Fraction] | None = None,
@@ -70,7 +70,7 @@ class Setting:
 
     prompt: str
     seed: int
-    sampler: Name
+    sampler: str
     steps: int
     cfg: float
     rescale: float

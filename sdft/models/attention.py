@@ -1,7 +1,4 @@
-"""How the UNet computes attention: chosen, applied to every layer, and refused where it cannot run.
-
-Knows diffusers' processors and what each of them needs; must not know why one is chosen.
-"""
+"""The attention processors of the UNet, and errors where the chosen one cannot run."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from typing import Literal
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+from torch import nn
 
 from sdft.errors import UserError
 
@@ -19,7 +17,7 @@ REMEDY = "set model.attention=sdpa, which runs everywhere"
 
 
 def set_attention(unet: UNet2DConditionModel, attention: Attention) -> None:
-    """Let every attention layer compute by `attention`. Raises UserError where it is not installed or cannot run."""
+    """Set the processor of every attention layer. Raises UserError if it is not installed or cannot run here."""
     if attention == "xformers":
         refuse_without_xformers()
         unet.set_attn_processor(XFormersAttnProcessor())
@@ -30,7 +28,7 @@ def set_attention(unet: UNet2DConditionModel, attention: Attention) -> None:
 
 
 def refuse_without_xformers() -> None:
-    """Raise UserError that says what xformers lacks on this machine, and the remedy."""
+    """Raise UserError if xformers is not installed, has no GPU, or does not run with this torch."""
     if importlib.util.find_spec("xformers") is None:
         raise UserError(
             "model.attention=xformers: xformers is not installed; install it with pip install 'sdft[xformers]' "
@@ -50,8 +48,10 @@ def refuse_without_xformers() -> None:
         ) from error
 
 
-def refuse_device(unet: UNet2DConditionModel, device: torch.device) -> None:
-    """Raise UserError where the chosen attention has no kernels on the device of the run."""
-    chosen = unet.attn_processors.values()
+def refuse_device(denoiser: nn.Module, device: torch.device) -> None:
+    """Raise UserError if the chosen attention has no kernels for the device of the run."""
+    if not isinstance(denoiser, UNet2DConditionModel):
+        return
+    chosen = denoiser.attn_processors.values()
     if device.type != "cuda" and any(isinstance(processor, XFormersAttnProcessor) for processor in chosen):
         raise UserError(f"model.attention=xformers needs an NVIDIA GPU, and this run is on {device.type}; {REMEDY}")

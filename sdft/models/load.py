@@ -1,7 +1,7 @@
-"""SDXL from where it lies: shipped nano, a hub id, a diffusers folder or one single-file checkpoint.
+"""Loads SDXL: the shipped nano, a Hub id, a diffusers folder or a single-file checkpoint.
 
-The only concept that may use `formats`. Weights are read into empty networks, each straight into the dtype in which it
-will run, so no second copy of them is ever held.
+Weights are read into empty networks, each straight into the dtype in which it runs, so that memory never holds a second
+copy of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sdft.models.nano import WEIGHTS as NANO
 from sdft.models.sdxl import SDXL, EmptyPrompt
 from sdft.types import DTYPES, Count
 
-# Their bars count files, not bytes; `train.py` says what is being loaded.
+# Their bars count files, not bytes.
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
@@ -57,25 +57,28 @@ def pretrained(
     variant: str | None = None,
     allow_pickle: bool = False,
 ) -> SDXL:
-    """The model with the given weights.
+    """SDXL with the given weights.
 
-    weights: `nano` (shipped), a hub id, a diffusers folder, or a single-file checkpoint (`.safetensors`).
-    config: `nano`, a folder or a hub id that has the configs and tokenizers which a single file lacks.
-    vae: a folder, file or hub id whose VAE replaces the model's own.
-    dtype: of each part's frozen weights, fp32 where not said; what learns must be fp32.
+    weights: `nano` (shipped), a Hub id, a diffusers folder, or a single-file checkpoint (`.safetensors`).
+    config: `nano`, a folder or a Hub id with the configs and tokenizers that a single file lacks.
+    vae: a folder, file or Hub id whose VAE replaces the model's own.
+    dtype: part -> dtype of its weights, fp32 by default; trainable parameters must be fp32.
     attention: how the UNet computes attention: `sdpa` (torch), `xformers` (needs its extra and a GPU), `eager`
         (plain matrix products), `sliced` (least memory, slow).
     gradient_checkpointing: recompute activations in the backward pass: less memory, about a third slower.
-    channels_last: the UNet's convolutions in the memory order that tensor cores like.
-    compile: the UNet through torch.compile: faster steps after a slow first one.
-    prompt_chunks: captions are read in so many chunks of 75 tokens; what is beyond is cut off, and said.
-    empty_prompt: what a dropped caption becomes: `zeros` or the encoded `empty` string; none is what the weights say.
-    variant: of a folder's or hub id's weight files, such as `fp16`.
-    allow_pickle: also open `.ckpt` files, which can run code where torch's restricted reader has a hole.
+    channels_last: memory format of the UNet's convolutions, faster on tensor cores.
+    compile: run the UNet through torch.compile: faster steps after a slow first one.
+    prompt_chunks: number of 75-token chunks of a prompt that are read; tokens beyond them are cut off with a warning.
+    empty_prompt: what a dropped caption becomes: `zeros` or the encoded `empty` string; if None, what the model's index
+        says.
+    variant: of the weight files of a folder or Hub id, such as `fp16`.
+    allow_pickle: also open `.ckpt` files; a pickle can run code if torch's restricted unpickler has a hole.
+
+    Raises UserError where weights are missing, do not fit, or the attention is not available.
     """
     checkpoint = find_checkpoint(weights, variant, allow_pickle)
     folder = checkpoint.root if checkpoint.is_folder else find_folder("model.config", config, CONFIGS)
-    dtypes = {part: torch.float32 for part in PARTS} | {part: DTYPES[said] for part, said in (dtype or {}).items()}
+    dtypes = {part: torch.float32 for part in PARTS} | {part: DTYPES[name] for part, name in (dtype or {}).items()}
     configs = {part: folder / part for part in PARTS if vae is None or part != "vae"}
     networks = load_networks(f"model.weights={weights}", checkpoint, configs, dtypes)
     if vae is not None:
@@ -112,9 +115,10 @@ def pretrained_on_meta(
     allow_pickle: bool = False,
     **_: Any,
 ) -> SDXL:
-    """What `pretrained` would load, its weights on the meta device: nothing but configs and headers is read.
+    """The model that `pretrained` would load, on the meta device: only configs and headers are read.
 
-    Of a hub id only the configs are fetched, and none of SDXL's own. Where tokenizers are missing, nano's stand in.
+    Of a Hub id only the configs are downloaded, except SDXL's own, which are shipped. nano's tokenizers replace missing
+    ones.
     """
     local = Path(os.path.expanduser(weights))
     is_file = local.suffix in (".safetensors", *PICKLES)
@@ -124,26 +128,30 @@ def pretrained_on_meta(
     if is_file or local.is_dir():
         checkpoint = open_checkpoint("model.weights", local, allow_pickle, variant)
         refuse_misfit(f"model.weights={weights}", checkpoint, networks)
-    for part, said in (dtype or {}).items():
-        networks[part].to(DTYPES[said])
-    words = folder if (folder / "tokenizer").is_dir() else NANO
+    for part, name in (dtype or {}).items():
+        networks[part].to(DTYPES[name])
+    tokenizers = folder if (folder / "tokenizer").is_dir() else NANO
     model = SDXL(
         **networks,
-        tokenizer=CLIPTokenizer.from_pretrained(words / "tokenizer"),
-        tokenizer_2=CLIPTokenizer.from_pretrained(words / "tokenizer_2"),
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizers / "tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(tokenizers / "tokenizer_2"),
         scheduler=EulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
         empty_prompt=empty_prompt or recorded_empty_prompt(folder),
         prompt_chunks=prompt_chunks,
     )
-    # xformers keeps what sdpa keeps, and need not be installed where a run is only described.
+    # xformers keeps the same activations as sdpa, and need not be installed for a forecast.
     set_attention(model.unet, "sdpa" if attention == "xformers" else attention)
     if gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     return model
 
 
+ON_META = {pretrained: pretrained_on_meta}
+"""Loader -> its counterpart that reads no weights, for `dry_run`. A new family adds its own."""
+
+
 def find_checkpoint(weights: str, variant: str | None = None, allow_pickle: bool = False) -> Checkpoint:
-    """The headers of the weights, downloaded where a hub id asks for it."""
+    """The headers of the weights, which are downloaded if `weights` is a Hub id."""
     if Path(weights).suffix in (".safetensors", *PICKLES):
         source = Path(os.path.expanduser(weights))
     else:
@@ -154,7 +162,7 @@ def find_checkpoint(weights: str, variant: str | None = None, allow_pickle: bool
 
 
 def find_folder(key: str, name: str, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:
-    """The folder of `nano`, of a path, or of a hub id: from the local cache of the Hub, or downloaded into it."""
+    """The folder of `nano`, a path, or a Hub id (from the local Hub cache, or downloaded into it)."""
     if name == "nano":
         return NANO
     folder = Path(os.path.expanduser(name))
@@ -164,7 +172,7 @@ def find_folder(key: str, name: str, patterns: Sequence[str], ignored: Sequence[
         return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=[*OTHER_FORMATS, *ignored]))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(
-            f"{key}={name}: not found on this machine, and the hub cannot be reached or does not have it "
+            f"{key}={name}: not found on this machine, and the Hub cannot be reached or does not have it "
             f"({first_line(error)}); pass {key}=FOLDER or {key}=FILE.safetensors, or connect once so that it is cached"
         ) from error
 
@@ -172,12 +180,12 @@ def find_folder(key: str, name: str, patterns: Sequence[str], ignored: Sequence[
 def load_networks(
     where: str, checkpoint: Checkpoint, configs: Mapping[str, Path], dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, nn.Module]:
-    """The parts that `configs` describes, with the checkpoint's weights; all of them fit, or none is read."""
+    """The networks of `configs` with the checkpoint's weights. Raises UserError before reading if any does not fit."""
     networks = {part: empty_network(part, config) for part, config in configs.items()}
     refuse_misfit(where, checkpoint, networks)
     with checkpoint.opened() as read:
         for part, network in networks.items():
-            # Weights that have the right dtype already stay in the mapped file.
+            # Weights that have the dtype already stay memory-mapped.
             state = {
                 name: read(weight).to(dtypes[part]).contiguous()
                 for weight, name in parameter_names(part, network).items()
@@ -187,7 +195,7 @@ def load_networks(
 
 
 def load_vae(source: str, config: Path, dtype: torch.dtype) -> nn.Module:
-    """A VAE of its own: a folder, a hub id, or a file; `config` describes what is in a file."""
+    """A separate VAE: a folder, a Hub id, or a file that `config` describes."""
     path = Path(os.path.expanduser(source))
     if path.suffix not in (".safetensors", *PICKLES):
         path = find_folder("model.vae", source, ("*.json", "*.safetensors"), VARIANTS)
@@ -197,11 +205,11 @@ def load_vae(source: str, config: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def recorded_empty_prompt(folder: Path) -> EmptyPrompt:
-    """What the model's own index says of empty prompts; SDXL's way where it does not say."""
+    """`force_zeros_for_empty_prompt` of the model's index; zeros by default, as in SDXL."""
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
     return "zeros" if index.get("force_zeros_for_empty_prompt", True) else "empty"
 
 
 def first_line(error: Exception) -> str:
-    """Of what an error says."""
+    """The first line of an error's message."""
     return (str(error).strip() or repr(error)).splitlines()[0]

@@ -1,14 +1,14 @@
-"""SDXL as four verbs: encode images, encode prompts, denoise, decode.
+"""The SDXL family: encode images, encode prompts, denoise, decode.
 
-Knows the parts of the model and how they are conditioned; knows nothing of losses, tuning or sampling.
-The same class holds `nano` and the real thing.
+Knows the networks and their conditioning; knows nothing of losses, tuning or sampling. The same class holds `nano` and
+the real SDXL.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,12 +18,22 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from sdft.batch import Batch, Conditioning
 from sdft.models.words import ExtendedEmbedding, add_words
+from sdft.protocols import DiffusionModel
 
 EmptyPrompt = Literal["zeros", "empty"]
 
 
+UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
+CONV_LAYERS = ("conv1", "conv2", "downsamplers.0.conv", "upsamplers.0.conv")
+ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+ENCODER_ADAPTERS = {"attention": ENCODER_LAYERS[:4], "all": ENCODER_LAYERS, "conv": ENCODER_LAYERS}
+ENCODER_SHARDS = ("embeddings", "encoder", "final_layer_norm", "text_projection")
+"""Submodules of a text encoder that are sharded: transformers checks the exact class of the encoder itself, which FSDP
+would change."""
+
+
 def on_device(*parts: str) -> Callable:
-    """A method that needs `parts` on the device of the UNet; those that were sent away go back there after it."""
+    """Decorates a method that needs `parts` on the UNet's device: offloaded ones are moved there for the call."""
 
     def decorate(method: Callable) -> Callable:
         @functools.wraps(method)
@@ -42,13 +52,21 @@ def on_device(*parts: str) -> Callable:
     return decorate
 
 
-class SDXL(nn.Module):
-    """The parts of SDXL.
+class SDXL(DiffusionModel):
+    """Stable Diffusion XL.
 
     empty_prompt: what a dropped caption and an absent negative prompt become: `zeros` (both embeddings zero, as the
     base model was trained) or `empty` (the encoded empty string). Training and sampling share it.
     prompt_chunks: 75-token chunks in which a prompt is read; the context is so many times 77 long, for every prompt.
     """
+
+    PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+    DENOISER, VAE, TEXT_ENCODERS = "unet", "vae", ("text_encoder", "text_encoder_2")
+    ADAPTER_LAYERS = {
+        "unet": {"attention": UNET_LAYERS[:4], "all": UNET_LAYERS, "conv": UNET_LAYERS + CONV_LAYERS},
+        "text_encoder": ENCODER_ADAPTERS,
+        "text_encoder_2": ENCODER_ADAPTERS,
+    }
 
     def __init__(
         self,
@@ -70,13 +88,16 @@ class SDXL(nn.Module):
         vae.requires_grad_(False)
 
     @property
-    def device(self) -> torch.device:
-        return next(self.unet.parameters()).device
+    def vae_factor(self) -> int:
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
-    def vae_factor(self) -> int:
-        """Pixels a latent position covers along each axis."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+    def latent_channels(self) -> int:
+        return self.vae.config.latent_channels
+
+    @property
+    def size_multiple(self) -> int:
+        return self.vae_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
     def context_encoders(self) -> Iterator[tuple[CLIPTokenizer, nn.Module]]:
@@ -85,31 +106,38 @@ class SDXL(nn.Module):
         yield self.tokenizer_2, self.text_encoder_2
 
     def set_prediction_type(self, prediction: str, zero_terminal_snr: bool) -> None:
-        """Sample the way the model is trained: what the UNet predicts, and on which noise schedule."""
         config = dict(self.scheduler.config)
-        # diffusers would put back the default of whatever is listed here.
+        # diffusers would restore the defaults of the keys listed here.
         config.pop("_use_default_values", None)
         config |= {"prediction_type": prediction, "rescale_betas_zero_snr": zero_terminal_snr}
         if zero_terminal_snr:
-            config["timestep_spacing"] = "trailing"  # sampling starts at the last step, where there is only noise
+            config["timestep_spacing"] = "trailing"  # sampling starts at the last step, which is pure noise
         self.scheduler = type(self.scheduler).from_config(config)
 
     def add_words(self, words: Mapping[str, str]) -> None:
-        """Teach both tokenizers `words` (word -> initial phrase) and both encoders a learned row for each."""
+        """Add `words` (word -> initial phrase) to both tokenizers, with a trainable embedding in both encoders."""
         for tokenizer, encoder in self.context_encoders:
             encoder.set_input_embeddings(add_words(tokenizer, encoder.get_input_embeddings(), words))
 
     @property
     def word_rows(self) -> dict[str, Tensor]:
-        """The learned rows of new words, N x D, under the names that other programs use; empty without new words."""
+        """Embeddings of new words, N x D, by the names `clip_l` and `clip_g` that other programs use."""
         encoders = {"clip_l": self.text_encoder, "clip_g": self.text_encoder_2}
         tables = {name: encoder.get_input_embeddings() for name, encoder in encoders.items()}
         return {name: table.rows_ND for name, table in tables.items() if isinstance(table, ExtendedEmbedding)}
 
-    def offload(self, *parts: str) -> None:
-        """Take parts that each step can do without off the device; what needs them fetches them."""
-        for part in parts:
-            getattr(self, part).to("cpu")
+    def untrained_parameters(self, part: str) -> set[str]:
+        """Of encoder 1, the last layer and the final norm: the context is its penultimate output."""
+        if part != "text_encoder":
+            return set()
+        last = f"encoder.layers.{self.text_encoder.config.num_hidden_layers - 1}."
+        names = (name for name, _ in self.text_encoder.named_parameters())
+        return {name for name in names if last in name or "final_layer_norm" in name}
+
+    def modules_to_shard(self, offloaded: Iterable[str]) -> list[nn.Module]:
+        encoders = (self.get_submodule(name) for name in self.TEXT_ENCODERS if name not in {*offloaded})
+        named = (pair for encoder in encoders for pair in encoder.named_modules())
+        return [self.unet, *(module for name, module in named if name.split(".")[-1] in ENCODER_SHARDS)]
 
     @on_device("vae")
     def encode_moments(self, pixels_BCHW: Tensor) -> Tensor:
@@ -119,7 +147,7 @@ class SDXL(nn.Module):
         return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
 
     def encode_images(self, batch: Batch, eps_BCHW: Tensor | None = None) -> Tensor:
-        """z0_BCHW: a posterior draw (`eps` standard normal; None takes the mean), scaled to unit variance."""
+        """z0_BCHW: a posterior sample with standard normal `eps`, or its mean if None, scaled to unit variance."""
         moments = batch.moments_BCHW if batch.moments_BCHW is not None else self.encode_moments(batch.pixels_BCHW)
         mean, logvar = moments.chunk(2, dim=1)
         z = mean if eps_BCHW is None else mean + (0.5 * logvar).exp() * eps_BCHW.to(mean)
@@ -127,73 +155,73 @@ class SDXL(nn.Module):
         return (z - shift) * self.vae.config.scaling_factor
 
     def latent_shape(self, batch: Batch) -> tuple[int, int, int]:
-        """C, H, W of the latents of a batch."""
         if batch.moments_BCHW is not None:
             _, channels, h, w = batch.moments_BCHW.shape
             return channels // 2, h, w
         assert batch.pixels_BCHW is not None
         *_, h, w = batch.pixels_BCHW.shape
-        return self.vae.config.latent_channels, h // self.vae_factor, w // self.vae_factor
+        return self.latent_channels, h // self.vae_factor, w // self.vae_factor
 
     def prompt_ids(self, caption: str) -> list[list[list[int]]]:
-        """What each encoder reads of a caption, by chunks."""
         ids = (tokenize(tokenizer, [caption], self.prompt_chunks) for tokenizer, _ in self.context_encoders)
         return [ids_1NL[0].tolist() for ids_1NL in ids]
 
     @on_device("text_encoder", "text_encoder_2")
     def encode_prompts(self, captions: Sequence[str], dropped: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(context_BLD, pooled_BP). Both encoders give their penultimate layer, without the final norm.
+        """(context_BLD, pooled_BP) from the penultimate layers of both encoders, without the final norm.
 
-        Each chunk of a long prompt is encoded by itself and L is their sum; the first chunk gives the pooled vector.
-        dropped: bool, B, or B x E where an encoder can be told nothing while the other is.
+        Each chunk of a long prompt is encoded separately and L is the sum of their lengths; the pooled vector is that
+        of the first chunk. dropped: bool, B, or B x E to drop the caption for single encoders.
         """
-        dropped_by_encoder_BE = None if dropped is None else dropped.reshape(len(captions), -1).expand(-1, 2)
+        dropped_BE = None if dropped is None else dropped.reshape(len(captions), -1).expand(-1, 2)
         contexts = []
         for place, (tokenizer, encoder) in enumerate(self.context_encoders):
             texts = captions
-            if dropped_by_encoder_BE is not None and self.empty_prompt == "empty":
-                silent = dropped_by_encoder_BE[:, place].tolist()
-                texts = ["" if nothing else text for text, nothing in zip(captions, silent, strict=True)]
+            if dropped_BE is not None and self.empty_prompt == "empty":
+                emptied = dropped_BE[:, place].tolist()
+                texts = ["" if empty else text for text, empty in zip(captions, emptied, strict=True)]
             ids_BNL = tokenize(tokenizer, texts, self.prompt_chunks).to(encoder.device)
             states = encoder(ids_BNL.flatten(0, 1), output_hidden_states=True)
             contexts.append(states.hidden_states[-2].unflatten(0, ids_BNL.shape[:2]).flatten(1, 2))
-        # `text_embeds` will not do: where the config says eos_token_id=2, as SDXL's does, transformers pools at the
-        # largest id, which a new word has.
+        # Not `text_embeds`: where the config has eos_token_id=2, as SDXL's does, transformers pools at the largest id,
+        # which is that of a new word.
         first_eos_B = (ids_BNL[:, 0] == tokenizer.eos_token_id).int().argmax(dim=1)
         last_BLP = states.last_hidden_state.unflatten(0, ids_BNL.shape[:2])[:, 0]
         at_eos_BP = last_BLP[torch.arange(len(captions), device=encoder.device), first_eos_B]
         context_BLD, pooled_BP = torch.cat(contexts, dim=-1), encoder.text_projection(at_eos_BP)
-        if dropped_by_encoder_BE is None:
+        if dropped_BE is None:
             return context_BLD, pooled_BP
-        return self._silenced(context_BLD, pooled_BP, dropped_by_encoder_BE)
+        return self._zero_dropped(context_BLD, pooled_BP, dropped_BE)
 
-    def _silenced(self, context_BLD: Tensor, pooled_BP: Tensor, dropped_by_encoder_BE: Tensor) -> tuple[Tensor, Tensor]:
-        """Zeros for what silent encoders say, where `empty_prompt` asks for them; the last one gives the pooled."""
+    def _zero_dropped(self, context_BLD: Tensor, pooled_BP: Tensor, dropped_BE: Tensor) -> tuple[Tensor, Tensor]:
+        """Zero the outputs of dropped encoders if `empty_prompt=zeros`; the pooled vector is encoder 2's."""
         if self.empty_prompt == "empty":
             return context_BLD, pooled_BP
-        kept_BE = (~dropped_by_encoder_BE).to(context_BLD).expand(-1, 2)
+        kept_BE = (~dropped_BE).to(context_BLD).expand(-1, 2)
         widths = [encoder.config.hidden_size for _, encoder in self.context_encoders]
         kept_BD = torch.cat([kept_BE[:, e, None].expand(-1, width) for e, width in enumerate(widths)], dim=1)
         return context_BLD * kept_BD[:, None], pooled_BP * kept_BE[:, 1:]
 
     def condition(self, batch: Batch) -> Conditioning:
-        """Everything the UNet is told about a batch."""
         if batch.context_BLD is None:
             context_BLD, pooled_BP = self.encode_prompts(batch.captions, batch.dropped_by_encoder_BE)
         else:
-            context_BLD, pooled_BP = self._silenced(batch.context_BLD, batch.pooled_BP, batch.dropped_by_encoder_BE)
+            context_BLD, pooled_BP = self._zero_dropped(batch.context_BLD, batch.pooled_BP, batch.dropped_by_encoder_BE)
         return Conditioning(context_BLD, pooled_BP, batch.time_ids_B6)
 
+    def condition_prompts(self, context_BLD: Tensor, pooled_BP: Tensor, size_hw: tuple[int, int]) -> Conditioning:
+        """Original and target size are `size_hw`, without a crop."""
+        time_ids = torch.tensor([(*size_hw, 0, 0, *size_hw)], dtype=torch.float32, device=context_BLD.device)
+        return Conditioning(context_BLD, pooled_BP, time_ids.expand(len(context_BLD), -1))
+
     def denoise(self, z_t_BCHW: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
-        """The UNet's prediction, in fp32."""
-        dtype = next(self.unet.parameters()).dtype  # `unet.dtype` looks at every module, at every step
+        dtype = next(self.unet.parameters()).dtype  # `unet.dtype` walks over all modules
         added = {"text_embeds": cond.pooled_BP.to(dtype), "time_ids": cond.time_ids_B6}
         prediction = self.unet(z_t_BCHW.to(dtype), t_B, cond.context_BLD.to(dtype), added_cond_kwargs=added)
         return prediction.sample.float()
 
     @on_device("vae")
     def decode(self, z_BCHW: Tensor) -> Tensor:
-        """Pixels in [-1, 1] of scaled latents."""
         shift = self.vae.config.shift_factor or 0.0
         with torch.no_grad(), torch.autocast(z_BCHW.device.type, enabled=False):
             z = z_BCHW.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor + shift
@@ -206,9 +234,9 @@ def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], num_chunks: int 
     rows = []
     for caption, ids in zip(captions, tokenizer(list(captions), add_special_tokens=False).input_ids, strict=True):
         if len(ids) > num_chunks * room:
-            # The same text warns once: this is the default of Python's warnings.
+            # Python shows a warning with the same text only once.
             warnings.warn(
-                f"only {num_chunks * room} of {len(ids)} tokens are read of the prompt {caption!r}; "
+                f"only {num_chunks * room} of {len(ids)} tokens of the prompt {caption!r} are read; "
                 f"model.prompt_chunks={-(-len(ids) // room)} reads all of it",
                 stacklevel=2,
             )

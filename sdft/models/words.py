@@ -1,7 +1,4 @@
-"""New words: extra rows of a token embedding, apart from the frozen table.
-
-Knows one embedding layer and its tokenizer; does not know which encoder they belong to.
-"""
+"""New words: trainable rows appended to a frozen token embedding (textual inversion, arXiv:2208.01618)."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from sdft.errors import UserError
 
 
 class ExtendedEmbedding(nn.Module):
-    """A frozen embedding table and a few learned rows after it; ids past the table read the rows."""
+    """A frozen embedding table with trainable rows after it; ids past the table look up the rows."""
 
     def __init__(self, table: nn.Embedding, rows_ND: Tensor):
         super().__init__()
@@ -24,7 +21,7 @@ class ExtendedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen table: transformers asks it for its dtype."""
+        """The frozen table: transformers reads its dtype."""
         return self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -35,18 +32,21 @@ class ExtendedEmbedding(nn.Module):
 
 
 def add_words(tokenizer: CLIPTokenizer, table: nn.Embedding, words: Mapping[str, str]) -> ExtendedEmbedding:
-    """Make each word one token, starting as the mean embedding of its phrase."""
+    """Make each word one token, initialised with the mean embedding of its phrase.
+
+    Raises UserError for words that differ only in case, that the tokenizer knows, or that have an empty phrase.
+    """
     if len({word.lower() for word in words}) < len(words):
-        raise UserError(f"tuning.new_words: {sorted(words)} are not all different; case does not count")
+        raise UserError(f"tuning.new_words: {sorted(words)} are not all different, ignoring case")
     rows = []
     for word, phrase in words.items():
-        # Also a piece of words, which BPE may hold without it being a word: adding it would change nothing.
+        # Also pieces of words that the BPE vocabulary has: adding one would change nothing.
         if len(tokenizer.tokenize(word)) < 2 or word.lower() in tokenizer.get_vocab():
-            raise UserError(f"tuning.new_words: the tokenizer knows {word!r} already; invent another word")
+            raise UserError(f"tuning.new_words: the tokenizer already knows {word!r}; choose another word")
         ids = tokenizer(phrase, add_special_tokens=False).input_ids
         if not ids:
             raise UserError(f"tuning.new_words: the initial phrase of {word!r} is empty")
         rows.append(table.weight[ids].detach().float().mean(0))
-    # As whole words only: `neo` must not cut `neon` in two.
+    # Whole words only: `neo` must not split `neon`.
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
     return ExtendedEmbedding(table, torch.stack(rows))

@@ -12,25 +12,30 @@ from torch import Tensor
 
 from sdft.batch import Batch, LossReport
 from sdft.errors import UserError
-from sdft.objective.noise_schedule import NoiseSchedule
-from sdft.objective.timesteps import LogitNormalTimesteps, UniformTimesteps
-from sdft.objective.weighting import Debiased, Prediction, Uniform, Weighting
+from sdft.objective.noise_schedule import noise_schedule
+from sdft.objective.timesteps import UniformTimesteps
+from sdft.objective.weighting import Uniform
+from sdft.protocols import DiffusionModel, Objective, Prediction, TimestepDistribution, Weighting
 from sdft.rng import Draws
 from sdft.types import NonNegative
 
 
-class Denoising:
+class Denoising(Objective):
     """Predict the noise (`epsilon`) or the velocity (`v_prediction`) of z_t.
 
-    zero_terminal_snr: train down to pure noise; only with v_prediction, since epsilon is 0/0 there.
-    offset_noise: adds one normal number a channel to the noise, times this (0.0357 trained the base SDXL).
+    weighting: of the squared error, by SNR; `Uniform` if None.
+    timesteps: their distribution; `UniformTimesteps` if None.
+    zero_terminal_snr: train on a schedule that ends in pure noise; only with v_prediction, as epsilon is 0/0 there.
+    offset_noise: adds one normal number per channel to the noise, times this (0.0357 trained the base SDXL).
     """
+
+    prediction: Prediction
 
     def __init__(
         self,
         prediction: Prediction = "epsilon",
         weighting: Weighting | None = None,
-        timesteps: UniformTimesteps | LogitNormalTimesteps | None = None,
+        timesteps: TimestepDistribution | None = None,
         zero_terminal_snr: bool = False,
         offset_noise: NonNegative = 0.0,
     ):
@@ -38,31 +43,33 @@ class Denoising:
             raise UserError(
                 "objective.zero_terminal_snr=true: epsilon is 0/0 at zero signal; choose objective=v_zero_snr"
             )
-        if isinstance(weighting, Debiased) and prediction != "epsilon":
-            raise UserError("objective/weighting=debiased is defined for epsilon; choose min_snr with v_prediction")
         self.prediction, self.zero_terminal_snr = prediction, zero_terminal_snr
         self.weighting, self.timesteps = weighting or Uniform(), timesteps or UniformTimesteps()
         self.offset_noise = offset_noise
-        self.schedule = NoiseSchedule(zero_terminal_snr)
+        if prediction not in self.weighting.predictions:
+            defined = " and ".join(self.weighting.predictions)
+            name = type(self.weighting).__name__.lower()
+            raise UserError(f"objective/weighting={name} is defined for {defined}; choose min_snr with {prediction}")
 
-    def __call__(self, model, batch: Batch, draws: Draws) -> LossReport:
-        """The weighted squared error of each sample; the figure `eps_mse` compares across objectives."""
+    def __call__(self, model: DiffusionModel, batch: Batch, draws: Draws) -> LossReport:
+        """The weighted squared error of each sample; the value `eps_mse` compares across objectives."""
+        schedule = noise_schedule(self.zero_terminal_snr, model.noise_config)
         shape = model.latent_shape(batch)
         z0 = model.encode_images(batch, draws.normal("posterior", shape).to(model.device))
         cond = model.condition(batch)
         eps = self._noise(draws, shape).to(z0)
-        t_B = self.timesteps(draws.uniform("timestep")).to(z0.device)
-        a, s = self.schedule.at(t_B)
+        t_B = self.timesteps(draws.uniform("timestep"), len(schedule)).to(z0.device)
+        a, s = schedule.at(t_B)
         prediction = model.denoise(a * z0 + s * eps, t_B, cond)
         target = eps if self.prediction == "epsilon" else a * eps - s * z0
         mse_B = (prediction - target).square().mean(dim=(1, 2, 3))
-        weight_B = self.weighting(self.schedule.snr[t_B.cpu()], self.prediction).float().to(mse_B)
-        # v is wrong by d where eps is wrong by a d: eps = a v + s z_t.
+        weight_B = self.weighting(schedule.snr[t_B.cpu()], self.prediction).float().to(mse_B)
+        # An error d in v is an error a d in eps: eps = a v + s z_t.
         eps_mse_B = mse_B if self.prediction == "epsilon" else mse_B * a.flatten().square()
         return LossReport(weight_B * mse_B, {"eps_mse": eps_mse_B})
 
-    def comparable(self) -> Denoising:
-        """The same question unweighted and over all timesteps: its `eps_mse` compares between runs."""
+    def for_validation(self) -> Denoising:
+        """The same prediction, unweighted and over all timesteps, so that `eps_mse` compares between runs."""
         return Denoising(self.prediction, zero_terminal_snr=self.zero_terminal_snr)
 
     def _noise(self, draws: Draws, shape: tuple[int, int, int]) -> Tensor:

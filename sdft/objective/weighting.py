@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
-
 import torch
 from torch import Tensor
 
+from sdft.protocols import Prediction, Weighting
 from sdft.types import Positive
 
-Prediction = Literal["epsilon", "v_prediction"]
 
-
-class Weighting(Protocol):
-    """The weight of a sample's squared error, given its SNR (fp64)."""
-
-    def __call__(self, snr: Tensor, prediction: Prediction) -> Tensor: ...
-
-
-class Uniform:
-    """Every noise level counts the same."""
+class Uniform(Weighting):
+    """Weight 1 at every timestep."""
 
     def __call__(self, snr: Tensor, prediction: Prediction) -> Tensor:
         return torch.ones_like(snr)
 
 
-class MinSNR:
+class MinSNR(Weighting):
     """min(SNR, gamma) as the weight of the error in z0 (Hang et al., arXiv:2303.09556).
 
-    gamma: where the weight stops growing; 5 in the paper.
+    gamma: the SNR above which the weight stops growing; 5 in the paper.
     """
 
     def __init__(self, gamma: Positive = 5.0):
@@ -39,8 +30,10 @@ class MinSNR:
         return clipped / snr if prediction == "epsilon" else clipped / (snr + 1)
 
 
-class Debiased:
-    """1 / sqrt(SNR), with the SNR capped at 1000 (Yu et al., arXiv:2310.08442); epsilon only."""
+class Debiased(Weighting):
+    """1 / sqrt(SNR), with the SNR capped at 1000 (Yu et al., arXiv:2310.08442); defined for epsilon only."""
+
+    predictions = ("epsilon",)
 
     def __call__(self, snr: Tensor, prediction: Prediction) -> Tensor:
         return snr.clamp(max=1000).rsqrt()

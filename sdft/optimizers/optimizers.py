@@ -1,4 +1,4 @@
-"""Optimizers with checked arguments."""
+"""Optimizers with checked arguments. Any other class of `torch.optim` can be chosen by its own name."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ def adamw(
     weight_decay: NonNegative = 0.01,
     eps: Positive = 1e-8,
 ) -> torch.optim.AdamW:
-    """AdamW; a group's rate is `lr` times its `lr_scale`."""
-    scaled = [{**group, "lr": lr * group["lr_scale"]} for group in groups]
-    return torch.optim.AdamW(scaled, lr=lr, betas=tuple(betas), weight_decay=weight_decay, eps=eps, foreach=True)
+    """AdamW with multi-tensor updates, on CPUs too."""
+    return torch.optim.AdamW(groups, lr=lr, betas=tuple(betas), weight_decay=weight_decay, eps=eps, foreach=True)
+
+
+def scale_rates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Multiply the learning rate of each parameter group by its `lr_scale`; returns the same, new optimizer."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["lr"] * group["lr_scale"]
+    return optimizer

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, stepped once an optimizer step."""
+"""Learning-rate schedules, stepped once per optimizer step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def constant(optimizer: torch.optim.Optimizer, num_steps: int, warmup_steps: Ind
 def cosine(
     optimizer: torch.optim.Optimizer, num_steps: int, warmup_steps: Index = 0, final: Fraction = 0.0
 ) -> LambdaLR:
-    """Half a cosine from the full rate down to `final` times it at the last step, after a linear warm-up."""
+    """Half a cosine from the full rate to `final` times it at the last step, after a linear warm-up."""
 
     def factor(step: int) -> float:
         progress = min(max(step - warmup_steps, 0) / max(num_steps - warmup_steps, 1), 1.0)

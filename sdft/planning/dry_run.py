@@ -1,29 +1,31 @@
-"""`dry_run=true`: from the config of a run, or of a sweep's jobs, to what is printed about them. Starts nothing."""
+"""`dry_run=true`: prints a forecast of a run, or the numbered jobs of a sweep, without starting anything."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from hydra.utils import get_object
 from omegaconf import DictConfig
 
 from sdft.config.command import build
 from sdft.distributed.processes import num_processes
 from sdft.hardware import default_precision, num_gpus
+from sdft.protocols import WeightAverage, strategy_hooks
 
 
 def print_plan(configs: Sequence[DictConfig], jobs: Sequence[Sequence[str]] = ()) -> None:
-    """Tells about one run, or lists the jobs of a sweep by the numbers that `hydra.job.num=` takes."""
+    """Print the forecast of one run, or the jobs of a sweep with the numbers that `hydra.job.num=` takes."""
     if not jobs:
-        print("\n".join(describe_run(configs[0])))
+        print("\n".join(forecast(configs[0])))
         return
-    for number, words in enumerate(jobs):
-        print(f"job {number}: {' '.join(words)}")
+    for number, overrides in enumerate(jobs):
+        print(f"job {number}: {' '.join(overrides)}")
     print(f"{len(jobs)} jobs; as an array of SLURM: sbatch --array=0-{len(jobs) - 1} slurm/sweep.sbatch ...")
 
 
-def describe_run(cfg: DictConfig) -> list[str]:
-    """What the run would be, need and take. Raises UserError where it cannot work."""
+def forecast(cfg: DictConfig) -> list[str]:
+    """Parameters, batches, memory and time of a run. Raises UserError where it cannot work."""
     from sdft.module import Finetuning
     from sdft.planning.footprint import MetaBuild
 
@@ -31,31 +33,40 @@ def describe_run(cfg: DictConfig) -> list[str]:
     model = model_on_meta(cfg.model)
     with MetaBuild():
         module = Finetuning(model, tuning, objective, build(cfg.optimizer), build(cfg.lr_schedule), cfg.seed)
-    num_averages = sum(callback._target_.endswith(".EMA") for callback in cfg.callbacks.values())
+    num_averages = sum(is_average(callback._target_) for callback in cfg.callbacks.values())
     lines = build(cfg.preflight)(module, data, run_setup(cfg), num_averages)
     return [f"{cfg.name}: {cfg.size} px; nothing is trained or written", *lines]
 
 
 def model_on_meta(node: DictConfig) -> Any:
-    """The model on the meta device, without reading weights where there are any to read."""
-    if node._target_ == "sdft.models.load.pretrained":
-        return build(node, _target_="sdft.models.load.pretrained_on_meta")
-    return build(node).to("meta")
+    """The model on the meta device; its weights are not read if its loader has a counterpart for that."""
+    from sdft.models.load import ON_META
+
+    counterpart = ON_META.get(get_object(node._target_))
+    if counterpart is None:
+        return build(node).to("meta")
+    return build(node, _target_=f"{counterpart.__module__}.{counterpart.__qualname__}")
+
+
+def is_average(target: str) -> bool:
+    """Whether a callback keeps a copy of the trainable parameters."""
+    found = get_object(target)
+    return isinstance(found, type) and issubclass(found, WeightAverage)
 
 
 def run_setup(cfg: DictConfig) -> Any:
-    """How the run is spread."""
+    """Steps, precision, processes and shards of the run."""
     from sdft.planning.footprint import Setup
 
-    said = cfg.trainer
-    on_gpu = said.accelerator == "gpu" or num_gpus(said.accelerator) > 0 or cfg.preflight.memory is not None
-    num_devices = num_processes(said.accelerator, said.devices, said.num_nodes)
-    divided = isinstance(said.strategy, DictConfig) and said.strategy._target_.endswith(".fsdp")
+    trainer = cfg.trainer
+    on_gpu = trainer.accelerator == "gpu" or num_gpus(trainer.accelerator) > 0 or cfg.preflight.memory is not None
+    num_devices = num_processes(trainer.accelerator, trainer.devices, trainer.num_nodes)
+    strategy = build(trainer.strategy) if isinstance(trainer.strategy, DictConfig) else trainer.strategy
     return Setup(
-        max_steps=said.max_steps,
-        accumulate=said.accumulate_grad_batches,
-        precision=default_precision(on_gpu) if said.precision == "auto" else said.precision,
+        max_steps=trainer.max_steps,
+        accumulate=trainer.accumulate_grad_batches,
+        precision=default_precision(on_gpu) if trainer.precision == "auto" else trainer.precision,
         num_devices=num_devices,
-        num_shards=(said.strategy.shard_ranks or num_devices) if divided else 1,
+        num_shards=strategy_hooks(strategy).num_shards(num_devices),
         on_gpu=on_gpu,
     )

@@ -1,6 +1,6 @@
-"""What one device holds and computes in a training step, counted by playing the step on tensors without numbers.
+"""Memory and FLOPs of a training step on one device, estimated by tracing a step with fake tensors.
 
-Knows memory and FLOPs; must not know what of them is too much (`preflight`).
+Estimates only; `preflight` decides what is too much.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sdft.batch import Batch
 from sdft.hardware import autocast_precision
-from sdft.models.sdxl import SDXL
 from sdft.rng import Draws
 from sdft.tuning.parameters import part_of, trainable_parameters
 from sdft.types import DTYPES
@@ -32,8 +31,11 @@ from sdft.types import DTYPES
 
 @dataclass(frozen=True)
 class Setup:
-    """How the run is spread: optimiser steps, batches of one step, precision, processes, and over how many of them the
-    weights are divided."""
+    """Size and layout of a run.
+
+    max_steps: optimizer steps. accumulate: batches per step. precision: Lightning's name of it.
+    num_devices: processes. num_shards: processes that share one copy of the weights.
+    """
 
     max_steps: int
     accumulate: int
@@ -45,27 +47,26 @@ class Setup:
 
 @dataclass(frozen=True)
 class MemoryNeeds:
-    """Bytes on one device, and the FLOPs of one batch there."""
+    """Bytes on one device, and FLOPs of one batch there."""
 
     weights: float
     gradients: float
     states: float
     average: float
     step: float
-    """What the forward and the backward pass add at their peak: activations, weights cast to another dtype, gradients
-    on their way."""
+    """Peak of the forward and backward pass: activations, weights cast to another dtype, temporary gradients."""
     update: float
-    """What the optimiser adds while it moves the weights."""
+    """Temporary memory of the optimizer step."""
     flops: float
 
     @property
     def total(self) -> float:
-        """A step and an update never happen at once; gradients may be there from the batch before."""
+        """Forward and backward never overlap the optimizer step; gradients may be left from the batch before."""
         return self.weights + self.gradients + self.states + self.average + max(self.step, self.update)
 
 
 class MetaBuild(TorchFunctionMode):
-    """Inside, a model on the meta device can be built and given adapters: what would bring it to the CPU leaves it."""
+    """Inside, a model on the meta device can be built and get adapters: `Tensor.cpu` leaves tensors on meta."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.cpu:
@@ -74,35 +75,26 @@ class MetaBuild(TorchFunctionMode):
 
 
 def memory_needs(module: Any, data: Any, setup: Setup, num_averages: int) -> MemoryNeeds:
-    """What a device holds and computes. FSDP divides weights, gradients, states and average among the devices."""
-    away = offloaded_parts(module.model, data)
+    """Memory and FLOPs of one device. FSDP shards weights, gradients, optimizer states and average."""
+    offloaded = module.cached_parts(data.cache)
     tensors = [*module.model.named_parameters(), *module.model.named_buffers()]
-    held = [t for name, t in tensors if part_of(name) not in away]
-    learned = sum(p.nbytes for _, p in trainable_parameters(module.model))
+    held = [t for name, t in tensors if part_of(name) not in offloaded]
+    trained = sum(p.nbytes for _, p in trainable_parameters(module.model))
     copies, temporary = optimizer_copies(module.optimizer)
     step, flops = trace_step(module, data, setup)
     return MemoryNeeds(
         weights=sum(t.nbytes for t in held) / setup.num_shards,
-        gradients=learned / setup.num_shards,
-        states=copies * learned / setup.num_shards,
-        average=num_averages * learned / setup.num_shards,
+        gradients=trained / setup.num_shards,
+        states=copies * trained / setup.num_shards,
+        average=num_averages * trained / setup.num_shards,
         step=step,
-        update=temporary * learned / setup.num_shards,
+        update=temporary * trained / setup.num_shards,
         flops=flops,
     )
 
 
-def offloaded_parts(model: nn.Module, data: Any) -> set[str]:
-    """The parts that have nothing to do in a step, because what they would compute is kept."""
-    if not isinstance(model, SDXL) or data.cache == "off":
-        return set()
-    encoders = {"text_encoder", "text_encoder_2"}
-    learn = any(part_of(name) in encoders or "rows_ND" in name for name, _ in trainable_parameters(model))
-    return {"vae", *(encoders if data.cache == "disk" and not learn else ())}
-
-
 def optimizer_copies(build: Callable) -> tuple[float, float]:
-    """(what the optimiser keeps, what it needs for a moment), as multiples of the weights: seen on a small weight."""
+    """(states, temporary memory of a step) of the optimizer as multiples of the weights, measured on a small weight."""
     weight = nn.Parameter(torch.zeros(512, 512))
     optimizer = build([{"params": [weight], "name": "probe", "lr_scale": 1.0}])
     weight.grad = torch.zeros_like(weight)
@@ -114,7 +106,7 @@ def optimizer_copies(build: Callable) -> tuple[float, float]:
 
 
 def trace_step(module: Any, data: Any, setup: Setup) -> tuple[int, int]:
-    """(peak bytes, FLOPs) of the forward and backward pass of one batch of the largest size."""
+    """(peak bytes, FLOPs) of the forward and backward pass of one batch with the largest images."""
     precision = autocast_precision(setup.precision)
     narrow = None if precision == "fp32" else DTYPES[precision]
     with ExitStack() as stack:
@@ -126,7 +118,7 @@ def trace_step(module: Any, data: Any, setup: Setup) -> tuple[int, int]:
             for norm in module.model.modules():
                 if isinstance(norm, nn.GroupNorm | nn.LayerNorm):
                     norm.forward = norm_in_fp32(norm)  # type: ignore[method-assign]
-        batch = fake_batch(module.model, data)
+        batch = fake_batch(module, data)
         stack.enter_context(sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]))
         ledger = stack.enter_context(AllocationTracker(module.model))
         with torch.autocast("cpu", narrow, enabled=narrow is not None):
@@ -138,12 +130,12 @@ def trace_step(module: Any, data: Any, setup: Setup) -> tuple[int, int]:
 
 
 def attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    """Of torch's attention on a CPU, which torch does not count."""
+    """FLOPs of attention on a CPU, which torch's registry lacks."""
     return sdpa_flop_count(q.shape, k.shape, v.shape)
 
 
 def attention_backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    """Of its backward pass."""
+    """FLOPs of its backward pass."""
     return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
@@ -154,8 +146,8 @@ FLOPS = {
 }
 
 
-def fake_batch(model: nn.Module, data: Any) -> Batch:
-    """A batch as the run would read it, of its largest size."""
+def fake_batch(module: Any, data: Any) -> Batch:
+    """A batch of zeros as the run would read it, with its largest images."""
     h, w = max(data.pictures.by_size(), key=lambda hw: hw[0] * hw[1])
     num = data.batch_size
     batch = Batch(
@@ -166,22 +158,22 @@ def fake_batch(model: nn.Module, data: Any) -> Batch:
         time_ids_B6=torch.zeros(num, 6),
         loss_weight_B=torch.ones(num),
     )
-    away = offloaded_parts(model, data)
-    if "vae" in away:
-        f, channels = model.vae_factor, model.vae.config.latent_channels
-        batch.moments_BCHW = torch.zeros(num, 2 * channels, h // f, w // f)
-    else:
+    model, cached = module.model, module.cached_parts(data.cache)
+    if not cached:
         batch.pixels_BCHW = torch.zeros(num, 3, h, w)
-    if "text_encoder" in away:
+        return batch
+    f = model.vae_factor
+    batch.moments_BCHW = torch.zeros(num, 2 * model.latent_channels, h // f, w // f)
+    if cached >= {*model.TEXT_ENCODERS}:
         with torch.no_grad():
             batch.context_BLD, batch.pooled_BP = model.encode_prompts(batch.captions)
     return batch
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Counts the bytes of what is made inside the `with` and still lives, and the FLOPs of what is multiplied.
+    """Tracks the bytes of live tensors that were allocated inside the `with`, and counts FLOPs.
 
-    `peak` is the most bytes there ever were; `known` is not counted.
+    peak: the most bytes at any time. Parameters, buffers and gradients of the modules `known` are not counted.
     """
 
     def __init__(self, *known: nn.Module):
@@ -200,22 +192,22 @@ class AllocationTracker(TorchDispatchMode):
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._note(leaf.untyped_storage())
+                self._track(leaf.untyped_storage())
         return result
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         if storage not in self._seen:
             self._seen[storage] = True
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, storage.nbytes()).atexit = False
+            weakref.finalize(storage, self._release, storage.nbytes()).atexit = False
 
-    def _gone(self, num_bytes: int) -> None:
+    def _release(self, num_bytes: int) -> None:
         self.now -= num_bytes
 
 
 def norm_in_fp32(norm: nn.GroupNorm | nn.LayerNorm) -> Callable[[Tensor], Tensor]:
-    """The forward pass of a norm as autocast computes it on a GPU, and not on a CPU: on an input widened to fp32."""
+    """A norm as autocast computes it on a GPU: in fp32. On a CPU, autocast leaves norms in bf16."""
 
     def forward(x: Tensor) -> Tensor:
         weight, bias = (p if p is None else p.float() for p in (norm.weight, norm.bias))

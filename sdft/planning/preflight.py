@@ -1,7 +1,4 @@
-"""What a run would be, need and take, told from shapes: nothing is loaded, trained or written.
-
-Knows what cannot work and how a footprint reads; must not know configs.
-"""
+"""Forecast of a run from shapes alone: memory, time, and what cannot work. Nothing is loaded or written."""
 
 from __future__ import annotations
 
@@ -12,31 +9,31 @@ import torch
 from torch import Tensor, nn
 
 from sdft.errors import UserError
-from sdft.planning.footprint import MemoryNeeds, Setup, memory_needs, offloaded_parts
-from sdft.tuning.full import Full
+from sdft.planning.footprint import MemoryNeeds, Setup, memory_needs
+from sdft.protocols import DiffusionModel
 from sdft.tuning.parameters import part_of
 from sdft.types import Positive
 
 GIB = 2**30
 LIBRARIES = 1.0
-"""GiB that CUDA, cuDNN and the allocator's gaps take on a GPU, whatever is trained."""
+"""GiB on a GPU for CUDA, cuDNN and fragmentation."""
 SHARE_OF_RATE = 0.4
-"""Of the rate of large matrix products that a training step reaches; convolutions and small layers take the rest."""
+"""Share of the rate of large matrix products that a training step is assumed to reach."""
 
 
 class Preflight:
-    """Says what a run would be and refuses one that cannot work.
+    """Forecasts a run, and raises UserError for one that cannot work.
 
-    memory: GiB of the GPU to plan for; that of this machine's GPU where not said, and any without one.
-    tflops: its rate at matrix products in the run's precision, in 10^12 a second, such as 800 for an H100 in bf16;
-        measured on this machine where not said.
+    memory: GiB of the GPU to plan for; if None, that of this machine's GPU, or no limit without one.
+    tflops: rate of the GPU at matrix products in the run's precision, in TFLOP/s, such as 800 for an H100 in bf16;
+        measured on this machine if None.
     """
 
     def __init__(self, memory: Positive | None = None, tflops: Positive | None = None):
         self.memory, self.tflops = memory, tflops
 
     def __call__(self, module: Any, data: Any, setup: Setup, num_averages: int) -> list[str]:
-        """The lines to print, after the checks. `module` was built inside `MetaBuild`, on the meta device."""
+        """The lines to print. `module` was built inside `MetaBuild`, on the meta device."""
         refuse_precision(setup)
         refuse_batch(data, setup)
         needs = memory_needs(module, data, setup, num_averages)
@@ -45,23 +42,24 @@ class Preflight:
         return [*describe_parts(module.model), *run, *self.describe_needs(needs, setup)]
 
     def limit(self, setup: Setup) -> float | None:
-        """GiB of one device, where there is a limit to plan for."""
+        """GiB of one device; None for no limit."""
         if self.memory is None and setup.on_gpu and torch.cuda.is_available():
             return torch.cuda.get_device_properties(0).total_memory / GIB
         return self.memory
 
     def refuse_memory(self, needs: MemoryNeeds, module: Any, data: Any, setup: Setup) -> None:
-        """Raise UserError where a step does not fit, with what would make it smaller."""
+        """Raise UserError where a step does not fit into memory, naming options that need less."""
         limit, wanted = self.limit(setup), needs.total / GIB + LIBRARIES
         if limit is None or wanted <= limit:
             return
-        unet, full = getattr(module.model, "unet", None), isinstance(module.tuning, Full)
-        fixed = {*offloaded_parts(module.model, data), "vae", *(module.tuning.parts if full else ())}
-        frozen = (name for name, p in module.model.named_parameters() if p.itemsize > 2 and not p.requires_grad)
+        model, full = module.model, not module.tuning.trains_adapters
+        denoiser = model.denoiser if isinstance(model, DiffusionModel) else None
+        fixed = {*module.cached_parts(data.cache), "vae", *(module.tuning.parts if full else ())}
+        frozen = (name for name, p in model.named_parameters() if p.itemsize > 2 and not p.requires_grad)
         wide = {part_of(name) for name in frozen} - fixed
         narrow = ", ".join(f"{part}: bf16" for part in sorted(wide))
         remedies = {
-            "model.gradient_checkpointing=true": unet is not None and not unet.is_gradient_checkpointing,
+            "model.gradient_checkpointing=true": denoiser is not None and not denoiser.is_gradient_checkpointing,
             f"'model.dtype={{{narrow}}}'": bool(wide),
             "data.batch_size=1 with trainer.accumulate_grad_batches": data.batch_size > 1,
             "tuning=lora_unet": full,
@@ -75,7 +73,7 @@ class Preflight:
         sums = {
             "weights": needs.weights,
             "gradients": needs.gradients,
-            "optimiser": needs.states,
+            "optimizer": needs.states,
             "average": needs.average,
             "activations" if needs.step > needs.update else "update": max(needs.step, needs.update),
         }
@@ -85,7 +83,7 @@ class Preflight:
         of = f" of {limit:.1f}" if limit else ""
         rate = (self.tflops or measured_rate(setup.precision) / 1e12) * 1e12
         seconds = needs.flops * setup.accumulate / (rate * SHARE_OF_RATE)
-        where = "stated" if self.tflops else "measured here; preflight.tflops=... states another device's"
+        where = "given" if self.tflops else "measured here; preflight.tflops=... sets another device's"
         return [
             f"  memory of each device: {sum(sums.values()) / GIB:.2f} GiB{of} = "
             + " + ".join(f"{name} {value / GIB:.2f}" for name, value in sums.items() if value),
@@ -96,7 +94,7 @@ class Preflight:
 
 
 def describe_run(module: Any, data: Any, max_steps: int, accumulate: int, num_devices: int) -> list[str]:
-    """The run in a few lines: pictures, what learns, batches and steps."""
+    """The run in a few lines: images, trainable parameters, batches and steps."""
     num_pictures = len(data.pictures.source.keys)
     per_step = data.batch_size * accumulate * num_devices
     lines = [f"  left out: {name} ({problem})" for name, problem in data.skipped]
@@ -107,7 +105,7 @@ def describe_run(module: Any, data: Any, max_steps: int, accumulate: int, num_de
     total = sum(p.numel() for p in module.model.parameters())
     for group in module.tuning.groups(module.model):
         count = sum(p.numel() for p in group["params"])
-        lines.append(f"  learns {group['name']}: {count:,} of {total:,} parameters ({count / total:.2%})")
+        lines.append(f"  trains {group['name']}: {count:,} of {total:,} parameters ({count / total:.2%})")
     lines.append(
         f"  effective batch {per_step} ({data.batch_size} x {accumulate} accumulated x {num_devices} devices), "
         f"{max_steps} steps = {max_steps * per_step / num_pictures:.1f} passes over {num_pictures} pictures"
@@ -123,9 +121,9 @@ def describe_parts(model: nn.Module) -> list[str]:
     lines = []
     for part, owned in parts.items():
         count, kinds = sum(p.numel() for p in owned), sorted({str(p.dtype).removeprefix("torch.") for p in owned})
-        learns = sum(p.numel() for p in owned if p.requires_grad)
+        trained = sum(p.numel() for p in owned if p.requires_grad)
         size = sum(p.nbytes for p in owned) / GIB
-        lines.append(f"  {part:15} {count:>13,} parameters, {size:.2f} GiB {'+'.join(kinds)}, {learns:,} learn")
+        lines.append(f"  {part:15} {count:>13,} parameters, {size:.2f} GiB {'+'.join(kinds)}, {trained:,} trainable")
     return lines
 
 
@@ -138,7 +136,7 @@ def refuse_precision(setup: Setup) -> None:
 
 
 def refuse_batch(data: Any, setup: Setup) -> None:
-    """Raise UserError where one step would show a picture twice."""
+    """Raise UserError where one step would contain an image twice."""
     num_pictures, batches = len(data.pictures.source.keys), setup.accumulate * setup.num_devices
     if data.batch_size * batches > num_pictures:
         fitting = num_pictures // batches

@@ -1,6 +1,6 @@
-"""From prompts to pictures: diffusers' schedulers, batched, one generator a picture.
+"""Images from prompts, in batches.
 
-A picture depends on its own weights, prompt, seed and settings, never on what else is in the batch.
+An image depends on the weights and on its own prompt, seed and settings, not on the other images of its batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from sdft.batch import Conditioning
 from sdft.data.images import to_uint8
 from sdft.errors import UserError
-from sdft.models.sdxl import SDXL
+from sdft.protocols import DiffusionModel
 from sdft.rng import generator
 from sdft.sampling.guidance import guided
 from sdft.sampling.samplers import Sampler
@@ -24,9 +24,9 @@ from sdft.types import DTYPES, Precision
 
 
 class PromptEmbeddings:
-    """What a model reads of each prompt, encoded once and by itself, so that no other prompt touches its rounding."""
+    """Caches the embeddings of prompts. Each is encoded alone, so that other prompts do not change its rounding."""
 
-    def __init__(self, model: SDXL):
+    def __init__(self, model: DiffusionModel):
         self.model = model
         self._states: dict[tuple[str, bool], tuple[Tensor, Tensor]] = {}
 
@@ -44,7 +44,7 @@ class PromptEmbeddings:
 
 @torch.no_grad()
 def generate(
-    model: SDXL,
+    model: DiffusionModel,
     prompts: Sequence[str],
     seeds: Sequence[int],
     sampler: Sampler,
@@ -53,11 +53,13 @@ def generate(
     progress: str | None = None,
     texts: PromptEmbeddings | None = None,
 ) -> np.ndarray:
-    """Pictures of `prompts`, B x H x W x 3 bytes; picture i starts from the noise of seed i.
+    """Images of `prompts`, uint8 B x H x W x 3; image i starts from the noise of seed i.
 
     precision: of autocast; fp32 computes in the dtype of the weights.
-    progress: the label of a progress bar, or None for no bar.
-    texts: of this model with these weights, where several calls share prompts.
+    progress: label of a progress bar; None for no bar.
+    texts: cached embeddings of this model with these weights, if several calls share prompts.
+
+    Raises UserError for sizes that the model cannot draw, or steps that the sampler cannot do.
     """
     if len(prompts) != len(seeds):
         raise UserError(f"{len(prompts)} prompts but {len(seeds)} seeds")
@@ -80,26 +82,27 @@ def generate(
     return np.concatenate(pictures)
 
 
-def refuse_size(model: SDXL, size_hw: tuple[int, int]) -> None:
-    """Raise UserError where the VAE and the UNet cannot halve the sides."""
-    factor = model.vae_factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
-    if any(side % factor for side in size_hw):
-        raise UserError(f"size {size_hw}: both sides must be multiples of {factor}")
+def refuse_size(model: DiffusionModel, size_hw: tuple[int, int]) -> None:
+    """Raise UserError if the model cannot draw images of this size."""
+    if any(side % model.size_multiple for side in size_hw):
+        raise UserError(f"size {size_hw}: both sides must be multiples of {model.size_multiple}")
 
 
-def _solve(model: SDXL, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, size_hw: tuple[int, int]) -> Tensor:
-    """Latents of the finished pictures."""
+def _solve(
+    model: DiffusionModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, size_hw: tuple[int, int]
+) -> Tensor:
+    """Denoised latents."""
     scheduler = sampler.scheduler(model)
     try:
         scheduler.set_timesteps(sampler.steps, device=model.device)
     except ValueError as error:
         raise UserError(f"sampler.steps={sampler.steps}: {sampler.name} cannot do that ({error})") from error
-    channels, (h, w) = model.unet.config.in_channels, (side // model.vae_factor for side in size_hw)
+    channels, (h, w) = model.latent_channels, (side // model.vae_factor for side in size_hw)
     noise = [torch.randn(channels, h, w, generator=generator(seed, "sample noise")) for seed in seeds]
     z_t = torch.stack(noise).to(model.device) * scheduler.init_noise_sigma
     step_options = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
-        # One generator a picture, so that its noise does not depend on its neighbours.
+        # One generator per image, so that its noise does not depend on the rest of the batch.
         step_options["generator"] = [generator(seed, "sampler noise") for seed in seeds]
     for t in scheduler.timesteps:
         z_in = scheduler.scale_model_input(z_t, t)
@@ -111,11 +114,10 @@ def _solve(model: SDXL, cond: Conditioning, seeds: Sequence[int], sampler: Sampl
 def _condition(
     texts: PromptEmbeddings, prompts: Sequence[str], sampler: Sampler, size_hw: tuple[int, int]
 ) -> Conditioning:
-    """The conditioning of the prompts and, when there is guidance, of the negatives before them."""
+    """The conditioning of the prompts; with guidance, that of the negative prompts comes first."""
     captions, dropped = list(prompts), [False] * len(prompts)
     if sampler.cfg != 1:
         captions = [sampler.negative] * len(prompts) + captions
         dropped = [not sampler.negative] * len(prompts) + dropped
     context_BLD, pooled_BP = texts(captions, dropped)
-    time_ids = torch.tensor([(*size_hw, 0, 0, *size_hw)], dtype=torch.float32, device=context_BLD.device)
-    return Conditioning(context_BLD, pooled_BP, time_ids.expand(len(captions), -1))
+    return texts.model.condition_prompts(context_BLD, pooled_BP, size_hw)

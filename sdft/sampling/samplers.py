@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import inspect
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import torch
 
-from sdft.models.sdxl import SDXL
+from sdft.errors import UserError
 from sdft.objective.noise_schedule import NoiseSchedule
+from sdft.protocols import DiffusionModel
 from sdft.types import Count, Fraction, NonNegative
 
 DPMPP, DPMPP_SDE, KARRAS = {"algorithm_type": "dpmsolver++"}, {"algorithm_type": "sde-dpmsolver++"}, "use_karras_sigmas"
@@ -23,61 +26,71 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {**DPMPP, KARRAS: True}),
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", DPMPP_SDE),
     "dpmpp_2m_sde_karras": ("DPMSolverMultistepScheduler", {**DPMPP_SDE, KARRAS: True}),
-    # The singlestep solver: the scheduler that other programs mean needs torchsde, whose noise is one tree for the
-    # whole batch.
+    # The singlestep solver: the scheduler that other programs use under this name needs torchsde, whose noise
+    # depends on the whole batch.
     "dpmpp_sde": ("DPMSolverSinglestepScheduler", {**DPMPP_SDE, "lower_order_final": True}),
     "unipc": ("UniPCMultistepScheduler", {}),
     "lcm": ("LCMScheduler", {"clip_sample": False}),
 }
-Name = Literal[
-    "euler",
-    "euler_a",
-    "heun",
-    "ddim",
-    "ddpm",
-    "dpmpp_2m",
-    "dpmpp_2m_karras",
-    "dpmpp_2m_sde",
-    "dpmpp_2m_sde_karras",
-    "dpmpp_sde",
-    "unipc",
-    "lcm",
-]
+"""Name -> class of diffusers and its options. Prediction type and betas come from the model's own config."""
 
 
 class Sampler:
-    """How pictures are drawn.
+    """A diffusers scheduler and its settings.
 
-    name: the solver. `heun` looks at the model twice a step; `lcm` is for models distilled for it.
-    steps: of the solver.
-    cfg: classifier-free guidance scale; 1 switches guidance off.
-    negative: what to guide away from; empty is the model's empty prompt.
-    rescale: share of the guidance rescaling of Lin et al. (arXiv:2305.08891, section 3.4); 0.7 for zero-SNR models.
-    batch_size: pictures at a time; it does not change them beyond float rounding.
+    name: one of `SCHEDULERS`, or the dotted name of a scheduler class such as `diffusers.PNDMScheduler`, or of a
+        function that builds a scheduler from the model's scheduler config. `heun` calls the model twice per step; `lcm`
+        is for models distilled for it.
+    steps: denoising steps.
+    cfg: scale of classifier-free guidance; 1 is without guidance.
+    negative: negative prompt; the model's empty prompt if empty.
+    rescale: strength of guidance rescaling (Lin et al., arXiv:2305.08891, section 3.4); 0.7 for zero-SNR models.
+    batch_size: images at a time; it does not change them beyond float rounding.
+
+    Raises UserError for a name that does not exist.
     """
 
     def __init__(
         self,
-        name: Name = "euler",
+        name: str = "euler",
         steps: Count = 25,
         cfg: NonNegative = 5.0,
         negative: str = "",
         rescale: Fraction = 0.0,
         batch_size: Count = 8,
     ):
+        self._factory, self._options = find_scheduler(name)
         self.name, self.steps, self.cfg, self.negative = name, steps, cfg, negative
         self.rescale, self.batch_size = rescale, batch_size
 
-    def scheduler(self, model: SDXL) -> Any:
-        """A fresh diffusers scheduler on the model's own noise schedule."""
-        class_name, options = SCHEDULERS[self.name]
-        solver, config = getattr(diffusers, class_name), model.scheduler.config
-        if config.rescale_betas_zero_snr and "rescale_betas_zero_snr" not in inspect.signature(solver).parameters:
+    def scheduler(self, model: DiffusionModel) -> Any:
+        """A new diffusers scheduler on the model's noise schedule."""
+        factory, options, config = self._factory, self._options, model.scheduler.config
+        if not isinstance(factory, type):
+            return factory(config)
+        if config.rescale_betas_zero_snr and "rescale_betas_zero_snr" not in inspect.signature(factory).parameters:
             options = {**options, "trained_betas": zero_snr_betas()}
-        return solver.from_config(config, **options)
+        return factory.from_config(config, **options)  # type: ignore[attr-defined]
+
+
+def find_scheduler(name: str) -> tuple[Any, dict[str, Any]]:
+    """(class or function, options) of a sampler by name."""
+    if name in SCHEDULERS:
+        class_name, options = SCHEDULERS[name]
+        return getattr(diffusers, class_name), options
+    module, _, attribute = name.rpartition(".")
+    try:
+        factory = getattr(importlib.import_module(module), attribute) if module else None
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"sampler.name={name}: cannot be imported ({error})") from error
+    if factory is None or (isinstance(factory, type) and not issubclass(factory, diffusers.SchedulerMixin)):
+        near = difflib.get_close_matches(name, SCHEDULERS, 1)
+        guess = f"; did you mean '{near[0]}'?" if near else f"; choose one of {', '.join(SCHEDULERS)}"
+        raise UserError(f"sampler.name={name}: is no sampler, and no dotted name of a diffusers scheduler{guess}")
+    return factory, {}
 
 
 def zero_snr_betas() -> list[float]:
-    """The schedule that ends in pure noise, for solvers that do not know it; 2^-24 is how near diffusers goes to 0."""
+    """Betas with zero terminal SNR, for schedulers without that option; 2^-24 is diffusers' bound on the signal."""
     signal = NoiseSchedule(zero_terminal_snr=True).a.square().clamp(min=2**-24)
     return (1 - signal / torch.cat([torch.ones(1), signal[:-1]])).tolist()

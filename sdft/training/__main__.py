@@ -14,11 +14,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sdft.config.command import build, verb
-from sdft.distributed.processes import ProcessInfo
+from sdft.distributed.processes import ProcessInfo, num_processes
 from sdft.errors import UserError
 from sdft.formats.run_folder import SUMMARY
 from sdft.hardware import autocast_precision
-from sdft.planning.dry_run import print_plan, run_setup
+from sdft.planning.dry_run import print_plan
+from sdft.protocols import strategy_hooks
 from sdft.training import receipt
 from sdft.training.sweep import finished, print_table, run_apart
 
@@ -32,7 +33,7 @@ def main(cfg: DictConfig) -> float | None:
         done = finished(Path(cfg.run_dir), job.overrides.task)
         if done is not None:
             print(f"{cfg.name}: {cfg.run_dir} is finished", flush=True)
-        elif job.mode == RunMode.MULTIRUN and run_setup(cfg).num_devices > ProcessInfo.current().world_size:
+        elif job.mode == RunMode.MULTIRUN and num_devices(cfg.trainer) > ProcessInfo.current().world_size:
             run_apart(job)
             done = finished(Path(cfg.run_dir), job.overrides.task)
         if done is not None:
@@ -64,11 +65,16 @@ def main(cfg: DictConfig) -> float | None:
     started = time.monotonic()
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
     train_seconds = time.monotonic() - started
-    if hasattr(trainer.strategy, "gathered"):
-        module = trainer.strategy.gathered(module, lambda: finetuning(build(cfg.model)))
+    module = strategy_hooks(trainer.strategy).gather(module, lambda: finetuning(build(cfg.model)))
     if trainer.global_rank != 0:
         return None
     return conclude(cfg, trainer, module, export, verdict, train_seconds, record)
+
+
+
+def num_devices(trainer: DictConfig) -> int:
+    """Processes of a run with this trainer on machines like this one."""
+    return num_processes(trainer.accelerator, trainer.devices, trainer.num_nodes)
 
 
 def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:

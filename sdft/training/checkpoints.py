@@ -18,28 +18,28 @@ VALIDATION_FIGURE = "val/eps_mse"
 
 
 def last_checkpoint(run_dir: str | None, every: Count = 100, keep: Count = 1) -> ModelCheckpoint:
-    """Keeps `checkpoints/last.ckpt`, from which `resume=` goes on.
+    """Keeps `checkpoints/last.ckpt`, from which `resume=` continues.
 
-    every: optimiser steps between two saves; the last step is saved too.
-    keep: how many saves stay; those before the last are `step_000100.ckpt` and so on.
+    every: optimizer steps between two saves; the last step is always saved.
+    keep: number of saves to keep; earlier ones are named `step_000100.ckpt` and so on.
     """
     return LastCheckpoints(folder_of(run_dir), every, keep)
 
 
 def best_checkpoint(run_dir: str | None, monitor: str = VALIDATION_FIGURE, mode: Literal["min", "max"] = "min"):
-    """Keeps `checkpoints/best.ckpt`, the one with the best validation figure."""
+    """Keeps `checkpoints/best.ckpt`, the one with the best value of `monitor`."""
     return ModelCheckpoint(
         folder_of(run_dir), filename="best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False
     )
 
 
 def folder_of(run_dir: str | None) -> str:
-    """Where a run keeps its checkpoints."""
+    """The checkpoint folder of a run."""
     return str(Path(run_dir or ".") / "checkpoints")
 
 
 class LastCheckpoints(ModelCheckpoint):
-    """The last save under a name that does not change, and with the ones before it also by its step."""
+    """Saves `last.ckpt` and, with `keep` > 1, names the last saves by their step."""
 
     def __init__(self, folder: str, every: int, keep: int):
         super().__init__(folder, filename="last", every_n_train_steps=every, enable_version_counter=False)
@@ -47,7 +47,7 @@ class LastCheckpoints(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        return type(self).__qualname__  # Lightning's own says how often is saved, which a resumed run may change
+        return type(self).__qualname__  # Lightning's includes `every`, which a resumed run may change
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         every = 1 if trainer.global_step == trainer.max_steps else self.every
@@ -60,21 +60,21 @@ class LastCheckpoints(ModelCheckpoint):
 
 
 def keep_by_step(last: Path, step: int, keep: int) -> None:
-    """Give the last save a second name, and drop the oldest; a name takes no space."""
+    """Hard-link the last save to a name with its step, and remove the oldest beyond `keep`."""
     by_step = last.with_name(f"step_{step:06d}.ckpt")
     if not last.is_file() or (by_step.is_file() and by_step.samefile(last)):
         return
     try:
         link_state(last, by_step)
     except OSError as error:
-        raise UserError(f"{by_step} cannot be made ({error.strerror}); set callbacks.last.keep=1") from error
+        raise UserError(f"{by_step} cannot be linked ({error.strerror}); set callbacks.last.keep=1") from error
     kept = {file.with_name(file.name.removesuffix(".slices")) for file in last.parent.glob("step_*.ckpt*")}
     for old in sorted(kept)[:-keep]:
         remove_state(old)
 
 
 class RunFiles(CheckpointIO):
-    """How Lightning's checkpoints come to disk and back: its own way is neither atomic between disks nor synced."""
+    """Checkpoint I/O for Lightning: unlike its default, writes are atomic across disks and synced."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         write_state(checkpoint, Path(path))

@@ -1,6 +1,7 @@
-"""receipt.json: what a run was made from and what came of it, so that it can be made again and compared.
+"""receipt.json: the inputs and outputs of a run, so that it can be reproduced and compared.
 
-Knows hashes of code, packages, machine, data and weights, and how two receipts differ. Must not know how a run is made.
+Inputs are the config and hashes of code, package versions, machine, data and base weights; outputs are hashes of the
+written weights, and the metrics.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ NAME = "receipt.json"
 PACKAGES = ("accelerate", "diffusers", "hydra-core", "lightning", "numpy", "peft", "pillow", "safetensors", "torch",
             "transformers")  # fmt: skip
 MADE_FROM = ("config", "git", "versions", "hardware", "threads", "data", "base_weights")
-"""What can make two runs differ."""
+"""Entries that can make two runs differ."""
 OF_THE_RUN = ("run_dir", "dry_run", "reproduce")
-"""Keys that say where and not what."""
+"""Config keys without influence on the result."""
 
 
 def begun(config: Mapping[str, Any], overrides: Sequence[str], model: nn.Module, data: Any, num_devices: int) -> dict:
-    """The receipt of a run that is about to start. Reads every base weight and every picture's digest once."""
+    """The receipt of a run that is about to start. Hashes all base weights and images."""
     return {
         "config": dict(config),
         "overrides": list(overrides),
@@ -47,14 +48,14 @@ def begun(config: Mapping[str, Any], overrides: Sequence[str], model: nn.Module,
 
 
 def finished(receipt: dict, artifacts: Mapping[str, Path], summary: Mapping[str, Any]) -> dict:
-    """The same with what came of it: a hash of each file of weights, and the figures but for times."""
+    """The receipt with its outputs: a hash of each file of weights, and the metrics except times."""
     weights = {name: path for name, path in artifacts.items() if path.is_dir() or path.suffix == ".safetensors"}
     figures = {k: v for k, v in summary.items() if isinstance(v, int | float) and not k.endswith("seconds")}
     return {**receipt, "outputs": {name: weights_digest(path) for name, path in weights.items()}, "figures": figures}
 
 
 def read(path: str | Path) -> dict:
-    """A receipt. Raises UserError where there is none, or where its run was never finished."""
+    """Read a receipt. Raises UserError if there is none, or if its run did not finish."""
     file = Path(path).expanduser()
     file = file / NAME if file.is_dir() else file
     try:
@@ -62,32 +63,32 @@ def read(path: str | Path) -> dict:
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"reproduce={path}: cannot be read ({error}); pass the {NAME} of a run") from error
     if "outputs" not in receipt:
-        raise UserError(f"reproduce={path}: this run was not finished, so there is nothing to compare with")
+        raise UserError(f"reproduce={path}: this run did not finish, so there is nothing to compare with")
     return receipt
 
 
 def recalled(words: Sequence[str]) -> list[str]:
-    """The words of a command; those of `reproduce=RECEIPT` are preceded by the ones its run was started with."""
+    """The overrides of a command; with `reproduce=RECEIPT`, those of the receipt's run come first."""
     for word in words:
         if word.startswith("reproduce=") and (path := word.partition("=")[2]) not in ("", "null"):
-            said = read(path)["overrides"]
-            return [*(word for word in said if word.partition("=")[0] not in OF_THE_RUN), *words]
+            recorded = read(path)["overrides"]
+            return [*(word for word in recorded if word.partition("=")[0] not in OF_THE_RUN), *words]
     return list(words)
 
 
 def compared(old: dict, new: dict) -> str:
-    """One paragraph that begins with `identical`. Raises UserError with all that differs where the weights do."""
+    """A message that begins with `identical`. Raises UserError with all differences if the weights differ."""
     causes = "; ".join(differences({k: old[k] for k in MADE_FROM}, {k: new[k] for k in MADE_FROM}))
     figures = "; ".join(differences(old["figures"], new["figures"]))
     if old["outputs"] != new["outputs"]:
         names = sorted(k for k in {*old["outputs"], *new["outputs"]} if old["outputs"].get(k) != new["outputs"].get(k))
         raise UserError(
-            f"reproduce: the weights of {', '.join(names)} are not those of the receipt; what the runs were made from "
-            + (f"differs: {causes}" if causes else "is the same, so something in this run depends on luck")
+            f"reproduce: the weights of {', '.join(names)} differ from the receipt; the inputs of the runs "
+            + (f"differ: {causes}" if causes else "are the same, so something in this run is not deterministic")
         )
-    said = f"identical: {', '.join(sorted(old['outputs']))}, every weight"
-    said += f"; but figures differ: {figures}" if figures else "; and every figure"
-    return said + (f"\n  although made from something else: {causes}" if causes else "")
+    message = f"identical: {', '.join(sorted(old['outputs']))}, every weight"
+    message += f"; but metrics differ: {figures}" if figures else "; and every metric"
+    return message + (f"\n  although inputs differ: {causes}" if causes else "")
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
@@ -102,18 +103,20 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without the place of its run."""
+    """A config without paths of its run."""
     text = json.dumps({k: v for k, v in config.items() if k not in OF_THE_RUN})
     return json.loads(text.replace(json.dumps(config["run_dir"])[1:-1], "RUN_DIR"))
 
 
 def git_state() -> dict[str, Any]:
-    """The commit of the code and, where files differ from it, a hash of the differences; empty outside a checkout."""
+    """The commit of the code, and a hash of uncommitted changes; empty if the code is not a git checkout."""
+    root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str:
-        root = Path(__file__).resolve().parents[2]
         return subprocess.run(["git", "-C", root, *words], capture_output=True, text=True, check=True).stdout.strip()
 
+    if not (root / "train.py").is_file():  # an installed package, perhaps below somebody else's repository
+        return {}
     try:
         changed = git("status", "--porcelain")
         return {
@@ -126,7 +129,7 @@ def git_state() -> dict[str, Any]:
 
 
 def hardware(num_devices: int) -> dict[str, Any]:
-    """What computes: floats add up differently on another processor."""
+    """Processor and GPUs: rounding differs between them."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
@@ -140,7 +143,7 @@ def hardware(num_devices: int) -> dict[str, Any]:
 
 
 def data_digest(data: Any) -> str:
-    """Every key, caption and picture of the run: stored ones by their bytes, drawn ones by their pixels."""
+    """SHA-256 of all keys, captions and images: stored images by their bytes, generated ones by their pixels."""
     found = hashlib.sha256()
     for pictures, seen in ((data.pictures, data.seen), (data.held_out, data.seen_held_out)):
         for index, key in enumerate(pictures.source.keys):
@@ -152,7 +155,7 @@ def data_digest(data: Any) -> str:
 
 
 def weights_digest(path: Path) -> str:
-    """The tensors of a safetensors file, or of all below a folder, without what else a header says, such as dates."""
+    """SHA-256 of the tensors of a safetensors file, or of all in a folder; metadata such as dates is left out."""
     found = hashlib.sha256()
     for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
         stored, _ = read_header(str(path), file)

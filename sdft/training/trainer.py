@@ -1,4 +1,4 @@
-"""The Lightning Trainer with the switches that mean something here, and its checkpoints."""
+"""The Lightning Trainer, with the arguments that have a meaning here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdft.types import Count, NonNegative
 
 # Raised inside Lightning 2.6 by torch 2.13 at every step; goes with the Lightning release that drops LeafSpec.
 warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-# One process here serves pictures faster than workers do; `data.num_workers` is the knob, and the README names it.
+# Loading in the main process is faster here for small images; `data.num_workers` sets the number of workers.
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
 for noise in (
@@ -47,20 +47,20 @@ def trainer(
 ) -> L.Trainer:
     """A Trainer.
 
-    max_steps: optimiser steps.
-    validate_every: optimiser steps between two validations.
-    accumulate_grad_batches: batches of one optimiser step.
+    max_steps: optimizer steps.
+    validate_every: optimizer steps between two validations.
+    accumulate_grad_batches: batches of one optimizer step.
     gradient_clip_val: largest norm of the gradient; 0 clips nothing.
     precision: `auto` is bf16-mixed where the device computes bf16 natively (see `sdft.hardware.default_precision`).
-    devices, num_nodes: processes of one node, and nodes.
-    log_every: optimiser steps between two logged figures.
+    devices, num_nodes: processes per node, and nodes.
+    log_every: optimizer steps between two logged figures.
     """
     if not torch.cuda.is_available():
-        # This switch governs the CPU kernel too, whose backward was a third of nano's step.
+        # This switch also disables the CPU kernel, whose backward pass took a third of nano's step.
         torch.backends.cuda.enable_flash_sdp(False)
     return L.Trainer(
         max_steps=max_steps,
-        max_epochs=1,  # The run is one endless sequence of samples: see data.dataset.RunOrder.
+        max_epochs=1,  # The run is one sequence of samples: see data.dataset.RunOrder.
         val_check_interval=min(validate_every, max_steps) * accumulate_grad_batches,
         accumulate_grad_batches=accumulate_grad_batches,
         gradient_clip_val=gradient_clip_val or None,
@@ -72,7 +72,7 @@ def trainer(
         enable_progress_bar=progress_bar,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        inference_mode=False,  # Validation would put shards together into tensors that training could not use again.
+        inference_mode=False,  # Weights that FSDP gathers in inference mode could not be used in training.
         strategy=strategy,
         plugins=[RunFiles()],
         callbacks=[*callbacks, *([Progress()] if progress_bar else [])],
@@ -83,7 +83,7 @@ def trainer(
 
 
 class Progress(TQDMProgressBar):
-    """One line: steps, rate, time left, loss. A resumed run starts where it stopped, and so does its rate."""
+    """Steps, rate, remaining time and loss in one line; after a resume it starts at the resumed step."""
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         super().on_train_start(trainer, *_)

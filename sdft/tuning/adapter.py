@@ -14,11 +14,8 @@ from torch import nn
 
 from sdft.distributed.sharding import shard_like
 from sdft.errors import UserError
+from sdft.protocols import DiffusionModel, Tuning
 from sdft.tuning.parameters import WORDS, parameter_groups
-from sdft.tuning.targets import (
-    TARGETS,
-    unused_layer,
-)
 from sdft.types import Count, NonNegative, Positive
 
 LYCORIS = {"loha": LoHaConfig, "lokr": LoKrConfig}
@@ -26,22 +23,25 @@ ADAPTER = "default"
 Part = Literal["unet", "text_encoder", "text_encoder_2"]
 
 
-class Adapter:
-    """Low-rank adapters on the attention and feed-forward layers of `parts`; the model's own weights stay.
+class Adapter(Tuning):
+    """Train low-rank adapters on the attention and feed-forward layers of `parts`; the base weights stay frozen.
 
-    The adapters are fp32, whatever the model's own weights are.
+    Adapters are fp32, whatever the dtype of the base weights.
 
     rank: of every adapter.
-    alpha: the adapter's output is scaled by alpha / rank; as large as the rank by default.
-    parts: `unet` for a style; with the text encoders for a new word.
-    layers: `all` linears of the transformers, their `attention` only, or `conv`: all, and the 3x3 convolutions of the
-        UNet's resnets and samplers (LoCon).
-    method: `lora`; `dora` (weight-decomposed, arXiv:2402.09353); `loha` and `lokr` (products of Hadamard and of
-        Kronecker, arXiv:2309.14859), which diffusers cannot open.
-    dropout: of the adapter's input; not of `loha` and `lokr`.
-    lr_scale: a part's learning rate as a multiple of the run's; `words` is the part of the new words.
-    new_words: word -> initial phrase. Each becomes one token of both encoders and starts as the phrase's mean.
+    alpha: the adapter's output is scaled by alpha / rank; equal to the rank if None.
+    parts: `unet` for a style; with both text encoders for a new word.
+    layers: `all` linear layers of the transformer blocks, their `attention` only, or `conv`: all, plus the 3x3
+        convolutions of the UNet's resnets and samplers (LoCon).
+    method: `lora`; `dora` (weight-decomposed, arXiv:2402.09353); `loha` and `lokr` (Hadamard and Kronecker products,
+        arXiv:2309.14859), which diffusers cannot load.
+    dropout: probability of zeroing an element of the adapter's input; not defined for `loha` and `lokr`.
+    lr_scale: learning rate of a part as a multiple of the run's; `words` stands for the embeddings of new words.
+    new_words: word -> initial phrase. Each becomes one token of both text encoders, initialised with the mean embedding
+        of its phrase.
     """
+
+    trains_adapters = True
 
     def __init__(
         self,
@@ -67,28 +67,26 @@ class Adapter:
         if dropout and method in LYCORIS:
             raise UserError(f"tuning.dropout={dropout}: {method} has no input to drop; set tuning.dropout=0")
 
-    def attach(self, model: nn.Module) -> None:
-        """Freeze the model and add the adapters and words."""
+    def attach(self, model: DiffusionModel) -> None:  # type: ignore[override]
+        """Freeze the model, then add the adapters and the embeddings of new words."""
         model.requires_grad_(False)
         for part in self.parts:
             module = model.get_submodule(part)
-            inject_adapter_in_model(self.config(part, module), module, adapter_name=ADAPTER)
+            inject_adapter_in_model(self.config(model, part), module, adapter_name=ADAPTER)
         for layer in adapters(model):
             to_fp32(layer)
         if self.new_words:
             model.add_words(self.new_words)
             self._initial_rows = {name: rows.detach().clone() for name, rows in model.word_rows.items()}
 
-    def config(self, part: str, module: nn.Module) -> PeftConfig:
+    def config(self, model: DiffusionModel, part: str) -> PeftConfig:
         """The peft configuration of one part."""
-        targets, unused = TARGETS["unet" if part == "unet" else "encoder"][self.layers], unused_layer(part, module)
-        chosen = [
-            name
-            for name, _ in module.named_modules()
-            if name.endswith(tuple(f".{t}" for t in targets)) and not (unused and f"{unused}." in f"{name}.")
-        ]
+        suffixes = tuple(f".{suffix}" for suffix in model.ADAPTER_LAYERS[part][self.layers])
+        untrained = model.untrained_parameters(part)
+        names = (name for name, _ in model.get_submodule(part).named_modules() if name.endswith(suffixes))
+        chosen = [name for name in names if f"{name}.weight" not in untrained]
         if self.method in LYCORIS:
-            # Where torch.rand(1) > module_dropout fails, peft leaves the adapter out: at 0, once in 2^24 times.
+            # peft skips the adapter where torch.rand(1) > module_dropout is false: at 0, once in 2^24 calls.
             options = {"alpha": self.alpha, "module_dropout": -1.0}
             return LYCORIS[self.method](r=self.rank, target_modules=chosen, **options)
         return LoraConfig(
@@ -101,13 +99,13 @@ class Adapter:
         )
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """One parameter group a part, with its `name` and `lr_scale`."""
+        """One parameter group per part, and one for the embeddings of new words."""
         parts = (*self.parts, WORDS) if self.new_words else self.parts
         return parameter_groups(model, parts, self.lr_scale)
 
     @contextmanager
     def base(self, model: nn.Module) -> Iterator[None]:
-        """The model as it was before training, inside the `with`: no adapters, words at their initial phrases."""
+        """Inside the `with`, adapters are disabled and new words have their initial embeddings."""
         with disabled(model), torch.no_grad():
             learned = {name: rows.clone() for name, rows in model.word_rows.items()}
             for name, rows in model.word_rows.items():
@@ -121,7 +119,7 @@ class Adapter:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The model without its adapters, inside the `with`. Scale 0 would not do: DoRA rescales the base's columns."""
+    """Inside the `with`, all adapters are disabled. Scale 0 is not enough: DoRA rescales the base's columns."""
     layers = adapters(model)
     for layer in layers:
         layer.enable_adapters(False)
@@ -134,7 +132,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def scaled(model: nn.Module, scale: float) -> Iterator[None]:
-    """Every adapter at `scale` times its trained strength, inside the `with`."""
+    """Inside the `with`, every adapter has `scale` times its trained strength."""
     layers = adapters(model)
     for layer in layers:
         layer.set_scale(ADAPTER, scale)
@@ -146,16 +144,16 @@ def scaled(model: nn.Module, scale: float) -> Iterator[None]:
 
 
 def adapters(model: nn.Module) -> list[BaseTunerLayer]:
-    """The modules that have an adapter."""
+    """The modules that hold an adapter."""
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def to_fp32(layer: BaseTunerLayer) -> None:
-    """Give the adapter of a module fp32 weights: peft gives it those of the module."""
+    """Cast the adapter of a module to fp32: peft creates it in the dtype of the module."""
     for name in layer.adapter_layer_names:
         getattr(layer, name).float()
     if getattr(layer, "use_dora", {}).get(ADAPTER):
-        # The norms of the module's rows, anew: rounded to bf16 they would change it before any training.
+        # Recompute the row norms: rounded to bf16 they would change the model before any training.
         dora, factors = layer.lora_magnitude_vector[ADAPTER], (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER])
         lora_A, lora_B = (factor.weight for factor in factors)
         scaling = layer.scaling[ADAPTER]

@@ -9,17 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from sdft.errors import UserError
+from sdft.protocols import DiffusionModel, Tuning
 from sdft.tuning.parameters import copy_parameters, parameter_groups, trainable_parameters
-from sdft.tuning.targets import (
-    freeze_unused_layers,
-)
 from sdft.types import NonNegative
 
 
-class Full:
-    """Every weight of `parts` learns.
+class Full(Tuning):
+    """Train every weight of `parts`, except those that never receive a gradient.
 
-    lr_scale: a part's learning rate as a multiple of the run's.
+    parts: names of the model's submodules, such as `unet`.
+    lr_scale: learning rate of a part as a multiple of the run's.
     """
 
     def __init__(self, parts: Sequence[str] = ("unet",), lr_scale: Mapping[str, NonNegative] | None = None):
@@ -30,20 +29,21 @@ class Full:
         self._initial: dict[str, Tensor] = {}
 
     def attach(self, model: nn.Module) -> None:
-        """Freeze the model but for `parts`, and remember the initial weights."""
+        """Freeze the model except for `parts`, and keep a copy of their initial weights on the CPU."""
         model.requires_grad_(False)
         for part in self.parts:
-            model.get_submodule(part).requires_grad_(True)
-            freeze_unused_layers(part, model.get_submodule(part))
+            untrained = model.untrained_parameters(part) if isinstance(model, DiffusionModel) else set()
+            for name, parameter in model.get_submodule(part).named_parameters():
+                parameter.requires_grad_(name not in untrained)
         self._initial = {name: p.detach().cpu().clone() for name, p in trainable_parameters(model)}
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """One parameter group a part, with its `name` and `lr_scale`."""
+        """One parameter group per part."""
         return parameter_groups(model, self.parts, self.lr_scale)
 
     @contextmanager
     def base(self, model: nn.Module) -> Iterator[None]:
-        """The model as it was before training, inside the `with`."""
+        """Inside the `with`, the model has its initial weights."""
         tuned = {name: p.detach().clone() for name, p in trainable_parameters(model)}
         copy_parameters(model, self._initial)
         try:

@@ -12,31 +12,32 @@ from sdft.distributed.sharding import shard_like
 from sdft.errors import UserError
 
 WORDS = "words"
+"""The part that the embeddings of new words belong to."""
 
 
 def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The named parameters that learn."""
+    """The named parameters that require a gradient."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
 @torch.no_grad()
 def copy_parameters(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights` into the model's parameters of the same names; of a sharded one, each rank its shard."""
+    """Copy whole `weights` into the trainable parameters of the same names; each rank of a sharded one its shard."""
     for name, p in trainable_parameters(model):
         p.copy_(shard_like(p, weights[name]))
 
 
 def parameter_groups(model: nn.Module, parts: Sequence[str], lr_scale: Mapping[str, float]) -> list[dict[str, Any]]:
-    """The learning parameters of each part."""
+    """One parameter group per part, with its `name` and `lr_scale`. Raises UserError for a part that is frozen."""
     groups = []
     for part in parts:
         owned = [p for name, p in trainable_parameters(model) if part_of(name) == part]
         if not owned:
-            raise UserError(f"tuning: nothing learns in {part!r}")
+            raise UserError(f"tuning: no parameter of {part!r} is trainable")
         groups.append({"params": owned, "name": part, "lr_scale": lr_scale.get(part, 1.0)})
     return groups
 
 
 def part_of(parameter_name: str) -> str:
-    """The part a parameter belongs to; the rows of new words are a part of their own."""
+    """The part a parameter belongs to: the submodule of the model, or `words` for embeddings of new words."""
     return WORDS if parameter_name.endswith(".rows_ND") else parameter_name.split(".")[0]

@@ -54,5 +54,5 @@ def test_a_gradient_that_runs_away_on_one_rank_stops_both(tmp_path: Path) -> Non
     told = json.loads((tmp_path / "bad_samples.json").read_text())
     assert (told["step"], told["wrong"], len(told["samples"])) == (7, "gradient", 4)
     for rank in (0, 1):
-        assert "the gradient ran away to" in (tmp_path / f"error_{rank}.txt").read_text()
+        assert "the gradient diverged to" in (tmp_path / f"error_{rank}.txt").read_text()
     assert read_state(run.last)["global_step"] == 6

@@ -27,7 +27,7 @@ from sdft.formats.run_state import (
     write_slices,
     write_state,
 )
-from sdft.training.callbacks.preemption import AGAIN, Preempt
+from sdft.training.callbacks.preemption import REQUEUE, Preempt
 
 WEIGHTS = {"a": torch.arange(12.0).view(3, 4), "b": torch.ones(1, 2)}
 NAMES = ["one", "two"]
@@ -183,5 +183,5 @@ class Warned(Preempt):
 
 def test_a_warned_run_leaves_when_its_save_is_whole(tmp_path: Path) -> None:
     run = Run(tmp_path, strategy="fsdp", save_every=99, validate_every=99, callbacks=[Warned(str(tmp_path))])
-    assert finish(start(run, 2)) == [AGAIN] * 2
+    assert finish(start(run, 2)) == [REQUEUE] * 2
     assert read_state(run.last)["global_step"] == 3

@@ -249,7 +249,7 @@ def finetuning(model: SDXL, tuning, objective: Denoising) -> Finetuning:
 
 
 def one_step(module: Finetuning, batch: Batch) -> float:
-    optimizer = module.optimizer(module.tuning.groups(module.model))
+    optimizer = module.build_optimizer()
     loss = module.training_step(batch, 0)
     loss.backward()
     optimizer.step()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from small_runs import EVERYTHING, KillAt, Run, assert_same_end, finish, result, start
 
 from sdft.formats.run_state import read_state
-from sdft.training.callbacks.preemption import AGAIN
+from sdft.training.callbacks.preemption import REQUEUE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,7 +84,7 @@ def test_the_same_command_goes_on_after_a_warning_and_a_kill(tmp_path: Path) -> 
     command = partial(train_py, words)
     straight, stopped = Run(tmp_path / "straight"), Run(tmp_path / "stopped")
     assert finish(start(straight, function=command)) == [0]
-    for number, status, after in ((signal.SIGUSR1, AGAIN, 5), (signal.SIGKILL, -9, 15)):
+    for number, status, after in ((signal.SIGUSR1, REQUEUE, 5), (signal.SIGKILL, -9, 15)):
         (process,) = start(stopped, function=command)
         while process.exitcode is None and not (
             stopped.last.is_file() and read_state(stopped.last)["global_step"] >= after

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -20,7 +20,7 @@ from sdft.models.load import pretrained
 from sdft.models.sdxl import SDXL, tokenize
 from sdft.module import Finetuning
 from sdft.objective.denoising import Denoising
-from sdft.optimizers.optimizers import adamw
+from sdft.optimizers.optimizers import adamw, scale_rates
 from sdft.optimizers.schedules import constant
 from sdft.tuning.adapter import Adapter, adapters, scaled
 from sdft.tuning.full import Full
@@ -54,7 +54,7 @@ def finetuning(model: SDXL, tuning, **options) -> Finetuning:
 
 def take_steps(module: Finetuning, batch: Batch, num_steps: int = 2) -> list[dict[str, Tensor]]:
     """Real optimiser steps; returns the gradients of each."""
-    optimizer, gradients = module.optimizer(module.tuning.groups(module.model)), []
+    optimizer, gradients = module.build_optimizer(), []
     for _ in range(num_steps):
         optimizer.zero_grad()
         module.training_step(batch, 0).backward()
@@ -155,11 +155,12 @@ def test_number_of_adapters_of_sdxl_itself() -> None:
         one = CLIPTextModel(CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=12))
         two = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=32))
     assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
+    model = SDXL(unet, AutoencoderKL(), one, two, None, None, None)
     every, attention = Adapter(rank=4), Adapter(rank=4, layers="attention")
-    assert len(every.config("unet", unet).target_modules) == 722
-    assert len(attention.config("unet", unet).target_modules) == 560
-    assert len(every.config("text_encoder", one).target_modules) == 66
-    assert len(every.config("text_encoder_2", two).target_modules) == 192
+    assert len(every.config(model, "unet").target_modules) == 722
+    assert len(attention.config(model, "unet").target_modules) == 560
+    assert len(every.config(model, "text_encoder").target_modules) == 66
+    assert len(every.config(model, "text_encoder_2").target_modules) == 192
 
 
 @pytest.mark.parametrize("name", ["lora_unet", "lora_unet_te", "loha_unet", "lokr_unet"])
@@ -272,7 +273,7 @@ class TestLearningRates:
         scales = {"text_encoder": 0.2, "text_encoder_2": 0.1, "words": 5.0}
         tuning = Adapter(rank=2, parts=ALL_PARTS, new_words=WORDS, lr_scale=scales)
         tuning.attach(model)
-        optimizer = adamw(tuning.groups(model), lr=1e-3)
+        optimizer = scale_rates(adamw(tuning.groups(model), lr=1e-3))
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         assert rates == pytest.approx({"unet": 1e-3, "text_encoder": 2e-4, "text_encoder_2": 1e-4, "words": 5e-3})
         grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]

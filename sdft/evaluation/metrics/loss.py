@@ -10,7 +10,6 @@ from sdft.evaluation.metrics.measure import Drawn, Lab
 from sdft.evaluation.results import Estimate, Metric
 from sdft.evaluation.statistics import estimate
 from sdft.objective.denoising import Denoising
-from sdft.objective.noise_schedule import NUM_TIMESTEPS
 from sdft.objective.timesteps import UniformTimesteps
 from sdft.rng import Draws
 from sdft.types import Count, Fraction
@@ -33,7 +32,7 @@ class ValidationLoss:
     ):
         self.size, self.num_images, self.batch_size = size, num_images, batch_size
         self.timesteps = UniformTimesteps(low, high)
-        first, last = round(low * NUM_TIMESTEPS), round(high * NUM_TIMESTEPS)
+        first, last = round(low * 1000), round(high * 1000)
         told = f"Error in the noise of held-out pictures at the timesteps {first} to {last}."
         self.metric = Metric(f"loss_{first}_{last}", f"loss t {first}–{last}", "lower", told)
 

@@ -1,7 +1,4 @@
-"""How nano's VAE and its CLIP learn: two objectives of the same shape as `sdft.objective.denoising`.
-
-Only for building nano itself; SDXL's own VAE and CLIP are never trained here.
-"""
+"""Objectives that train nano's VAE and its CLIP judge. Only for building nano itself."""
 
 from __future__ import annotations
 
@@ -15,15 +12,16 @@ from transformers import CLIPModel
 
 from sdft.batch import Batch, LossReport
 from sdft.models.nano.build import tokenizer
+from sdft.protocols import Objective
 from sdft.rng import Draws
 from sdft.types import NonNegative
 
 
-class Reconstruction:
-    """Images through the VAE and back.
+class Reconstruction(Objective):
+    """Reconstruction error of images through the VAE: L1, plus terms by these weights.
 
-    The weights (fractions of L1): squared error, high-pass L1 for crispness, chroma L1, a small KL, and `balance`,
-    which keeps the deviations of the latent channels at one so that a single scaling factor fits all.
+    squared: squared error. high_pass: L1 of high frequencies, for sharpness. chroma: L1 of colour. kl: KL divergence.
+    balance: keeps the standard deviation of each latent channel at 1, so that one scaling factor fits all.
     """
 
     def __init__(
@@ -64,20 +62,20 @@ def _high_pass(x_BCHW: Tensor) -> Tensor:
     return x_BCHW - F.avg_pool2d(x_BCHW, 3, stride=1, padding=1, count_include_pad=False)
 
 
-class Contrastive:
-    """Images and texts of a batch find each other; equal texts share the target.
+class Contrastive(Objective):
+    """CLIP's symmetric contrastive loss; equal texts of a batch share the target.
 
-    The noise and the blur make the judge blind to what a small VAE leaves behind.
+    Noise and blur make the judge insensitive to artefacts of a small VAE.
 
-    words: what the tokenizer knows.
-    noise: standard deviation of what is added to the pixels.
+    words: vocabulary of the tokenizer.
+    noise: standard deviation of the noise added to the pixels.
     """
 
     def __init__(self, words: Sequence[str], noise: NonNegative = 0.05):
         self.tokenizer, self.noise = tokenizer(words, "<|endoftext|>"), noise
 
     def __call__(self, clip: CLIPModel, batch: Batch, draws: Draws) -> LossReport:
-        """The mean of the two cross entropies, and how often the right text comes first."""
+        """The mean of the two cross entropies, and the top-1 accuracy of texts."""
         assert batch.pixels_BCHW is not None
         x = batch.pixels_BCHW
         x = x + self.noise * draws.normal("pixel noise", x.shape[1:]).to(x)

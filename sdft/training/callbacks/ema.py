@@ -1,4 +1,4 @@
-"""An exponential moving average of what learns, used for validation, previews and the exported weights."""
+"""Exponential moving average of the trainable parameters, used in validation, previews and the exported weights."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from annotated_types import Ge, Lt
 from torch import Tensor
 
 from sdft.distributed.sharding import local_shard, shard_like
+from sdft.protocols import WeightAverage
 from sdft.tuning.parameters import copy_parameters, trainable_parameters
 
 
-class EMA(L.Callback):
-    """Averages the learning weights after each optimiser step; of sharded weights, each rank its shards.
+class EMA(WeightAverage, L.Callback):
+    """Averages the trainable parameters after each optimizer step; each rank averages its own shards.
 
-    decay: of the average; early on it is (1 + n) / (10 + n) after n steps, so that the start is soon forgotten.
+    decay: of the average. After n steps it is at most (1 + n) / (10 + n), so that the first steps soon lose weight.
     """
 
     def __init__(self, decay: Annotated[float, Ge(0), Lt(1)] = 0.999):
@@ -26,12 +27,12 @@ class EMA(L.Callback):
         self.num_updates = 0
         self.average: dict[str, Tensor] = {}
         self._live: dict[str, Tensor] | None = None
-        self._learning: list[Tensor] = []
+        self._trained: list[Tensor] = []
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        # Not in on_fit_start: a strategy that shards restores the checkpoint, and with it the average, after that.
+        # Not in on_fit_start: FSDP restores the checkpoint, and with it the average, after that.
         saved = self.average
-        self._learning = [p for _, p in trainable_parameters(module.model)]
+        self._trained = [p for _, p in trainable_parameters(module.model)]
         self.average = {name: p.detach().clone() for name, p in trainable_parameters(module.model)}
         for name, value in saved.items():
             self.average[name].copy_(shard_like(self.average[name], value))
@@ -43,11 +44,11 @@ class EMA(L.Callback):
         self.num_updates = trainer.global_step
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         averages = [local_shard(value) for value in self.average.values()]
-        torch._foreach_lerp_(averages, [local_shard(p) for p in self._learning], 1 - decay)
+        torch._foreach_lerp_(averages, [local_shard(p) for p in self._trained], 1 - decay)
 
     @contextmanager
     def averaged(self, module: L.LightningModule) -> Iterator[None]:
-        """The model with the average in place, inside the `with`."""
+        """Inside the `with`, the model has the averaged parameters."""
         live = {name: p.detach().clone() for name, p in trainable_parameters(module.model)}
         copy_parameters(module.model, self.average)
         try:

@@ -1,4 +1,4 @@
-"""What stops a run before its weights take in something that is no number, or that has run away."""
+"""Stops a run whose loss or gradient is NaN, infinite or diverging, before the optimizer step."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from sdft.distributed.sharding import norm
 from sdft.errors import UserError
 
 MOST_NAMED = 8
-"""Samples in the message; the file has all of them."""
+"""Samples named in the message; the file lists all."""
 WINDOW, LEAST = 100, 5
-"""Values that a new one is compared with, and how many there must be."""
+"""Number of recent values that a new one is compared with, and the least number for a comparison."""
 BROKEN = "became NaN or infinite"
 
 
 class Guard(L.Callback):
-    """Stops at a loss or gradient that is no number or has run away, on all ranks and before the optimiser's step.
+    """Stops all ranks at a loss or gradient that is not finite or diverges, before the optimizer step.
 
-    run_dir: `bad_samples.json` in it tells the samples of that step, and the loss of each.
-    divergence: a loss, or a norm of the gradient before clipping, of more than so many times the median of the last 100
-        has run away. In sound runs on nano, also with batches of one sample, the largest was 5 times the median.
+    run_dir: `bad_samples.json` is written there, with the samples of that step and the loss of each.
+    divergence: a loss, or a gradient norm before clipping, above this many times the median of the last 100 diverges.
+        In sound runs on nano, also with batches of one sample, the largest was 5 times the median.
+
+    Raises UserError.
     """
 
     def __init__(self, run_dir: str, divergence: Annotated[float, Gt(1)] = 100.0):
@@ -43,7 +45,7 @@ class Guard(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         size = float(norm(gradients))
-        # In fp16 the loss scaler looks for this itself, skips the step and lowers its scale.
+        # In fp16 the loss scaler handles overflow: it skips the step and lowers its scale.
         if trainer.precision != "16-mixed" or math.isfinite(size):
             self._watch(trainer, "gradient", size)
         self._seen.clear()
@@ -55,13 +57,14 @@ class Guard(L.Callback):
         self.recent = state["recent"]
 
     def _watch(self, trainer: L.Trainer, what: str, value: float) -> None:
-        """All ranks see the same value, so they stop together."""
+        """All ranks get the same value, so they stop together."""
         recent = self.recent[what]
         if not math.isfinite(value):
             self._stop(trainer, what, BROKEN)
         usual = median(recent) if len(recent) >= LEAST else math.inf
         if usual and value > self.divergence * usual:
-            self._stop(trainer, what, f"ran away to {value:.3g}, where the last {len(recent)} were about {usual:.3g},")
+            times = f"{value / usual:.0f} times the median of the last {len(recent)}"
+            self._stop(trainer, what, f"diverged to {value:.3g}, {times},")
         recent.append(value)
         del recent[:-WINDOW]
 
@@ -87,8 +90,8 @@ class Guard(L.Callback):
             sample["key"] for sample in samples
         ]
         more = f" and {len(suspects) - MOST_NAMED} more" if len(suspects) > MOST_NAMED else ""
-        sound = "" if how == BROKEN else "raise callbacks.guard.divergence if this is sound, "
+        sound = "" if how == BROKEN else "raise callbacks.guard.divergence if this is expected, "
         raise UserError(
             f"the {what} {how} at step {step} with {', '.join(suspects[:MOST_NAMED])}{more}{written}. "
-            f"Look at these samples, lower optimizer.lr, {sound}or go on from the last checkpoint with resume="
+            f"Check these samples, lower optimizer.lr, {sound}or continue from the last checkpoint with resume="
         )

@@ -1,7 +1,4 @@
-"""How much each weight matters to the loss: the diagonal of the Fisher information, for `merge=fisher`.
-
-Knows the gradients of a run and the file that it leaves; must not know what a merge makes of it.
-"""
+"""The diagonal of the Fisher information of each weight (its importance), for `merge=fisher`."""
 
 from __future__ import annotations
 
@@ -16,16 +13,15 @@ from torch.distributed.tensor import DTensor
 from sdft.batch import Batch
 from sdft.errors import UserError
 from sdft.formats.importance import FILE, write_importance
-from sdft.models.sdxl import SDXL
-from sdft.tuning.full import Full
+from sdft.protocols import DiffusionModel
 from sdft.tuning.parameters import trainable_parameters
 
 
 class Importance(L.Callback):
-    """Averages the squared gradients of the weights that learn, over the steps of a run.
+    """Averages the squared gradients of the trainable parameters over the steps of a run.
 
     A step's gradient is that of the mean loss of its samples, before clipping. Its square, times the number of samples,
-    estimates the mean square of one sample's gradient, whatever the size of the batch and its division into parts.
+    estimates the mean squared gradient of one sample, whatever the batch size, accumulation and number of processes.
 
     run_dir: importance.safetensors is written there at the end.
     """
@@ -34,20 +30,20 @@ class Importance(L.Callback):
         self.path = Path(run_dir) / FILE
         self.num_steps = 0
         self.sums: dict[str, Tensor] = {}
-        self._learning: dict[str, nn.Parameter] = {}
+        self._trained: dict[str, nn.Parameter] = {}
         self._samples = 0
-        """Of the step so far: a step may have several batches."""
+        """Samples of the current step, which may have several batches."""
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not isinstance(module.tuning, Full) or not isinstance(module.model, SDXL):
+        if module.tuning.trains_adapters or not isinstance(module.model, DiffusionModel):
             raise UserError(
-                "callbacks=importance: is of a model's own weights, and none of SDXL's learn here; of a LoRA, bake it "
-                "(python -m sdft.merging merge=bake) and measure the result: docs/merging.md"
+                "callbacks=importance: measures the weights of a whole model, and this run does not train one; bake a "
+                "LoRA first (python -m sdft.merging merge=bake): docs/merging.md"
             )
-        self._learning = dict(trainable_parameters(module.model))
-        if any(isinstance(p, DTensor) for p in self._learning.values()):
+        self._trained = dict(trainable_parameters(module.model))
+        if any(isinstance(p, DTensor) for p in self._trained.values()):
             raise UserError("callbacks=importance: needs whole weights on each device; choose strategy=auto or ddp")
-        zeros = {name: torch.zeros_like(p) for name, p in self._learning.items()}
+        zeros = {name: torch.zeros_like(p) for name, p in self._trained.items()}
         self.sums = zeros | {name: saved.to(zeros[name].device) for name, saved in self.sums.items()}
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Batch, *_: Any) -> None:
@@ -55,9 +51,9 @@ class Importance(L.Callback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         seen, self._samples = self._samples * trainer.world_size, 0
-        found = [(self.sums[name], p.grad) for name, p in self._learning.items() if p.grad is not None]
+        found = [(self.sums[name], p.grad) for name, p in self._trained.items() if p.grad is not None]
         sums, gradients = ([pair[i] for pair in found] for i in (0, 1))
-        # 16-mixed leaves a step out when its gradients overflow; so does the average.
+        # 16-mixed skips a step whose gradients overflow; so does the average.
         if torch.stack(torch._foreach_norm(gradients)).isfinite().all():
             torch._foreach_addcmul_(sums, gradients, gradients, value=float(seen))
             self.num_steps += 1

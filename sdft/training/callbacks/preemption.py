@@ -1,6 +1,4 @@
-"""Stops a run in good order when its scheduler warns it: a checkpoint at the end of a step, and a status that asks for
-the run to be queued again. Knows one signal; must not know who sends it or who starts the run again.
-"""
+"""Saves a checkpoint and exits when the job scheduler sends SIGUSR1, with a status that asks for a requeue."""
 
 from __future__ import annotations
 
@@ -11,15 +9,17 @@ from typing import Any
 
 import lightning as L
 
-AGAIN = 75
-"""The exit status for "try again later" (EX_TEMPFAIL)."""
+from sdft.protocols import strategy_hooks
+
+REQUEUE = 75
+"""The exit status EX_TEMPFAIL: try again later."""
 
 
 class Preempt(L.Callback):
-    """After USR1, saves `checkpoints/last.ckpt` at the end of the step and ends the process with status 75.
+    """After SIGUSR1, saves `checkpoints/last.ckpt` at the end of the step and exits with status 75.
 
-    It listens from the moment it is built, before any weights are read. Lightning's own handler, which saves wherever
-    the step happens to be, steps back where there is one already.
+    The handler is installed when the callback is built, before weights are read. Lightning does not install its own,
+    which would save in the middle of a step, if there is one already.
     """
 
     def __init__(self, run_dir: str):
@@ -39,15 +39,15 @@ class Preempt(L.Callback):
         if trainer.global_step in (self._step, trainer.max_steps):
             return
         self._step = trainer.global_step
-        # The processes hear it at different moments, and must stop after the same step.
+        # Processes get the signal at different moments, and must stop after the same step.
         if trainer.strategy.reduce_boolean_decision(self.warned, all=False):
             trainer.save_checkpoint(self.path)
-            getattr(trainer.strategy, "wait", lambda: None)()
+            strategy_hooks(trainer.strategy).wait_for_saves()
             if trainer.is_global_zero:
                 print(f"\nstopped early: saved {self.path} after step {self._step}", flush=True)
-            raise SystemExit(AGAIN)
+            raise SystemExit(REQUEUE)
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        # What follows saves nothing: a warning then ends the process, and the run goes on from its last checkpoint.
+        # Nothing is saved after this: the signal ends the process, and the run resumes from its last checkpoint.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR1, signal.SIG_DFL)

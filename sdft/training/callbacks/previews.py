@@ -1,4 +1,4 @@
-"""Pictures of the same prompts and seeds while training, beside the base's."""
+"""Images of the same prompts and seeds during training, beside those of the base model."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from sdft.errors import UserError
 from sdft.evaluation.pictures import save_grid
 from sdft.hardware import autocast_precision
+from sdft.protocols import WeightAverage, strategy_hooks
 from sdft.sampling.generate import generate
 from sdft.sampling.samplers import Sampler
 from sdft.training.callbacks.tracking import log_picture
@@ -19,11 +20,11 @@ from sdft.types import Count, Precision
 
 
 class Previews(L.Callback):
-    """Draws `prompts` every so many steps, with the averaged weights where there is an EMA.
+    """Draws `prompts` during training, with the averaged parameters if a callback keeps an average.
 
-    run_dir: the pictures go to `previews/` in it.
-    every: steps between two previews.
-    size: side of the pictures, in pixels.
+    run_dir: images are written to `previews/` in it.
+    every: optimizer steps between two previews.
+    size: side of the images, in pixels.
     """
 
     def __init__(self, run_dir: str, prompts: Sequence[str], sampler: Sampler, size: Count, every: Count = 200):
@@ -39,8 +40,8 @@ class Previews(L.Callback):
         if step == self._last or step % self.every or step == trainer.max_steps:
             return
         self._last = step
-        # Weights that are divided among the ranks come together only where all of them compute.
-        if trainer.is_global_zero or hasattr(trainer.strategy, "divide"):
+        # Sharded weights are gathered only if all ranks compute.
+        if trainer.is_global_zero or strategy_hooks(trainer.strategy).num_shards(trainer.world_size) > 1:
             self._draw(trainer, module, step)
 
     def _draw(self, trainer: L.Trainer, module: L.LightningModule, step: int) -> None:
@@ -48,7 +49,7 @@ class Previews(L.Callback):
         if self._base is None:
             with module.tuning.base(module.model):
                 self._base = self._pictures(module, precision)
-        averages = [callback for callback in trainer.callbacks if hasattr(callback, "averaged")]
+        averages = [callback for callback in trainer.callbacks if isinstance(callback, WeightAverage)]
         if averages:
             with averages[0].averaged(module):
                 now = self._pictures(module, precision)

@@ -1,4 +1,4 @@
-"""What is told about a run: its config and code, pictures, Weights & Biases. The only user of wandb."""
+"""Logging of configs, images and comparisons to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ def wandb_logger(
     tags: list[str] | None = None,
     resume: str | None = None,
 ) -> WandbLogger:
-    """Weights & Biases.
+    """A logger for Weights & Biases.
 
-    mode: `auto` is online where an API key is at hand (`wandb login`), offline elsewhere.
-    resume: where it is set, a run of W&B that was begun in this `save_dir` goes on, under its id in `wandb_id.txt`.
+    mode: `auto` is online after `wandb login`, offline otherwise.
+    resume: if set, the W&B run of this `save_dir` is continued, by its id in `wandb_id.txt`.
     """
     import wandb
 
-    os.environ.setdefault("WANDB_SILENT", "true")  # read once, at the first question
+    os.environ.setdefault("WANDB_SILENT", "true")  # read once, at the first call
     chosen = os.environ.get("WANDB_MODE") if mode == "auto" else mode
     offline = chosen != "online" if chosen else not wandb.login(prompt=False, verify=False)
     logger = WandbLogger(
         project=project, name=name, save_dir=save_dir, offline=offline, tags=tags, log_model=False,
         id=run_id(Path(save_dir or "."), bool(resume)), resume="allow",
-        mode="offline" if offline else "online",  # Lightning says so by WANDB_MODE, which was read with the key
+        mode="offline" if offline else "online",  # Lightning would set WANDB_MODE, which was already read with the key
     )  # fmt: skip
-    logger._wandb_init.pop("anonymous", None)  # Lightning 2.6 always says it, and W&B warns of it
+    logger._wandb_init.pop("anonymous", None)  # Lightning 2.6 always passes it, and W&B warns of it
     return logger
 
 
-def run_id(folder: Path, goes_on: bool) -> str | None:
-    """The id under which W&B knows the run of this folder; a new one, unless the run goes on."""
+def run_id(folder: Path, resumed: bool) -> str | None:
+    """The W&B id of the run in this folder; a new one unless the run is continued."""
     if rank_zero_only.rank:
-        return None  # only the first process of a run speaks to W&B
+        return None  # only rank 0 logs to W&B
     file = folder / "wandb_id.txt"
-    if goes_on and file.is_file():
+    if resumed and file.is_file():
         return file.read_text(encoding="utf-8")
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(fresh := secrets.token_hex(4), encoding="utf-8")
@@ -54,20 +54,20 @@ def run_id(folder: Path, goes_on: bool) -> str | None:
 
 
 def log_picture(trainer: L.Trainer, name: str, path: Path, step: int) -> None:
-    """Show a picture file in W&B, where it is on."""
+    """Log an image file to W&B, if it is on."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(name, [str(path)], step=step)
 
 
 def log_run(trainer: L.Trainer, config: dict[str, Any]) -> None:
-    """Tell every logger the composed config and the state of the code."""
+    """Log the composed config and the state of the code to every logger."""
     for logger in trainer.loggers:
         logger.log_hyperparams({**config, "git": git_state()})
 
 
 def finish(trainer: L.Trainer, summary: dict[str, Any]) -> None:
-    """Give W&B the figures of the run as its summary, and close it: the next job of a sweep is another run."""
+    """Write the metrics of the run to its W&B summary, and close it: the next job of a sweep is another W&B run."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.summary.update({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
@@ -75,7 +75,7 @@ def finish(trainer: L.Trainer, summary: dict[str, Any]) -> None:
 
 
 def log_comparison(logger: Any, results: Any, folder: Path) -> None:
-    """A table of every picture with its settings and figures, the figures of each subject, and the sheet."""
+    """Log a table of all images with settings and metrics, the metrics of each subject, and the contact sheet."""
     if not isinstance(logger, WandbLogger):
         return
     import wandb
@@ -84,9 +84,9 @@ def log_comparison(logger: Any, results: Any, folder: Path) -> None:
     axes = list(results.axes)
     table = wandb.Table(columns=["subject", *axes, "picture", *metrics])
     for picture in results.pictures:
-        told = [picture.axes.get(axis) for axis in axes]
+        settings = [picture.axes.get(axis) for axis in axes]
         shown = wandb.Image(str(folder / picture.path))
-        table.add_data(picture.subject, *told, shown, *(picture.figures.get(name) for name in metrics))
+        table.add_data(picture.subject, *settings, shown, *(picture.figures.get(name) for name in metrics))
     logger.experiment.log({"pictures": table, "grid": wandb.Image(str(folder / "grid.png"))})
     for subject, own in results.figures.items():
         logger.experiment.summary.update({f"{subject}/{name}": figure.value for name, figure in own.items()})
