@@ -3,14 +3,26 @@ PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 WANDB_MODE=$${WANDB_MODE:-offline} $(VENV)/bin/python
 
-.PHONY: train test test-slurm lint nano setup
+.PHONY: train test test-slow test-slurm test-all coverage lint nano setup
 
 train: setup
 	$(RUN) train.py experiment=dreamy_style
 
 # Three workers keep two cores busy: some tests wait for processes, disks and a browser.
+PYTEST := $(RUN) -m pytest -n $${WORKERS:-3} --dist worksteal
+
+# Every law, in a few minutes.
 test: setup
-	$(RUN) -m pytest -n $${WORKERS:-3} --dist worksteal -m "not slurm and not long"
+	$(PYTEST) -m "not slow and not slurm and not gpu"
+
+# What `make test` leaves out: the same laws with more kills, processes, modes and commands.
+test-slow: setup
+	$(PYTEST) -m "slow and not slurm and not gpu"
+
+test-all: test test-slow test-slurm
+
+coverage: setup
+	$(PYTEST) -m "not slurm and not gpu" --cov --cov-report=term:skip-covered --cov-report=html
 
 # Needs root and Debian's slurm-wlm and munge: emulates SLURM nodes on this machine, which end with the tests.
 test-slurm: setup

@@ -6,22 +6,22 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # also of what tests start: workers share the cores
+# One thread for each process, and for every process that a test starts: workers and ranks share the cores, and
+# OpenMP's threads wait for each other by spinning, which makes two processes of two threads ten times slower.
+# Set before torch is imported, which reads it once.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from tiny import TinySource, build_tiny_batch, build_tiny_model
+from warm import WarmPython
 
 from sdft.batch import Batch
 from sdft.models.sdxl import SDXL
 
-
-@pytest.fixture(scope="session", autouse=True)
-def _few_threads() -> None:
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -51,3 +51,10 @@ def tiny_batch() -> Callable[..., Batch]:
 def tiny_source() -> Callable[..., TinySource]:
     """Builds a source of noisy pictures held in memory: `tiny_source(num=6)`."""
     return TinySource
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[WarmPython]:
+    """Runs commands as a shell would, in a fraction of the time."""
+    with WarmPython() as python:
+        yield python

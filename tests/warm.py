@@ -60,6 +60,11 @@ class WarmPython:
         """Exit status of `python *words` in the folder `cwd`, and all that it printed."""
         return self.together([(words, {})], cwd)[0]
 
+    def complete(self, words: list[str], cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+        """The same, with standard output and standard error apart. more: added to the environment."""
+        command, environment = [self.executable, *words], {**os.environ, **more}
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
     def together(self, commands: list[tuple[list[str], dict[str, str]]], cwd: Path) -> list[tuple[int, str]]:
         """The same of several commands that run side by side, each with words and what its environment has more."""
         processes = [
@@ -127,6 +132,9 @@ def become(words: list[str], cwd: str, environment: dict[str, str], places: list
     for number, place in zip((1, 2), places, strict=True):
         os.dup2(place, number)
     sys.executable = executable
+    # As Python does at its start: the folder of the script, or the one it was called from, then PYTHONPATH.
+    sys.path[0] = cwd if words[0] == "-m" else str(Path(cwd, words[0]).resolve().parent)
+    sys.path[1:1] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
     status = 0
     try:
         if words[0] == "-m":
@@ -155,4 +163,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "serve":
         serve(*sys.argv[2:])
     else:
-        sys.exit(ask(sys.argv[1], sys.argv[2:]) & 255)
+        status = ask(sys.argv[1], sys.argv[2:])
+        if status < 0:  # as the command ended, by a signal
+            os.kill(os.getpid(), -status)
+        sys.exit(status)

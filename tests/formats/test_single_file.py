@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -145,17 +143,18 @@ def test_a_pickle_is_converted_only_on_request(single: Path, tmp_path: Path) -> 
     same_weights(single, tmp_path / "new.safetensors")
 
 
-def test_the_command_converts_and_says_where(single: Path, tmp_path: Path) -> None:
+def test_the_command_converts_and_says_where(single: Path, python: WarmPython, tmp_path: Path) -> None:
     words = [f"in={single}", f"out={tmp_path / 'folder'}", "to=folder", "config=nano"]
-    done = subprocess.run([sys.executable, "-m", "sdft.formats", *words], capture_output=True, text=True, check=False)
+    done = python.complete(["-m", "sdft.formats", *words], tmp_path)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "folder") in done.stdout
     same_weights(tmp_path / "folder", NANO)
 
 
-def test_killed_while_writing_leaves_nothing_under_the_final_name(single: Path, tmp_path: Path) -> None:
+def test_killed_while_writing_leaves_nothing_under_the_final_name(python: WarmPython, tmp_path: Path) -> None:
     """The process dies without a chance to clean up, in the middle of the tensors."""
-    script = (
+    script = tmp_path / "script.py"
+    script.write_text(
         "import os, sys\n"
         "import sdft.formats.safetensors_io as safetensors_io\n"
         "from sdft.formats.convert import convert\n"
@@ -169,7 +168,6 @@ def test_killed_while_writing_leaves_nothing_under_the_final_name(single: Path, 
         "convert(sys.argv[1], sys.argv[2], 'single_file', NANO)\n"
     )
     out = tmp_path / "never.safetensors"
-    done = subprocess.run([sys.executable, "-c", script, str(NANO), str(out)], capture_output=True, check=False)
-    assert done.returncode == -9
+    assert python.complete([str(script), str(NANO), str(out)], tmp_path).returncode == -9
     assert not out.exists()
     assert any(tmp_path.glob(".writing-*/never.safetensors"))

@@ -1,6 +1,6 @@
 """A hundred kills from outside, at random times; prints a table.
 
-    PYTHONPATH=tests python tests/scale/kill_many.py [HOW_MANY]
+    PYTHONPATH=tests python tests/training/kill_many.py [HOW_MANY]
 
 Each run is killed again and again until its end, which must have the bits of a run that nobody killed.
 """

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from warm import WarmPython
 
 from sdft.config.command import ConfigError, check, compose
 from sdft.errors import UserError
@@ -27,7 +26,7 @@ from sdft.sampling.generate import generate
 from sdft.sampling.samplers import Sampler
 from sdft.tuning.adapter import Adapter
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORD = "стиль_Техноманта"
 PROMPT = f"a photo of a cat, {WORD}"
 SAMPLER = Sampler("euler", steps=2, cfg=3.0)
@@ -198,7 +197,9 @@ def test_the_config_refuses(words: list[str], told: str) -> None:
         check(compose("eval", words))
 
 
-def test_the_verb(run: tuple[Path, np.ndarray], tmp_path: Path) -> None:
+def test_the_command_compares_and_escapes_what_users_wrote(
+    run: tuple[Path, np.ndarray], python: WarmPython, tmp_path: Path
+) -> None:
     words = [
         f"subjects={{base: nano, mine: '{run[0]}'}}",
         f'prompts=["a photo of a cat", "{ALERT}"]',
@@ -206,10 +207,7 @@ def test_the_verb(run: tuple[Path, np.ndarray], tmp_path: Path) -> None:
         "size=32",
         f"run_dir={tmp_path / 'out'}",
     ]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "eval.py", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    done = python.complete(["eval.py", *words], ROOT)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
     lines = list(csv.DictReader((out / "results.csv").open(encoding="utf-8", newline="")))

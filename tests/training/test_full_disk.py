@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from checks import full_disk
-from small_runs import WRONG, Run, finish, start
+from small_runs import WRONG, FullFrom, Run, finish, start
 
 from sdft.errors import UserError
 from sdft.formats.training_checkpoint import num_bytes, read_state, write_state
@@ -88,17 +85,6 @@ def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
     path.write_bytes(damaged[damage])
     with pytest.raises(UserError, match=r"resume: \S+last\.ckpt is damaged .* resume=\S+step_000006\.ckpt"):
         read_state(path)
-
-
-class FullFrom(L.Callback):
-    """From a step on, this rank's files cannot grow."""
-
-    def __init__(self, step: int, size: int, rank: int = 0):
-        self.step, self.size, self.rank = step, size, rank
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step and trainer.global_rank == self.rank:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
 
 
 @pytest.mark.parametrize(("strategy", "world_size"), [("one", 1), ("ddp", 2)])

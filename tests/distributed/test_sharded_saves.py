@@ -15,8 +15,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from small_runs import WRONG, KillAt, Run, assert_same_end, finish, result, start
-from test_disk import FullFrom
+from small_runs import WRONG, FullFrom, KillAt, Run, assert_same_end, finish, result, start
 
 from sdft.errors import UserError
 from sdft.formats.training_checkpoint import (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from warm import WarmPython
 
 from sdft.config.command import ConfigError, check, compose
 from sdft.errors import UserError
@@ -340,15 +340,13 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def run(conf: Path):
+def run(conf: Path, python: WarmPython):
     folder = conf.parent
     (folder / "script.py").write_text(SCRIPT)
-    env = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}{os.pathsep}{folder}"}
 
     def run(*words: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
         (folder / "ran").unlink(missing_ok=True)
-        command = [sys.executable, "script.py", *words]
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+        done = python.complete(["script.py", *words], folder)
         return done, (folder / "ran").read_text().splitlines() if (folder / "ran").exists() else []
 
     return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,12 +26,6 @@ SMALL = [
     "data.train.num_scenes=8",
     "data.validation.num_scenes=2",
 ]
-
-
-@pytest.fixture(scope="module")
-def python() -> Iterator[WarmPython]:
-    with WarmPython(OMP_NUM_THREADS="1") as python:
-        yield python
 
 
 def ranks(*words: str) -> list[tuple[list[str], dict[str, str]]]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from warm import WarmPython
 
 import train
 from sdft.models import load
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CASES = [
     ("experiment=dremy_style", "experiment", "dreamy_style"),
     ("modle=nano", "modle", "model"),
@@ -96,20 +96,17 @@ def test_a_wrong_command_line_names_the_key_and_the_remedy(
 
 
 @pytest.mark.parametrize("line", ["experiment=dremy_style", "rank=-4", "data=folder data.root=/does/not/exist"])
-def test_a_wrong_command_exits_with_2_and_no_traceback(line: str, tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "train.py", f"run_dir={tmp_path}", *line.split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+def test_a_wrong_command_exits_with_2_and_no_traceback(line: str, python: WarmPython, tmp_path: Path) -> None:
+    done = python.complete([str(ROOT / "train.py"), f"run_dir={tmp_path}", *line.split()], tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert done.stdout == ""
 
 
-def test_sdxl_without_weights_and_network_says_so_in_one_line(tmp_path: Path) -> None:
+def test_sdxl_without_weights_and_network_says_so_in_one_line(python: WarmPython, tmp_path: Path) -> None:
     words = ["model=sdxl", "model.weights=nobody/no-such-model", "size=64", "logger=csv", f"run_dir={tmp_path / 'run'}"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", *words], capture_output=True, text=True, cwd=tmp_path, timeout=240
-    )
+    done = python.complete([str(ROOT / "train.py"), *words], tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: model.weights=nobody/no-such-model: not found")

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from sdft.callbacks import exports
 
 from sdft.errors import UserError
 from sdft.formats import lora_file
 from sdft.models.load import pretrained
 from sdft.objective.denoising import Denoising
+from sdft.training.callbacks import export as exports
 from sdft.training.callbacks.export import Export
 from sdft.tuning.adapter import Adapter
 from sdft.tuning.full import Full

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import time
@@ -129,6 +130,17 @@ class Bomb:
     def __reduce__(self) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
+
+
+class FullFrom(L.Callback):
+    """From a step on, this rank's files cannot grow."""
+
+    def __init__(self, step: int, size: int, rank: int = 0):
+        self.step, self.size, self.rank = step, size, rank
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
 
 
 class Losses(L.Callback):

@@ -29,7 +29,7 @@ from sdft.tuning.adapter import Adapter
 from sdft.tuning.full import Full
 from sdft.tuning.parameters import trainable_parameters
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ALL_PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 
