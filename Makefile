@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 WANDB_MODE=$${WANDB_MODE:-offline} $(VENV)/bin/python
 
-.PHONY: train test test-slow test-slurm test-all coverage lint nano setup
+.PHONY: train test test-slow test-slurm test-all coverage lint docs nano setup
 
 train: setup
 	$(RUN) train.py experiment=dreamy_style
@@ -32,6 +32,11 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+# The site of docs/ into site/, with reference pages from the docstrings.
+docs: $(VENV)/ready_docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 # Trains the embedded model from nothing: about an hour and a half on two cores.
 nano: setup
 	$(RUN) train.py experiment=nano_vae run_dir=runs/nano/vae resume=auto
@@ -46,4 +51,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt torch
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(VENV)/ready_docs: $(VENV)/ready
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@

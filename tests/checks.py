@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
 
@@ -35,3 +36,8 @@ def full_disk(room: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def slow(*values: Any) -> Any:
+    """A set of parameters that only `make test-all` tries."""
+    return pytest.param(*values, marks=pytest.mark.slow)

@@ -44,6 +44,7 @@ def documented(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return names
 
 
+@pytest.mark.slow
 def test_the_page_runs_and_returns_what_it_says(documented: dict) -> None:
     run, folder = documented["run"], documented["folder"]
     assert isinstance(run, FinetuneResult)
@@ -66,6 +67,7 @@ def test_the_page_runs_and_returns_what_it_says(documented: dict) -> None:
     assert (result.run_dir / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_receipt_records_overrides_or_the_config(documented: dict) -> None:
     run, edited = documented["run"], documented["edited"]
     assert run.receipt["overrides"][:2] == ["logger=csv", "experiment=dreamy_style"]
@@ -76,6 +78,7 @@ def test_the_receipt_records_overrides_or_the_config(documented: dict) -> None:
         receipt.recalled([f"reproduce={edited.run_dir}"])
 
 
+@pytest.mark.slow
 def test_a_run_from_a_config_is_made_again(documented: dict, tmp_path: Path) -> None:
     again = sdft.finetune([f"reproduce={documented['edited'].run_dir}", f"run_dir={tmp_path / 'again'}"])
     assert again.receipt["outputs"] == documented["edited"].receipt["outputs"]
@@ -83,6 +86,7 @@ def test_a_run_from_a_config_is_made_again(documented: dict, tmp_path: Path) -> 
     assert not (tmp_path / "again" / "wandb").exists()
 
 
+@pytest.mark.slow
 def test_adapters_stay_on_the_loaded_model(documented: dict) -> None:
     run = documented["run"]
     base, tuned, off = (

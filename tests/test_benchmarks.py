@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_on_nano() -> None:
     words = ["--model", "nano", "--steps", "1", "--modes", "lora_unet", "--attentions", "sdpa", "xformers"]
     command = [sys.executable, "-m", "benchmarks.gpu", *words]

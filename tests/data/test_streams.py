@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from checks import slow
 
 from sdft.batch import Batch
 from sdft.data.datamodule import Images
@@ -97,7 +98,7 @@ def assert_same(found: Iterable, expected: Iterable) -> None:
         torch.testing.assert_close(context, wanted_context, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["folder", "shards", "mix"])
+@pytest.mark.parametrize("name", ["folder", slow("shards"), slow("mix")])
 def test_a_run_learns_the_same_however_it_is_fed(name: str, sources, tiny_source, tiny_model, tmp_path: Path) -> None:
     """Steps of 8: workers, batches, ranks, and a resume in the middle of a pass over buckets."""
     learn = partial(run, sources[name], tiny_source(2), tiny_model)

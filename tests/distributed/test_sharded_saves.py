@@ -104,6 +104,7 @@ def end_of(run: Run, rank: int) -> int:
     return finish(ranks)[rank]
 
 
+@pytest.mark.slow
 def test_killed_in_a_slice_and_between_slices_and_commit(tmp_path: Path) -> None:
     """Each time the save of before is whole, and the end has the bits of a run that was never killed."""
     options: dict[str, Any] = {"strategy": "fsdp", "save_every": 2}
@@ -146,6 +147,7 @@ class Slow(L.Callback):
             self.later.set()
 
 
+@pytest.mark.slow
 def test_training_goes_on_during_a_save_and_the_last_ones_stay(tmp_path: Path) -> None:
     run = Run(tmp_path, strategy="fsdp", save_every=2, validate_every=99, max_steps=6, keep=2)
     run.callbacks = [Slow(run.last)]

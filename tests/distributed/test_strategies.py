@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from checks import slow
 from safetensors.torch import load_file
 from small_runs import WRONG, KillAt, Run, finish, result, start
 from torch.profiler import ProfilerActivity
@@ -87,6 +88,7 @@ class Bytes(L.Callback):
         return between, batches * learn, batches * 2 * whole
 
 
+@pytest.mark.slow
 def test_the_same_fifty_losses_on_one_process_on_two_and_by_accumulation(tmp_path: Path) -> None:
     """A batch of 4 as 1 x 4, 2 x 2 and 2 accumulated x 2: copies, shards, and one process in two turns."""
 
@@ -103,14 +105,14 @@ def test_the_same_fifty_losses_on_one_process_on_two_and_by_accumulation(tmp_pat
 @pytest.mark.parametrize(
     ("tuning", "options"),
     [
-        ("full", {"strategy": "ddp", "accumulate": 2, "bucket_step": 16, "callbacks": [Sent(), Bytes()]}),
+        slow("full", {"strategy": "ddp", "accumulate": 2, "bucket_step": 16, "callbacks": [Sent(), Bytes()]}),
         ("lora_unet", {"strategy": "ddp", "cache": "disk", "callbacks": [Sent(), Bytes()]}),
         (
             "full",
             {"strategy": "fsdp", "accumulate": 2, "bucket_step": 16, "recompute": True, "cache": "disk"}
             | {"callbacks": [Held(), Bytes()]},
         ),
-        ("lora_unet", {"strategy": "hybrid", "cache": "disk", "callbacks": [Bytes()]}),
+        slow("lora_unet", {"strategy": "hybrid", "cache": "disk", "callbacks": [Bytes()]}),
     ],
     ids=["ddp full", "ddp lora", "fsdp full", "hybrid lora"],
 )

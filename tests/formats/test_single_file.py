@@ -10,6 +10,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from warm import WarmPython
 
 from sdft.formats.convert import convert
 from sdft.formats.model_checkpoint import LOGIT_SCALE, open_checkpoint

@@ -70,6 +70,7 @@ def test_the_step_is_the_same_in_every_mode(mode: str, switches: dict, plain) ->
     assert (gradients - other_gradients).norm() < 1e-4 * gradients.norm()
 
 
+@pytest.mark.slow
 def test_a_compiled_unet_answers_alike_with_adapters_that_came_later(tiny_model, tiny_batch) -> None:
     """Compiling nano takes minutes, so a smaller model stands in; `pretrained` is asked only whether it compiles."""
     assert pretrained("nano", compile=True).unet._compiled_call_impl is not None

@@ -65,6 +65,7 @@ def test_adamw_keeps_two_copies_and_needs_one_for_a_moment() -> None:
     assert 1.0 <= moment <= 1.1
 
 
+@pytest.mark.slow
 def test_weights_gradients_states_and_average_by_hand(setting) -> None:
     module, data = setting(Full())
     unet = 4 * sum(p.numel() for p in module.model.unet.parameters())
@@ -133,7 +134,7 @@ def test_a_dry_run_tells_and_leaves_nothing(tmp_path: Path, monkeypatch, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_sdxl_is_planned_without_its_weights(tmp_path: Path, monkeypatch, capsys) -> None:
     """The real UNet has 2,567,463,684 parameters; a forward pass at 1024 px is about 6 TFLOP."""
     monkeypatch.chdir(tmp_path)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from checks import slow
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -41,8 +42,8 @@ def export(module, folder: Path, **options) -> tuple[dict, dict]:
     return Export(**options)(module, folder, "test", 64, lambda: pretrained("nano", dtype=dtype))
 
 
-@pytest.mark.parametrize("parts", [UNET, ENCODERS], ids=["unet", "encoders"])
-@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("parts", [UNET, slow(ENCODERS)], ids=["unet", "encoders"])
+@pytest.mark.parametrize("method", ["lora", slow("dora")])
 def test_both_files_of_a_lora_give_the_trained_model_back(method: str, parts: list[str], tmp_path: Path) -> None:
     written, errors = export(trained(Adapter(rank=4, alpha=11, parts=parts, method=method)), tmp_path)
     assert set(written) == {"lora", "lora_kohya"}
@@ -57,6 +58,7 @@ def test_what_diffusers_has_no_form_for_is_written_for_the_others(method: str, t
     assert 0 < errors["export_error/lora_kohya"] < 0.02
 
 
+@pytest.mark.slow
 def test_new_words_are_read_back_with_the_lora(tmp_path: Path) -> None:
     tuning = Adapter(rank=4, parts=ENCODERS, new_words={"blorp": "a red cat"})
     written, errors = export(trained(tuning), tmp_path)
@@ -64,6 +66,7 @@ def test_new_words_are_read_back_with_the_lora(tmp_path: Path) -> None:
     assert 0 < max(errors.values()) < 0.01
 
 
+@pytest.mark.slow
 def test_a_frozen_base_in_bf16_stays_so_and_is_compared_in_fp32(tmp_path: Path) -> None:
     module = trained(Adapter(rank=4, parts=UNET), {"unet": "bf16"})
     assert {p.dtype for p in module.model.unet.parameters() if p.requires_grad} == {torch.float32}
@@ -87,6 +90,7 @@ def test_a_whole_model_in_fp16_is_only_rounded(tmp_path: Path) -> None:
     assert 0 < errors["export_error/model"] < 0.02
 
 
+@pytest.mark.slow
 def test_the_files_say_what_they_are(tmp_path: Path) -> None:
     tuning = Adapter(rank=4, alpha=2, parts=ENCODERS, new_words={"blorp": "a red cat"})
     written, _ = export(trained(tuning), tmp_path)
@@ -100,6 +104,7 @@ def test_the_files_say_what_they_are(tmp_path: Path) -> None:
         assert said["ss_network_module"] == "networks.lora"
 
 
+@pytest.mark.slow
 def test_files_can_be_read_by_others(tmp_path: Path) -> None:
     written, _ = export(trained(Adapter(rank=2, parts=UNET)), tmp_path)
     modes = {path.stat().st_mode & 0o777 for path in written.values()}
@@ -129,7 +134,7 @@ def queries_for_values(path: Path) -> None:
     save_file(tensors, path)
 
 
-@pytest.mark.parametrize("spoil", [wrong_alpha, one_layer_lost, queries_for_values])
+@pytest.mark.parametrize("spoil", [slow(wrong_alpha), one_layer_lost, slow(queries_for_values)])
 def test_a_file_that_is_wrong_fails_the_export(spoil: Callable, tmp_path: Path, monkeypatch) -> None:
     def writes_wrong(lora, path, layout, *args):
         lora_file.write_lora_file(lora, path, layout, *args)
@@ -141,6 +146,7 @@ def test_a_file_that_is_wrong_fails_the_export(spoil: Callable, tmp_path: Path, 
         export(trained(Adapter(rank=4, alpha=11, parts=UNET)), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_single_file_with_a_forgotten_transpose_fails_the_export(tmp_path: Path, monkeypatch) -> None:
     name = "conditioner.embedders.1.model.text_projection"
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import assert_equal
+from checks import assert_equal, slow
 from safetensors.torch import load_file
 from small_runs import EVERYTHING, KillAt, Run, assert_same_end, finish, result, start
 
@@ -34,7 +34,7 @@ def killed_and_resumed(folder: Path, kills: list[KillAt], **options: Any) -> dic
     return result(run)
 
 
-@pytest.mark.parametrize("tuning", EVERYTHING)
+@pytest.mark.parametrize("tuning", [slow(mode) if mode != "lora_unet" else mode for mode in EVERYTHING])
 def test_killed_three_times_at_random_steps_and_moments(tuning: str, tmp_path: Path) -> None:
     """Before the first save, in the middle, and while a checkpoint is half written."""
     options = {"tuning": tuning, "max_steps": 9, "save_every": 2, "validate_every": 4, **EVERYTHING[tuning]}
@@ -76,6 +76,7 @@ def train_py(words: list[str], run: Run) -> None:
     train.main()
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_after_a_warning_and_a_kill(tmp_path: Path) -> None:
     """`train.py` itself, signalled from outside once it has saved; the command says `resume=auto` from the start."""
     words = ["trainer.max_steps=40", "trainer.validate_every=20", "callbacks.last.every=5", "verdict=none"]

@@ -84,6 +84,7 @@ def sweep(monkeypatch, *words: str) -> None:
     train.main()
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch, capsys) -> None:
     """The second command asks for the same three jobs, and runs the one that has no result."""
     pytest.importorskip("optuna", reason="the extra `sweep` is not installed")

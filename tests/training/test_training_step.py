@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from checks import assert_equal
+from checks import assert_equal, slow
 
 from sdft.data.datamodule import Images
 from sdft.errors import UserError
@@ -46,7 +46,7 @@ def test_exactly_one_training_step_is_defined() -> None:
     assert steps[0].startswith("sdft/module.py:")
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", ["epsilon", slow("v_prediction")])
 def test_one_picture_can_be_learned_by_heart(prediction: str, tiny_model, tiny_batch) -> None:
     """Four visits of one picture, each with its own noise and timestep, again and again: the loss falls below 5 %."""
     batch = tiny_batch(4, captions=["a red cat"], visits=[0, 1, 2, 3])
@@ -216,7 +216,7 @@ def test_checkpoints_hold_only_what_learns(tuning: str, tiny_model, tiny_source,
     assert "hyper_parameters" not in saved
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora_unet_te_words", "loha", "lokr"])
+@pytest.mark.parametrize("tuning", ["full", "lora_unet_te_words", slow("loha"), slow("lokr")])
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(tuning: str, tiny_model, tiny_source, tmp_path: Path) -> None:
     """Law 2: killed in the fifth of six steps, resumed from the third, with everything on that has a state.
 
