@@ -60,7 +60,7 @@ def compose(
     Raises ConfigError, one sentence, for anything misspelt, misplaced, missing or meaningless in this combination.
     """
     with composer(root, conf_dir, config_dirs=config_dirs, words=overrides) as opened:
-        return _job(opened, overrides)
+        return _job(opened, opened.fill_open_dicts(overrides))
 
 
 def verb(
@@ -202,6 +202,7 @@ def _prepare(root: str, conf_dir: Path, args: Any, function: Callable[..., Any])
     name = detect_task_name(*detect_calling_file_or_module_from_task_function(function))
     dirs = [args.config_dir] if args.config_dir else []
     with composer(args.config_name or root, conf_dir, name, dirs, args.overrides) as opened:
+        args.overrides = opened.fill_open_dicts(args.overrides)
         if args.cfg:
             opened.load(args.overrides)
             return _Command(args.overrides)

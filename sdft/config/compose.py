@@ -22,7 +22,7 @@ from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
@@ -181,6 +181,30 @@ class Composer:
                 lines[0] = "it holds a character that needs quotes"
             reason = lines[1] if lines[0].startswith("Error parsing") else lines[0]
             raise ConfigError(f"cannot read '{word}': {reason}; text is quoted as \"key='text'\"") from None
+
+    def fill_open_dicts(self, words: Sequence[str]) -> list[str]:
+        """The words with `key={...}` as `++key={...}` where the key is declared as `{}`, for the user to fill.
+
+        Hydra merges dicts, and refuses keys that are new. Raises ConfigError where an experiment or recipe has filled it
+        already, since the result would have the entries of both.
+        """
+        parsed = [self.parse(word) for word in words]
+        filled = [o for o in parsed if o.type == OverrideType.CHANGE and isinstance(o.value(), dict) and o.value()]
+        if not filled:
+            return list(words)
+        chosen = [o.input_line or "" for o in parsed if self._is_group(o) and not o.is_sweep_override()]
+        declared = self._declared(chosen)
+        found = list(words)
+        for override in filled:
+            key = override.key_or_group
+            if at(declared.tree, key) != {} or not has(declared.tree, key):
+                continue
+            for where, overlay in declared.overlays:
+                if entries := at(overlay, key):
+                    known = ", ".join(map(str, entries))
+                    raise ConfigError(f"{key} has entries already ({known}, from {where}): ++{key}=... adds to them")
+            found[parsed.index(override)] = f"++{override.input_line}"
+        return found
 
     @cached_property
     def groups(self) -> list[str]:
