@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +172,14 @@ class Verdict(Protocol):
         folder: Path,
         precision: Precision = "fp32",
     ) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class PartialVerdict(Protocol):
+    """A `Verdict` that knows before training which of its metrics it cannot measure."""
+
+    def unmeasured(self) -> Mapping[str, str]:
+        """Name of a metric in `summary.json` -> why it will be null, and the remedy."""
 
 
 class NoiseConfig(NamedTuple):
