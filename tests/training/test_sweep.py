@@ -152,9 +152,7 @@ def test_a_sweep_without_its_metric_is_ranked_by_the_validation_loss(tmp_path: P
     header, *rows, note = (tmp_path / "table.txt").read_text().splitlines()
     assert "val/eps_mse" in header
     assert [row.split()[-1] for row in rows] == ["1", "2", "0"]
-    assert note == (
-        "ranked by val/eps_mse, as no job has style_gain (not measured: 3 held-out images, needs 4)"
-    )
+    assert note == "ranked by val/eps_mse, as no job has style_gain (not measured: 3 held-out images, needs 4)"
 
 
 def test_a_search_for_what_cannot_be_measured_ends_before_training(tmp_path: Path, monkeypatch, capsys) -> None:
