@@ -31,3 +31,14 @@ def test_what_cannot_be_measured_is_null_with_a_reason(num: int, tiny_model, tin
         assert "3 held-out images, needs 4; hold out more with data.held_out=" in found["style_gain_note"]
     lines = list(summary_lines({"name": "x", "train_seconds": 1.0, "artifacts": {}, **found}, tmp_path))
     assert [line.split()[0] for line in lines if "not measured" in line] == sorted(expected, reverse=True)
+
+
+def test_the_next_step_names_a_file_that_was_written(tmp_path: Path) -> None:
+    """LoHa and LoKr have no file for diffusers."""
+
+    def last(**artifacts: str) -> str:
+        return list(summary_lines({"name": "x", "train_seconds": 1.0, "artifacts": artifacts}, tmp_path))[-1]
+
+    assert "load_lora_weights('a.safetensors')" in last(lora="a.safetensors", lora_kohya="b.safetensors")
+    assert "use b.safetensors in ComfyUI; diffusers cannot load this method" in last(lora_kohya="b.safetensors")
+    assert "model.weights=model" in last(model="model")
