@@ -75,9 +75,9 @@ class Finetuning(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The weighted mean loss of a batch."""
-        if self.tuning.dropout:
-            torch.manual_seed(seed_of(self.seed, "dropout", batch.keys[0], batch.visits[0]))
-        report = self.objective(self.model, batch, Draws(self.seed, batch.keys, batch.visits))
+        draws = Draws(self.seed, batch.keys, batch.visits)
+        self.tuning.seed_dropout(draws, batch.loss_weight_B.device)
+        report = self.objective(self.model, batch, draws)
         values = self.mean_over_ranks(report.scalars("train"))
         self.latest = Step(batch.keys, batch.visits, report.per_sample_B.detach(), values["train/loss"])
         self.log_dict(values, batch_size=len(batch))

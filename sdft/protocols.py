@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -81,13 +81,11 @@ class Tuning(ABC):
 
     parts: names of the model's trained submodules.
     new_words: word -> initial phrase, of words that get their own embeddings.
-    dropout: whether the step draws dropout masks; they are seeded by the samples where it is not 0.
     trains_adapters: whether the result is an adapter beside frozen weights (a LoRA file), or a whole model.
     """
 
     parts: Sequence[str]
     new_words: Mapping[str, str] = {}
-    dropout: float = 0.0
     trains_adapters: bool = False
 
     @abstractmethod
@@ -97,6 +95,12 @@ class Tuning(ABC):
     @abstractmethod
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups for the optimizer, each with `params`, a `name` and `lr_scale`, a factor on the rate."""
+
+    def seed_dropout(self, draws: Draws, device: torch.device) -> None:  # noqa: B027  a default
+        """Seed the dropout masks of a batch by its samples, before its forward pass; by default there is no dropout.
+
+        draws: of the batch. device: of the model's inputs.
+        """
 
     @abstractmethod
     def base(self, model: nn.Module) -> AbstractContextManager[None]:
@@ -168,6 +172,14 @@ class Verdict(Protocol):
         folder: Path,
         precision: Precision = "fp32",
     ) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class PartialVerdict(Protocol):
+    """A `Verdict` that knows before training which of its metrics it cannot measure."""
+
+    def unmeasured(self) -> Mapping[str, str]:
+        """Name of a metric in `summary.json` -> why it will be null, and the remedy."""
 
 
 class NoiseConfig(NamedTuple):

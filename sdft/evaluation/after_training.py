@@ -75,9 +75,10 @@ class StyleEvaluation:
         tuned = sample(tuned_prompts, "tuned")
         shown.append(sample([self.caption.format(caption=prompt) for prompt in self.prompts]))
         save_grid(folder / BEFORE_AFTER, shown, ["base", "tuned"], self.prompts)
-        if len(self.reference.keys) < MIN_REFERENCES:
-            why = f"not measured: {len(self.reference.keys)} held-out images, needs {MIN_REFERENCES}"
-            return {"style_gain": None, "style_gain_note": why} | self._adherence(before, tuned, captions)
+        gaps = self.unmeasured()
+        missing = dict.fromkeys(gaps) | {f"{name}_note": f"not measured: {why}" for name, why in gaps.items()}
+        if "style_gain" in gaps:
+            return missing | self._adherence(before, tuned, captions)
         reference, reconstructed = self._references(model)
         measure = StyleGainMetric(before, reference, reconstructed, side=self.reduced_side)
         gain = measure(tuned)
@@ -93,7 +94,17 @@ class StyleEvaluation:
         if self.caption != "{caption}":
             without_word = sample(captions, "tuned, without the word")
             values["style_gain_without_word"] = measure(without_word).style_gain
-        return values | self._adherence(before, tuned, captions)
+        return values | missing | self._adherence(before, tuned, captions)
+
+    def unmeasured(self) -> dict[str, str]:
+        """Metrics that will be null in `summary.json` -> why; known before training."""
+        found, num = {}, len(self.reference.keys)
+        if num < MIN_REFERENCES:
+            remedy = "hold out more with data.held_out=, or rank by metric=val/eps_mse"
+            found["style_gain"] = f"{num} held-out images, needs {MIN_REFERENCES}; {remedy}"
+        if self.judge is None:
+            found["adherence"] = "verdict.judge is null; name a CLIP with verdict.judge="
+        return found
 
     def _sample(
         self, model: SDXL, precision: Precision, prompts: Sequence[str], progress: str | None = None

@@ -2,6 +2,11 @@
 
 A layer is named after the module that it changes, `part/module`, with the key names of diffusers folders on the Hub.
 kohya's names have underscores in place of dots, so they can be decoded only by a list of all names.
+
+diffusers' converters are not used, though they agree wherever they convert (tests/formats/test_diffusers_converter.py).
+To diffusers, `lora_state_dict` (0.42) drops the magnitudes of DoRA, keeps one alpha for all attention layers of a part
+and does not know LoHa and LoKr. From diffusers, `convert_state_dict_to_kohya` writes the rank as every alpha, leaves
+DoRA's magnitudes under a name that no program reads, and keeps diffusers' block names instead of LDM's.
 """
 
 from __future__ import annotations

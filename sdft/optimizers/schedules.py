@@ -1,4 +1,9 @@
-"""Learning-rate schedules, stepped once per optimizer step."""
+"""Learning-rate schedules, stepped once per optimizer step.
+
+Those of diffusers (`get_scheduler`) are not used: their warm-up starts at a rate of 0, so that the first step trains
+nothing, and their cosine has no final rate. After the warm-up the factors are the same bits (a test compares them).
+torch's `CosineAnnealingLR` computes each rate from the one before, so that rounding adds up, and has no warm-up.
+"""
 
 from __future__ import annotations
 

@@ -122,7 +122,9 @@ def trace_step(module: Any, data: Any, setup: Setup) -> tuple[int, int]:
         stack.enter_context(sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]))
         ledger = stack.enter_context(AllocationTracker(module.model))
         with torch.autocast("cpu", narrow, enabled=narrow is not None):
-            report = module.objective(module.model, batch, Draws(0, batch.keys, batch.visits))
+            draws = Draws(0, batch.keys, batch.visits)
+            module.tuning.seed_dropout(draws, torch.device("cpu"))
+            report = module.objective(module.model, batch, draws)
             loss = report.per_sample_B.mean()
             del report
         loss.backward()

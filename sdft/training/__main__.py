@@ -9,12 +9,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sdft.config.command import verb
+from sdft.config.command import build, verb
 from sdft.distributed.processes import ProcessInfo
 from sdft.errors import UserError
 from sdft.planning.dry_run import print_plan
 from sdft.training import receipt
-from sdft.training.run import finetune, num_devices
+from sdft.training.run import finetune, num_devices, unmeasured
 from sdft.training.sweep import finished, print_table, run_apart
 
 
@@ -32,10 +32,13 @@ def main(cfg: DictConfig) -> float | None:
             done = finished(Path(cfg.run_dir), job.overrides.task)
         if done is not None:
             return done.get(cfg.metric)
+    searches = not job.sweeper._target_.endswith(".BasicSweeper")
+    if searches and (why := unmeasured(build(cfg.verdict) if cfg.verdict else None).get(cfg.metric)):
+        raise UserError(f"metric={cfg.metric}: a search has nothing to go by: {why}")
     result = finetune(cfg, list(job.overrides.task), partial(print, flush=True))
     if result is None:
         return None
-    if cfg.metric not in result.summary and not job.sweeper._target_.endswith(".BasicSweeper"):
+    if cfg.metric not in result.summary and searches:
         known = ", ".join(result.receipt["figures"])
         raise UserError(f"metric={cfg.metric}: the run has no such figure to search by; set metric= one of {known}")
     return result.summary.get(cfg.metric) if cfg.metric else None

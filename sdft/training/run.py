@@ -18,11 +18,13 @@ from sdft.distributed.processes import num_processes
 from sdft.errors import UserError
 from sdft.formats.run_folder import SUMMARY
 from sdft.hardware import autocast_precision
-from sdft.protocols import strategy_hooks
+from sdft.protocols import PartialVerdict, strategy_hooks
 from sdft.training import receipt
 
 Report = Callable[[str], Any]
 """Receives the lines that a command prints."""
+NOTE = "_note"
+"""Suffix of the key in `summary.json` that says why a metric is null."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def finetune(cfg: DictConfig, overrides: Sequence[str] | None, report: Report) -
     model = build(cfg.model)
     record = begin_receipt(cfg, overrides, model, data, trainer)
     module = finetuning(model)
-    announce(cfg, module, data, trainer, report)
+    announce(cfg, module, data, trainer, verdict, report)
     log_run(trainer, cfg)
     started = time.monotonic()
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
@@ -115,15 +117,21 @@ def begin_receipt(cfg: DictConfig, overrides: Sequence[str] | None, model, data,
     return record
 
 
-def announce(cfg: DictConfig, module, data, trainer, report: Report) -> None:
-    """The run in a few lines, before it starts."""
+def announce(cfg: DictConfig, module, data, trainer, verdict, report: Report) -> None:
+    """The run in a few lines, before it starts, with the metrics that it will not be able to measure."""
     from sdft.planning.preflight import describe_run
 
     if trainer.global_rank:
         return
     report(f"{cfg.name}: {data.pictures.size_hw[1]} px, {trainer.precision}, run folder {cfg.run_dir}")
     lines = describe_run(module, data, trainer.max_steps, trainer.accumulate_grad_batches, trainer.world_size)
+    lines += [f"  {name} will not be measured: {why}" for name, why in unmeasured(verdict).items()]
     report("\n".join(lines))
+
+
+def unmeasured(verdict: Any) -> Mapping[str, str]:
+    """Metrics that the evaluation after training will not be able to measure -> why."""
+    return verdict.unmeasured() if isinstance(verdict, PartialVerdict) else {}
 
 
 def conclude(
@@ -176,13 +184,16 @@ def summary_lines(summary: dict[str, Any], run_dir: Path) -> Iterator[str]:
     for name, value in summary.items():
         if isinstance(value, float) and name != "train_seconds":
             yield f"  {name:26} {value:.3f}"
-    if "style_gain_note" in summary:
-        yield f"  style_gain                 {summary['style_gain_note']}"
+    for name, value in summary.items():
+        if name.endswith(NOTE):
+            yield f"  {name.removesuffix(NOTE):26} {value}"
     for name, path in summary["artifacts"].items():
         yield f"  {name:10} {path}"
     yield f"  figures    {run_dir / SUMMARY}"
     if lora := summary["artifacts"].get("lora"):
         yield f"next: look at the pictures, then pipeline.load_lora_weights({lora!r}) in diffusers"
+    elif kohya := summary["artifacts"].get("lora_kohya"):
+        yield f"next: look at the pictures, then use {kohya} in ComfyUI; diffusers cannot load this method"
     elif model := summary["artifacts"].get("model"):
         yield f"next: look at the pictures, then train from it with model.weights={model}"
 

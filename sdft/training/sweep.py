@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,9 @@ from sdft.formats.run_folder import read_summary
 from sdft.training import receipt
 
 FIGURES = {"style_gain": "style gain", "adherence": "adherence", "train_seconds": "seconds"}
+FALLBACK = "val/eps_mse"
+"""Ranks the jobs if none could measure the metric of the sweep."""
+LOWER_IS_BETTER = re.compile(r"val/.*|distance_.*|export_error/.*|train_seconds|num_.*")
 
 
 def finished(job: Path, overrides: list[str]) -> dict | None:
@@ -65,21 +72,27 @@ def this_command() -> list[str]:
 
 
 def print_table(sweep_dir: Path) -> None:
-    """One row a job, the best style gain first; a job without a figure shows a dash, and why it failed."""
+    """Print and write one row for each job, the best by the sweep's metric first.
+
+    A value that was not measured is a dash. If no job has the metric, they are ranked by `FALLBACK`, with a note.
+    """
     rows = [_row(*job) for job in jobs_of(sweep_dir)]
     if not rows:
         return
+    metric, note = _ranking(rows)
     said = dict.fromkeys(key for row in rows for key in row["said"])
     varied = [key for key in said if len({row["said"].get(key) for row in rows}) > 1]
-    named = FIGURES | {row["metric"]: row["metric"] for row in rows if row["metric"] and row["metric"] not in FIGURES}
-    rows.sort(key=_gain, reverse=True)
+    shown = dict.fromkeys([*(row["metric"] for row in rows), metric])
+    named = FIGURES | {name: name for name in shown if name and name not in FIGURES}
+    rows.sort(key=partial(_rank, metric))
     cells = [[*varied, *named.values(), "folder"]]
     for row in rows:
         figures = [_figure(row.get(name)) for name in named]
         cells.append([*(row["said"].get(key, "") for key in varied), *figures, row["folder"]])
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells]
-    table = "\n".join([*lines, *(f"{row['folder']} failed: {row['error']}" for row in rows if "error" in row)])
+    failed = (f"{row['folder']} failed: {row['error']}" for row in rows if "error" in row)
+    table = "\n".join([*lines, *failed, *([note] if note else [])])
     written = sweep_dir / f".table.{os.getpid()}.partial"  # the tasks of an array may end together
     written.write_text(table + "\n", encoding="utf-8")
     written.replace(sweep_dir / "table.txt")
@@ -107,9 +120,24 @@ def _order(job: Path) -> tuple[int, str]:
     return (int(job.name) if job.name.isdigit() else 10**9, job.name)
 
 
-def _gain(row: dict) -> float:
-    gain = row.get("style_gain")
-    return -1e9 if gain is None else gain
+def _ranking(rows: Sequence[dict]) -> tuple[str, str]:
+    """The metric that ranks the jobs, and a note if it is not the sweep's."""
+    wanted = next((row["metric"] for row in rows if row["metric"]), FALLBACK)
+    done = [row for row in rows if "train_seconds" in row]
+    if not done or any(row.get(wanted) is not None for row in done):
+        return wanted, ""
+    why = next((row[f"{wanted}_note"] for row in done if f"{wanted}_note" in row), "not in the summaries")
+    if any(row.get(FALLBACK) is not None for row in done):
+        return FALLBACK, f"ranked by {FALLBACK}, as no job has {wanted} ({why})"
+    return wanted, f"not ranked, as no job has {wanted} ({why}); choose another metric="
+
+
+def _rank(metric: str, row: dict) -> float:
+    """Sorts the best first, and jobs without the metric last."""
+    value = row.get(metric)
+    if value is None:
+        return math.inf
+    return value if LOWER_IS_BETTER.fullmatch(metric) else -value
 
 
 def _figure(value: float | None) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Lt
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -15,6 +15,8 @@ from torch import nn
 from sdft.distributed.sharding import shard_like
 from sdft.errors import UserError
 from sdft.protocols import DiffusionModel, Tuning
+from sdft.rng import Draws
+from sdft.tuning.dropout import SampleDropout, SampleSeeds
 from sdft.tuning.parameters import WORDS, parameter_groups
 from sdft.types import Count, NonNegative, Positive
 
@@ -35,7 +37,8 @@ class Adapter(Tuning):
         convolutions of the UNet's resnets and samplers (LoCon).
     method: `lora`; `dora` (weight-decomposed, arXiv:2402.09353); `loha` and `lokr` (Hadamard and Kronecker products,
         arXiv:2309.14859), which diffusers cannot load.
-    dropout: probability of zeroing an element of the adapter's input; not defined for `loha` and `lokr`.
+    dropout: probability of zeroing an element of the adapter's input; the mask of a sample does not depend on its batch
+        (`tuning.dropout`). Not defined for `loha` and `lokr`.
     lr_scale: learning rate of a part as a multiple of the run's; `words` stands for the embeddings of new words.
     new_words: word -> initial phrase. Each becomes one token of both text encoders, initialised with the mean embedding
         of its phrase.
@@ -50,12 +53,12 @@ class Adapter(Tuning):
         parts: Sequence[Part] = ("unet",),
         layers: Literal["all", "attention", "conv"] = "all",
         method: Literal["lora", "dora", "loha", "lokr"] = "lora",
-        dropout: Annotated[float, Ge(0)] = 0.0,
+        dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
         lr_scale: Mapping[str, NonNegative] | None = None,
         new_words: Mapping[str, str] | None = None,
     ):
         self.rank, self.alpha, self.parts, self.layers = rank, alpha or rank, tuple(parts), layers
-        self.method, self.dropout = method, dropout
+        self.method, self.dropout, self._seeds = method, dropout, SampleSeeds()
         self.lr_scale, self.new_words = dict(lr_scale or {}), dict(new_words or {})
         unknown = set(self.lr_scale) - {*self.parts, *([WORDS] if new_words else [])}
         if unknown:
@@ -75,9 +78,21 @@ class Adapter(Tuning):
             inject_adapter_in_model(self.config(model, part), module, adapter_name=ADAPTER)
         for layer in adapters(model):
             to_fp32(layer)
+        if self.dropout:
+            self._replace_dropout(model)
         if self.new_words:
             model.add_words(self.new_words)
             self._initial_rows = {name: rows.detach().clone() for name, rows in model.word_rows.items()}
+
+    def _replace_dropout(self, model: nn.Module) -> None:
+        """Replace peft's `nn.Dropout`, whose masks depend on the batch."""
+        for name, layer in model.named_modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.lora_dropout[ADAPTER] = SampleDropout(self.dropout, name, self._seeds)
+
+    def seed_dropout(self, draws: Draws, device: torch.device) -> None:
+        if self.dropout:
+            self._seeds.set(draws, device)
 
     def config(self, model: DiffusionModel, part: str) -> PeftConfig:
         """The peft configuration of one part."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from sdft.data import __main__ as commands
+from sdft.data.sources import ToyWorld
 from sdft.data.survey import NEAR, difference_hash, near_groups
 from sdft.errors import UserError
 from sdft.models.tokens import token_counter
@@ -98,10 +100,22 @@ def test_shard_refuses_what_is_broken_and_writes_the_rest(root: Path, tmp_path: 
 
 
 def test_hashes_see_likeness() -> None:
-    """A ramp from dark to light has no brighter left neighbour; mirrored, all 64 cells have."""
+    """In a ramp from dark to light each of 64 cells is darker than its right neighbour; mirrored, none is."""
     ramp = np.tile(np.linspace(0, 255, 90).astype(np.uint8)[None, :, None], (80, 1, 3))
-    assert difference_hash(ramp) == 0
-    assert difference_hash(ramp[:, ::-1]) == 2**64 - 1
+    assert difference_hash(ramp) == 2**64 - 1
+    assert difference_hash(ramp[:, ::-1]) == 0
+
+
+def test_hashes_of_copies_are_near_and_of_other_pictures_far() -> None:
+    """Six pictures, each at half size and as a JPEG of quality 90, against the five others."""
+    world = ToyWorld(["photo"], 6, "test", size=512)
+    pictures = [world[index].image_HWC for index in range(6)]
+    for number, picture in enumerate(pictures):
+        stored = io.BytesIO()
+        Image.fromarray(picture).resize((256, 256)).save(stored, "jpeg", quality=90)
+        copy = difference_hash(np.asarray(Image.open(stored)))
+        distances = [(copy ^ difference_hash(other)).bit_count() for other in pictures]
+        assert distances.pop(number) <= NEAR < min(distances)
 
 
 def test_near_groups_are_those_within_reach() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
-from scipy import stats
+from scipy import linalg, stats
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -151,6 +151,29 @@ def test_fid_is_that_of_torchmetrics() -> None:
     theirs.update(b, real=True)
     theirs.update(a, real=False)
     assert reference.fid(Features()(a), Features()(b)) == pytest.approx(float(theirs.compute()), rel=1e-3)
+
+
+def test_fid_by_the_matrix_square_root() -> None:
+    """The published formula with scipy's square root of the product of the covariances."""
+    a, b = (Features()(pixels).double().numpy() for pixels in two_sets())
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    root = linalg.sqrtm(cov_a @ cov_b).real
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.trace(cov_a + cov_b - 2 * root)
+    assert reference.fid(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(expected, rel=1e-8)
+
+
+def test_kid_of_unequal_sets_by_hand() -> None:
+    """30 and 40 features: the mean over all pairs, without the pairs of an image with itself."""
+    a, b = (Features()(pixels).double().numpy() for pixels in two_sets())
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return (x @ y.T / 12 + 1) ** 3
+
+    within = [(kernel(x, x).sum() - np.diag(kernel(x, x)).sum()) / (len(x) * (len(x) - 1)) for x in (a, b)]
+    expected = sum(within) - 2 * kernel(a, b).mean()
+    before = torch.random.get_rng_state()
+    assert reference.kid(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(expected, rel=1e-10)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_kid_is_that_of_torchmetrics() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from sdft.formats.architecture import empty_network
 from sdft.formats.lora_keys import is_convolution, kohya_name, layer_name, layer_of, other_model
 from sdft.models.load import SDXL_BASE
+from sdft.models.sdxl import SDXL
 from sdft.tuning.adapter import Adapter
 
 BY_HAND = {
@@ -50,14 +51,16 @@ BLOCKS = {"input_blocks": {4: 2, 5: 2, 7: 10, 8: 10}, "output_blocks": {0: 10, 1
 
 @pytest.fixture(scope="module")
 def sdxl() -> SimpleNamespace:
-    parts = ("unet", "text_encoder", "text_encoder_2")
-    return SimpleNamespace(**{part: empty_network(part, SDXL_BASE / part) for part in parts})
+    """SDXL's networks on the meta device, and what `Adapter` asks of a model."""
+    parts = {part: empty_network(part, SDXL_BASE / part) for part in ("unet", "text_encoder", "text_encoder_2")}
+    model = SimpleNamespace(**parts, ADAPTER_LAYERS=SDXL.ADAPTER_LAYERS, get_submodule=parts.__getitem__)
+    model.untrained_parameters = lambda part: SDXL.untrained_parameters(model, part)
+    return model
 
 
 def targets(sdxl: SimpleNamespace, part: str) -> list[str]:
     """The layers that a LoRA has by default, encoder 1's unused last one included."""
-    module = getattr(sdxl, part)
-    chosen = list(Adapter(rank=4).config(part, module).target_modules)
+    chosen = list(Adapter(rank=4).config(sdxl, part).target_modules)
     if part == "text_encoder":
         chosen += [name.replace("layers.10.", "layers.11.") for name in chosen if "layers.10." in name]
     return [layer_name(part, name) for name in chosen]

@@ -9,6 +9,8 @@ from functools import partial
 
 import pytest
 import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 from torch.func import functional_call
 
 from sdft.batch import Batch
@@ -66,6 +68,17 @@ class TestNoiseSchedule:
         a, rescaled = NoiseSchedule().a, NoiseSchedule(zero_terminal_snr=True)
         a_500 = (a[500] - a[999]) / (a[0] - a[999]) * a[0]
         assert float(rescaled.snr[500]) == pytest.approx(float(a_500**2 / (1 - a_500**2)), rel=1e-9)
+
+    @pytest.mark.parametrize("zero_terminal_snr", [False, True])
+    def test_diffusers_schedule_is_ours_in_fp32(self, zero_terminal_snr: bool) -> None:
+        """alphas_cumprod to 1e-6, the SNR to 5e-5 of itself (fp32 loses that much in 1 - alphas_cumprod)."""
+        ours = NoiseSchedule(zero_terminal_snr)
+        theirs = DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=zero_terminal_snr
+        )
+        torch.testing.assert_close(theirs.alphas_cumprod.double(), ours.a.square(), rtol=0, atol=1e-6)
+        snr = compute_snr(theirs, torch.arange(1000)).double()
+        torch.testing.assert_close(snr, ours.snr, rtol=5e-5, atol=0)
 
     def test_at_gives_one_pair_a_sample(self) -> None:
         schedule = NoiseSchedule()

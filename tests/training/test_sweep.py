@@ -132,3 +132,38 @@ def test_a_program_is_started_again_as_it_was_started(monkeypatch: pytest.Monkey
     assert this_command() == [sys.executable, "/env/bin/sdft-train"]
     program.__spec__ = importlib.machinery.ModuleSpec("sdft.training.__main__", None)
     assert this_command() == [sys.executable, "-m", "sdft.training.__main__"]
+
+
+def test_jobs_are_ranked_by_the_metric_of_the_sweep(tmp_path: Path) -> None:
+    """A loss: the lowest first, whatever the style gain, and a job without it last."""
+    for number, loss in enumerate([0.3, 0.1, None]):
+        summary = {"style_gain": 0.5, "val/eps_mse": loss, "train_seconds": 1.0}
+        job(tmp_path / str(number), [f"rank={number}"], summary, metric="val/eps_mse")
+    print_table(tmp_path)
+    assert [line.split()[-1] for line in (tmp_path / "table.txt").read_text().splitlines()] == ["folder", "1", "0", "2"]
+
+
+def test_a_sweep_without_its_metric_is_ranked_by_the_validation_loss(tmp_path: Path) -> None:
+    """Three held-out images give no style gain: the table says by what it ranks instead, and why."""
+    for number, loss in enumerate([0.3, 0.1, 0.2]):
+        summary = {"style_gain": None, "style_gain_note": "not measured: 3 held-out images, needs 4"}
+        job(tmp_path / str(number), [f"rank={number}"], summary | {"val/eps_mse": loss, "train_seconds": 1.0})
+    print_table(tmp_path)
+    header, *rows, note = (tmp_path / "table.txt").read_text().splitlines()
+    assert "val/eps_mse" in header
+    assert [row.split()[-1] for row in rows] == ["1", "2", "0"]
+    assert note == "ranked by val/eps_mse, as no job has style_gain (not measured: 3 held-out images, needs 4)"
+
+
+def test_a_search_for_what_cannot_be_measured_ends_before_training(tmp_path: Path, monkeypatch, capsys) -> None:
+    pytest.importorskip("optuna", reason="the extra `sweep` is not installed")
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in SMALL if not word.startswith(("verdict", "metric"))]
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "-m", *words, "hydra/sweeper=search", "hydra.sweeper.n_trials=1", "rank=2,4",
+                      "reference.num_scenes=3", "hydra.sweep.dir=swept"],
+    )  # fmt: skip
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "metric=style_gain: a search has nothing to go by: 3 held-out images" in capsys.readouterr().err
+    assert not list((tmp_path / "swept").rglob("*.ckpt"))

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import poly_kernel
 
 from sdft.errors import UserError
 from sdft.evaluation.metrics.protocol import Extractor, GeneratedImages, MetricInputs, SourceImages, cosine
@@ -135,16 +137,29 @@ def cmmd(a_ND: Tensor, b_MD: Tensor, sigma: float = 10.0) -> float:
 
 
 def kid(a_ND: Tensor, b_MD: Tensor) -> float:
-    """The unbiased MMD^2 with the kernel (x y / D + 1)^3."""
-    return _mmd(a_ND.double(), b_MD.double(), lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3)
+    """The unbiased MMD^2 with torchmetrics' polynomial kernel, (x y / D + 1)^3, over all pairs.
+
+    `KernelInceptionDistance` of torchmetrics is not used as a whole: it averages over random subsets of equal size,
+    drawn from the global generator. It would leave out images of the larger set, and the jackknife interval would
+    contain the scatter of the subsets. For sets of equal size, subsets of that size give this value.
+    """
+    return _mmd(a_ND.double(), b_MD.double(), poly_kernel)
 
 
 def fid(a_ND: Tensor, b_MD: Tensor) -> float:
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))."""
-    a, b = a_ND.double(), b_MD.double()
-    cov_a, cov_b = a.T.cov(), b.T.cov()
-    root = torch.linalg.eigvals(cov_a @ cov_b).sqrt().real.sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root)
+    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), by torchmetrics in fp64."""
+    metric = FrechetInceptionDistance(feature=_Precomputed(a_ND.shape[1]))
+    metric.update(b_MD.double(), real=True)
+    metric.update(a_ND.double(), real=False)
+    return float(metric.compute())
+
+
+class _Precomputed(nn.Identity):
+    """The feature network of a torchmetrics metric that is given features instead of images."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
 
 
 def _mmd(a: Tensor, b: Tensor, kernel: Callable[[Tensor, Tensor], Tensor]) -> float:

@@ -28,6 +28,11 @@ from sdft.types import DTYPES, Positive
 class Export:
     """Writes the weights of a finished run. Raises UserError for a file that does not reproduce the trained model.
 
+    `model/`, `model.safetensors`, `lora.safetensors` and the `lora_kohya.safetensors` of a LoRA are read back by
+    diffusers. diffusers cannot read LoHa and LoKr, of which there is no `lora.safetensors`, and drops the magnitudes of
+    a DoRA with kohya's names: those `lora_kohya.safetensors`, and `words.safetensors` in every case, are read back by
+    sdft's own reader, which tests compare with the published formulas.
+
     dtype: of a whole model's weights; LoRA files are fp16.
     single_file: also write a whole model as one file, for ComfyUI, A1111 and kohya.
     tolerance: largest deviation of a file's predictions from the trained model's, relative to what training changed;
@@ -89,7 +94,7 @@ class Export:
 
 
 def write_adapter(module: L.LightningModule, folder: Path, said: dict[str, Any]) -> dict[str, Path]:
-    """The adapter in diffusers' and in kohya's naming, and the embeddings of new words."""
+    """The adapter in diffusers' naming, if diffusers can represent it, and in kohya's; the embeddings of new words."""
     lora, written = lora_from_model(module.model), {}
     metadata = lora_metadata(**said) | network_metadata(lora)
     if module.objective.zero_terminal_snr:
