@@ -1,6 +1,7 @@
-"""From a root and the words of a command line to one composed config, or to one sentence on what is wrong with them.
+"""Composes the config of one job with Hydra, and explains in one sentence what Hydra refuses.
 
-Knows Hydra's groups, options and overrides. Must not know what a value means (`config_check`) or who asks (`config`).
+The only file that uses Hydra's internals; each use has its reason beside it. Knows groups, options and overrides, not
+what a value means (`check`).
 """
 
 from __future__ import annotations
@@ -8,360 +9,279 @@ from __future__ import annotations
 import copy
 import importlib.resources
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from hydra import initialize_config_dir
 from hydra._internal.config_repository import CachingConfigRepository
-from hydra.core.default_element import ResultDefault
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException
-from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sdft.config.keys import (
-    ConfigError,
-    at,
-    closest,
-    did_you_mean,
-    dotted,
-    has,
-    items,
-    leaf,
-    merge,
-    nearest,
-    nest,
-    split,
-    strays,
-)
+from sdft.config.keys import ConfigError, at, closest, did_you_mean, dotted, leaf, nearest, undeclared
 
 OVERLAYS = ("experiment", "recipe")
 """Groups whose files only set keys that others declare: a key that exists nowhere else is a mistake in them."""
-TROUBLES = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, AssertionError)
 
 
 @contextmanager
 def composer(
-    root: str, conf_dir: Path, job_name: str = "job", config_dirs: Sequence[str | Path] = (), words: Sequence[str] = ()
+    root: str, conf_dir: Path, overrides: Sequence[str], config_dirs: Sequence[str | Path] = (), job_name: str = "job"
 ) -> Iterator[Composer]:
-    """Opens a conf directory and what is searched besides it.
+    """Open a conf directory and all that is searched besides it. Raises ConfigError for a place that does not exist.
 
-    config_dirs: further folders, as of `--config-dir`. words: the overrides of the command; folders and packages that
-    `hydra.searchpath` lists there, or in the root file, are searched too.
+    overrides: of the command; what `hydra.searchpath` lists there, or in the root file, is searched too.
+    config_dirs: further folders, as of `--config-dir`.
     """
-    conf_dir = Path(conf_dir).absolute()
-    if not conf_dir.is_dir():
-        raise ConfigError(f"there is no config directory {conf_dir}")
-    with initialize_config_dir(str(conf_dir), job_name=job_name, version_base="1.3"):
+    with initialize_config_dir(str(Path(conf_dir).absolute()), job_name, version_base="1.3"):
         loader: Any = GlobalHydra.instance().config_loader()
-        folders = [conf_dir]
-        listed = searchpath(conf_dir / f"{root}.yaml", words)
-        for provider, paths in (("command-line", config_dirs), ("hydra.searchpath in command-line", listed)):
-            for path in map(str, paths):
-                folders.append(folder_of(path))
-                place = path if "://" in path else f"file://{Path(path).absolute()}"
-                # Hydra insists that the structured configs come last.
-                loader.get_search_path().prepend(provider, place, anchor="schema")
-        if len(folders) > 1:
-            loader.repository.initialize_sources(loader.get_search_path())
+        for folder in config_dirs:
+            place = f"file://{Path(folder).absolute()}"
+            loader.get_search_path().prepend("command-line", place, anchor="schema")  # which must be the last
+        loader.repository.initialize_sources(loader.get_search_path())
+        opened = Composer(root, loader)
+        parsed = opened.parse(overrides)
+        with opened.explained(parsed), warnings.catch_warnings(action="ignore"):
+            # Private: Hydra adds these places inside of each composition, and we need their groups before the first.
+            loader._process_config_searchpath(root, parsed, loader.repository)
+        for source in loader.get_sources():
+            if not source.available() and source.scheme() == "pkg":
+                what = f"Python cannot import '{source.path}' as a package with an __init__.py"
+                raise ConfigError(f"hydra.searchpath: {what}; install it, or set PYTHONPATH")
+            if not source.available():
+                raise ConfigError(f"there is no config directory {source.path}")
         loader.repository = _Files(loader.repository)
-        yield Composer(root, conf_dir, loader, folders)
-
-
-def searchpath(root_file: Path, words: Sequence[str]) -> list[str]:
-    """What `hydra.searchpath` lists: in the overrides, else in the root file."""
-    for word in words:
-        if word.lstrip("+").startswith("hydra.searchpath="):
-            try:
-                found = OverridesParser.create().parse_override(word).value()
-            except HydraException:
-                found = None
-            if not isinstance(found, list) or not all(isinstance(path, str) for path in found):
-                raise ConfigError(f"{word}: must be a list, as hydra.searchpath=[file://DIR] or [pkg://my_lab.conf]")
-            return [str(path) for path in found]
-    said = OmegaConf.load(root_file) if root_file.is_file() else OmegaConf.create()
-    return list(OmegaConf.select(said, "hydra.searchpath") or []) if isinstance(said, DictConfig) else []
-
-
-def folder_of(path: str) -> Path:
-    """The folder of a search path entry. Raises ConfigError where there is none."""
-    scheme, _, name = path.rpartition("://")
-    if scheme == "pkg":
-        package = name.replace("/", ".")
-        try:
-            folder = Path(str(importlib.resources.files(package)))
-        except (ImportError, TypeError, ValueError):
-            remedy = "install it, or set PYTHONPATH"
-            raise ConfigError(f"hydra.searchpath: Python cannot import '{package}'; {remedy}") from None
-        if not (folder / "__init__.py").is_file():
-            raise ConfigError(f"hydra.searchpath: the package '{package}' needs an __init__.py, which Hydra asks for")
-        return folder
-    if scheme not in ("", "file"):
-        raise ConfigError(f"hydra.searchpath: '{path}' must begin with file:// or pkg://")
-    if not Path(name).is_dir():
-        raise ConfigError(f"there is no config directory {name}")
-    return Path(name)
+        yield opened
 
 
 class _Files(CachingConfigRepository):
-    """Each YAML file is read once for all jobs of a command: reading is most of the time of composing."""
+    """Reads each YAML file once for all jobs of a command: reading is most of the time of composing.
 
-    def load_config(self, config_path: str) -> ConfigResult | None:
+    Internal: Hydra makes a new cache for each composition.
+    """
+
+    def load_config(self, config_path: str) -> Any:
         return copy.deepcopy(super().load_config(config_path))
 
+    def initialize_sources(self, config_search_path: Any) -> None:
+        """Nothing: the sources are the same for all jobs."""
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _Files:
-        return self  # Hydra copies the repository for every composition
+        return self  # Hydra copies the repository for each composition
 
 
 @dataclass(frozen=True)
 class Declared:
-    """What the chosen files say, before any value is overridden."""
+    """What the chosen files contain, before any value is overridden.
+
+    tree: the keys that exist, overlays aside. overlays: file and content of each. choices: group -> chosen option.
+    """
 
     tree: dict[str, Any]
-    """The keys that exist, overlays aside."""
     overlays: list[tuple[str, dict[str, Any]]]
-    """File and content of each overlay."""
     choices: dict[str, Any]
-    """Group -> chosen option."""
 
 
 @dataclass
 class Composer:
-    """One root in one conf directory."""
+    """One root file of a conf directory."""
 
     root: str
-    conf_dir: Path
     loader: Any
-    folders: list[Path]
-    """All that is searched for YAML files."""
+    _declared: dict[tuple[str, ...], Declared] = field(default_factory=dict)
 
-    def load(self, words: Sequence[str]) -> DictConfig:
-        """The composed config of one job, `hydra` included, its values not looked at."""
-        parsed = [self.parse(word) for word in words]
+    def parse(self, overrides: Sequence[str]) -> list[Override]:
+        """The overrides as objects; their globs match options of this conf directory."""
+        parsed = []
+        for text in overrides:
+            if text.startswith("=") or ("=" not in text and not text.startswith("~")):
+                raise ConfigError(f"'{text}' is not an override{self._guess_choice(text)}")
+            try:
+                parsed += OverridesParser.create(config_loader=self.loader).parse_overrides([text])
+            except HydraException as error:
+                first, second, *_ = [*str(error).splitlines(), ""]
+                reason = second if first.startswith("Error parsing") else first
+                if reason.startswith(("LexerNoViableAlt", "token recognition")):
+                    reason = "it holds a character that needs quotes"
+                raise ConfigError(f"cannot read '{text}': {reason}; text is quoted as \"key='text'\"") from None
+        return parsed
+
+    def load(self, overrides: Sequence[str]) -> DictConfig:
+        """The composed config of one job, `hydra` included; values are not checked."""
+        parsed = self.parse(overrides)
         for override in parsed:
-            self._refuse_sweep(override)
-            self._check_option(override)
-        declared = self._declared(words)
+            self._check_choice(override)
+        declared = self._declare(parsed)
         for override in parsed:
-            if not self._is_group(override) and not override.is_hydra_override():
-                self._check_key(override, declared, words)
-        for where, overlay in declared.overlays:
-            for key in strays(overlay, declared.tree):
-                raise ConfigError(f"{where} sets '{key}': {self._unknown(key, declared, words)}")
-        return self.load_raw(words)
+            if (override.is_add() or override.is_force_add()) and not self._is_group(override):
+                parts = reversed(override.key_or_group.split("."))
+                for key in undeclared(reduce(lambda value, part: {part: value}, parts, override.value()), declared.tree):
+                    raise ConfigError(self._unknown(key, parsed))
+        for file, content in declared.overlays:
+            for key in undeclared(content, declared.tree):
+                raise ConfigError(f"{file} sets '{key}': {self._unknown(key, parsed)}")
+        return self.load_unchecked(parsed)
 
-    def load_raw(self, words: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
-        """The same without any question but Hydra's own; in MULTIRUN mode sweeps are left out."""
-        try:
-            return self.loader.load_configuration(
-                self.root, list(words), run_mode=mode, validate_sweep_overrides=mode == RunMode.RUN
-            )
-        except TROUBLES as error:
-            self._explain(error, words)
+    def load_unchecked(self, overrides: Sequence[Override], mode: RunMode = RunMode.RUN) -> DictConfig:
+        """The same, with Hydra's own checks only; in MULTIRUN mode sweeps are left out."""
+        with self.explained(overrides):
+            return self.loader.load_configuration(self.root, [o.input_line for o in overrides], run_mode=mode)
 
-    def parse(self, word: str) -> Override:
-        """One override; its globs are expanded against this conf directory."""
-        if word.startswith("=") or ("=" not in word and not word.startswith("~")):
-            raise ConfigError(f"'{word}' is not an override{self._guess_choice(word)}")
-        try:
-            return OverridesParser.create(config_loader=self.loader).parse_overrides([word])[0]
-        except HydraException as error:
-            lines = [line for line in str(getattr(error, "message", error)).splitlines() if "hydra.cc" not in line]
-            if lines[0].startswith(("LexerNoViableAlt", "token recognition")):
-                lines[0] = "it holds a character that needs quotes"
-            reason = lines[1] if lines[0].startswith("Error parsing") else lines[0]
-            raise ConfigError(f"cannot read '{word}': {reason}; text is quoted as \"key='text'\"") from None
+    def fill_open_dicts(self, overrides: Sequence[str]) -> list[str]:
+        """The overrides with `key={...}` as `++key={...}` if the key is declared as `{}`, for the user to fill.
 
-    def fill_open_dicts(self, words: Sequence[str]) -> list[str]:
-        """The words with `key={...}` as `++key={...}` where the key is declared as `{}`, for the user to fill.
-
-        Hydra merges dicts, and refuses keys that are new. Raises ConfigError where an experiment or recipe has filled it
-        already, since the result would have the entries of both.
+        Hydra merges dicts, and refuses new keys. Raises ConfigError if an experiment or recipe has filled it already,
+        since the result would have the entries of both.
         """
-        parsed = [self.parse(word) for word in words]
-        filled = [o for o in parsed if o.type == OverrideType.CHANGE and isinstance(o.value(), dict) and o.value()]
-        if not filled:
-            return list(words)
-        chosen = [o.input_line or "" for o in parsed if self._is_group(o) and not o.is_sweep_override()]
-        declared = self._declared(chosen)
-        found = list(words)
-        for override in filled:
-            key = override.key_or_group
-            if at(declared.tree, key) != {} or not has(declared.tree, key):
-                continue
-            for where, overlay in declared.overlays:
-                if entries := at(overlay, key):
-                    known = ", ".join(map(str, entries))
-                    raise ConfigError(f"{key} has entries already ({known}, from {where}): ++{key}=... adds to them")
-            found[parsed.index(override)] = f"++{override.input_line}"
-        return found
+        filled, parsed = list(overrides), self.parse(overrides)
+        for number, override in enumerate(parsed):
+            key, value = override.key_or_group, override.value()
+            if override.type == OverrideType.CHANGE and isinstance(value, dict) and value:
+                declared = self._declare(parsed)
+                if at(declared.tree, key) == {}:
+                    filled[number] = f"++{override.input_line}"
+                    for file, content in declared.overlays:
+                        if found := ", ".join(map(str, at(content, key) or ())):
+                            raise ConfigError(f"{key} has entries already ({found}, from {file}): ++{key}=... adds to them")
+        return filled
+
+    def _declare(self, overrides: Sequence[Override]) -> Declared:
+        """What the files contain that these overrides choose; found once for all jobs that differ in values only."""
+        chosen = [override for override in overrides if self._is_group(override)]
+        lines = tuple(str(override.input_line) for override in chosen)
+        if lines not in self._declared:
+            # A file that the command adds may fill what the root declares, but not add keys that nobody reads.
+            overlays = {*OVERLAYS, *(override.key_or_group for override in chosen if override.is_add())}
+            with self.explained(chosen):
+                found = self.loader.compute_defaults_list(self.root, list(lines), RunMode.RUN)
+                files = [file for file in found.defaults if not file.config_path.startswith("hydra/")]
+                above = [file for file in files if file.config_path.rpartition("/")[0] in overlays]
+                self._declared[lines] = Declared(
+                    self._content([file for file in files if file not in above]),
+                    [(f"{file.config_path}.yaml", self._content([file])) for file in above],
+                    dict(found.overrides.known_choices),
+                )
+        return self._declared[lines]
+
+    def _content(self, files: list[Any]) -> Any:
+        # Private: the public load_configuration composes all files of a root, and overrides values.
+        merged = self.loader._compose_config_from_defaults_list(files, self.loader.repository)
+        merged.pop("hydra", None)
+        return OmegaConf.to_container(merged, resolve=False)
 
     @cached_property
     def groups(self) -> list[str]:
         """Every group and subgroup, Hydra's own left out."""
-        found: list[str] = []
-        pending = [group for group in self._listed("", ObjectType.GROUP) if group != "hydra"]
-        while pending:
-            found.append(group := pending.pop(0))
-            pending += [f"{group}/{inner}" for inner in self._listed(group, ObjectType.GROUP)]
+        found = [group for group in self.loader.list_groups("") if group != "hydra"]
+        for group in found:  # which grows by the subgroups
+            found += [f"{group}/{inner}" for inner in self.loader.list_groups(group)]
         return found
 
     def options(self, group: str) -> list[str]:
         """What can be chosen for a group; files that start with `_` are for other files."""
-        return [option for option in self._listed(group, ObjectType.CONFIG) if not option.startswith("_")]
-
-    def _listed(self, group: str, kind: ObjectType) -> list[str]:
-        return self.loader.repository.get_group_options(group, kind)
+        return [option for option in self.loader.get_group_options(group) if not option.startswith("_")]
 
     def _is_group(self, override: Override) -> bool:
         return self.loader.repository.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
 
-    def _refuse_sweep(self, override: Override) -> None:
+    def _check_choice(self, override: Override) -> None:
+        """Raises ConfigError for a sweep, and for an option that does not exist."""
+        group, value, line = override.key_or_group, override.value(), str(override.input_line)
         if override.is_sweep_override():
-            key, _, value = (override.input_line or "").partition("=")
-            others = "" if "(" in value else f" (or write {key}=[{value}] for a list)"
-            raise ConfigError(f"{override.input_line} is a sweep: add -m to sweep{others}")
-
-    def _check_option(self, override: Override) -> None:
-        group, value = override.key_or_group, override.value()
-        if not self._is_group(override) or override.is_delete():
+            or_list = "" if "(" in line else f" (or write {line.replace('=', '=[', 1)}] for a list)"
+            raise ConfigError(f"{line} is a sweep: add -m to sweep{or_list}")
+        if not self._is_group(override):
             as_group = group.replace(".", "/")
             if as_group in self.groups and value in self.options(as_group):
-                raise ConfigError(f"{override.input_line}: '{group}' is a group; did you mean '{as_group}={value}'?")
-            return
-        if value is None:
-            raise ConfigError(f"'{group}' has no option null; '~{group}' leaves it out")
-        options = self._listed(group, ObjectType.CONFIG)
-        for option in value if isinstance(value, list) else [value]:
-            if str(option) not in options:
-                guess = did_you_mean(option, options) or "."
-                raise ConfigError(f"'{group}' has no option '{option}'{guess}{self._menu(group)}")
-            if not isinstance(option, str):
-                raise ConfigError(f"{override.input_line}: quote an option that is a number, {group}=\"'{option}'\"")
+                raise ConfigError(f"{line}: '{group}' is a group; did you mean '{as_group}={value}'?")
+        elif not override.is_delete():
+            if value is None:
+                raise ConfigError(f"'{group}' has no option null; '~{group}' leaves it out")
+            for option in value if isinstance(value, list) else [value]:
+                if str(option) not in self.loader.get_group_options(group):
+                    raise ConfigError(self._no_option(group, option))
+                if not isinstance(option, str):
+                    raise ConfigError(f"{line}: quote an option that is a number, {group}=\"'{option}'\"")
+
+    def _no_option(self, group: str, option: object, who: str = "") -> str:
+        guess = did_you_mean(option, self.options(group)) or "."
+        return f"'{group}' has no option '{option}'{who}{guess} {self._menu(group)}"
 
     def _menu(self, group: str) -> str:
-        options = self.options(group)
-        return f" Options: {', '.join(options)}" if options else ""
+        return f"Options: {', '.join(self.options(group))}"
 
-    def _guess_choice(self, word: str) -> str:
-        if word in self.groups:
-            return f": write {word}=<option>.{self._menu(word)}"
+    def _guess_choice(self, text: str) -> str:
+        if text in self.groups:
+            return f": write {text}=<option>. {self._menu(text)}"
         choices = {option: f"{group}={option}" for group in reversed(self.groups) for option in self.options(group)}
-        guess = closest(word, choices)
+        guess = closest(text, choices)
         return f"; did you mean '{choices[guess]}'?" if guess else ": write key=value"
 
-    def _declared(self, words: Sequence[str]) -> Declared:
+    @contextmanager
+    def explained(self, overrides: Sequence[Override]) -> Iterator[None]:
+        """Turns an error of Hydra into a ConfigError of one sentence."""
         try:
-            defaults = self.loader.compute_defaults_list(self.root, list(words), RunMode.RUN)
-        except TROUBLES as error:
-            self._explain(error, words)
-        declared = Declared({}, [], dict(defaults.overrides.known_choices))
-        # A file that the command adds may fill what the root declares, not bring what nobody reads.
-        added = {o.key_or_group for o in map(self.parse, words) if o.is_add() and self._is_group(o)}
-        for default in defaults.defaults:
-            path = default.config_path or ""
-            if path.startswith("hydra/"):
-                continue
-            said = self._said_by(default)
-            if path.partition("/")[0] in OVERLAYS or path.rpartition("/")[0] in added:
-                declared.overlays.append((f"{path}.yaml", said))
-            else:
-                merge(declared.tree, said)
-        declared.tree.pop("hydra", None)
-        return declared
+            yield
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, AssertionError) as error:
+            raise ConfigError(self._explanation(error, overrides)) from None
 
-    def _said_by(self, default: ResultDefault) -> dict[str, Any]:
-        try:
-            loaded = self.loader.repository.load_config(default.config_path)
-            said = OmegaConf.to_container(loaded.config, resolve=False) if loaded else {}
-        except TROUBLES as error:
-            self._explain(error, ())
-        if not isinstance(said, dict):
-            return {}
-        said.pop("defaults", None)
-        return nest(split(default.package or ""), said)
-
-    def _check_key(self, override: Override, declared: Declared, words: Sequence[str]) -> None:
-        key = override.key_or_group
-        if override.is_add() or override.is_force_add():
-            unknown = next(strays(nest(split(key), override.value()), declared.tree), None)
-        else:
-            # A stray of an overlay is that file's mistake, not the command's.
-            trees = [declared.tree, *(overlay for _, overlay in declared.overlays)]
-            is_dict = isinstance(override.value(), dict) and items(at(declared.tree, key))
-            keys = [key, *(dotted(override.value(), key) if is_dict else ())]
-            unknown = next((k for k in keys if not any(has(tree, k) for tree in trees)), None)
-        if unknown is not None:
-            raise ConfigError(self._unknown(unknown, declared, words))
-
-    def _unknown(self, key: str, declared: Declared, words: Sequence[str]) -> str:
-        """The sentence about a key that this composition does not have."""
-        if elsewhere := self._elsewhere(key, declared, words):
-            return elsewhere
-        return f"unknown key '{key}'{nearest(key, declared.tree, self.groups)}"
-
-    def _elsewhere(self, key: str, declared: Declared, words: Sequence[str]) -> str | None:
-        """The sentence about a key, or a group, that other options of some group would bring."""
-        mine = [word for word in words if self._is_group(self.parse(word))]
-        mention = re.compile(rf"\b{re.escape(leaf(key))}['\"]?\s*[:@]")
-        for group in sorted(g for g in declared.choices if g in self.groups and g not in OVERLAYS):
-            # Composing is slow; most groups never speak of the key.
-            if not any(mention.search(file.read_text()) for file in self._files(group)):
-                continue
-            chosen = declared.choices[group]
-            others = [option for option in self.options(group) if option != chosen]
-            if holders := [f"{group}={o}" for o in others if self._brings(key, [*mine, f"{group}={o}"])]:
-                verb = "has" if len(holders) == 1 else "have"
-                return f"'{key}' means nothing with {group}={chosen}; {' and '.join(holders)} {verb} it"
-        return None
-
-    def _files(self, group: str) -> Iterator[Path]:
-        return (file for folder in self.folders for file in (folder / group).rglob("*.yaml"))
-
-    def _brings(self, key: str, words: list[str]) -> bool:
-        try:
-            declared = self._declared(words)
-        except ConfigError:
-            return False
-        return key in declared.choices or has(declared.tree, key)
-
-    def _explain(self, error: Exception, words: Sequence[str]) -> NoReturn:
-        """Hydra's own complaint in one sentence."""
+    def _explanation(self, error: Exception, overrides: Sequence[Override]) -> str:
         text = str(error) or str(error.__cause__ or type(error).__name__)
         if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-            raise ConfigError(self._no_file(str(error.missing_cfg_file))) from None
+            group, _, name = str(error.missing_cfg_file).rpartition("/")
+            if group:
+                return self._no_option(group, name, ", which this combination asks for")
+            return f"there is no {name}.yaml in {self.loader.get_sources()[1].path}{did_you_mean(name, self.options(''))}"
         if needed := re.match(r"You must specify '(.+?)'", text):
-            raise ConfigError(f"{needed[1]} is not chosen: pass {needed[1]}=...{self._menu(needed[1])}") from None
-        unused = re.match(r"Could not override '(.+?)'", text)
-        for override in map(self.parse, words if unused else ()):
-            if unused and override.get_key_element() == unused[1]:
-                named = self._unused(unused[1], words) if self._is_group(override) else f"unknown key '{unused[1]}'"
-                raise ConfigError(named) from None
+            return f"{needed[1]} is not chosen: pass {needed[1]}=... {self._menu(needed[1])}"
+        if unused := re.match(r"Could not (?:override|delete from config\.|delete) '(.+?)'", text):
+            key = error.__cause__.full_key if isinstance(error.__cause__, OmegaConfBaseException) else None
+            return self._unknown(key or unused[1], overrides)
+        if text.startswith(("hydra.searchpath must", "No config source registered")):
+            return "hydra.searchpath: must be a list, and each place in it must begin with file:// or pkg://"
         if isinstance(error, yaml.YAMLError):
-            raise ConfigError(f"cannot read a config file: {' '.join(text.split())}") from None
-        raise ConfigError(f"{self.root}: {text.splitlines()[0]}") from None
+            return f"cannot read a config file: {' '.join(text.split())}"
+        return f"{self.root}: {text.splitlines()[0]}"
 
-    def _no_file(self, path: str) -> str:
-        group, _, option = path.rpartition("/")
-        if not group:
-            return f"there is no {option}.yaml in {self.conf_dir}{did_you_mean(option, self.options(''))}"
-        guess = did_you_mean(option, self.options(group)) or "."
-        return f"'{group}' has no option '{option}', which this combination asks for{guess}{self._menu(group)}"
+    def _unknown(self, key: str, overrides: Sequence[Override]) -> str:
+        """The sentence about a key, or a group, that this composition does not have."""
+        others = [override for override in overrides if override.get_key_element() != key]
+        declared = self._declare(others)
+        used = {group: option for group, option in declared.choices.items() if group in self.groups}
+        mention = re.compile(rf"\b{re.escape(leaf(key))}['\"]?\s*[:@]")
+        for group in sorted(used.keys() - set(OVERLAYS)):
+            # Composing is slow; most groups never mention the key.
+            if not any(mention.search(file.read_text()) for file in self._files(group)):
+                continue
+            choices = [f"{group}={option}" for option in self.options(group) if option != used[group]]
+            if holders := [choice for choice in choices if self._brings(key, [*others, *self.parse([choice])])]:
+                have = "has" if len(holders) == 1 else "have"
+                return f"'{key}' means nothing with {group}={used[group]}; {' and '.join(holders)} {have} it"
+        if key in self.groups and len(others) < len(overrides):
+            return f"'{key}' is not part of '{self.root}'. Its groups: {', '.join(sorted(used))}"
+        return f"unknown key '{key}'{nearest(key, declared.tree, self.groups)}"
 
-    def _unused(self, group: str, words: Sequence[str]) -> str:
-        """The sentence about a group that exists and that this composition does not use."""
-        rest = [word for word in words if self.parse(word).get_key_element() != group]
-        declared = self._declared(rest)
-        used = sorted(g for g in declared.choices if not g.startswith("hydra"))
-        elsewhere = self._elsewhere(group, declared, rest)
-        return elsewhere or f"'{group}' is not part of '{self.root}'. Its groups: {', '.join(used)}"
+    def _files(self, group: str) -> Iterator[Path]:
+        for source in self.loader.get_sources():
+            if source.scheme() in ("file", "pkg"):
+                folder = source.path if source.scheme() == "file" else importlib.resources.files(source.path)
+                yield from (Path(str(folder)) / group).rglob("*.yaml")
+
+    def _brings(self, key: str, overrides: list[Override]) -> bool:
+        try:
+            declared = self._declare(overrides)
+        except ConfigError:
+            return False
+        return key in declared.choices or key in dotted(declared.tree)

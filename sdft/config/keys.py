@@ -1,7 +1,4 @@
-"""Dotted keys in plain trees of dicts and lists, and the words of an error about them.
-
-Knows neither Hydra nor signatures; the other `config_*` files stand on it.
-"""
+"""Dotted keys in plain trees of dicts and lists, and suggestions for the ones that do not exist."""
 
 from __future__ import annotations
 
@@ -13,22 +10,37 @@ from typing import Any
 from sdft.errors import UserError
 
 MARKS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
-"""Keys that speak to Hydra's instantiate, not to the target."""
+"""Keys that `hydra.utils.instantiate` reads; all others are arguments of the target."""
 
 
 class ConfigError(UserError):
     """The config is wrong; the message names the key or group and what to write instead."""
 
 
-def closest(word: object, candidates: Iterable[object]) -> str | None:
-    """The candidate that looks most like the word, if one does."""
-    return next(iter(difflib.get_close_matches(str(word), [str(c) for c in candidates], 1)), None)
+def closest(text: object, candidates: Iterable[object]) -> str | None:
+    """The candidate that is spelled most like the text; None if none is close."""
+    return next(iter(difflib.get_close_matches(str(text), [str(c) for c in candidates], 1)), None)
 
 
-def did_you_mean(word: object, candidates: Iterable[object]) -> str:
-    """`; did you mean 'x'?`, or nothing when no candidate is close."""
-    guess = closest(word, candidates)
+def did_you_mean(text: object, candidates: Iterable[object]) -> str:
+    """`; did you mean 'x'?`, or nothing if no candidate is close."""
+    guess = closest(text, candidates)
     return f"; did you mean '{guess}'?" if guess else ""
+
+
+def nearest(key: str, tree: dict[str, Any], groups: list[str]) -> str:
+    """What follows "unknown key": a sibling spelled like it, a key of that name elsewhere, a similar key, or all siblings."""
+    parent, _, last = key.rpartition(".")
+    siblings = {str(name): join(parent, name) for name, _ in items(at(tree, parent)) if name not in MARKS}
+    known = [k for k in sorted([*groups, *dotted(tree)], key=len) if k != key]
+    by_name = {leaf(k): k for k in reversed(known)}  # the shortest key of each name
+    guess = siblings.get(closest(last, siblings) or "") or by_name.get(leaf(key))
+    if guess is None and not (parent and siblings):
+        guess = closest(key, known) or by_name.get(closest(last, by_name) or "")
+    if guess:
+        return f"; did you mean '{guess}'?"
+    where = f"in '{parent}'" if parent else "at the top"
+    return f". Known {where}: {', '.join(siblings)}" if siblings else ""
 
 
 def join(path: str, key: object) -> str:
@@ -36,25 +48,13 @@ def join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def split(key: str) -> list[str]:
-    """`a.b[0]` -> a, b, 0."""
-    return [part for part in re.split(r"[.\[\]]+", key) if part]
-
-
 def leaf(key: str) -> str:
-    """The last word of a key or of a group."""
+    """The last part of a key or of a group."""
     return re.split("[./]", key)[-1]
 
 
-def nest(path: Iterable[str], value: Any) -> Any:
-    """The tree in which only `path` exists."""
-    for part in reversed(list(path)):
-        value = {part: value}
-    return value
-
-
 def items(tree: Any) -> Iterable[tuple[Any, Any]]:
-    """Children of a tree with their keys; a leaf has none."""
+    """The children of a dict or list with their keys; nothing for other values."""
     return tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
 
 
@@ -66,65 +66,23 @@ def dotted(tree: Any, path: str = "") -> Iterator[str]:
             yield from dotted(value, join(path, key))
 
 
-def has(tree: Any, key: str) -> bool:
-    """Whether the key exists; what lies behind an interpolation cannot be known here, so it does."""
-    for part in split(key):
-        found = {str(k): v for k, v in items(tree)}
-        if part not in found:
-            return isinstance(tree, str) and "${" in tree
-        tree = found[part]
-    return True
-
-
 def at(tree: Any, key: str) -> Any:
-    """The value of a key, None where it does not exist; the tree itself for no key."""
-    for part in split(key):
+    """The value of a key such as `a.b[0]`; None if it does not exist, the tree itself for an empty key."""
+    for part in filter(None, re.split(r"[.\[\]]+", key)):
         tree = {str(k): v for k, v in items(tree)}.get(part)
     return tree
 
 
-def nearest(key: str, tree: dict[str, Any], groups: list[str]) -> str:
-    """What to say after an unknown key: a sibling, else its namesake, else a look-alike, else all the siblings."""
-    parent, _, last = key.rpartition(".")
-    siblings = [str(name) for name, _ in items(at(tree, parent)) if name not in MARKS]
-    known = [k for k in [*groups, *dotted(tree)] if k != key]
-    namesakes: dict[str, list[str]] = {}
-    for candidate in known:
-        namesakes.setdefault(leaf(candidate), []).append(candidate)
-    guess = join(parent, near) if (near := closest(last, siblings)) else None
-    if guess is None and leaf(key) in namesakes:
-        guess = min(namesakes[leaf(key)], key=len)
-    if guess is None and not (parent and siblings):
-        name = closest(last, namesakes)
-        guess = closest(key, known) or (min(namesakes[name], key=len) if name else None)
-    if guess:
-        return f"; did you mean '{guess}'?"
-    where = f"in '{parent}'" if parent else "at the top"
-    return f". Known {where}: {', '.join(siblings)}" if siblings else ""
+def undeclared(content: dict[Any, Any], tree: Any, path: str = "") -> Iterator[str]:
+    """Keys of `content` that `tree` does not have.
 
-
-def merge(tree: dict[str, Any], said: dict[str, Any]) -> None:
-    """Adds to the tree what else was said."""
-    for key, value in said.items():
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            merge(tree[key], value)
-        else:
-            tree[key] = value
-
-
-def strays(said: dict[Any, Any], tree: Any, path: str = "") -> Iterator[str]:
-    """Keys said that the tree does not declare.
-
-    Not strays: arguments of a `_target_` node (its signature judges them), a whole new `_target_` node below the top
-    (one more callback), anything in a dict that is declared empty, Hydra's own settings.
+    Left out: arguments of a `_target_` node (its signature decides), a whole new `_target_` node below the top (one
+    more callback), anything in a dict that is declared empty, and Hydra's own settings.
     """
-    if not isinstance(tree, dict) or (path and not tree) or "_target_" in tree or (path and "_target_" in said):
+    if not isinstance(tree, dict) or (path and not tree) or "_target_" in tree or (path and "_target_" in content):
         return
-    for key, value in said.items():
-        if key == "hydra" and not path:
-            continue
-        if key not in tree:
-            if not (path and isinstance(value, dict) and "_target_" in value):
-                yield join(path, key)
-        elif isinstance(value, dict):
-            yield from strays(value, tree[key], join(path, key))
+    for key, value in content.items():
+        if key in tree:
+            yield from undeclared(value, tree[key], join(path, key)) if isinstance(value, dict) else ()
+        elif (path or key != "hydra") and not (path and isinstance(value, dict) and "_target_" in value):
+            yield join(path, key)

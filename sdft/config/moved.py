@@ -52,29 +52,21 @@ def current_name(target: str) -> str:
 def read_config(path: Path) -> DictConfig:
     """The composed config of an earlier run, such as its `.hydra/config.yaml`, with today's names.
 
-    Raises ConfigError where there is none, or it is no config.
+    Raises ConfigError if the file is missing or is not a config.
     """
     try:
-        cfg = OmegaConf.load(path)
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as the config of a run ({str(error).splitlines()[0]})") from error
-    if not isinstance(cfg, DictConfig):
+    if not isinstance(content, dict):
         raise ConfigError(f"{path}: is not the config of a run")
-    rename_targets(cfg)
-    return cfg
+    return OmegaConf.create(_renamed(content))
 
 
-def rename_targets(node: Any) -> None:
-    """Replace every `_target_` below a node by its name today."""
-    if OmegaConf.is_dict(node) and not node._is_none():
-        for key in list(node):
-            if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
-                continue
-            if key == "_target_" and isinstance(node[key], str):
-                node[key] = current_name(node[key])
-            else:
-                rename_targets(node[key])
-    elif OmegaConf.is_list(node) and not node._is_none():
-        for index in range(len(node)):
-            if not OmegaConf.is_interpolation(node, index):
-                rename_targets(node[index])
+def _renamed(node: Any, key: object = None) -> Any:
+    """A copy of a tree with today's name of every `_target_`."""
+    if isinstance(node, dict):
+        return {key: _renamed(value, key) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_renamed(value) for value in node]
+    return current_name(node) if key == "_target_" and isinstance(node, str) else node

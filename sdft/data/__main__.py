@@ -12,7 +12,7 @@ import numpy as np
 from omegaconf import DictConfig
 from PIL import Image
 
-from sdft.config.command import build, verb
+from sdft.config.command import build, command
 from sdft.data.contact_sheet import ContactSheet
 from sdft.data.dataset import Pictures
 from sdft.data.sharding import write_shards
@@ -24,7 +24,7 @@ from sdft.progress import tqdm
 MISSING = "(no caption)"
 
 
-@verb("data_check")
+@command("data_check")
 def check(cfg: DictConfig) -> None:
     """Look at every picture and caption; print a summary and write contact sheets."""
     from sdft.models.tokens import token_counter
@@ -52,7 +52,7 @@ def check(cfg: DictConfig) -> None:
     print(f"contact sheets in {cfg.out}")
 
 
-@verb("data_cache")
+@command("data_cache")
 def cache(cfg: DictConfig) -> None:
     """Encode every picture and caption that the cache does not hold yet."""
     import torch
@@ -69,7 +69,7 @@ def cache(cfg: DictConfig) -> None:
     print(f"next: python train.py ... data.cache=disk data.cache_dir={cfg.out}")
 
 
-@verb("data_shard")
+@command("data_shard")
 def shard(cfg: DictConfig) -> None:
     """Write the pictures of a folder, with their captions, as tar shards with an index."""
     source = build(cfg.source)
@@ -78,7 +78,7 @@ def shard(cfg: DictConfig) -> None:
     print(f"next: data=webdataset data.shards='{cfg.out}/{{000000..{len(shards) - 1:06d}}}.tar'")
 
 
-@verb("data_toy")
+@command("data_toy")
 def toy(cfg: DictConfig) -> None:
     """Write toy scenes as PNG files with their captions beside them."""
     out = Path(cfg.out)

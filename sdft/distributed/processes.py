@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 
+from sdft.errors import UserError
 from sdft.hardware import num_gpus
 
 
@@ -45,6 +48,16 @@ class ProcessInfo:
             return torch.distributed.group.WORLD.get_group_store().add(f"said: {text}", 1) == 1
         except RuntimeError:
             return self.rank == 0  # the store ended with rank 0, which has printed the reason
+
+
+def exit_with_error(error: UserError) -> NoReturn:
+    """Print the message of an error once, however many processes have found it, and exit with status 2."""
+    process = ProcessInfo.current()
+    if process.should_print(str(error)):
+        # A folder that one machine does not see is missing there only.
+        where = "" if process.rank == process.local_rank else f" on {socket.gethostname()}"
+        print(f"error{where}: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
 
 def num_processes(accelerator: str, devices: int | Literal["auto"], num_nodes: int) -> int:

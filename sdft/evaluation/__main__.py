@@ -5,13 +5,13 @@ from __future__ import annotations
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from sdft.config.command import verb
+from sdft.config.command import command
 from sdft.distributed.processes import ProcessInfo
 from sdft.errors import UserError
 from sdft.evaluation.run import compare
 
 
-@verb("eval")
+@command("eval")
 def main(cfg: DictConfig) -> None:
     """One comparison, from config to pictures, figures and `report.html`."""
     hydra = HydraConfig.get()

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from sdft.config.command import verb
+from sdft.config.command import command
 from sdft.errors import UserError
 from sdft.formats.convert import convert
 from sdft.models.load import CONFIGS, SDXL_BASE, SDXL_ID, find_folder
 
 
-@verb("formats")
+@command("formats")
 def main(cfg: DictConfig) -> None:
     """Convert, and print the path of the result."""
     for key in ("allow_pickle", "overwrite"):

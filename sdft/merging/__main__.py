@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from sdft.config.command import verb
+from sdft.config.command import command
 from sdft.merging.run import merge
 
 
-@verb("merge")
+@command("merge")
 def main(cfg: DictConfig) -> None:
     """Merge, and print the path of the result and the command that compares it with the inputs."""
     merge(cfg, print)

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sdft.config.command import build, verb
+from sdft.config.command import build, command, tries_all
 from sdft.distributed.processes import ProcessInfo
 from sdft.errors import UserError
 from sdft.planning.dry_run import print_plan
@@ -18,7 +18,7 @@ from sdft.training.run import finetune, num_devices, unmeasured
 from sdft.training.sweep import finished, print_table, run_apart
 
 
-@verb("train", finish_sweep=print_table, print_plan=print_plan, recall=receipt.recalled)
+@command("train", finish_sweep=print_table, print_plan=print_plan, recall=receipt.recalled)
 def main(cfg: DictConfig) -> float | None:
     """One run, from config to weights, pictures and `summary.json`; returns the metric that sweeps rank by."""
     job = HydraConfig.get()
@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> float | None:
             done = finished(Path(cfg.run_dir), job.overrides.task)
         if done is not None:
             return done.get(cfg.metric)
-    searches = not job.sweeper._target_.endswith(".BasicSweeper")
+    searches = not tries_all(job.sweeper)
     if searches and (why := unmeasured(build(cfg.verdict) if cfg.verdict else None).get(cfg.metric)):
         raise UserError(f"metric={cfg.metric}: a search has nothing to go by: {why}")
     result = finetune(cfg, list(job.overrides.task), partial(print, flush=True))

@@ -318,13 +318,13 @@ def test_checking_is_fast(conf: Path) -> None:
 SCRIPT = """
 from pathlib import Path
 import parts
-from sdft.config.command import verb
+from sdft.config.command import command
 from sdft.errors import UserError
 
 def finish(folder: Path) -> None:
     (Path.cwd() / "finished").write_text("\\n".join([str(folder), *sorted(p.name for p in folder.iterdir())]))
 
-@verb("train", conf_dir=Path(__file__).parent / "conf", finish_sweep=finish)
+@command("train", conf_dir=Path(__file__).parent / "conf", finish_sweep=finish)
 def main(cfg):
     with open("ran", "a") as log:
         print(cfg.seed, cfg.model.width, type(cfg.optimizer.lr).__name__, file=log)
@@ -352,7 +352,7 @@ def run(conf: Path, python: WarmPython):
     return run
 
 
-def test_verb_runs_a_job(run) -> None:
+def test_a_command_runs_a_job(run) -> None:
     done, ran = run("model=sdxl", "optimizer.lr='1e-3'")
     assert (done.returncode, ran) == (0, ["0 320 float"]), done.stderr
 
@@ -373,27 +373,27 @@ def test_verb_runs_a_job(run) -> None:
         (["-m", "seed=interval(0,1)"], "error: interval(...) needs a sweeper that searches"),
     ],
 )
-def test_verb_refuses_before_anything_runs(run, words: list[str], message: str) -> None:
+def test_a_command_refuses_before_anything_runs(run, words: list[str], message: str) -> None:
     done, ran = run(*words)
     assert (done.returncode, ran, done.stdout) == (2, [], "")
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
 
 
-def test_verb_prints_a_user_error_as_one_message(run) -> None:
+def test_a_command_prints_a_user_error_as_one_message(run) -> None:
     done, ran = run("seed=13")
     assert (done.returncode, len(ran)) == (2, 1)
     assert done.stderr == "error: 13 is unlucky: pass seed=14\n"
 
 
-def test_verb_shows_a_bug_in_full(run) -> None:
+def test_a_command_shows_a_bug_in_full(run) -> None:
     done, _ = run("seed=14")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "RuntimeError: a bug" in done.stderr
 
 
-def test_verb_sweeps_and_finishes(run, conf: Path) -> None:
+def test_a_command_sweeps_and_finishes(run, conf: Path) -> None:
     done, ran = run("seed=1,2", "-m", "model=glob(*)", "optimizer.lr=0.1", r"hydra.sweep.dir='out/it\'s ${now:%f}'")
     assert done.returncode == 0, done.stderr
     assert [line.rsplit(" ", 1)[0] for line in ran] == ["1 8", "1 320", "2 8", "2 320"]
@@ -402,7 +402,7 @@ def test_verb_sweeps_and_finishes(run, conf: Path) -> None:
     assert names == ["0", "1", "2", "3", "multirun.yaml"]
 
 
-def test_verb_sweeps_what_the_config_says(run, conf: Path) -> None:
+def test_a_command_sweeps_what_the_config_says(run, conf: Path) -> None:
     sweep = "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: '1,2'}}}"
     (conf / "experiment/sweep.yaml").write_text(sweep)
     done, ran = run("experiment=sweep")
@@ -418,13 +418,13 @@ def test_a_sweep_runs_the_other_jobs_after_a_user_error(run, conf: Path) -> None
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--cfg", "job", "data=folder"], ["--info"], ["--hydra-help"]])
-def test_verb_leaves_hydras_own_flags_alone(run, words: list[str]) -> None:
+def test_a_command_leaves_hydras_own_flags_alone(run, words: list[str]) -> None:
     done, ran = run(*words)
     assert (done.returncode, ran) == (0, []), done.stderr
     assert done.stdout
 
 
-def test_verb_runs_from_a_saved_config(run, conf: Path) -> None:
+def test_a_command_runs_from_a_saved_config(run, conf: Path) -> None:
     run("seed=5", "hydra.run.dir=first")
     done, ran = run("-cp", str(conf.parent / "first/.hydra"), "-cn", "config", "seed=6", "hydra.run.dir=second")
     assert (done.returncode, ran) == (0, ["6 8 float"]), done.stderr

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from sdft.config.command import build, verb
+from sdft.config.command import build, command
 from sdft.evaluation.image_grid import save_grid
 
 STRIP = "strip.png"
 
 
-@verb("strip")
+@command("strip")
 def main(cfg: DictConfig) -> None:
     """One row of images for each prompt, one column for each model from a to b, all from the same noise."""
     interpolate, load, draw = build(cfg.interpolation), build(cfg.model), build(cfg.draw)

@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig
 from transformers import CLIPModel
 
-from sdft.config.command import build, verb
+from sdft.config.command import build, command
 from sdft.data.sources import ToyWorld
 from sdft.data.toy.lexicon import VOCABULARY
 from sdft.data.toy.scenes import SUBJECTS
@@ -31,7 +31,7 @@ from sdft.sampling.samplers import Sampler
 NUM_SHOWN = 24
 
 
-@verb("nano")
+@command("nano")
 def main(cfg: DictConfig) -> None:
     """Weights in fp16, measured as they are shipped, and the card that says so."""
     out = Path(cfg.out)
