@@ -22,7 +22,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sdft.config.keys import MARKS, ConfigError, closest, did_you_mean, dotted, items, join
+from sdft.config.keys import MARKS, ConfigError, dotted, items, join
+from sdft.errors import closest, did_you_mean
 
 STRICT = ConfigDict(arbitrary_types_allowed=True, strict=True, allow_inf_nan=False)
 LATER = object()

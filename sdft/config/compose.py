@@ -7,7 +7,7 @@ what a value means (`check`).
 from __future__ import annotations
 
 import copy
-import importlib.resources
+import itertools
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,25 +15,34 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from hydra import initialize_config_dir
 from hydra._internal.config_repository import CachingConfigRepository
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
+from hydra._internal.core_plugins import basic_sweeper  # whose class the search for plugins replaces by an equal one
+from hydra._internal.utils import get_args_parser  # which arguments are overrides, and Hydra's flags
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sdft.config.keys import ConfigError, at, closest, did_you_mean, dotted, leaf, nearest, undeclared
+from sdft.config.check import locate
+from sdft.config.keys import ConfigError, at, dotted, leaf, nearest, undeclared
+from sdft.errors import closest, did_you_mean
 
 OVERLAYS = ("experiment", "recipe")
 """Groups whose files only set keys that others declare: a key that exists nowhere else is a mistake in them."""
+PLACES = "hydra.searchpath: must be a list, and each place in it must begin with file:// or pkg://"
+REMEDIES = {
+    "hydra.searchpath must be": PLACES,
+    "No config source registered": PLACES,
+    "BasicSweeper does not": "interval(...) needs a sweeper that searches, such as hydra/sweeper=search",
+}
+"""Start of a message of Hydra -> ours."""
 
 
 @contextmanager
@@ -67,10 +76,7 @@ def composer(
 
 
 class _Files(CachingConfigRepository):
-    """Reads each YAML file once for all jobs of a command: reading is most of the time of composing.
-
-    Internal: Hydra makes a new cache for each composition.
-    """
+    """Reads each YAML file once for all jobs of a command. Internal: Hydra's own cache lasts for one composition."""
 
     def load_config(self, config_path: str) -> Any:
         return copy.deepcopy(super().load_config(config_path))
@@ -82,16 +88,12 @@ class _Files(CachingConfigRepository):
         return self  # Hydra copies the repository for each composition
 
 
-@dataclass(frozen=True)
-class Declared:
-    """What the chosen files contain, before any value is overridden.
+class Declared(NamedTuple):
+    """What the chosen files contain, before any value is overridden."""
 
-    tree: the keys that exist, overlays aside. overlays: file and content of each. choices: group -> chosen option.
-    """
-
-    tree: dict[str, Any]
-    overlays: list[tuple[str, dict[str, Any]]]
-    choices: dict[str, Any]
+    tree: dict[str, Any]  # overlays aside
+    overlays: list[tuple[str, dict[str, Any]]]  # file and content of each
+    choices: dict[str, Any]  # group -> chosen option
 
 
 @dataclass
@@ -104,22 +106,21 @@ class Composer:
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
         """The overrides as objects; their globs match options of this conf directory."""
-        parsed = []
         for text in overrides:
             if text.startswith("=") or ("=" not in text and not text.startswith("~")):
                 raise ConfigError(f"'{text}' is not an override{self._guess_choice(text)}")
-            try:
-                parsed += OverridesParser.create(config_loader=self.loader).parse_overrides([text])
-            except HydraException as error:
-                first, second, *_ = [*str(error).splitlines(), ""]
-                reason = second if first.startswith("Error parsing") else first
-                if reason.startswith(("LexerNoViableAlt", "token recognition")):
-                    reason = "it holds a character that needs quotes"
-                raise ConfigError(f"cannot read '{text}': {reason}; text is quoted as \"key='text'\"") from None
-        return parsed
+        try:
+            return OverridesParser.create(config_loader=self.loader).parse_overrides(list(overrides))
+        except HydraException as error:
+            first, second, *_ = [*str(error).splitlines(), ""]
+            reason = second if first.startswith("Error parsing") else first
+            if reason.startswith(("LexerNoViableAlt", "token recognition")):
+                reason = "it holds a character that needs quotes"
+            text = f"cannot read '{error.override}': {reason}; text is quoted as \"key='text'\""  # type: ignore
+            raise ConfigError(text) from None
 
-    def load(self, overrides: Sequence[str]) -> DictConfig:
-        """The composed config of one job, `hydra` included; values are not checked."""
+    def load(self, overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
+        """The composed config of one job, its values not checked, and its Hydra node."""
         parsed = self.parse(overrides)
         for override in parsed:
             self._check_choice(override)
@@ -132,12 +133,33 @@ class Composer:
         for file, content in declared.overlays:
             for key in undeclared(content, declared.tree):
                 raise ConfigError(f"{file} sets '{key}': {self._unknown(key, parsed)}")
-        return self.load_unchecked(parsed)
+        cfg = self.load_unchecked(parsed)
+        with open_dict(cfg):
+            return cfg, cfg.pop("hydra")
 
     def load_unchecked(self, overrides: Sequence[Override], mode: RunMode = RunMode.RUN) -> DictConfig:
-        """The same, with Hydra's own checks only; in MULTIRUN mode sweeps are left out."""
+        """The config with its Hydra node, after Hydra's own checks; in MULTIRUN mode sweeps are left out."""
         with self.explained(overrides):
             return self.loader.load_configuration(self.root, [o.input_line for o in overrides], run_mode=mode)
+
+    def jobs(self, overrides: Sequence[Override], is_grid: bool) -> Iterator[tuple[str, ...]]:
+        """The overrides of each job of a grid; of a search, each value once with the first of the others."""
+        axes = {}
+        for override in overrides:
+            key, sweep = override.get_key_element(), override.value()
+            if isinstance(sweep, IntervalSweep) and not is_grid:
+                axes[key] = [f"{key}={end}" for end in (sweep.start, sweep.end)]
+                continue
+            with self.explained(overrides):
+                # Internal: jobs are numbered, and their overrides written, as Hydra does it.
+                axes[key] = [job[0] for job in basic_sweeper.BasicSweeper.split_arguments([override], None)[0]]
+            if not axes[key]:
+                raise ConfigError(f"{override.input_line} matches nothing to sweep over")
+        if is_grid:
+            yield from itertools.product(*axes.values())
+        else:
+            first = {key: axis[0] for key, axis in axes.items()}
+            yield from dict.fromkeys(tuple((first | {k: v}).values()) for k, axis in axes.items() for v in axis)
 
     def fill_open_dicts(self, overrides: Sequence[str]) -> list[str]:
         """The overrides with `key={...}` as `++key={...}` if the key is declared as `{}`, for the user to fill.
@@ -148,13 +170,14 @@ class Composer:
         filled, parsed = list(overrides), self.parse(overrides)
         for number, override in enumerate(parsed):
             key, value = override.key_or_group, override.value()
-            if override.type == OverrideType.CHANGE and isinstance(value, dict) and value:
-                declared = self._declare(parsed)
-                if at(declared.tree, key) == {}:
-                    filled[number] = f"++{override.input_line}"
-                    for file, content in declared.overlays:
-                        if found := ", ".join(map(str, at(content, key) or ())):
-                            raise ConfigError(f"{key} has entries already ({found}, from {file}): ++{key}=... adds to them")
+            if override.type != OverrideType.CHANGE or not isinstance(value, dict) or not value:
+                continue
+            declared = self._declare(parsed)
+            if at(declared.tree, key) == {}:
+                filled[number] = f"++{override.input_line}"
+                for file, content in declared.overlays:
+                    if found := ", ".join(map(str, at(content, key) or ())):
+                        raise ConfigError(f"{key} has entries already ({found}, from {file}): ++{key}=... adds to them")
         return filled
 
     def _declare(self, overrides: Sequence[Override]) -> Declared:
@@ -168,11 +191,9 @@ class Composer:
                 found = self.loader.compute_defaults_list(self.root, list(lines), RunMode.RUN)
                 files = [file for file in found.defaults if not file.config_path.startswith("hydra/")]
                 above = [file for file in files if file.config_path.rpartition("/")[0] in overlays]
-                self._declared[lines] = Declared(
-                    self._content([file for file in files if file not in above]),
-                    [(f"{file.config_path}.yaml", self._content([file])) for file in above],
-                    dict(found.overrides.known_choices),
-                )
+                tree = self._content([file for file in files if file not in above])
+                contents = [(f"{file.config_path}.yaml", self._content([file])) for file in above]
+                self._declared[lines] = Declared(tree, contents, dict(found.overrides.known_choices))
         return self._declared[lines]
 
     def _content(self, files: list[Any]) -> Any:
@@ -182,50 +203,41 @@ class Composer:
         return OmegaConf.to_container(merged, resolve=False)
 
     @cached_property
-    def groups(self) -> list[str]:
-        """Every group and subgroup, Hydra's own left out."""
-        found = [group for group in self.loader.list_groups("") if group != "hydra"]
-        for group in found:  # which grows by the subgroups
-            found += [f"{group}/{inner}" for inner in self.loader.list_groups(group)]
-        return found
-
-    def options(self, group: str) -> list[str]:
-        """What can be chosen for a group; files that start with `_` are for other files."""
-        return [option for option in self.loader.get_group_options(group) if not option.startswith("_")]
+    def options(self) -> dict[str, list[str]]:
+        """Group -> its options; files that start with `_` are for other files. Hydra's own groups come last."""
+        groups = sorted(self.loader.list_groups(""), key="hydra".__eq__)
+        for group in groups:  # which grows by the subgroups
+            groups += [f"{group}/{inner}" for inner in self.loader.list_groups(group)]
+        return {group: [o for o in self.loader.get_group_options(group) if not o.startswith("_")] for group in groups}
 
     def _is_group(self, override: Override) -> bool:
         return self.loader.repository.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
 
     def _check_choice(self, override: Override) -> None:
-        """Raises ConfigError for a sweep, and for an option that does not exist."""
+        """Raises ConfigError for a sweep, and for what cannot be an option."""
         group, value, line = override.key_or_group, override.value(), str(override.input_line)
         if override.is_sweep_override():
             or_list = "" if "(" in line else f" (or write {line.replace('=', '=[', 1)}] for a list)"
             raise ConfigError(f"{line} is a sweep: add -m to sweep{or_list}")
         if not self._is_group(override):
-            as_group = group.replace(".", "/")
-            if as_group in self.groups and value in self.options(as_group):
+            if value in self.options.get(as_group := group.replace(".", "/"), ()):
                 raise ConfigError(f"{line}: '{group}' is a group; did you mean '{as_group}={value}'?")
-        elif not override.is_delete():
-            if value is None:
-                raise ConfigError(f"'{group}' has no option null; '~{group}' leaves it out")
-            for option in value if isinstance(value, list) else [value]:
-                if str(option) not in self.loader.get_group_options(group):
-                    raise ConfigError(self._no_option(group, option))
-                if not isinstance(option, str):
-                    raise ConfigError(f"{line}: quote an option that is a number, {group}=\"'{option}'\"")
+        elif value is None and not override.is_delete():
+            raise ConfigError(f"'{group}' has no option null; '~{group}' leaves it out")
+        elif value is not None and not isinstance(value, str | list):
+            raise ConfigError(self._no_option(group, value))
 
     def _no_option(self, group: str, option: object, who: str = "") -> str:
-        guess = did_you_mean(option, self.options(group)) or "."
+        guess = did_you_mean(option, self.options[group]) or "."
         return f"'{group}' has no option '{option}'{who}{guess} {self._menu(group)}"
 
     def _menu(self, group: str) -> str:
-        return f"Options: {', '.join(self.options(group))}"
+        return f"Options: {', '.join(self.options[group])}"
 
     def _guess_choice(self, text: str) -> str:
-        if text in self.groups:
+        if text in self.options:
             return f": write {text}=<option>. {self._menu(text)}"
-        choices = {option: f"{group}={option}" for group in reversed(self.groups) for option in self.options(group)}
+        choices = {option: f"{group}={option}" for group, options in self.options.items() for option in options}
         guess = closest(text, choices)
         return f"; did you mean '{choices[guess]}'?" if guess else ": write key=value"
 
@@ -241,47 +253,58 @@ class Composer:
         text = str(error) or str(error.__cause__ or type(error).__name__)
         if isinstance(error, MissingConfigException) and error.missing_cfg_file:
             group, _, name = str(error.missing_cfg_file).rpartition("/")
-            if group:
-                return self._no_option(group, name, ", which this combination asks for")
-            return f"there is no {name}.yaml in {self.loader.get_sources()[1].path}{did_you_mean(name, self.options(''))}"
+            if not group:
+                guess = did_you_mean(name, self.loader.get_group_options(""))
+                return f"there is no {name}.yaml in {self.loader.get_sources()[1].path}{guess}"
+            is_chosen = any(o.key_or_group == group and name in str(o.value()) for o in overrides)
+            return self._no_option(group, name, "" if is_chosen else ", which this combination asks for")
         if needed := re.match(r"You must specify '(.+?)'", text):
             return f"{needed[1]} is not chosen: pass {needed[1]}=... {self._menu(needed[1])}"
         if unused := re.match(r"Could not (?:override|delete from config\.|delete) '(.+?)'", text):
             key = error.__cause__.full_key if isinstance(error.__cause__, OmegaConfBaseException) else None
             return self._unknown(key or unused[1], overrides)
-        if text.startswith(("hydra.searchpath must", "No config source registered")):
-            return "hydra.searchpath: must be a list, and each place in it must begin with file:// or pkg://"
         if isinstance(error, yaml.YAMLError):
             return f"cannot read a config file: {' '.join(text.split())}"
-        return f"{self.root}: {text.splitlines()[0]}"
+        known = (remedy for start, remedy in REMEDIES.items() if text.startswith(start))
+        return next(known, f"{self.root}: {text.splitlines()[0]}")
 
     def _unknown(self, key: str, overrides: Sequence[Override]) -> str:
         """The sentence about a key, or a group, that this composition does not have."""
         others = [override for override in overrides if override.get_key_element() != key]
         declared = self._declare(others)
-        used = {group: option for group, option in declared.choices.items() if group in self.groups}
-        mention = re.compile(rf"\b{re.escape(leaf(key))}['\"]?\s*[:@]")
-        for group in sorted(used.keys() - set(OVERLAYS)):
-            # Composing is slow; most groups never mention the key.
-            if not any(mention.search(file.read_text()) for file in self._files(group)):
-                continue
-            choices = [f"{group}={option}" for option in self.options(group) if option != used[group]]
-            if holders := [choice for choice in choices if self._brings(key, [*others, *self.parse([choice])])]:
+        used = {group: option for group, option in declared.choices.items() if not group.startswith("hydra/")}
+        for group in sorted((used.keys() & self.options.keys()) - set(OVERLAYS)):
+            choices = [f"{group}={option}" for option in self.options[group] if option != used[group]]
+            if holders := [choice for choice in choices if self._brings(key, group, [*others, *self.parse([choice])])]:
                 have = "has" if len(holders) == 1 else "have"
                 return f"'{key}' means nothing with {group}={used[group]}; {' and '.join(holders)} {have} it"
-        if key in self.groups and len(others) < len(overrides):
+        if key in self.options and len(others) < len(overrides):
             return f"'{key}' is not part of '{self.root}'. Its groups: {', '.join(sorted(used))}"
-        return f"unknown key '{key}'{nearest(key, declared.tree, self.groups)}"
+        return f"unknown key '{key}'{nearest(key, declared.tree, list(self.options))}"
 
-    def _files(self, group: str) -> Iterator[Path]:
-        for source in self.loader.get_sources():
-            if source.scheme() in ("file", "pkg"):
-                folder = source.path if source.scheme() == "file" else importlib.resources.files(source.path)
-                yield from (Path(str(folder)) / group).rglob("*.yaml")
-
-    def _brings(self, key: str, overrides: list[Override]) -> bool:
+    def _brings(self, key: str, group: str, overrides: Sequence[Override]) -> bool:
+        """Whether these overrides, the last of which chooses an option of the group, bring a key or a group."""
+        # Composing is slow, and most groups never mention the key.
+        files = (self.loader.repository.load_config(f"{group}/{option}") for option in self.options[group])
+        if not any(re.search(rf"\b{re.escape(leaf(key))}\b", str(file)) for file in files):
+            return False
         try:
             declared = self._declare(overrides)
         except ConfigError:
             return False
         return key in declared.choices or key in dotted(declared.tree)
+
+
+def parse_arguments() -> Any:
+    """The flags and overrides of the command line. Raises ConfigError for a flag that Hydra does not have."""
+    args, unknown = get_args_parser().parse_known_intermixed_args()
+    if unknown:
+        name = unknown[0].lstrip("-").replace("-", "_").partition("=")[0]
+        raise ConfigError(f"'{unknown[0]}' is not a flag; settings are written {name}=value")
+    return args
+
+
+def tries_all(sweeper: DictConfig) -> bool:
+    """Whether a sweeper of Hydra's config runs all combinations; others search."""
+    found = locate(sweeper._target_, "hydra/sweeper")
+    return isinstance(found, type) and issubclass(found, basic_sweeper.BasicSweeper)

@@ -1,13 +1,12 @@
-"""Dotted keys in plain trees of dicts and lists, and suggestions for the ones that do not exist."""
+"""Dotted keys of plain trees of dicts and lists, and the suggestion for one that does not exist."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from sdft.errors import UserError
+from sdft.errors import UserError, closest
 
 MARKS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 """Keys that `hydra.utils.instantiate` reads; all others are arguments of the target."""
@@ -15,17 +14,6 @@ MARKS = ("_target_", "_partial_", "_recursive_", "_convert_", "_args_")
 
 class ConfigError(UserError):
     """The config is wrong; the message names the key or group and what to write instead."""
-
-
-def closest(text: object, candidates: Iterable[object]) -> str | None:
-    """The candidate that is spelled most like the text; None if none is close."""
-    return next(iter(difflib.get_close_matches(str(text), [str(c) for c in candidates], 1)), None)
-
-
-def did_you_mean(text: object, candidates: Iterable[object]) -> str:
-    """`; did you mean 'x'?`, or nothing if no candidate is close."""
-    guess = closest(text, candidates)
-    return f"; did you mean '{guess}'?" if guess else ""
 
 
 def nearest(key: str, tree: dict[str, Any], groups: list[str]) -> str:

@@ -17,8 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sdft.config.command import build, check
-from sdft.config.keys import did_you_mean
-from sdft.errors import UserError
+from sdft.errors import UserError, did_you_mean
 from sdft.merging.annotations import signature_of
 from sdft.merging.recipe import METHODS, Step, import_method
 

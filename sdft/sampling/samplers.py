@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import diffusers
 import torch
 
-from sdft.errors import UserError
+from sdft.errors import UserError, did_you_mean
 from sdft.objective.noise_schedule import NoiseSchedule
 from sdft.protocols import DiffusionModel
 from sdft.types import Count, Fraction, NonNegative
@@ -84,8 +83,7 @@ def find_scheduler(name: str) -> tuple[Any, dict[str, Any]]:
     except (ImportError, AttributeError) as error:
         raise UserError(f"sampler.name={name}: cannot be imported ({error})") from error
     if factory is None or (isinstance(factory, type) and not issubclass(factory, diffusers.SchedulerMixin)):
-        near = difflib.get_close_matches(name, SCHEDULERS, 1)
-        guess = f"; did you mean '{near[0]}'?" if near else f"; choose one of {', '.join(SCHEDULERS)}"
+        guess = did_you_mean(name, SCHEDULERS) or f"; choose one of {', '.join(SCHEDULERS)}"
         raise UserError(f"sampler.name={name}: is no sampler, and no dotted name of a diffusers scheduler{guess}")
     return factory, {}
 
