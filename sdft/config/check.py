@@ -10,7 +10,6 @@ import functools
 import importlib
 import inspect
 import json
-import math
 import re
 import sys
 import types
@@ -22,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sdft.config.keys import MARKS, ConfigError, dotted, items, join
+from sdft.config.keys import MARKS, ConfigError, flatten, items, join
 from sdft.errors import closest, did_you_mean
 
 STRICT = ConfigDict(arbitrary_types_allowed=True, strict=True, allow_inf_nan=False)
@@ -56,9 +55,9 @@ def resolve(node: Any, path: str = "") -> Any:
         return node
     if node._is_none():
         return None
-    if isinstance(node, ListConfig):
-        return [_value(node, index, join(path, index)) for index in range(len(node))]
-    return {key: _value(node, key, join(path, key)) for key in node}
+    keys = list(node) if isinstance(node, DictConfig) else range(len(node))
+    values = {key: _value(node, key, join(path, key)) for key in keys}
+    return values if isinstance(node, DictConfig) else list(values.values())
 
 
 def _value(node: Any, key: Any, path: str) -> Any:
@@ -73,8 +72,7 @@ def _value(node: Any, key: Any, path: str) -> Any:
             return LATER
         raw, why = OmegaConf.to_container(node, resolve=False)[key], f"cannot be resolved: {reason}"  # type: ignore
         if isinstance(error, InterpolationKeyError):
-            wanted = reason.split("'")[1]
-            known = dotted(OmegaConf.to_container(node._get_root(), resolve=False))
+            wanted, known = reason.split("'")[1], flatten(OmegaConf.to_container(node._get_root(), resolve=False))
             why = f"points to '{wanted}', which does not exist{did_you_mean(wanted, known)}"
         raise ConfigError(f"{path}: {raw} {why}") from None
 
@@ -98,8 +96,9 @@ def locate(name: Any, key: str) -> Any:
         except ImportError as error:
             if not isinstance(error, ModuleNotFoundError) or not f"{walked}.".startswith(f"{error.name}."):
                 raise ConfigError(f"{key}={name}: importing {walked} failed: {error}") from error
-            package = name.split(".")[1].replace("_", "-")
-            remedy = f"; pip install {package}" if name.startswith("hydra_plugins.") else did_you_mean(part, dir(outer))
+            # A plugin of Hydra is called as its package on PyPI.
+            is_plugin, package = name.startswith("hydra_plugins."), name.replace("_", "-").split(".")[1:2]
+            remedy = f"; pip install {package[0]}" if is_plugin else did_you_mean(part, dir(outer))
             raise ConfigError(f"{key}={name}: '{walked}' does not exist{remedy}") from None
     if not callable(found):
         raise ConfigError(f"{key}={name}: is not callable")
@@ -108,8 +107,7 @@ def locate(name: Any, key: str) -> Any:
 
 def _arguments(path: str, node: dict[str, Any], parameters: list[inspect.Parameter]) -> dict[str, Any]:
     """The arguments of a node by name. Raises ConfigError if one is missing, or if the target does not take it."""
-    name = node["_target_"]
-    given = {key: value for key, value in node.items() if key not in MARKS}
+    name, given = node["_target_"], {key: value for key, value in node.items() if key not in MARKS}
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     # A target of this project ignores an untyped **kwargs; what others do with theirs is for them to check.
     rest = [p for p in parameters if p.kind == p.VAR_KEYWORD]
@@ -128,9 +126,8 @@ def _arguments(path: str, node: dict[str, Any], parameters: list[inspect.Paramet
 
 def _opaque(value: Any) -> bool:
     """Whether it holds a node that will be built, or a value of the running job."""
-    if isinstance(value, dict):
-        return "_target_" in value or any(map(_opaque, value.values()))
-    return value is LATER or (isinstance(value, list) and any(map(_opaque, value)))
+    is_node = isinstance(value, dict) and "_target_" in value
+    return value is LATER or is_node or any(_opaque(child) for _, child in items(value))
 
 
 @functools.cache
@@ -154,20 +151,13 @@ def _check_value(cfg: DictConfig, key: str, value: Any, adapter: TypeAdapter[Any
     except ValidationError as error:
         for problem in error.errors():
             place, wrong = _wrong_part(key, value, problem["loc"])
-            if problem["type"] == "float_type" and isinstance(wrong, str) and _is_finite(wrong):
+            if problem["type"] == "float_type" and re.fullmatch(r"[+-]?\d*\.?\d+(e[+-]?\d+)?", str(wrong), re.IGNORECASE):
                 with flag_override(cfg, ["struct", "readonly"], False):
                     OmegaConf.update(cfg, place, float(wrong))
                 return check(cfg)
         raise ConfigError(_complaint(_written_at(cfg, key), value, error.errors(), name)) from None
     if dataclasses.is_dataclass(result) and isinstance(value, dict):
         raise ConfigError(f"{key}: needs a _target_ that builds a {type(result).__name__} ({name})")
-
-
-def _is_finite(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
 
 
 def _wrong_part(key: str, value: Any, location: tuple[int | str, ...]) -> tuple[str, Any]:
@@ -184,7 +174,7 @@ def _written_at(cfg: DictConfig, key: str) -> str:
     outer, _, last = key.rpartition(".")
     owner = OmegaConf.select(cfg, outer) if outer else cfg
     raw = OmegaConf.to_container(owner, resolve=False) if isinstance(owner, DictConfig) else {}
-    link = re.fullmatch(r"\$\{([\w.]+)\}", str(raw.get(last))) if isinstance(raw, dict) else None
+    link = re.fullmatch(r"\$\{([\w.]+)\}", str(dict(items(raw)).get(last)))
     return _written_at(cfg, link[1]) if link else key
 
 
@@ -199,5 +189,5 @@ def _complaint(key: str, value: Any, problems: list[Any], name: str) -> str:
             text = f"must have more in it ({'.'.join(map(str, problem['loc'][1:]))} is missing)"
         reasons[text.removeprefix("must be ") if reasons else text] = None
     allowed = " ".join(p["ctx"]["expected"] for p in problems if p["type"] == "literal_error").split("'")[1::2]
-    shown = json.dumps(wrong) if wrong is None or isinstance(wrong, bool) else wrong
+    shown = json.dumps(wrong) if wrong is None or isinstance(wrong, bool) or wrong == "" else wrong
     return f"{key}={shown}: {' or '.join(reasons)} ({name}){did_you_mean(wrong, allowed)}"

@@ -19,7 +19,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from sdft.config.check import check, locate, resolve
-from sdft.config.compose import Composer, composer, parse_arguments, tries_all
+from sdft.config.compose import Composer, basic_sweeper, composer, get_args_parser
 from sdft.config.keys import ConfigError
 from sdft.distributed.processes import ProcessInfo, exit_with_error
 from sdft.errors import UserError
@@ -93,7 +93,10 @@ class command:
             sys.path += [folder for folder in [os.getcwd()] if folder not in sys.path]
             given = sys.argv
             try:
-                args = parse_arguments()
+                args, unknown = get_args_parser().parse_known_intermixed_args()
+                if unknown:
+                    name = unknown[0].lstrip("-").replace("-", "_").partition("=")[0]
+                    raise ConfigError(f"'{unknown[0]}' is not a flag; settings are written {name}=value")
                 flags = [word for word in given if word not in (*args.overrides, "-m", "--multirun")]
                 plan = self._plan(args, function)
                 if plan.dry_run and self.print_plan is not None:
@@ -158,6 +161,12 @@ def _plan_sweep(opened: Composer, overrides: Sequence[str]) -> Plan:
     if not is_grid or num >= len(jobs):
         raise ConfigError(f"hydra.job.num={num}: the grid has {len(jobs)} jobs, numbered from 0")
     return Plan([*fixed, *jobs[num], f"hydra.run.dir={quoted(run_dir)}"], sweep_dir)
+
+
+def tries_all(sweeper: DictConfig) -> bool:
+    """Whether a sweeper of Hydra's config runs all combinations; others search."""
+    found = locate(sweeper._target_, "hydra/sweeper")
+    return isinstance(found, type) and issubclass(found, basic_sweeper.BasicSweeper)
 
 
 def _job(function: Function) -> Function:

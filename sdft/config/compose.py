@@ -1,12 +1,12 @@
 """Composes the config of one job with Hydra, and explains in one sentence what Hydra refuses.
 
-The only file that uses Hydra's internals; each use has its reason beside it. Knows groups, options and overrides, not
-what a value means (`check`).
+The only file that uses Hydra's internals, each with its reason. Does not know what a value means (`check`).
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.resources
 import itertools
 import re
 import warnings
@@ -21,7 +21,7 @@ import yaml
 from hydra import initialize_config_dir
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.core_plugins import basic_sweeper  # whose class the search for plugins replaces by an equal one
-from hydra._internal.utils import get_args_parser  # which arguments are overrides, and Hydra's flags
+from hydra._internal.utils import get_args_parser  # tells overrides from Hydra's flags; `command` uses it
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
@@ -30,37 +30,29 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from sdft.config.check import locate
-from sdft.config.keys import ConfigError, at, dotted, leaf, nearest, undeclared
+from sdft.config.keys import ConfigError, flatten, leaf, nearest, undeclared
 from sdft.errors import closest, did_you_mean
 
+__all__ = ["Composer", "basic_sweeper", "composer", "get_args_parser"]
 OVERLAYS = ("experiment", "recipe")
 """Groups whose files only set keys that others declare: a key that exists nowhere else is a mistake in them."""
-PLACES = "hydra.searchpath: must be a list, and each place in it must begin with file:// or pkg://"
-REMEDIES = {
-    "hydra.searchpath must be": PLACES,
-    "No config source registered": PLACES,
-    "BasicSweeper does not": "interval(...) needs a sweeper that searches, such as hydra/sweeper=search",
-}
-"""Start of a message of Hydra -> ours."""
 
 
 @contextmanager
 def composer(
     root: str, conf_dir: Path, overrides: Sequence[str], config_dirs: Sequence[str | Path] = (), job_name: str = "job"
 ) -> Iterator[Composer]:
-    """Open a conf directory and all that is searched besides it. Raises ConfigError for a place that does not exist.
+    """Open a conf directory, `config_dirs`, and the places of `hydra.searchpath` in the overrides or the root file.
 
-    overrides: of the command; what `hydra.searchpath` lists there, or in the root file, is searched too.
-    config_dirs: further folders, as of `--config-dir`.
+    Raises ConfigError for a place that does not exist.
     """
     with initialize_config_dir(str(Path(conf_dir).absolute()), job_name, version_base="1.3"):
-        loader: Any = GlobalHydra.instance().config_loader()
+        opened = Composer(root, GlobalHydra.instance().config_loader())
+        loader = opened.loader
         for folder in config_dirs:
             place = f"file://{Path(folder).absolute()}"
             loader.get_search_path().prepend("command-line", place, anchor="schema")  # which must be the last
         loader.repository.initialize_sources(loader.get_search_path())
-        opened = Composer(root, loader)
         parsed = opened.parse(overrides)
         with opened.explained(parsed), warnings.catch_warnings(action="ignore"):
             # Private: Hydra adds these places inside of each composition, and we need their groups before the first.
@@ -89,10 +81,10 @@ class _Files(CachingConfigRepository):
 
 
 class Declared(NamedTuple):
-    """What the chosen files contain, before any value is overridden."""
+    """What the chosen files contain, as flat trees, before any value is overridden."""
 
     tree: dict[str, Any]  # overlays aside
-    overlays: list[tuple[str, dict[str, Any]]]  # file and content of each
+    overlays: dict[str, dict[str, Any]]  # file -> content
     choices: dict[str, Any]  # group -> chosen option
 
 
@@ -125,12 +117,12 @@ class Composer:
         for override in parsed:
             self._check_choice(override)
         declared = self._declare(parsed)
-        for override in parsed:
-            if (override.is_add() or override.is_force_add()) and not self._is_group(override):
-                parts = reversed(override.key_or_group.split("."))
-                for key in undeclared(reduce(lambda value, part: {part: value}, parts, override.value()), declared.tree):
-                    raise ConfigError(self._unknown(key, parsed))
-        for file, content in declared.overlays:
+        added = [o for o in parsed if (o.is_add() or o.is_force_add()) and not self._is_group(o)]
+        for override in (override for override in added if not override.is_hydra_override()):
+            parts = reversed(override.key_or_group.split("."))
+            for key in undeclared(flatten(reduce(lambda v, part: {part: v}, parts, override.value())), declared.tree):
+                raise ConfigError(self._unknown(key, parsed))
+        for file, content in declared.overlays.items():
             for key in undeclared(content, declared.tree):
                 raise ConfigError(f"{file} sets '{key}': {self._unknown(key, parsed)}")
         cfg = self.load_unchecked(parsed)
@@ -142,12 +134,14 @@ class Composer:
         with self.explained(overrides):
             return self.loader.load_configuration(self.root, [o.input_line for o in overrides], run_mode=mode)
 
-    def jobs(self, overrides: Sequence[Override], is_grid: bool) -> Iterator[tuple[str, ...]]:
+    def jobs(self, overrides: Sequence[Override], is_grid: bool) -> list[tuple[str, ...]]:
         """The overrides of each job of a grid; of a search, each value once with the first of the others."""
-        axes = {}
+        axes: dict[str, list[str]] = {}
         for override in overrides:
             key, sweep = override.get_key_element(), override.value()
-            if isinstance(sweep, IntervalSweep) and not is_grid:
+            if isinstance(sweep, IntervalSweep):
+                if is_grid:
+                    raise ConfigError("interval(...) needs a sweeper that searches, such as hydra/sweeper=search")
                 axes[key] = [f"{key}={end}" for end in (sweep.start, sweep.end)]
                 continue
             with self.explained(overrides):
@@ -156,10 +150,9 @@ class Composer:
             if not axes[key]:
                 raise ConfigError(f"{override.input_line} matches nothing to sweep over")
         if is_grid:
-            yield from itertools.product(*axes.values())
-        else:
-            first = {key: axis[0] for key, axis in axes.items()}
-            yield from dict.fromkeys(tuple((first | {k: v}).values()) for k, axis in axes.items() for v in axis)
+            return list(itertools.product(*axes.values()))
+        first = {key: axis[0] for key, axis in axes.items()}
+        return list(dict.fromkeys(tuple((first | {key: value}).values()) for key in axes for value in axes[key]))
 
     def fill_open_dicts(self, overrides: Sequence[str]) -> list[str]:
         """The overrides with `key={...}` as `++key={...}` if the key is declared as `{}`, for the user to fill.
@@ -173,10 +166,10 @@ class Composer:
             if override.type != OverrideType.CHANGE or not isinstance(value, dict) or not value:
                 continue
             declared = self._declare(parsed)
-            if at(declared.tree, key) == {}:
+            if declared.tree.get(key) == {}:
                 filled[number] = f"++{override.input_line}"
-                for file, content in declared.overlays:
-                    if found := ", ".join(map(str, at(content, key) or ())):
+                for file, content in declared.overlays.items():
+                    if found := ", ".join(map(str, content.get(key) or ())):
                         raise ConfigError(f"{key} has entries already ({found}, from {file}): ++{key}=... adds to them")
         return filled
 
@@ -192,15 +185,15 @@ class Composer:
                 files = [file for file in found.defaults if not file.config_path.startswith("hydra/")]
                 above = [file for file in files if file.config_path.rpartition("/")[0] in overlays]
                 tree = self._content([file for file in files if file not in above])
-                contents = [(f"{file.config_path}.yaml", self._content([file])) for file in above]
+                contents = {f"{file.config_path}.yaml": self._content([file]) for file in above}
                 self._declared[lines] = Declared(tree, contents, dict(found.overrides.known_choices))
         return self._declared[lines]
 
-    def _content(self, files: list[Any]) -> Any:
+    def _content(self, files: list[Any]) -> dict[str, Any]:
         # Private: the public load_configuration composes all files of a root, and overrides values.
         merged = self.loader._compose_config_from_defaults_list(files, self.loader.repository)
         merged.pop("hydra", None)
-        return OmegaConf.to_container(merged, resolve=False)
+        return flatten(OmegaConf.to_container(merged, resolve=False))
 
     @cached_property
     def options(self) -> dict[str, list[str]]:
@@ -261,12 +254,12 @@ class Composer:
         if needed := re.match(r"You must specify '(.+?)'", text):
             return f"{needed[1]} is not chosen: pass {needed[1]}=... {self._menu(needed[1])}"
         if unused := re.match(r"Could not (?:override|delete from config\.|delete) '(.+?)'", text):
-            key = error.__cause__.full_key if isinstance(error.__cause__, OmegaConfBaseException) else None
-            return self._unknown(key or unused[1], overrides)
-        if isinstance(error, yaml.YAMLError):
-            return f"cannot read a config file: {' '.join(text.split())}"
-        known = (remedy for start, remedy in REMEDIES.items() if text.startswith(start))
-        return next(known, f"{self.root}: {text.splitlines()[0]}")
+            inner = error.__cause__.full_key if isinstance(error.__cause__, OmegaConfBaseException) else ""
+            return self._unknown(max(unused[1], inner or "", key=len), overrides)
+        if text.startswith(("hydra.searchpath must be", "No config source registered")):
+            return "hydra.searchpath: must be a list, and each place in it must begin with file:// or pkg://"
+        what = "cannot read a config file" if isinstance(error, yaml.YAMLError) else self.root
+        return f"{what}: {' '.join(text.split()) if isinstance(error, yaml.YAMLError) else text.splitlines()[0]}"
 
     def _unknown(self, key: str, overrides: Sequence[Override]) -> str:
         """The sentence about a key, or a group, that this composition does not have."""
@@ -275,36 +268,29 @@ class Composer:
         used = {group: option for group, option in declared.choices.items() if not group.startswith("hydra/")}
         for group in sorted((used.keys() & self.options.keys()) - set(OVERLAYS)):
             choices = [f"{group}={option}" for option in self.options[group] if option != used[group]]
-            if holders := [choice for choice in choices if self._brings(key, group, [*others, *self.parse([choice])])]:
+            # Composing is slow, and most groups never mention the key.
+            if not self._mentions(group, leaf(key)):
+                continue
+            if holders := [choice for choice in choices if self._brings(key, [*others, *self.parse([choice])])]:
                 have = "has" if len(holders) == 1 else "have"
                 return f"'{key}' means nothing with {group}={used[group]}; {' and '.join(holders)} {have} it"
         if key in self.options and len(others) < len(overrides):
             return f"'{key}' is not part of '{self.root}'. Its groups: {', '.join(sorted(used))}"
-        return f"unknown key '{key}'{nearest(key, declared.tree, list(self.options))}"
+        return f"unknown key '{key}'{'' if key.startswith('hydra.') else nearest(key, declared.tree, self.options)}"
 
-    def _brings(self, key: str, group: str, overrides: Sequence[Override]) -> bool:
-        """Whether these overrides, the last of which chooses an option of the group, bring a key or a group."""
-        # Composing is slow, and most groups never mention the key.
-        files = (self.loader.repository.load_config(f"{group}/{option}") for option in self.options[group])
-        if not any(re.search(rf"\b{re.escape(leaf(key))}\b", str(file)) for file in files):
-            return False
+    def _mentions(self, group: str, name: str) -> bool:
+        """Whether a file of a group has a key, or a group, of this name."""
+        pattern = re.compile(rf"\b{re.escape(name)}['\"]?\s*[:@]")
+        for source in self.loader.get_sources():
+            if source.scheme() in ("file", "pkg"):
+                folder = source.path if source.scheme() == "file" else importlib.resources.files(source.path)
+                if any(pattern.search(file.read_text()) for file in (Path(str(folder)) / group).rglob("*.yaml")):
+                    return True
+        return False
+
+    def _brings(self, key: str, overrides: Sequence[Override]) -> bool:
         try:
             declared = self._declare(overrides)
         except ConfigError:
             return False
-        return key in declared.choices or key in dotted(declared.tree)
-
-
-def parse_arguments() -> Any:
-    """The flags and overrides of the command line. Raises ConfigError for a flag that Hydra does not have."""
-    args, unknown = get_args_parser().parse_known_intermixed_args()
-    if unknown:
-        name = unknown[0].lstrip("-").replace("-", "_").partition("=")[0]
-        raise ConfigError(f"'{unknown[0]}' is not a flag; settings are written {name}=value")
-    return args
-
-
-def tries_all(sweeper: DictConfig) -> bool:
-    """Whether a sweeper of Hydra's config runs all combinations; others search."""
-    found = locate(sweeper._target_, "hydra/sweeper")
-    return isinstance(found, type) and issubclass(found, basic_sweeper.BasicSweeper)
+        return key in declared.choices or key in declared.tree
