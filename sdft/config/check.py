@@ -25,6 +25,7 @@ from sdft.config.keys import MARKS, ConfigError, flatten, items, join
 from sdft.errors import closest, did_you_mean
 
 STRICT = ConfigDict(arbitrary_types_allowed=True, strict=True, allow_inf_nan=False)
+NUMBER = re.compile(r"[+-]?\d*\.?\d+(e[+-]?\d+)?", re.IGNORECASE)
 LATER = object()
 """Stands for a value that only a running job knows, such as `${hydra:runtime.output_dir}`."""
 
@@ -134,12 +135,13 @@ def _opaque(value: Any) -> bool:
 def _adapter(target: Any, argument: str) -> TypeAdapter[Any] | None:
     """Validates a list of one value of the argument; None if its annotation is missing or cannot be evaluated."""
     annotation = inspect.signature(target).parameters[argument].annotation
+    function = inspect.unwrap(inspect.getattr_static(target, "__init__") if isinstance(target, type) else target)
     try:
-        function = inspect.unwrap(target.__init__ if isinstance(target, type) else target)
         scope = getattr(function, "__globals__", vars(sys.modules[target.__module__]))
         one = types.SimpleNamespace(__annotations__={} if annotation is inspect.Parameter.empty else {"it": annotation})
-        hint = typing.get_type_hints(one, scope, include_extras=True)["it"]
-        return TypeAdapter(tuple[hint], config=STRICT)  # in a tuple, as dataclasses take no config from outside
+        hint: Any = typing.get_type_hints(one, scope, include_extras=True)["it"]
+        # In a tuple, as dataclasses take no config from outside.
+        return TypeAdapter(types.GenericAlias(tuple, (hint,)), config=STRICT)
     except Exception:  # of any kind: a name imported for type checkers only, a type that pydantic does not know
         return None
 
@@ -151,7 +153,7 @@ def _check_value(cfg: DictConfig, key: str, value: Any, adapter: TypeAdapter[Any
     except ValidationError as error:
         for problem in error.errors():
             place, wrong = _wrong_part(key, value, problem["loc"])
-            if problem["type"] == "float_type" and re.fullmatch(r"[+-]?\d*\.?\d+(e[+-]?\d+)?", str(wrong), re.IGNORECASE):
+            if problem["type"] == "float_type" and NUMBER.fullmatch(str(wrong)):
                 with flag_override(cfg, ["struct", "readonly"], False):
                     OmegaConf.update(cfg, place, float(wrong))
                 return check(cfg)
@@ -161,7 +163,7 @@ def _check_value(cfg: DictConfig, key: str, value: Any, adapter: TypeAdapter[Any
 
 
 def _wrong_part(key: str, value: Any, location: tuple[int | str, ...]) -> tuple[str, Any]:
-    """Key and value of what pydantic points at in a list of one; its steps that name members of a union are left out."""
+    """Key and value of what pydantic points at in a list of one; steps that name members of a union are skipped."""
     for step in location[1:]:
         children = dict(items(value))
         if step in children:

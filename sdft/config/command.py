@@ -67,7 +67,7 @@ class Plan(NamedTuple):
     overrides: list[str]
     sweep_dir: Path | None = None
     dry_run: Sequence[DictConfig] = ()  # the configs of the jobs
-    jobs: Sequence[tuple[str, ...]] = ()  # the overrides of the jobs of a sweep
+    jobs: Sequence[list[str]] = ()  # the overrides of the jobs of a sweep
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class command:
     root: str
     conf_dir: Path = CONF_DIR
     finish_sweep: Callable[[Path], None] | None = None
-    print_plan: Callable[[Sequence[DictConfig], Sequence[tuple[str, ...]]], None] | None = None
+    print_plan: Callable[[Sequence[DictConfig], Sequence[list[str]]], None] | None = None
     recall: Callable[[Sequence[str]], list[str]] = list
 
     def __call__(self, function: Function) -> Callable[[], None]:
@@ -141,7 +141,7 @@ def _plan_sweep(opened: Composer, overrides: Sequence[str]) -> Plan:
     is_grid = tries_all(sweep.sweeper)
     params = [f"{key}={value}" for key, value in (sweep.sweeper.get("params") or {}).items()]
     swept = [*opened.parse(params), *(override for override in parsed if not override.is_hydra_override())]
-    jobs, configs = list(opened.jobs(swept, is_grid)), []
+    jobs, configs = opened.jobs(swept, is_grid), []
     for number, job in enumerate(jobs, 1):
         try:
             configs.append(opened.load([*fixed, *job])[0])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import importlib.resources
-import itertools
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -100,7 +99,12 @@ class Composer:
         """The overrides as objects; their globs match options of this conf directory."""
         for text in overrides:
             if text.startswith("=") or ("=" not in text and not text.startswith("~")):
-                raise ConfigError(f"'{text}' is not an override{self._guess_choice(text)}")
+                if text in self.options:
+                    raise ConfigError(f"'{text}' is not an override: write {text}=<option>. {self._menu(text)}")
+                choices = {o: f"{group}={o}" for group, options in self.options.items() for o in options}
+                guess = closest(text, choices)
+                remedy = f"; did you mean '{choices[guess]}'?" if guess else ": write key=value"
+                raise ConfigError(f"'{text}' is not an override{remedy}")
         try:
             return OverridesParser.create(config_loader=self.loader).parse_overrides(list(overrides))
         except HydraException as error:
@@ -134,25 +138,25 @@ class Composer:
         with self.explained(overrides):
             return self.loader.load_configuration(self.root, [o.input_line for o in overrides], run_mode=mode)
 
-    def jobs(self, overrides: Sequence[Override], is_grid: bool) -> list[tuple[str, ...]]:
+    def jobs(self, overrides: Sequence[Override], is_grid: bool) -> list[list[str]]:
         """The overrides of each job of a grid; of a search, each value once with the first of the others."""
-        axes: dict[str, list[str]] = {}
+        # Internal: jobs are numbered, and their overrides written, as Hydra does it.
+        split = basic_sweeper.BasicSweeper.split_arguments
+        for override in overrides:
+            if override.is_discrete_sweep() and not list(override.sweep_iterator()):
+                raise ConfigError(f"{override.input_line} matches nothing to sweep over")
+            if override.is_interval_sweep() and is_grid:
+                raise ConfigError("interval(...) needs a sweeper that searches, such as hydra/sweeper=search")
+        if is_grid:
+            return split(list(overrides), None)[0]
+        axes = {}
         for override in overrides:
             key, sweep = override.get_key_element(), override.value()
-            if isinstance(sweep, IntervalSweep):
-                if is_grid:
-                    raise ConfigError("interval(...) needs a sweeper that searches, such as hydra/sweeper=search")
-                axes[key] = [f"{key}={end}" for end in (sweep.start, sweep.end)]
-                continue
-            with self.explained(overrides):
-                # Internal: jobs are numbered, and their overrides written, as Hydra does it.
-                axes[key] = [job[0] for job in basic_sweeper.BasicSweeper.split_arguments([override], None)[0]]
-            if not axes[key]:
-                raise ConfigError(f"{override.input_line} matches nothing to sweep over")
-        if is_grid:
-            return list(itertools.product(*axes.values()))
+            ends = [f"{key}={end}" for end in (sweep.start, sweep.end)] if isinstance(sweep, IntervalSweep) else None
+            axes[key] = ends or [job[0] for job in split([override], None)[0]]
         first = {key: axis[0] for key, axis in axes.items()}
-        return list(dict.fromkeys(tuple((first | {key: value}).values()) for key in axes for value in axes[key]))
+        jobs = dict.fromkeys(tuple((first | {key: value}).values()) for key in axes for value in axes[key])
+        return [list(job) for job in jobs]
 
     def fill_open_dicts(self, overrides: Sequence[str]) -> list[str]:
         """The overrides with `key={...}` as `++key={...}` if the key is declared as `{}`, for the user to fill.
@@ -213,7 +217,8 @@ class Composer:
             or_list = "" if "(" in line else f" (or write {line.replace('=', '=[', 1)}] for a list)"
             raise ConfigError(f"{line} is a sweep: add -m to sweep{or_list}")
         if not self._is_group(override):
-            if value in self.options.get(as_group := group.replace(".", "/"), ()):
+            as_group = group.replace(".", "/")
+            if self.loader.repository.group_exists(as_group) and value in self.options[as_group]:
                 raise ConfigError(f"{line}: '{group}' is a group; did you mean '{as_group}={value}'?")
         elif value is None and not override.is_delete():
             raise ConfigError(f"'{group}' has no option null; '~{group}' leaves it out")
@@ -226,13 +231,6 @@ class Composer:
 
     def _menu(self, group: str) -> str:
         return f"Options: {', '.join(self.options[group])}"
-
-    def _guess_choice(self, text: str) -> str:
-        if text in self.options:
-            return f": write {text}=<option>. {self._menu(text)}"
-        choices = {option: f"{group}={option}" for group, options in self.options.items() for option in options}
-        guess = closest(text, choices)
-        return f"; did you mean '{choices[guess]}'?" if guess else ": write key=value"
 
     @contextmanager
     def explained(self, overrides: Sequence[Override]) -> Iterator[None]:

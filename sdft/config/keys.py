@@ -55,7 +55,7 @@ def undeclared(content: dict[str, Any], tree: dict[str, Any]) -> Iterator[str]:
 
 
 def nearest(key: str, tree: Iterable[str], groups: Iterable[str]) -> str:
-    """What follows "unknown key": a sibling spelled like it, a key of that name elsewhere, a similar key, or all siblings."""
+    """What follows "unknown key": a sibling like it, a key of its name elsewhere, a similar key, or all siblings."""
     known = [k for k in sorted([*groups, *tree], key=len) if k != key and leaf(k) not in MARKS]
     parent, _, last = key.rpartition(".")
     siblings = {leaf(k): k for k in tree if k in known and k.rpartition(".")[0] == parent}
