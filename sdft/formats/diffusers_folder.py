@@ -19,6 +19,7 @@ from sdft.formats.keys import PREFIXES, hub_name
 from sdft.formats.model_checkpoint import INDEX, LOGIT_SCALE_KEY, Checkpoint
 from sdft.formats.safetensors_io import DTYPE_NAMES, TensorInfo, atomic_output, write_tensors
 from sdft.progress import tqdm
+from sdft.protocols import DiffusionModel
 
 SDXL_PARTS = (*PREFIXES, "tokenizer", "tokenizer_2", "scheduler")
 FILES = {
@@ -33,7 +34,7 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.onnx
 def write_folder(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Save `model` (an SDXL, or a single diffusers or transformers model) as `folder`, atomically."""
     with atomic_output(folder, overwrite=True) as written:
-        if hasattr(model, "save_pretrained"):
+        if not isinstance(model, DiffusionModel):
             in_dtype(model, dtype).save_pretrained(written)
             return
         save_all_but_weights(model, written, dtype)
