@@ -24,7 +24,7 @@ from sdft.evaluation.subject_loader import SubjectLoader
 from sdft.evaluation.subjects import Subject
 from sdft.evaluation.sweeps import Job, add_training_values, job_subjects, training_values
 from sdft.evaluation.tables import terminal_table, write_contact_sheet, write_tables
-from sdft.models.sdxl import SDXL
+from sdft.protocols import DiffusionModel
 from sdft.training.sweep import jobs_of
 
 Report = Callable[[str], Any]
@@ -114,7 +114,7 @@ def sweep_subjects(cfg: DictConfig, jobs: Sequence[Job]) -> list[Subject]:
     return [*base, *job_subjects(jobs)]
 
 
-def rebuild(run: Path) -> SDXL:
+def rebuild(run: Path) -> DiffusionModel:
     """The model of a run as at its first step, with its adapters and new words attached."""
     config = run / ".hydra" / "config.yaml"
     if not config.is_file():

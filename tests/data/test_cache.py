@@ -297,7 +297,7 @@ class TestShards:
     def test_a_full_disk_is_told_and_loses_nothing(self, tmp_path: Path) -> None:
         """A limit of the size of files stands for the full disk: the same call fails in the same way."""
         script = (
-            "import resource, sys, torch\nfrom sdft.data.cache import Cache\nfrom sdft.types import UserError\n"
+            "import resource, sys, torch\nfrom sdft.data.cache import Cache\nfrom sdft.errors import UserError\n"
             "cache = Cache(sys.argv[1])\ncache.put('0000000a', torch.ones(9))\ncache.flush()\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\ncache.put('0000000b', torch.ones(9999))\n"
             "try:\n    cache.flush()\nexcept UserError as error:\n    print(error)\n"
