@@ -22,7 +22,7 @@ COMMANDS = [
 ]
 ROOTS = {"train.py": "train", "eval.py": "eval", "sdft.merging": "merge"}
 SHORT = {
-    "train": ["trainer.max_steps=2", "verdict=none", "~callbacks.previews", "logger=csv", "export.tolerance=1"],
+    "train": ["trainer.max_steps=2", "verdict=none", "~callbacks.previews", "logger=csv", "+export.tolerance=1"],
     "eval": ["sampler.steps=2", "sampler.batch_size=2", "prompts=[a cat]"],
     "merge": [],
 }
@@ -130,7 +130,7 @@ def test_a_run_with_parts_from_outside_is_resumed(lab: Path) -> None:
     words = ["train.py", "hydra.searchpath=[pkg://my_lab.conf]", "experiment=dreamy_style", "optimizer=sgd",
              "data=squares", "objective/weighting=soft_min_snr", "callbacks=with_norm", "verdict=none",
              "~callbacks.previews",
-             "logger=csv", "export.tolerance=1", "resume=auto", "run_dir=runs/resumed"]  # fmt: skip
+             "logger=csv", "+export.tolerance=1", "resume=auto", "run_dir=runs/resumed"]  # fmt: skip
     if not (lab / "train.py").exists():
         (lab / "train.py").symlink_to(ROOT / "train.py")
     with WarmPython(PYTHONPATH=f"{lab}:{ROOT}") as python:
