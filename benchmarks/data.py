@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from sdft.data.cache import Cache
-from sdft.data.datamodule import NUM_AHEAD, folder
+from sdft.data.datamodule import NUM_PREFETCHED, folder
 from sdft.data.encoding import prepared
 from sdft.data.sharding import write_shards
 from sdft.data.sources import Folder, Shards
@@ -113,10 +113,10 @@ def reading(place: Path, num: int) -> None:
         """Each batch is expected as early as a run does it; the work of its steps would come in between."""
         batches = [order[first : first + BATCH] for first in range(0, num, BATCH)]
         addresses = [[f"{i:08x}.{name}" for i in batch for name in parts] for batch in batches]
-        for batch in addresses[:NUM_AHEAD]:
-            cache.expect(batch)
-        for batch, following in zip(addresses, [*addresses[NUM_AHEAD:], *[[]] * NUM_AHEAD], strict=True):
-            cache.expect(following)
+        for batch in addresses[:NUM_PREFETCHED]:
+            cache.prefetch(batch)
+        for batch, following in zip(addresses, [*addresses[NUM_PREFETCHED:], *[[]] * NUM_PREFETCHED], strict=True):
+            cache.prefetch(following)
             for address in batch:
                 _ = cache[address]
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from sdft.config.command import build, verb
 from sdft.data.contact_sheet import ContactSheet
-from sdft.data.dataset import Pictures
+from sdft.data.dataset import ImageDataset
 from sdft.data.sharding import write_shards
 from sdft.data.sources import ToyWorld
-from sdft.data.survey import survey
+from sdft.data.summary import summarize
 from sdft.errors import UserError
 from sdft.progress import tqdm
 
@@ -35,14 +35,14 @@ def check(cfg: DictConfig) -> None:
     data = build(cfg.data, **options)
     sheets: dict[tuple[int, int], ContactSheet] = defaultdict(ContactSheet)
 
-    def look(pictures: Pictures, index: int, image: np.ndarray) -> None:
+    def look(pictures: ImageDataset, index: int, image: np.ndarray) -> None:
         sample, cut = pictures.source[index], pictures.cut(index, image.shape[:2], flip=False)
         sheets[cut.target_hw].add(image, cut, sample.key, sample.caption)
 
     parts = [(data.pictures, data.seen), (data.held_out, data.seen_held_out)]
     model = cfg.get("model")
     counter = token_counter(model.weights, model.config) if model else None
-    found = survey(parts, look, partial(tqdm, desc="looking", unit="picture"), counter)
+    found = summarize(parts, look, partial(tqdm, desc="looking", unit="picture"), counter)
     found.broken = data.skipped
     most_tokens = 75 * model.prompt_chunks + 2 if model else 0
     print("\n".join(found.lines(cfg.caption.format(caption=MISSING), most_tokens)))

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sdft.data.places import Kind, Place, Places
+from sdft.data.cache_index import TensorKind, CacheEntry, CacheIndex
 from sdft.errors import UserError
 from sdft.hardware import reuse_freed_memory
 
@@ -48,7 +48,7 @@ class Cache:
     def __init__(self, folder: str | Path, shard_bytes: int = SHARD_BYTES):
         self.folder, self.shard_bytes = Path(folder).expanduser(), shard_bytes
         self._shards: list[Path] = []
-        self._places = Places()
+        self._places = CacheIndex()
         self._sound = bytearray()
         """1 for each place whose bytes were compared with their checksum."""
         self._files: dict[int, FileIO] = {}
@@ -91,7 +91,7 @@ class Cache:
             self._sound[row] = 1
         return torch.frombuffer(content, dtype=place.kind.dtype).view(place.kind.shape)
 
-    def expect(self, addresses: Iterable[str]) -> None:
+    def prefetch(self, addresses: Iterable[str]) -> None:
         """Entries that will be read next: a disk brings many at once sooner than one after the other."""
         for address in addresses:
             place = self._places[self._row(address)]
@@ -99,7 +99,7 @@ class Cache:
                 file = self._file(place.shard).fileno()
                 os.posix_fadvise(file, place.first, place.kind.size, os.POSIX_FADV_WILLNEED)
 
-    def _at_hand(self, place: Place) -> bool:
+    def _at_hand(self, place: CacheEntry) -> bool:
         """Whether the system has an entry in memory, going by its middle; to ask costs less than to advise."""
         middle = place.first + place.kind.size // 2
         try:
@@ -161,10 +161,10 @@ class Cache:
             first, end = entry["data_offsets"]
             dtype, shape = entry["dtype"], entry["shape"]
             found, _, said = checksums.get(address, "").partition(" ")
-            if said != told_kind(dtype, shape) or not HEX.fullmatch(found):
+            if said != kind_text(dtype, shape) or not HEX.fullmatch(found):
                 raise self._damaged(number, address)
-            kind = Kind(end - first, DTYPES[dtype], tuple(shape))
-            self._places.add(address, Place(number, 8 + begin + first, kind, int(found, 16)))
+            kind = TensorKind(end - first, DTYPES[dtype], tuple(shape))
+            self._places.add(address, CacheEntry(number, 8 + begin + first, kind, int(found, 16)))
 
     def _file(self, number: int) -> FileIO:
         file = self._files.get(number)
@@ -174,7 +174,7 @@ class Cache:
             file = self._files[number] = self._shards[number].open("rb", buffering=0)
         return file
 
-    def _read(self, place: Place) -> np.ndarray:
+    def _read(self, place: CacheEntry) -> np.ndarray:
         file, content = self._file(place.shard), np.empty(place.kind.size, np.uint8)
         done = os.preadv(file.fileno(), [content.data], place.first)
         while done < len(content):
@@ -203,7 +203,7 @@ def described(tensor: Tensor) -> str:
     return f"{found:016x} {told_kind(names[tensor.dtype], tensor.shape)}"
 
 
-def told_kind(dtype: str, shape: Sequence[int]) -> str:
+def kind_text(dtype: str, shape: Sequence[int]) -> str:
     """What stands behind the checksum of an entry, as nothing else in the file checks it."""
     return f"{dtype} {'x'.join(map(str, shape))}"
 

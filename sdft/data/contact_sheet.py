@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sdft.data.images import Cut
+from sdft.data.images import CropPlan
 
 CELL, GAP, TEXT_LINES, COLUMNS, MOST = 220, 12, 4, 6, 48
 INK, PAPER, FRAME = (40, 40, 46), (252, 252, 253), (230, 30, 60)
@@ -19,7 +19,7 @@ class ContactSheet:
     def __init__(self) -> None:
         self.cells: list[tuple[Image.Image, str, str]] = []
 
-    def add(self, image_HWC: np.ndarray, cut: Cut, key: str, caption: str) -> None:
+    def add(self, image_HWC: np.ndarray, cut: CropPlan, key: str, caption: str) -> None:
         """One picture, as long as there is room."""
         if len(self.cells) == MOST:
             return

@@ -20,18 +20,18 @@ from torch.utils.data import DataLoader, Sampler
 from sdft.batch import Batch
 from sdft.data.buckets import bucket_sizes
 from sdft.data.cache import Cache, fingerprint
-from sdft.data.dataset import Pictures, RunOrder, Source, Variant, collate
-from sdft.data.encoding import Ranks, cached_moments, cached_states, prepared
+from sdft.data.dataset import ImageDataset, BatchOrder, Source, Variant, collate
+from sdft.data.encoding import Ranks, cached_moments, cached_embeddings, prepared
 from sdft.data.images import Crop
-from sdft.data.packed import Strings, distinct
-from sdft.data.record import Record
-from sdft.data.scan import Unreadables, only_readable
+from sdft.data.packed_strings import PackedStrings, unique
+from sdft.data.scan_cache import ScanCache
+from sdft.data.scan import OnUnreadable, only_readable
 from sdft.data.sources import Folder, HuggingFace, Shards
 from sdft.errors import UserError
 from sdft.progress import tqdm
 from sdft.types import Count, Fraction, Index
 
-NUM_AHEAD = 4
+NUM_PREFETCHED = 4
 """Batches for which a disk is asked before they are read: one is too few to keep it busy."""
 
 
@@ -68,7 +68,7 @@ class Images(L.LightningDataModule):
         num_workers: Index = 0,
         bucket_step: Count | None = None,
         cache_dir: str | None = None,
-        unreadable: Unreadables = "error",
+        unreadable: OnUnreadable = "error",
         encoder_dropout: tuple[Fraction, Fraction] | None = None,
     ):
         super().__init__()
@@ -76,10 +76,10 @@ class Images(L.LightningDataModule):
         if cache == "disk" and cache_dir is None:
             raise UserError("data.cache=disk: set data.cache_dir=DIR, where what is encoded is kept")
         ((train, seen), (validation, seen_held_out)), self.skipped = only_readable(
-            [train, validation], unreadable, Record(cache_dir)
+            [train, validation], unreadable, ScanCache(cache_dir)
         )
         buckets = bucket_sizes(size, bucket_step) if bucket_step else ()
-        pictures_of = partial(Pictures, size_hw=(size, size), seed=seed, buckets=buckets)
+        pictures_of = partial(ImageDataset, size_hw=(size, size), seed=seed, buckets=buckets)
         self.pictures = pictures_of(
             train, crop=crop, flip=flip, caption_dropout=caption_dropout, encoder_dropout=encoder_dropout or (),
             hw_N2=seen.hw_N2,
@@ -98,7 +98,7 @@ class Images(L.LightningDataModule):
         trainer = self.trainer
         num_batches = trainer.max_steps * trainer.accumulate_grad_batches
         sizes = self.pictures.by_size() if self.bucketed else {}
-        order = RunOrder(
+        order = BatchOrder(
             len(self.pictures.source.keys),
             self.batch_size,
             self.seed,
@@ -111,7 +111,7 @@ class Images(L.LightningDataModule):
         )
         return DataLoader(
             self.pictures,
-            batch_sampler=Ahead(order, self.pictures.expect),
+            batch_sampler=PrefetchOrder(order, self.pictures.prefetch),
             collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=False,
@@ -154,7 +154,7 @@ class Images(L.LightningDataModule):
         """
         if self.store is None:
             return False
-        captions = Strings([""])
+        captions = PackedStrings([""])
         for pictures in (self.pictures, self.held_out):
             for index in range(len(pictures.source.keys)):
                 sample = pictures.source[index]
@@ -163,8 +163,8 @@ class Images(L.LightningDataModule):
                     return False
                 for caption in every:
                     captions.append(caption)
-        states = cached_states(self.store, distinct(captions), encode, ids, encoders, self._ranks())
-        self.pictures.text_states = self.held_out.text_states = states
+        states = cached_embeddings(self.store, unique(captions), encode, ids, encoders, self._ranks())
+        self.pictures.text_embeddings = self.held_out.text_embeddings = states
         return True
 
     def _ranks(self) -> Ranks:
@@ -179,11 +179,11 @@ class Images(L.LightningDataModule):
         self._batches_done = state["batches_done"]
 
 
-class Ahead(Sampler[list[tuple[int, int]]]):
-    """The batches of an order; `expect` is told of each some batches before it is read."""
+class PrefetchOrder(Sampler[list[tuple[int, int]]]):
+    """The batches of an order; `prefetch` is told of each some batches before it is read."""
 
-    def __init__(self, order: RunOrder, expect: Callable[[list[tuple[int, int]]], None]):
-        self.order, self.expect = order, expect
+    def __init__(self, order: BatchOrder, prefetch: Callable[[list[tuple[int, int]]], None]):
+        self.order, self.prefetch = order, prefetch
 
     def __len__(self) -> int:
         return len(self.order)
@@ -191,9 +191,9 @@ class Ahead(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         waiting: deque[list[tuple[int, int]]] = deque()
         for batch in self.order:
-            self.expect(batch)
+            self.prefetch(batch)
             waiting.append(batch)
-            if len(waiting) > NUM_AHEAD:
+            if len(waiting) > NUM_PREFETCHED:
                 yield waiting.popleft()
         yield from waiting
 
@@ -241,7 +241,7 @@ def chunks(items: Sequence[Any], num: int) -> Iterator[Sequence[Any]]:
 
 
 def _encoder(
-    pictures: Pictures, encode: Callable[[Tensor], Tensor], device: torch.device, batch_size: int
+    pictures: ImageDataset, encode: Callable[[Tensor], Tensor], device: torch.device, batch_size: int
 ) -> Callable[[Sequence[Variant]], Iterator[tuple[Variant, Tensor]]]:
     """What gives the moments of variants, in batches of one size, decoding ahead of the encoder."""
 

@@ -24,12 +24,12 @@ EXIF_ORIENTATION = 0x0112
 SRGB = ImageCms.createProfile("sRGB")
 
 
-class Unreadable(Exception):
+class UnreadableImage(Exception):
     """Why some bytes are no picture that can be learned from."""
 
 
 @dataclass(frozen=True)
-class Encoded:
+class StoredImage:
     """A picture as it is stored, read when asked for.
 
     name: what errors call it: the path of its file, or its shard and member.
@@ -46,13 +46,13 @@ class Encoded:
         try:
             return self.read()
         except OSError as error:
-            raise Unreadable(error.strerror or str(error)) from error
+            raise UnreadableImage(error.strerror or str(error)) from error
 
     def pixels(self) -> np.ndarray:
         """uint8, H x W x RGB. Raises UserError with the name."""
         try:
             return decode(self.content())
-        except Unreadable as error:
+        except UnreadableImage as error:
             raise UserError(f"{self.name} cannot be read as a picture ({error}); repair or remove it") from error
 
 
@@ -84,24 +84,24 @@ def examine(content: bytes) -> tuple[int, int]:
 def _guarded(content: bytes, look: Callable):
     """What `look` makes of the opened picture."""
     if not content:
-        raise Unreadable("the file is empty")
+        raise UnreadableImage("the file is empty")
     try:
         with Image.open(io.BytesIO(content)) as picture:
             frames = getattr(picture, "n_frames", 1)
             # A phone's JPEG (MPO) keeps a second view behind the picture; the first is the picture.
             if frames > 1 and picture.format != "MPO":
-                raise Unreadable(f"animated or of several pages: {frames} frames; keep one of them")
+                raise UnreadableImage(f"animated or of several pages: {frames} frames; keep one of them")
             if min(picture.size) < LEAST_SIDE:
-                raise Unreadable(f"only {picture.width} x {picture.height} pixels")
+                raise UnreadableImage(f"only {picture.width} x {picture.height} pixels")
             return look(picture)
-    except Unreadable:
+    except UnreadableImage:
         raise
     except UnidentifiedImageError as error:
-        raise Unreadable("no picture format that is known here") from error
+        raise UnreadableImage("no picture format that is known here") from error
     except Image.DecompressionBombError as error:
-        raise Unreadable("more than 178 megapixels, as a decompression bomb has; reduce it") from error
+        raise UnreadableImage("more than 178 megapixels, as a decompression bomb has; reduce it") from error
     except Exception as error:  # Pillow's decoders raise whatever a malformed file makes them run into
-        raise Unreadable(" ".join(str(error).split()) or type(error).__name__) from error
+        raise UnreadableImage(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def _upright_hw(picture: Image.Image) -> tuple[int, int]:
@@ -116,12 +116,12 @@ def _upright(picture: Image.Image) -> Image.Image:
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """Grey of 16 bits as grey of 8; all else as it is."""
     if picture.mode == "F":
-        raise Unreadable("floating-point pixels, whose range is not known; save it with 8 or 16 bits")
+        raise UnreadableImage("floating-point pixels, whose range is not known; save it with 8 or 16 bits")
     if not picture.mode.startswith("I"):
         return picture
     values = np.asarray(picture).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise Unreadable("integer pixels of more than 16 bits; save it with 8 or 16 bits")
+        raise UnreadableImage("integer pixels of more than 16 bits; save it with 8 or 16 bits")
     eight = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     eight.info = {"icc_profile": picture.info.get("icc_profile")}
     return eight
@@ -150,6 +150,6 @@ def _srgb(picture: Image.Image, profile: bytes) -> Image.Image:
             return picture
         shown = ImageCms.profileToProfile(picture, source, SRGB, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError) as error:
-        raise Unreadable(f"its colour profile does not fit it: {str(error).strip()}") from error
+        raise UnreadableImage(f"its colour profile does not fit it: {str(error).strip()}") from error
     assert shown is not None  # it is where a picture is changed in place
     return shown

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sdft.data.cache import Cache, digest, fingerprint
-from sdft.data.dataset import Pictures, States, Variant, collate
-from sdft.data.packed import Lookup, Strings
+from sdft.data.dataset import ImageDataset, Embeddings, Variant, collate
+from sdft.data.packed_strings import SearchableStrings, PackedStrings
 from sdft.data.scan import Scan, in_threads
 from sdft.progress import tqdm
 
@@ -37,7 +37,7 @@ class Ranks:
 
 
 def prepared(
-    pictures: Pictures, variants: Sequence[Variant], batch_size: int
+    pictures: ImageDataset, variants: Sequence[Variant], batch_size: int
 ) -> Iterator[tuple[list[Variant], Tensor]]:
     """Variants in batches of one size, with their pixels, decoded in threads ahead of who asks."""
     groups = []
@@ -58,7 +58,7 @@ class CachedMoments(Mapping[Variant, Tensor]):
     addresses: of the variants of `pictures`, in their order.
     """
 
-    def __init__(self, cache: Cache, pictures: Pictures, addresses: Sequence[str]):
+    def __init__(self, cache: Cache, pictures: ImageDataset, addresses: Sequence[str]):
         self.cache, self.pictures, self.addresses = cache, pictures, addresses
 
     def _address(self, variant: Variant) -> str:
@@ -68,8 +68,8 @@ class CachedMoments(Mapping[Variant, Tensor]):
     def __getitem__(self, variant: Variant) -> Tensor:
         return self.cache[self._address(variant)]
 
-    def expect(self, variants: Sequence[Variant]) -> None:
-        self.cache.expect(map(self._address, variants))
+    def prefetch(self, variants: Sequence[Variant]) -> None:
+        self.cache.prefetch(map(self._address, variants))
 
     def __iter__(self) -> Iterator[Variant]:
         return self.pictures.cacheable_variants()
@@ -78,7 +78,7 @@ class CachedMoments(Mapping[Variant, Tensor]):
         return len(self.addresses)
 
 
-class CachedStates:
+class CachedEmbeddings:
     """Text states, read from the cache: of one text that all encoders are told, or of one for each.
 
     captions, addresses: all of them in one order.
@@ -88,7 +88,7 @@ class CachedStates:
     """
 
     def __init__(
-        self, cache: Cache, captions: Lookup, addresses: Sequence[str], widths: Sequence[int], pooled_width: int
+        self, cache: Cache, captions: SearchableStrings, addresses: Sequence[str], widths: Sequence[int], pooled_width: int
     ):
         self.cache, self.captions, self.addresses = cache, captions, addresses
         self.widths, self.pooled_width = list(widths), pooled_width
@@ -98,15 +98,15 @@ class CachedStates:
         assert place is not None, f"the caption {text!r} was not encoded"
         return self.addresses[place]
 
-    def expect(self, texts: Sequence[str]) -> None:
-        self.cache.expect(map(self._address, texts))
+    def prefetch(self, texts: Sequence[str]) -> None:
+        self.cache.prefetch(map(self._address, texts))
 
-    def _states(self, text: str) -> States:
+    def _states(self, text: str) -> Embeddings:
         both = self.cache[self._address(text)]
         context, pooled_P = both.split([len(both) - self.pooled_width, self.pooled_width])
         return context.view(-1, sum(self.widths)), pooled_P
 
-    def __call__(self, told: Sequence[str]) -> States:
+    def __call__(self, told: Sequence[str]) -> Embeddings:
         states = {text: self._states(text) for text in dict.fromkeys(told)}
         context_LD, pooled_P = states[told[-1]]
         if len(states) > 1:
@@ -118,7 +118,7 @@ class CachedStates:
 def cached_moments(
     cache: Cache,
     encoder: str,
-    pictures: Pictures,
+    pictures: ImageDataset,
     seen: Scan,
     make: Callable[[Sequence[Variant]], Iterator[tuple[Variant, Tensor]]],
     ranks: Ranks,
@@ -127,7 +127,7 @@ def cached_moments(
 
     encoder: fingerprint of the VAE; make: gives the moments of variants.
     """
-    addresses = Strings(moments_address(pictures, seen, v, encoder) for v in pictures.cacheable_variants())
+    addresses = PackedStrings(moments_address(pictures, seen, v, encoder) for v in pictures.cacheable_variants())
     mine = set(own(cache.missing(addresses), ranks))
     variants = zip(addresses, pictures.cacheable_variants(), strict=True)
     one_of = {address: variant for address, variant in variants if address in mine}
@@ -140,7 +140,7 @@ def cached_moments(
     return CachedMoments(cache, pictures, addresses)
 
 
-def moments_address(pictures: Pictures, seen: Scan, variant: Variant, encoder: str) -> str:
+def moments_address(pictures: ImageDataset, seen: Scan, variant: Variant, encoder: str) -> str:
     """Bytes of the picture, how it is cut, and what encodes it."""
     index, flip = variant
     content, hw = seen.digest(index), tuple(seen.hw_N2[index].tolist())
@@ -151,17 +151,17 @@ def moments_address(pictures: Pictures, seen: Scan, variant: Variant, encoder: s
     return digest([TRANSFORM, content, cut.resized_hw, cut.top, cut.left, cut.target_hw, flip, encoder])
 
 
-def cached_states(
+def cached_embeddings(
     cache: Cache,
-    captions: Lookup,
+    captions: SearchableStrings,
     encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
     ids: Callable[[str], Any],
     encoders: Sequence[nn.Module],
     ranks: Ranks,
-) -> CachedStates:
+) -> CachedEmbeddings:
     """The states of every caption; those that no run has made yet are made now, each by one rank."""
     encoder = fingerprint(*encoders)
-    addresses = Strings(digest([ids(caption), encoder]) for caption in captions)
+    addresses = PackedStrings(digest([ids(caption), encoder]) for caption in captions)
     missing = set(own(cache.missing(addresses), ranks))
     mine = [pair for pair in zip(captions, addresses, strict=True) if pair[1] in missing]
     for first in tqdm(range(0, len(mine), CAPTIONS_AT_ONCE), desc="captions", disable=len(mine) < 512, leave=False):
@@ -174,7 +174,7 @@ def cached_states(
     ranks.barrier()
     cache.refresh()
     widths = [encoder.config.hidden_size for encoder in encoders]
-    return CachedStates(cache, captions, addresses, widths, encoders[-1].config.projection_dim)
+    return CachedEmbeddings(cache, captions, addresses, widths, encoders[-1].config.projection_dim)
 
 
 def own(addresses: Sequence[str], ranks: Ranks) -> list[str]:

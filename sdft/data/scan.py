@@ -15,14 +15,14 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from sdft.data.dataset import Source
-from sdft.data.decode import Unreadable, examine
+from sdft.data.decode import UnreadableImage, examine
 from sdft.data.problems import listed
-from sdft.data.record import Record, Seen
-from sdft.data.sources.splits import Part, encoded
+from sdft.data.scan_cache import ScanCache, ImageFacts
+from sdft.data.sources.splits import Subset, stored
 from sdft.errors import UserError
 from sdft.progress import tqdm
 
-Unreadables = Literal["error", "skip"]
+OnUnreadable = Literal["error", "skip"]
 T = TypeVar("T")
 R = TypeVar("R")
 ENOUGH_FOR_A_BAR = 512
@@ -39,7 +39,7 @@ class Scan:
     problems: dict[int, tuple[str, str]] = field(default_factory=dict)
     """position -> (name of the picture, what is wrong with it)"""
 
-    def add(self, place: int, name: str, seen: Seen) -> None:
+    def add(self, place: int, name: str, seen: ImageFacts) -> None:
         """One picture that was looked at."""
         self.digests_N32[place] = np.frombuffer(bytes.fromhex(seen.digest), np.uint8)
         if seen.problem:
@@ -56,13 +56,13 @@ class Scan:
         return Scan(self.hw_N2[places], self.digests_N32[places])
 
 
-def scan(source: Source, record: Record) -> Scan:
+def scan(source: Source, record: ScanCache) -> Scan:
     """Reads and decodes every stored picture that `record` does not know."""
     num = len(source.keys)
     found = Scan(np.zeros((num, 2), np.int32), np.zeros((num, 32), np.uint8))
     unknown = array("q")
     for place in range(num):
-        picture = encoded(source, place)
+        picture = stored(source, place)
         if picture is None:
             continue
         if known := record.find(picture.stamp()):
@@ -72,7 +72,7 @@ def scan(source: Source, record: Record) -> Scan:
     looks = in_threads(partial(_look, source, record), unknown)
     bar = partial(tqdm, desc="reading pictures", unit="picture", disable=len(unknown) < ENOUGH_FOR_A_BAR, leave=False)
     for place, name, stamp, result in bar(looks, total=len(unknown)):
-        if isinstance(result, Unreadable):
+        if isinstance(result, UnreadableImage):
             found.problems[place] = (name, str(result))
         else:
             found.add(place, name, result)
@@ -81,17 +81,17 @@ def scan(source: Source, record: Record) -> Scan:
     return found
 
 
-def readable(source: Source, unreadable: Unreadables = "error", cache_dir: str | None = None) -> Source:
+def readable(source: Source, unreadable: OnUnreadable = "error", cache_dir: str | None = None) -> Source:
     """The source without its unreadable pictures; with `error`, any such picture is a UserError.
 
     cache_dir: where it is remembered what was seen in them; the user's cache folder where that is None.
     """
-    ((left, _),), _ = only_readable([source], unreadable, Record(cache_dir))
+    ((left, _),), _ = only_readable([source], unreadable, ScanCache(cache_dir))
     return left
 
 
 def only_readable(
-    sources: list[Source], unreadable: Unreadables, record: Record
+    sources: list[Source], unreadable: OnUnreadable, record: ScanCache
 ) -> tuple[list[tuple[Source, Scan]], list[tuple[str, str]]]:
     """Each source without what cannot be read, and what that was. With `error`, one UserError names all of it."""
     left: list[tuple[Source, Scan]] = []
@@ -101,7 +101,7 @@ def only_readable(
         if found.problems:
             broken += [found.problems[place] for place in sorted(found.problems)]
             good = [place for place in range(len(source.keys)) if place not in found.problems]
-            source, found = Part(source, good), found.part(good)
+            source, found = Subset(source, good), found.part(good)
         left.append((source, found))
     if broken and unreadable == "error":
         raise UserError(f"data: {told(broken)}, or set data.unreadable=skip")
@@ -121,22 +121,22 @@ def told(broken: list[tuple[str, str]]) -> str:
     return f"{len(broken)} files cannot be read as pictures: {named}; repair or remove them"
 
 
-def _look(source: Source, record: Record, place: int) -> tuple[int, str, str | None, Seen | Unreadable]:
+def _look(source: Source, record: ScanCache, place: int) -> tuple[int, str, str | None, ImageFacts | UnreadableImage]:
     """(position, name, stamp, what is seen). Bytes that cannot be had are Unreadable, and perhaps there next time."""
-    picture = encoded(source, place)
+    picture = stored(source, place)
     assert picture is not None, "only stored pictures are looked at"
     stamp = picture.stamp()
     try:
         content = picture.content()
-    except Unreadable as error:
+    except UnreadableImage as error:
         return place, picture.name, stamp, error
     digest = hashlib.sha256(content).hexdigest()
     if known := record.find(digest):
         return place, picture.name, stamp, known
     try:
-        return place, picture.name, stamp, Seen(digest, *examine(content), "")
-    except Unreadable as error:
-        return place, picture.name, stamp, Seen(digest, 0, 0, str(error))
+        return place, picture.name, stamp, ImageFacts(digest, *examine(content), "")
+    except UnreadableImage as error:
+        return place, picture.name, stamp, ImageFacts(digest, 0, 0, str(error))
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T], ahead: int = 32) -> Iterator[R]:

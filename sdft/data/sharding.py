@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from sdft.data.dataset import Source
-from sdft.data.decode import Encoded
+from sdft.data.decode import StoredImage
 from sdft.data.sources.shards import entries_of
 from sdft.errors import UserError
 from sdft.types import Count
@@ -47,7 +47,7 @@ def write_shards(source: Source, out: Path, per_shard: Count, bar: Callable[[Ite
 def members_of(source: Source, index: int) -> list[tuple[str, bytes]]:
     """The files of one sample by suffix: the picture, and one caption as text or several as JSON."""
     sample = source[index]
-    if not isinstance(sample.picture, Encoded) or sample.captions is None:
+    if not isinstance(sample.picture, StoredImage) or sample.captions is None:
         raise UserError(f"data: {sample.key} is drawn, not stored; only stored pictures go into shards")
     texts, weights = sample.captions.texts, sample.captions.weights
     picture = (PurePosixPath(sample.key).suffix.lower() or ".jpg", sample.picture.content())

@@ -147,7 +147,7 @@ class TestContent:
     def test_tags_that_vary_are_encoded_live(self, root: Path, tmp_path: Path, model) -> None:
         data = images(root, tmp_path / "c", tags=Tags(shuffle=True))
         assert prepare(model, data) == (NUM, 0)
-        assert data.pictures.text_states is None
+        assert data.pictures.text_embeddings is None
 
     def test_pictures_are_not_read_again(self, root: Path, tmp_path: Path, model) -> None:
         data = images(root, tmp_path / "c")
@@ -165,10 +165,10 @@ class TestContent:
         told, asked, read = [], set(), Cache._read
         monkeypatch.setattr(Cache, "_read", lambda *place: told.append(place[1]) or read(*place))
         monkeypatch.setattr(os, "posix_fadvise", lambda _, first, size, __: asked.add((first, size)))
-        data.pictures.expect(items)
+        data.pictures.prefetch(items)
         assert not asked, "it is in memory, having just been written"
         monkeypatch.setattr(Cache, "_at_hand", lambda *place: False)
-        data.pictures.expect(items)
+        data.pictures.prefetch(items)
         assert not told
         _ = [data.pictures[item] for item in items]
         assert {(place.first, place.kind.size) for place in told} == asked
@@ -187,7 +187,7 @@ class TestRuns:
             module = Finetuning(tiny_model(), Adapter(rank=2, parts=parts), Denoising(), adamw_1e3, constant, seed=0)
             run = trainer(max_steps=1, accelerator="cpu", devices=1, progress_bar=False, run_dir=str(tmp_path))
             run.fit(module, data)
-            return float(run.callback_metrics["train/loss"]), data.pictures.text_states is not None
+            return float(run.callback_metrics["train/loss"]), data.pictures.text_embeddings is not None
 
         live, built, read = (fit(cache, ("unet",)) for cache in ("off", "disk", "disk"))
         assert (live[1], built[1], read[1]) == (False, True, True)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdft.data import __main__ as commands
 from sdft.data.sources import ToyWorld
-from sdft.data.survey import NEAR, difference_hash, near_groups
+from sdft.data.summary import NEAR, difference_hash, near_groups
 from sdft.errors import UserError
 from sdft.models.tokens import token_counter
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from sdft.data.decode import Unreadable, decode, examine, stored_hw
+from sdft.data.decode import UnreadableImage, decode, examine, stored_hw
 
 HW = (20, 30)
 
@@ -139,7 +139,7 @@ BROKEN = {
 @pytest.mark.parametrize(("content", "reason"), BROKEN.values(), ids=list(BROKEN))
 def test_what_cannot_be_read_says_why(content: bytes, reason: str) -> None:
     for look in (decode, examine):
-        with pytest.raises(Unreadable, match=reason):
+        with pytest.raises(UnreadableImage, match=reason):
             look(content)
 
 

@@ -281,7 +281,7 @@ class TestMix:
         assert (mix[0].caption, mix[0].loss_weight) == ("caption of a, zorbix", 1.0)
         assert (mix[3].caption, mix[3].loss_weight) == ("caption of a", 0.3)
         assert mix[0].captions.tags.shuffle
-        assert mix.encoded(4).read() == own.encoded(1).read()
+        assert mix.stored(4).read() == own.stored(1).read()
 
     @pytest.mark.parametrize(
         ("options", "complaint"),

@@ -4,7 +4,7 @@ from sdft.data.sources.folder import Folder
 from sdft.data.sources.huggingface import HuggingFace
 from sdft.data.sources.mix import Mix
 from sdft.data.sources.shards import Shards
-from sdft.data.sources.splits import Part, Split, held_out
+from sdft.data.sources.splits import Subset, Split, held_out
 from sdft.data.sources.toy import Look, ToyWorld
 
 __all__ = ["Folder", "HuggingFace", "Look", "Mix", "Part", "Shards", "Split", "ToyWorld", "held_out"]

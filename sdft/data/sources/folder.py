@@ -9,12 +9,12 @@ from pathlib import Path
 
 from sdft.data.captions import Captions, Tags, checked_template, checked_texts
 from sdft.data.dataset import Sample
-from sdft.data.decode import Encoded
-from sdft.data.packed import Strings
+from sdft.data.decode import StoredImage
+from sdft.data.packed_strings import PackedStrings
 from sdft.data.problems import listed
-from sdft.data.record import stamp_of
+from sdft.data.scan_cache import stamp_of
 from sdft.data.sources import metadata
-from sdft.data.sources.splits import Split, places_of
+from sdft.data.sources.splits import Split, split_indices
 from sdft.errors import UserError
 from sdft.types import Fraction, NonNegative
 
@@ -49,17 +49,17 @@ class Folder:
         self.template = checked_template("data.caption", caption)
         keys = list_pictures(self.root, least=1 if split == "all" else 2)
         texts = read_captions(self.root, keys, default_caption)
-        places = places_of(keys, split, held_out)
-        self.keys, self._texts = (Strings(column[place] for place in places) for column in (keys, texts))
+        places = split_indices(keys, split, held_out)
+        self.keys, self._texts = (PackedStrings(column[place] for place in places) for column in (keys, texts))
 
-    def encoded(self, index: int) -> Encoded:
+    def stored(self, index: int) -> StoredImage:
         """The picture as its file holds it."""
         file = self.root / self.keys[index]
-        return Encoded(str(file), file.read_bytes, partial(stamp_of, file))
+        return StoredImage(str(file), file.read_bytes, partial(stamp_of, file))
 
     def __getitem__(self, index: int) -> Sample:
         captions = Captions(*metadata.unpacked(self._texts[index]), self.template, self.tags)
-        return Sample(self.keys[index], self.encoded(index), captions.plain, self.loss_weight, captions=captions)
+        return Sample(self.keys[index], self.stored(index), captions.plain, self.loss_weight, captions=captions)
 
 
 def files_below(folder: str | Path, name: str = "") -> Iterator[str]:
@@ -76,25 +76,25 @@ def files_below(folder: str | Path, name: str = "") -> Iterator[str]:
             yield name + entry.name
 
 
-def list_pictures(root: Path, least: int = 2) -> Strings:
+def list_pictures(root: Path, least: int = 2) -> PackedStrings:
     """Every picture below `root` as a relative path, in order of name."""
     if not root.is_dir():
         raise UserError(f"data.root={root}: there is no such folder")
-    keys = Strings(key for key in files_below(root) if os.path.splitext(key)[1].lower() in IMAGE_SUFFIXES)
+    keys = PackedStrings(key for key in files_below(root) if os.path.splitext(key)[1].lower() in IMAGE_SUFFIXES)
     if len(keys) < least:
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
         raise UserError(f"data.root={root}: found {len(keys)} pictures, need at least {least} ({kinds})")
     return keys
 
 
-def read_captions(root: Path, keys: Sequence[str], default: str | None) -> Strings:
+def read_captions(root: Path, keys: Sequence[str], default: str | None) -> PackedStrings:
     """The captions of every picture, packed. Raises UserError with everything that is missing or wrong."""
     tables = [key for key in files_below(root) if key.rpartition("/")[2] in metadata.NAMES]
     told, wrong = metadata.read_tables(root, tables)
     wrong += [f"{root / key} is named in a table and is not there" for key in sorted(set(told) - set(keys))]
     if wrong:
         raise UserError(f"data.root: {listed(wrong)}; repair the table")
-    found, missing = Strings(), []
+    found, missing = PackedStrings(), []
     for key in keys:
         try:
             beside = text_beside(root / key)

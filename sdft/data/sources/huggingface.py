@@ -8,11 +8,11 @@ from typing import Any
 
 from sdft.data.captions import Captions, Tags, checked_template
 from sdft.data.dataset import Sample
-from sdft.data.decode import Encoded
-from sdft.data.packed import Strings
+from sdft.data.decode import StoredImage
+from sdft.data.packed_strings import PackedStrings
 from sdft.data.problems import listed
 from sdft.data.sources import metadata
-from sdft.data.sources.splits import Split, places_of
+from sdft.data.sources.splits import Split, split_indices
 from sdft.errors import UserError
 from sdft.types import Fraction, NonNegative
 
@@ -47,21 +47,21 @@ class HuggingFace:
         self.name, self.image, self.tags, self.loss_weight = name, image, tags, loss_weight
         self.template = checked_template("data.caption", caption)
         self._rows = load(name, config, subset, image, text)
-        keys = Strings(f"{subset}/{place:08d}" for place in range(len(self._rows)))
+        keys = PackedStrings(f"{subset}/{place:08d}" for place in range(len(self._rows)))
         if len(keys) < (1 if split == "all" else 2):
             raise UserError(f"data.name={name}: {subset} has {len(keys)} rows, need at least 2")
         texts = captions_of(name, self._rows, text)
-        self._places = places_of(keys, split, held_out)
-        self.keys, self._texts = (Strings(column[place] for place in self._places) for column in (keys, texts))
+        self._places = split_indices(keys, split, held_out)
+        self.keys, self._texts = (PackedStrings(column[place] for place in self._places) for column in (keys, texts))
 
-    def encoded(self, index: int) -> Encoded:
+    def stored(self, index: int) -> StoredImage:
         """The picture as the row holds it."""
         place = int(self._places[index])
-        return Encoded(f"{self.name} row {place}", lambda: stored(self._rows[place][self.image]))
+        return StoredImage(f"{self.name} row {place}", lambda: stored(self._rows[place][self.image]))
 
     def __getitem__(self, index: int) -> Sample:
         captions = Captions(*metadata.unpacked(self._texts[index]), self.template, self.tags)
-        return Sample(self.keys[index], self.encoded(index), captions.plain, self.loss_weight, captions=captions)
+        return Sample(self.keys[index], self.stored(index), captions.plain, self.loss_weight, captions=captions)
 
 
 def load(name: str, config: str | None, subset: str, image: str, text: str) -> Any:
@@ -90,9 +90,9 @@ def load(name: str, config: str | None, subset: str, image: str, text: str) -> A
         raise UserError(f"data.image={image}: this column of {name} holds no pictures") from error
 
 
-def captions_of(name: str, rows: Mapping[str, Sequence[Any]], column: str) -> Strings:
+def captions_of(name: str, rows: Mapping[str, Sequence[Any]], column: str) -> PackedStrings:
     """The captions of every row, packed. Raises UserError with every row that has none."""
-    found, wrong = Strings(), []
+    found, wrong = PackedStrings(), []
     for place, value in enumerate(rows[column]):
         try:
             found.append(metadata.packed(metadata.texts_of({"text": value})))

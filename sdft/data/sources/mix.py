@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from sdft.data.dataset import Sample, Source
-from sdft.data.decode import Encoded
-from sdft.data.packed import EndToEnd, Strings
-from sdft.data.sources.splits import encoded
+from sdft.data.decode import StoredImage
+from sdft.data.packed_strings import Concatenated, PackedStrings
+from sdft.data.sources.splits import stored
 from sdft.errors import UserError
 from sdft.types import Count, Positive
 
@@ -38,8 +38,8 @@ class Mix:
         self.repeats = repeats_of(sources, weights) if weights else repeats or {}
         rounds = [(name, again) for name in sources for again in range(self.repeats.get(name, 1))]
         self._rounds = [sources[name] for name, _ in rounds]
-        self._all = EndToEnd(len(source.keys) for source in self._rounds)
-        self.keys = Strings(
+        self._all = Concatenated(len(source.keys) for source in self._rounds)
+        self.keys = PackedStrings(
             f"{name}/{key}" + (f"#{again}" if again else "") for name, again in rounds for key in sources[name].keys
         )
 
@@ -51,8 +51,8 @@ class Mix:
         source, index = self._place(position)
         return replace(source[index], key=self.keys[position])
 
-    def encoded(self, position: int) -> Encoded | None:
-        return encoded(*self._place(position))
+    def stored(self, position: int) -> StoredImage | None:
+        return stored(*self._place(position))
 
 
 def repeats_of(sources: Mapping[str, Source], weights: Mapping[str, float]) -> dict[str, int]:

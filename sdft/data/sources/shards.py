@@ -18,13 +18,13 @@ import numpy as np
 
 from sdft.data.captions import Captions, Tags, checked_template, checked_texts
 from sdft.data.dataset import Sample
-from sdft.data.decode import Encoded
-from sdft.data.packed import EndToEnd, Strings, repeated
+from sdft.data.decode import StoredImage
+from sdft.data.packed_strings import Concatenated, PackedStrings, repeated
 from sdft.data.problems import listed
-from sdft.data.record import stamp_of
+from sdft.data.scan_cache import stamp_of
 from sdft.data.sources import metadata
 from sdft.data.sources.folder import IMAGE_SUFFIXES
-from sdft.data.sources.splits import Split, places_of
+from sdft.data.sources.splits import Split, split_indices
 from sdft.errors import UserError
 from sdft.types import Fraction, NonNegative
 
@@ -77,25 +77,25 @@ class Shards:
         self.files = [local(url, cache_dir) for url in expand(shards)]
         self._stamps = [stamp_of(file) for file in self.files]
         self._lines = [entries_of(file) for file in self.files]
-        self._all = EndToEnd(map(len, self._lines))
+        self._all = Concatenated(map(len, self._lines))
         self._places = np.arange(len(self._all))
         keys = self._checked_keys(default_caption)
         if len(keys) < (1 if split == "all" else 2):
             raise UserError(f"data.shards={shards}: found {len(keys)} samples, need at least 2")
-        self._places = places_of(keys, split, held_out)
+        self._places = split_indices(keys, split, held_out)
         self._default = default_caption or ""
-        self.keys = Strings(keys[place] for place in self._places)
+        self.keys = PackedStrings(keys[place] for place in self._places)
 
     def _entry(self, index: int) -> tuple[int, Entry]:
         """A sample and the number of its shard."""
         number, row = self._all.place(self._places[index])
         return number, Entry.unpacked(self._lines[number][row])
 
-    def encoded(self, index: int) -> Encoded:
+    def stored(self, index: int) -> StoredImage:
         """The picture as its shard holds it."""
         number, entry = self._entry(index)
         file, stamp = self.files[number], self._stamps[number]
-        return Encoded(
+        return StoredImage(
             f"{file}:{entry.member}",
             lambda: read_range(file, entry.offset, entry.size),
             lambda: f"{stamp} {entry.offset} {entry.size}" if stamp else None,
@@ -104,11 +104,11 @@ class Shards:
     def __getitem__(self, index: int) -> Sample:
         _, entry = self._entry(index)
         captions = Captions(entry.texts or (self._default,), entry.weights, self.template, self.tags)
-        return Sample(entry.key, self.encoded(index), captions.plain, self.loss_weight, captions=captions)
+        return Sample(entry.key, self.stored(index), captions.plain, self.loss_weight, captions=captions)
 
-    def _checked_keys(self, default: str | None) -> Strings:
+    def _checked_keys(self, default: str | None) -> PackedStrings:
         """The names of all samples, each of which has one of its own and a caption."""
-        keys, wrong = Strings(), []
+        keys, wrong = PackedStrings(), []
         for place in range(len(self._places)):
             number, entry = self._entry(place)
             keys.append(entry.key)
@@ -171,7 +171,7 @@ def read_range(file: Path, offset: int, size: int) -> bytes:
         return opened.read(size)
 
 
-def entries_of(file: Path) -> Strings:
+def entries_of(file: Path) -> PackedStrings:
     """The samples of a shard, packed: from its index where that is of this very file, else read and, if possible, kept.
 
     The index: what it is of, and how many samples; then a line for each.
@@ -181,12 +181,12 @@ def entries_of(file: Path) -> Strings:
     try:
         with index.open(encoding="utf-8") as opened:
             head = json.loads(next(opened))
-            kept = Strings(line.rstrip() for line in opened if Entry.unpacked(line))
+            kept = PackedStrings(line.rstrip() for line in opened if Entry.unpacked(line))
         if head == [stat.st_size, stat.st_mtime_ns, len(kept)]:
             return kept
     except (OSError, ValueError, TypeError, StopIteration):
         pass  # none, an old one or a broken one: the shard itself is read
-    found = Strings(entry.packed() for entry in read_shard(file))
+    found = PackedStrings(entry.packed() for entry in read_shard(file))
     partial = index.with_name(f"{index.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as written:

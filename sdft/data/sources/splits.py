@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 
 from sdft.data.dataset import Sample, Source
-from sdft.data.decode import Encoded
-from sdft.data.packed import Strings
+from sdft.data.decode import StoredImage
+from sdft.data.packed_strings import PackedStrings
 from sdft.rng import seed_of
 
 Split = Literal["all", "train", "validation"]
@@ -27,27 +27,27 @@ def held_out(keys: Sequence[str], share: float) -> np.ndarray:
     return chosen
 
 
-def places_of(keys: Sequence[str], split: Split, share: float) -> np.ndarray:
+def split_indices(keys: Sequence[str], split: Split, share: float) -> np.ndarray:
     """The positions of the keys of a split."""
     if split == "all":
         return np.arange(len(keys))
     return np.flatnonzero(held_out(keys, share) == (split == "validation"))
 
 
-class Part:
+class Subset:
     """Some of the samples of a source, by position."""
 
     def __init__(self, source: Source, places: Sequence[int]):
         self.source, self.places = source, places
-        self.keys = Strings(source.keys[place] for place in places)
+        self.keys = PackedStrings(source.keys[place] for place in places)
 
     def __getitem__(self, index: int) -> Sample:
         return self.source[self.places[index]]
 
-    def encoded(self, index: int) -> Encoded | None:
-        return encoded(self.source, self.places[index])
+    def stored(self, index: int) -> StoredImage | None:
+        return stored(self.source, self.places[index])
 
 
-def encoded(source: Source, index: int) -> Encoded | None:
+def stored(source: Source, index: int) -> StoredImage | None:
     """The stored picture of a sample; None where the source draws its pictures."""
-    return source.encoded(index) if hasattr(source, "encoded") else None
+    return source.stored(index) if hasattr(source, "encoded") else None

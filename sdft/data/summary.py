@@ -1,6 +1,6 @@
 """What a set of pictures looks like to a trainer: counts, sizes, cuts, captions, twins.
 
-Knows `Pictures` and what a scan found; does not know where they came from or where the answer is shown.
+Knows `ImageDataset` and what a scan found; does not know where they came from or where the answer is shown.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from imagehash import dhash
 from PIL import Image
 
-from sdft.data.dataset import Pictures
+from sdft.data.dataset import ImageDataset
 from sdft.data.scan import Scan
 
 NEAR = 4
@@ -24,7 +24,7 @@ MOST_NAMED = 5
 
 
 @dataclass
-class Survey:
+class DataSummary:
     """One row a picture, and what is wrong with some of them."""
 
     keys: list[str] = field(default_factory=list)
@@ -88,14 +88,14 @@ def grouped(groups: Sequence[Sequence[str]]) -> str:
     return counted([" = ".join(group) for group in groups])
 
 
-def survey(
-    parts: Sequence[tuple[Pictures, Scan]],
-    look: Callable[[Pictures, int, np.ndarray], None],
+def summarize(
+    parts: Sequence[tuple[ImageDataset, Scan]],
+    look: Callable[[ImageDataset, int, np.ndarray], None],
     bar: Callable[[Iterable], Iterable] = iter,
     count_tokens: Callable[[str], int] | None = None,
-) -> Survey:
+) -> DataSummary:
     """Reads every picture once. `look` is shown each of them, `bar` wraps the loop over all."""
-    found = Survey()
+    found = DataSummary()
     same, hashes = defaultdict(list), {}
     places = [(pictures, seen, index) for pictures, seen in parts for index in range(len(pictures.source.keys))]
     for pictures, seen, index in bar(places):

@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 
-class Strings(Sequence[str]):
+class PackedStrings(Sequence[str]):
     """Texts by position, one behind the other; a file name may hold any bytes."""
 
     def __init__(self, texts: Iterable[str] = ()):
@@ -35,7 +35,7 @@ class Strings(Sequence[str]):
         return self._block[self._ends[place] : self._ends[place + 1]].decode(errors="surrogateescape")
 
 
-class Lookup(Strings):
+class SearchableStrings(PackedStrings):
     """Texts that are found by what they say."""
 
     def __init__(self, texts: Iterable[str] = ()):
@@ -62,7 +62,7 @@ class Lookup(Strings):
         return None
 
 
-class EndToEnd:
+class Concatenated:
     """Several lists as one, by their lengths."""
 
     def __init__(self, lengths: Iterable[int]):
@@ -77,10 +77,10 @@ class EndToEnd:
         return number, int(position - self._starts[number])
 
 
-def distinct(texts: Strings) -> Lookup:
+def unique(texts: PackedStrings) -> SearchableStrings:
     """Each text once."""
     again = {later for later, _ in repeated(texts)}
-    return Lookup(text for place, text in enumerate(texts) if place not in again)
+    return SearchableStrings(text for place, text in enumerate(texts) if place not in again)
 
 
 def mark(text: str) -> int:

@@ -24,7 +24,7 @@ ROWS_AT_ONCE = 1000
 TABLE = "CREATE TABLE IF NOT EXISTS seen (name TEXT PRIMARY KEY, digest TEXT, h INT, w INT, problem TEXT)"
 
 
-class Seen(NamedTuple):
+class ImageFacts(NamedTuple):
     """One picture file."""
 
     digest: str
@@ -36,8 +36,8 @@ class Seen(NamedTuple):
     """why it cannot be shown; empty where it can"""
 
 
-class Record:
-    """Rows of `Seen` under stamps and digests, in one file of `folder`; the user's cache folder where that is None.
+class ScanCache:
+    """Rows of `ImageFacts` under stamps and digests, in one file of `folder`; the user's cache folder where that is None.
 
     Where the file cannot be used (a full disk, no rights, no locks), nothing is known and nothing is kept.
     """
@@ -53,7 +53,7 @@ class Record:
             db.execute(TABLE)
             self._db = db
 
-    def find(self, name: str | None) -> Seen | None:
+    def find(self, name: str | None) -> ImageFacts | None:
         """What is known under a stamp or digest."""
         if self._db is None or name is None:
             return None
@@ -61,9 +61,9 @@ class Record:
             row = self._db.execute("SELECT digest, h, w, problem FROM seen WHERE name = ?", (name,)).fetchone()
         except sqlite3.Error:
             return None
-        return Seen(*row) if row else None
+        return ImageFacts(*row) if row else None
 
-    def keep(self, stamp: str | None, seen: Seen) -> None:
+    def keep(self, stamp: str | None, seen: ImageFacts) -> None:
         """Remember a picture; it is on disk after `flush`, or when enough have come together."""
         self._waiting += [(name, *seen) for name in (stamp, seen.digest) if name is not None]
         if len(self._waiting) >= ROWS_AT_ONCE:

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from sdft.data.packed import Lookup
+from sdft.data.packed_strings import SearchableStrings
 
 
-class Kind(NamedTuple):
+class TensorKind(NamedTuple):
     """What many entries have in common."""
 
     size: int
@@ -22,29 +22,29 @@ class Kind(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Place(NamedTuple):
+class CacheEntry(NamedTuple):
     """Of one entry."""
 
     shard: int
     first: int
     """byte of the shard"""
-    kind: Kind
+    kind: TensorKind
     checksum: int
 
 
-class Places:
+class CacheIndex:
     """Entries in the order in which they were added."""
 
     def __init__(self) -> None:
-        self._addresses = Lookup()
+        self._addresses = SearchableStrings()
         self._shards, self._firsts = array("i"), array("q")
         self._kinds, self._checksums = array("i"), array("Q")
-        self._all_kinds: list[Kind] = []
+        self._all_kinds: list[TensorKind] = []
 
     def __len__(self) -> int:
         return len(self._addresses)
 
-    def add(self, address: str, place: Place) -> None:
+    def add(self, address: str, place: CacheEntry) -> None:
         self._addresses.append(address)
         self._shards.append(place.shard)
         self._firsts.append(place.first)
@@ -57,6 +57,6 @@ class Places:
         """The number of an entry; None where there is none of this address."""
         return self._addresses.find(address)
 
-    def __getitem__(self, row: int) -> Place:
+    def __getitem__(self, row: int) -> CacheEntry:
         kind = self._all_kinds[self._kinds[row]]
-        return Place(self._shards[row], self._firsts[row], kind, self._checksums[row])
+        return CacheEntry(self._shards[row], self._firsts[row], kind, self._checksums[row])
