@@ -165,7 +165,7 @@ def building(root: Path, num: int) -> None:
     data = folder(str(some), batch_size=4, size=512, cache="disk", cache_dir=str(root.parent / "built"))
     ready = [
         group
-        for pictures in (data.pictures, data.held_out)
+        for pictures in (data.train_set, data.validation_set)
         for _, group in prepared(pictures, list(pictures.cacheable_variants()), 4)
     ]
     alone = seconds(lambda: [model.encode_moments(pixels) for pixels in ready])
@@ -188,7 +188,7 @@ started = time.monotonic()
 for batch in data.val_dataloader():
     break
 for index in range(64):
-    data.pictures[index, 0]
+    data.train_set[index, 0]
     kept[f"{index}.moments"]
 # Not ru_maxrss, which begins with the peak of whoever started this process.
 print(started - imported, int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024)

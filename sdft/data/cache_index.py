@@ -1,6 +1,6 @@
-"""Where the entries of a cache lie, by address: a few arrays, however many there are.
+"""The index of a cache in memory: entries by address, in a few arrays however many there are.
 
-Knows positions and kinds; opens no file.
+Opens no file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sdft.data.packed_strings import SearchableStrings
 
 
 class TensorKind(NamedTuple):
-    """What many entries have in common."""
+    """Size, dtype and shape of a tensor."""
 
     size: int
     """in bytes"""
@@ -23,17 +23,17 @@ class TensorKind(NamedTuple):
 
 
 class CacheEntry(NamedTuple):
-    """Of one entry."""
+    """Where one entry is."""
 
     shard: int
     first: int
-    """byte of the shard"""
+    """offset of its first byte in the shard"""
     kind: TensorKind
     checksum: int
 
 
 class CacheIndex:
-    """Entries in the order in which they were added."""
+    """Entries by address and by row, in the order in which they were added."""
 
     def __init__(self) -> None:
         self._addresses = SearchableStrings()
@@ -49,12 +49,12 @@ class CacheIndex:
         self._shards.append(place.shard)
         self._firsts.append(place.first)
         if place.kind not in self._all_kinds:
-            self._all_kinds.append(place.kind)  # of any one model there are a few
+            self._all_kinds.append(place.kind)  # one model has only a few
         self._kinds.append(self._all_kinds.index(place.kind))
         self._checksums.append(place.checksum)
 
     def row(self, address: str) -> int | None:
-        """The number of an entry; None where there is none of this address."""
+        """The row of an entry; None if there is none."""
         return self._addresses.find(address)
 
     def __getitem__(self, row: int) -> CacheEntry:

@@ -1,8 +1,7 @@
-"""What was seen in picture files, remembered from start to start, so that none is decoded twice.
+"""Results of scanning image files, cached between runs so that no file is decoded twice for it.
 
-A file is known by its stamp (path, size, times) or by the SHA-256 of its bytes; both change with the bytes, so nothing
-stale can be found. Any number of processes share a record, and losing it costs time only. Does not know how pictures
-are looked at.
+A file is identified by its stamp (path, size, modification times) or by the SHA-256 of its bytes. Both change with the
+bytes, so no result is stale. Any number of processes can share a cache, and deleting it costs only time.
 """
 
 from __future__ import annotations
@@ -17,35 +16,35 @@ from typing import NamedTuple
 import PIL
 
 RULES = 1
-"""Counts the changes of what `decode.examine` accepts: another number, and every picture is looked at anew."""
+"""Version of what `decode.examine` accepts; with another number every image is scanned again."""
 SETTLED_SECONDS = 2
-"""A file system's clock may tick as rarely: a file written twice within a tick shows one time."""
+"""Resolution of the coarsest file system's times: a file written twice within it may show the same time."""
 ROWS_AT_ONCE = 1000
 TABLE = "CREATE TABLE IF NOT EXISTS seen (name TEXT PRIMARY KEY, digest TEXT, h INT, w INT, problem TEXT)"
 
 
 class ImageFacts(NamedTuple):
-    """One picture file."""
+    """What a scan found in one image file."""
 
     digest: str
     """SHA-256 of its bytes"""
     h: int
     w: int
-    """as it is shown; 0 where it cannot be"""
+    """in pixels, after EXIF orientation; 0 if it cannot be decoded"""
     problem: str
-    """why it cannot be shown; empty where it can"""
+    """why it cannot be decoded; empty if it can"""
 
 
 class ScanCache:
-    """Rows of `ImageFacts` under stamps and digests, in one file of `folder`; the user's cache folder where that is None.
+    """`ImageFacts` by stamp and by digest, in an SQLite file in `folder`; in the user's cache folder if it is None.
 
-    Where the file cannot be used (a full disk, no rights, no locks), nothing is known and nothing is kept.
+    If the file cannot be used (full disk, permissions, locks), nothing is found and nothing is stored.
     """
 
     def __init__(self, folder: str | None = None):
         place = Path(folder).expanduser() if folder else user_cache()
         self._db: sqlite3.Connection | None = None
-        self._waiting: list[tuple] = []
+        self._pending: list[tuple] = []
         with contextlib.suppress(OSError, sqlite3.Error):
             place.mkdir(parents=True, exist_ok=True)
             file = place / f"seen-{RULES}-pillow{PIL.__version__}.sqlite"
@@ -54,7 +53,7 @@ class ScanCache:
             self._db = db
 
     def find(self, name: str | None) -> ImageFacts | None:
-        """What is known under a stamp or digest."""
+        """The facts of a stamp or digest."""
         if self._db is None or name is None:
             return None
         try:
@@ -63,27 +62,27 @@ class ScanCache:
             return None
         return ImageFacts(*row) if row else None
 
-    def keep(self, stamp: str | None, seen: ImageFacts) -> None:
-        """Remember a picture; it is on disk after `flush`, or when enough have come together."""
-        self._waiting += [(name, *seen) for name in (stamp, seen.digest) if name is not None]
-        if len(self._waiting) >= ROWS_AT_ONCE:
+    def add(self, stamp: str | None, facts: ImageFacts) -> None:
+        """Store the facts of an image; they are on disk after `flush`, or once enough are pending."""
+        self._pending += [(name, *facts) for name in (stamp, facts.digest) if name is not None]
+        if len(self._pending) >= ROWS_AT_ONCE:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is waiting."""
-        if self._db is not None and self._waiting:
+        """Write the pending rows."""
+        if self._db is not None and self._pending:
             with contextlib.suppress(sqlite3.Error), self._db:
-                self._db.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?, ?, ?, ?)", self._waiting)
-        self._waiting = []
+                self._db.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?, ?, ?, ?)", self._pending)
+        self._pending = []
 
 
 def user_cache() -> Path:
-    """Where this user keeps what can be made again."""
+    """The cache folder of this user."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sdft"
 
 
 def stamp_of(file: Path) -> str | None:
-    """Words that change whenever the bytes of a file do; None where it has changed too lately to be sure of that."""
+    """A text that changes whenever the bytes of a file do; None if it changed too recently for its times to be reliable."""
     try:
         stat = file.stat()
     except OSError:

@@ -43,8 +43,8 @@ PICTURES: dict[str, tuple[bytes, str]] = {
     "empty.png": (b"", "the file is empty"),
     "cut.jpg": (stored(form="JPEG")[:-700], "(?i)truncated"),
     "cut.png": (stored()[:-900], "(?i)truncated"),
-    "text.png": (b"this is a letter, not a picture", "no picture format"),
-    "page.jpg": (b"<html>404</html>", "no picture format"),
+    "text.png": (b"this is a letter, not a picture", "not a known image format"),
+    "page.jpg": (b"<html>404</html>", "not a known image format"),
     "tiny.png": (stored(Image.new("RGB", (1, 1))), "only 1 x 1 pixels"),
     "bomb.png": (bomb(), "decompression bomb"),
     "moving.gif": (stored(form="GIF", save_all=True, append_images=[Image.new("RGB", (50, 40))]), "2 frames"),
@@ -68,7 +68,7 @@ def test_a_broken_picture_is_named_with_its_reason(name: str, tmp_path: Path) ->
     content, reason = PICTURES[name]
     good(tmp_path)
     (tmp_path / name).write_bytes(content)
-    expected = rf"{tmp_path / name} cannot be read as a picture \(.*{reason.removeprefix('(?i)')}.*repair or remove"
+    expected = rf"{tmp_path / name} cannot be read as an image \(.*{reason.removeprefix('(?i)')}.*repair or remove"
     with pytest.raises(UserError, match=f"(?i){expected}"):
         folder(str(tmp_path), batch_size=2, size=32, default_caption="x")
 
@@ -82,7 +82,7 @@ def table(content: bytes) -> Callable[[Path], None]:
 
 
 FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a dangling link": (dangling, r"gone\.png cannot be read as a picture \(No such file"),
+    "a dangling link": (dangling, r"gone\.png cannot be read as an image \(No such file"),
     "no caption": (lambda r: (r / "a.txt").unlink(), r"a\.png has no caption; write one into a\.txt"),
     "an empty caption": (lambda r: (r / "a.txt").write_text(" \n"), r"a\.png has an empty caption; write one into"),
     "a caption not UTF-8": (lambda r: (r / "a.txt").write_bytes(b"caf\xe9"), r"a\.png .* not UTF-8 \(byte 3 of a\.txt"),
@@ -131,7 +131,7 @@ SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no caption": (lambda p: tar(p, GOOD | {"2.png": stored()}), r"s\.tar:2\.png has no caption"),
     "an empty caption": (lambda p: tar(p, GOOD | {"1.txt": b" "}), r"s\.tar:1 has an empty caption"),
     "a caption not UTF-8": (lambda p: tar(p, GOOD | {"1.txt": b"\xff"}), r"s\.tar:1 has a txt that is not UTF-8"),
-    "a broken picture": (lambda p: tar(p, GOOD | {"1.png": b"x"}), r"s\.tar:1\.png cannot be read as a picture"),
+    "a broken picture": (lambda p: tar(p, GOOD | {"1.png": b"x"}), r"s\.tar:1\.png cannot be read as an image"),
     "no samples": (lambda p: tar(p, {}), r"s\.tar: found 0 samples"),
 }
 
@@ -185,10 +185,10 @@ class TestAllAtOnce:
 
     def test_skip_leaves_them_out_and_replaces_none(self, root: Path) -> None:
         data = folder(str(root), batch_size=2, size=32, unreadable="skip", held_out=0.4)
-        left = [*data.pictures.source.keys, *data.held_out.source.keys]
+        left = [*data.train_set.source.keys, *data.validation_set.source.keys]
         assert sorted(left) == [f"{name}.png" for name in "abcdef"]
         assert sorted(name for name, _ in data.skipped) == sorted(str(root / name) for name in PICTURES)
-        assert {data.pictures[i, 0]["keys"] for i in range(len(data.pictures.source.keys))} <= set(left)
+        assert {data.train_set[i, 0]["keys"] for i in range(len(data.train_set.source.keys))} <= set(left)
         assert list(readable(Folder(str(root), "all"), "skip").keys) == sorted(left)
 
     def test_skipping_all_is_an_error(self, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_check_tells_what_there_is(root: Path, tmp_path: Path, capsys, monkeypat
     told = run("check", capsys, monkeypatch, *words)
     lines = {line.split("  ")[0].strip(): line for line in told.splitlines()}
     assert "5, and 1 that cannot be read" in lines["pictures"]
-    assert f"{root}/broken.png (no picture format that is known here)" in told
+    assert f"{root}/broken.png (not a known image format)" in told
     assert "20 to 180 wide, 30 to 120 high, median 90 x 60" in told
     assert "1: a.png = a_again.png" in lines["duplicates"]
     assert "1: a.png = a_larger.jpg" in lines["near-duplicates"]
@@ -90,7 +90,7 @@ def test_shard_refuses_what_is_broken_and_writes_the_rest(root: Path, tmp_path: 
     words = [f"root={root}", f"out={tmp_path}/out", "default_caption=x", "per_shard=3"]
     with pytest.raises(SystemExit):
         run("shard", capsys, monkeypatch, *words)
-    assert "broken.png cannot be read as a picture" in capsys.readouterr().err
+    assert "broken.png cannot be read as an image" in capsys.readouterr().err
     (root / "broken.png").unlink()
     told = run("shard", capsys, monkeypatch, *words)
     assert "5 pictures in 2 shards" in told

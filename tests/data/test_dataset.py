@@ -113,7 +113,7 @@ class TestPictures:
         assert [key for batch in seen for key in batch.keys] == [f"held out/{i}" for i in range(4)]
         assert [len(batch) for batch in seen] == [3, 1]
         assert not any(batch.dropped_B.any() for batch in seen)
-        upright = torch.stack([data.held_out.variant(i, flip=False)["pixels_BCHW"] for i in range(4)])
+        upright = torch.stack([data.validation_set.variant(i, flip=False)["pixels_BCHW"] for i in range(4)])
         assert torch.equal(torch.cat([batch.pixels_BCHW for batch in seen]), upright)
 
     def test_a_batch_holds_what_its_words_say(self, tiny_source) -> None:
@@ -148,8 +148,8 @@ class TestCache:
         model = tiny_model()
         live, data = (Images(tiny_source(5), tiny_source(2, "held out"), 2, 32, flip=True, seed=3) for _ in range(2))
         data.encode_once(model.encode_moments, torch.device("cpu"), batch_size=3)
-        assert set(data.pictures.moments) == {(i, flip) for i in range(5) for flip in (False, True)}
-        for cached, fresh in ((data.pictures, live.pictures), (data.held_out, live.held_out)):
+        assert set(data.train_set.moments) == {(i, flip) for i in range(5) for flip in (False, True)}
+        for cached, fresh in ((data.train_set, live.train_set), (data.validation_set, live.validation_set)):
             for item in [(i, visit) for i in range(len(fresh.source.keys)) for visit in range(3)]:
                 with_moments, with_pixels = cached[item], fresh[item]
                 moments = model.encode_moments(with_pixels.pop("pixels_BCHW")[None])[0]
@@ -229,7 +229,7 @@ class TestFolder:
         write_pictures(tmp_path, ["good.png", name], hw=(64, 64))
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
-        with pytest.raises(UserError, match=rf"{name} cannot be read as a picture .*; repair or remove it"):
+        with pytest.raises(UserError, match=rf"{name} cannot be read as an image .*; repair or remove it"):
             _ = [sample.image_HWC for sample in samples_of(tmp_path, default_caption="x").values()]
 
     def test_an_unreadable_picture_is_named_by_a_worker_too(self, tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ class TestFolder:
             (tmp_path / f"{name}.png").write_bytes(b"not a picture")
         pictures = ImageDataset(Folder(str(tmp_path), "train", default_caption="x"), (32, 32), seed=0)
         loader = DataLoader(pictures, batch_sampler=BatchOrder(2, 2, 0, 0, 1), collate_fn=collate, num_workers=1)
-        with pytest.raises(UserError, match=r"[abc]\.png cannot be read as a picture"):
+        with pytest.raises(UserError, match=r"[abc]\.png cannot be read as an image"):
             list(loader)
 
     @pytest.mark.parametrize("num", [0, 1])
@@ -271,7 +271,7 @@ class TestFolder:
     def test_a_folder_feeds_a_run(self, tmp_path: Path) -> None:
         write_pictures(tmp_path, [f"{i}.png" for i in range(5)])
         data = folder(str(tmp_path), batch_size=2, size=16, default_caption="x", flip=True)
-        assert (len(data.pictures.source.keys), len(data.held_out.source.keys)) == (4, 1)
+        assert (len(data.train_set.source.keys), len(data.validation_set.source.keys)) == (4, 1)
         (batch,) = data.val_dataloader()
         assert batch.time_ids_B6.tolist() == [[20, 30, 0, 4, 16, 16]]
 

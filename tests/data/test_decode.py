@@ -122,7 +122,7 @@ def test_colours_of_another_profile_become_srgb() -> None:
 
 BROKEN = {
     "empty": (b"", "the file is empty"),
-    "text": (b"a text file named .png", "no picture format"),
+    "text": (b"a text file named .png", "not a known image format"),
     "cut png": (stored(plain("red"))[:60], "(?i)truncat"),
     "cut jpeg": (stored(plain("red"), "JPEG")[:-200], "(?i)truncat"),
     "1x1": (stored(Image.new("RGB", (1, 1))), "only 1 x 1 pixels"),

@@ -83,7 +83,7 @@ def test_a_folder_with_buckets_feeds_a_run(sources) -> None:
     for batch in data.val_dataloader():
         h, w = batch.pixels_BCHW.shape[2:]
         assert batch.time_ids_B6[:, 4:].tolist() == [[h, w]] * len(batch)
-    assert {*data.pictures.targets, *data.held_out.targets} == {(64, 64), (48, 80), (80, 48)}
+    assert {*data.train_set.targets, *data.validation_set.targets} == {(64, 64), (48, 80), (80, 48)}
 
 
 def test_batches_are_expected_before_they_are_read() -> None:

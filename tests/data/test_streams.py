@@ -14,7 +14,7 @@ from checks import slow
 
 from sdft.batch import Batch
 from sdft.data.datamodule import Images
-from sdft.data.dataset import Source
+from sdft.data.source import Source
 from sdft.module import Finetuning
 from sdft.objective.denoising import Denoising
 from sdft.optimizers.optimizers import adamw

@@ -80,7 +80,7 @@ def test_the_hash_of_the_data_follows_pictures_captions_and_order(tiny_source) -
         source = tiny_source(3)
         source.__dict__ |= changes
         part, seen = SimpleNamespace(source=source), SimpleNamespace(digest=lambda place: None)
-        return receipt.data_digest(SimpleNamespace(pictures=part, held_out=part, seen=seen, seen_held_out=seen))
+        return receipt.data_digest(SimpleNamespace(train_set=part, validation_set=part, train_scan=seen, validation_scan=seen))
 
     other = tiny_source(3).images.copy()
     other[1, 0, 0, 0] ^= 1

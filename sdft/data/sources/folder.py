@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from sdft.data.captions import Captions, Tags, checked_template, checked_texts
-from sdft.data.dataset import Sample
+from sdft.data.source import Sample
 from sdft.data.decode import StoredImage
 from sdft.data.packed_strings import PackedStrings
 from sdft.data.problems import listed

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft.data.captions import Captions, Tags, checked_template
-from sdft.data.dataset import Sample
+from sdft.data.source import Sample
 from sdft.data.decode import StoredImage
 from sdft.data.packed_strings import PackedStrings
 from sdft.data.problems import listed

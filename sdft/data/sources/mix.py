@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from sdft.data.dataset import Sample, Source
+from sdft.data.source import Sample, Source
 from sdft.data.decode import StoredImage
 from sdft.data.packed_strings import Concatenated, PackedStrings
 from sdft.data.sources.splits import stored
@@ -44,7 +44,7 @@ class Mix:
         )
 
     def _place(self, position: int) -> tuple[Source, int]:
-        round_, index = self._all.place(position)
+        round_, index = self._all.locate(position)
         return self._rounds[round_], index
 
     def __getitem__(self, position: int) -> Sample:

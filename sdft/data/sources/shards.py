@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from sdft.data.captions import Captions, Tags, checked_template, checked_texts
-from sdft.data.dataset import Sample
+from sdft.data.source import Sample
 from sdft.data.decode import StoredImage
 from sdft.data.packed_strings import Concatenated, PackedStrings, repeated
 from sdft.data.problems import listed
@@ -88,7 +88,7 @@ class Shards:
 
     def _entry(self, index: int) -> tuple[int, Entry]:
         """A sample and the number of its shard."""
-        number, row = self._all.place(self._places[index])
+        number, row = self._all.locate(self._places[index])
         return number, Entry.unpacked(self._lines[number][row])
 
     def stored(self, index: int) -> StoredImage:

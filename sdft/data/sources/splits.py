@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from sdft.data.dataset import Sample, Source
+from sdft.data.source import Sample, Source
 from sdft.data.decode import StoredImage
 from sdft.data.packed_strings import PackedStrings
 from sdft.rng import seed_of

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from sdft.data.captions import checked_template
-from sdft.data.dataset import Sample
+from sdft.data.source import Sample
 from sdft.data.toy.looks import render
 from sdft.data.toy.scenes import sample_scene, split_index
 from sdft.types import Count, NonNegative

@@ -64,7 +64,7 @@ def test_a_second_start_decodes_nothing_and_sees_the_same(stored: str, root: Pat
     assert [hw[1] for hw in first[0]] == [30, 31, 32, 33, 0]
     assert seen(source, tmp_path / "c") == first
     assert len(looks) == 5
-    assert "no picture format" in first[2][4][1]
+    assert "not a known image format" in first[2][4][1]
 
 
 def test_a_second_start_does_not_even_read(root: Path, tmp_path: Path, looks) -> None:

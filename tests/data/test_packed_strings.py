@@ -20,7 +20,7 @@ def test_strings_are_a_list_of_texts() -> None:
 def test_lists_end_to_end_know_whose_a_position_is() -> None:
     both = Concatenated([2, 0, 3])
     assert len(both) == 5
-    assert [both.place(position) for position in range(5)] == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
+    assert [both.locate(position) for position in range(5)] == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
 
 
 def test_what_is_there_again_is_named_in_order() -> None:
@@ -39,7 +39,7 @@ def test_lookup_finds_what_was_added_and_nothing_else() -> None:
 
 
 def test_texts_of_one_mark_are_told_apart(monkeypatch) -> None:
-    monkeypatch.setattr(sdft.data.packed_strings, "mark", lambda text: 2**64 - 1 - len(text) // 2)
+    monkeypatch.setattr(sdft.data.packed_strings, "string_hash", lambda text: 2**64 - 1 - len(text) // 2)
     texts = ["aa", "bb", "cc", "c", "dddd"]
     found = SearchableStrings(texts)
     assert [found.find(text) for text in texts] == [0, 1, 2, 3, 4]
