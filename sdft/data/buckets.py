@@ -13,7 +13,7 @@ MOST_ELONGATED = 4.0
 
 
 def bucket_sizes(side: int, step: int, most_elongated: float = MOST_ELONGATED) -> list[tuple[int, int]]:
-    """The sizes in multiples of `step` of at most side x side pixels that cannot grow along either axis, by aspect ratio.
+    """The sizes in multiples of `step`, by aspect ratio, of at most side x side pixels, that cannot grow along an axis.
 
     The long side is limited by the area only, the short side is at least side / sqrt(most_elongated).
     """

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sdft.data.cache_index import TensorKind, CacheEntry, CacheIndex
+from sdft.data.cache_index import CacheEntry, CacheIndex, TensorKind
 from sdft.errors import UserError
 from sdft.hardware import reuse_freed_memory
 
@@ -92,7 +92,7 @@ class Cache:
         return torch.frombuffer(content, dtype=place.kind.dtype).view(place.kind.shape)
 
     def prefetch(self, addresses: Iterable[str]) -> None:
-        """Advise the system to read entries that will be needed soon: disks read many at once faster than one by one."""
+        """Advise the system to read entries that will be needed soon: many at once are faster than one by one."""
         for address in addresses:
             place = self._places[self._row(address)]
             if not self._in_memory(place):
@@ -200,7 +200,7 @@ def described(tensor: Tensor) -> str:
     """The metadata of an entry: its checksum, dtype and shape."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     found = checksum(tensor.flatten().view(torch.uint8).numpy())
-    return f"{found:016x} {told_kind(names[tensor.dtype], tensor.shape)}"
+    return f"{found:016x} {kind_text(names[tensor.dtype], tensor.shape)}"
 
 
 def kind_text(dtype: str, shape: Sequence[int]) -> str:

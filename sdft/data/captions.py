@@ -28,7 +28,7 @@ class Tags:
         if not separator.strip():
             raise UserError(f"data.tags.separator={separator!r}: must be more than white space, such as ','")
         if keep_first and not shuffle and not drop:
-            raise UserError(f"data.tags.keep_first={keep_first} has no effect without data.tags.shuffle or data.tags.drop")
+            raise UserError(f"data.tags.keep_first={keep_first} has no effect without data.tags.shuffle or .drop")
         self.shuffle, self.keep_first, self.drop, self.separator = shuffle, keep_first, drop, separator
 
     @property

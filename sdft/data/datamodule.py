@@ -21,11 +21,11 @@ from sdft.batch import Batch
 from sdft.data.buckets import bucket_sizes
 from sdft.data.cache import Cache, fingerprint
 from sdft.data.dataset import BatchOrder, ImageDataset, Variant, collate
-from sdft.data.encoding import Ranks, cached_moments, cached_embeddings, prepared
+from sdft.data.encoding import Ranks, cached_embeddings, cached_moments, prepared
 from sdft.data.images import Crop
 from sdft.data.packed_strings import PackedStrings, unique
-from sdft.data.scan_cache import ScanCache
 from sdft.data.scan import OnUnreadable, only_readable
+from sdft.data.scan_cache import ScanCache
 from sdft.data.source import Source
 from sdft.data.sources import Folder, HuggingFace, Shards
 from sdft.errors import UserError
@@ -223,7 +223,8 @@ def images_from(source: type) -> Callable[..., Images]:
 
     signature = build.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
     build.__annotations__ = {name: hints[name] for name in both}
-    build.__name__, build.__doc__ = source.__name__.lower(), f"`Images` from the training and validation splits of one `{source.__name__}`; takes the arguments of both."
+    build.__name__ = source.__name__.lower()
+    build.__doc__ = f"`Images` from two splits of one `{source.__name__}`; takes the arguments of both."
     return build
 
 

@@ -32,9 +32,9 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
     A visit counts how often a sample was read before. Rank r yields its slice of each global batch.
 
     size: number of samples. batch_size: samples per rank.
-    buckets: name -> indices of the images of one size; None puts all into one. Each optimizer step is of one bucket. Its
-        samples are one endless sequence of permutations: the last batch of a pass is filled up from the next pass, so no
-        sample is dropped.
+    buckets: name -> indices of the images of one size; None puts all into one. Each optimizer step is of one bucket,
+        whose samples are one endless sequence of permutations: the last batch of a pass is filled up from the next
+        pass, so no sample is dropped.
     accumulate: batches per optimizer step, which are all of one bucket.
     """
 
@@ -162,8 +162,8 @@ class ImageDataset(Dataset):
     caption_dropout: share of visits with the empty caption. encoder_dropout: the same for each text encoder, besides.
     hw_N2: heights and widths of the images that are known without reading them, 0 for others.
 
-    Examples have pixels and captions. Once `moments` (of the VAE's posterior, by variant) and `text_embeddings` are set,
-    they replace them.
+    Examples have pixels and captions. Once they are set, `moments` (of the VAE's posterior, by variant) replace the
+    pixels, and `text_embeddings` the captions.
     """
 
     def __init__(
@@ -211,7 +211,8 @@ class ImageDataset(Dataset):
         visits = [self._visit(*item) for item in items]
         self.moments.prefetch([(visit.index, visit.flip) for visit in visits])
         if self.text_embeddings is not None:
-            self.text_embeddings.prefetch([text for visit in visits for text in visit.encoder_captions(self.source[visit.index])])
+            captions = (visit.encoder_captions(self.source[visit.index]) for visit in visits)
+            self.text_embeddings.prefetch([text for each in captions for text in each])
 
     def _visit(self, index: int, visit: int) -> Visit:
         draws = Draws(self.seed, [self.source.keys[index]], [visit])

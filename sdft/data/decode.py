@@ -57,7 +57,7 @@ class StoredImage:
 
 
 def decode(content: bytes) -> np.ndarray:
-    """Pixels as an image viewer shows them: EXIF orientation applied, in sRGB, transparency on white. uint8, H x W x RGB.
+    """Pixels as image viewers show them: upright, in sRGB, transparency on white. uint8, H x W x RGB.
 
     Raises UnreadableImage.
     """

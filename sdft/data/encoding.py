@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sdft.data.cache import Cache, digest, fingerprint
-from sdft.data.dataset import ImageDataset, Embeddings, Variant, collate
-from sdft.data.packed_strings import SearchableStrings, PackedStrings
+from sdft.data.dataset import Embeddings, ImageDataset, Variant, collate
+from sdft.data.packed_strings import PackedStrings, SearchableStrings
 from sdft.data.scan import Scan, in_threads
 from sdft.progress import tqdm
 
@@ -88,7 +88,12 @@ class CachedEmbeddings:
     """
 
     def __init__(
-        self, cache: Cache, captions: SearchableStrings, addresses: Sequence[str], widths: Sequence[int], pooled_width: int
+        self,
+        cache: Cache,
+        captions: SearchableStrings,
+        addresses: Sequence[str],
+        widths: Sequence[int],
+        pooled_width: int,
     ):
         self.cache, self.captions, self.addresses = cache, captions, addresses
         self.widths, self.pooled_width = list(widths), pooled_width

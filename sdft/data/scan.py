@@ -16,7 +16,7 @@ import numpy as np
 
 from sdft.data.decode import UnreadableImage, examine
 from sdft.data.problems import listed
-from sdft.data.scan_cache import ScanCache, ImageFacts
+from sdft.data.scan_cache import ImageFacts, ScanCache
 from sdft.data.source import Source, stored_image
 from sdft.data.sources.splits import Subset
 from sdft.errors import UserError

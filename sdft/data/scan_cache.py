@@ -82,7 +82,7 @@ def user_cache() -> Path:
 
 
 def stamp_of(file: Path) -> str | None:
-    """A text that changes whenever the bytes of a file do; None if it changed too recently for its times to be reliable."""
+    """A text that changes whenever the bytes of a file do; None if its times are too recent to be reliable."""
     try:
         stat = file.stat()
     except OSError:

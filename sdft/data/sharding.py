@@ -8,15 +8,15 @@ import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
-from sdft.data.source import Source
 from sdft.data.decode import StoredImage
-from sdft.data.sources.shards import entries_of
+from sdft.data.source import Source
+from sdft.data.sources.shards import read_index
 from sdft.errors import UserError
 from sdft.types import Count
 
 
 def write_shards(source: Source, out: Path, per_shard: Count, bar: Callable[[Iterable], Iterable] = iter) -> list[Path]:
-    """Write shards of `per_shard` samples with the original bytes of their images, deterministically; returns their paths.
+    """Write shards of `per_shard` samples with the original bytes of their images; the same source gives the same bytes.
 
     An image `sub/cat.v2.jpg` becomes the sample `sub/cat_v2`, since WebDataset splits names at the first dot.
     Raises UserError if `out` is not empty, cannot be written to, or a sample is not a stored image.
@@ -40,7 +40,7 @@ def write_shards(source: Source, out: Path, per_shard: Count, bar: Callable[[Ite
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise UserError(f"out={out}: {path.name} cannot be written ({error.strerror}); free some space") from error
-        entries_of(path)  # writes the index
+        read_index(path)  # writes the index
         shards.append(path)
     return shards
 

@@ -108,7 +108,7 @@ def describe_run(module: Any, data: Any, max_steps: int, accumulate: int, num_de
         lines.append(f"  trains {group['name']}: {count:,} of {total:,} parameters ({count / total:.2%})")
     lines.append(
         f"  effective batch {per_step} ({data.batch_size} x {accumulate} accumulated x {num_devices} devices), "
-        f"{max_steps} steps = {max_steps * per_step / num_images:.1f} passes over {num_pictures} pictures"
+        f"{max_steps} steps = {max_steps * per_step / num_images:.1f} passes over {num_images} images"
     )
     return lines
 

@@ -167,7 +167,7 @@ class TestContent:
         monkeypatch.setattr(os, "posix_fadvise", lambda _, first, size, __: asked.add((first, size)))
         data.train_set.prefetch(items)
         assert not asked, "it is in memory, having just been written"
-        monkeypatch.setattr(Cache, "_at_hand", lambda *place: False)
+        monkeypatch.setattr(Cache, "_in_memory", lambda *place: False)
         data.train_set.prefetch(items)
         assert not told
         _ = [data.train_set[item] for item in items]

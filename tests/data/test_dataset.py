@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from sdft.data.datamodule import Images, folder
-from sdft.data.dataset import ImageDataset, BatchOrder, Sample, collate
+from sdft.data.dataset import BatchOrder, ImageDataset, Sample, collate
 from sdft.data.sources import Folder, Mix, ToyWorld, held_out
 from sdft.errors import UserError
 
@@ -218,7 +218,7 @@ class TestFolder:
     def test_a_missing_caption_is_named(self, tmp_path: Path) -> None:
         write_pictures(tmp_path, ["a.png", "b.png"])
         (tmp_path / "a.txt").write_text("a cat")
-        with pytest.raises(UserError, match=r"b\.png has no caption; write one into b\.txt .*data\.default_caption"):
+        with pytest.raises(UserError, match=r"b\.png has no caption; write one to b\.txt .*data\.default_caption"):
             samples_of(tmp_path)
         captions = {key: sample.caption for key, sample in samples_of(tmp_path, default_caption="a dog").items()}
         assert captions == {"a.png": "a cat", "b.png": "a dog"}
@@ -244,11 +244,11 @@ class TestFolder:
     @pytest.mark.parametrize("num", [0, 1])
     def test_an_empty_folder_is_an_error(self, num: int, tmp_path: Path) -> None:
         write_pictures(tmp_path, [f"{i}.png" for i in range(num)])
-        with pytest.raises(UserError, match=rf"found {num} pictures, need at least 2 \(.*\.png"):
+        with pytest.raises(UserError, match=rf"found {num} images, need at least 2 \(.*\.png"):
             Folder(str(tmp_path), "train")
 
     def test_a_missing_folder_is_an_error(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="there is no such folder"):
+        with pytest.raises(UserError, match="no such folder"):
             Folder(str(tmp_path / "nowhere"), "train")
 
     @pytest.mark.parametrize("template", ["{subject}", "{0}", "{caption", "{}"])

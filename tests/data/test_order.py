@@ -7,7 +7,7 @@ from itertools import chain, islice
 
 import pytest
 
-from sdft.data.datamodule import NUM_PREFETCHED, PrefetchOrder, Images, folder
+from sdft.data.datamodule import NUM_PREFETCHED, Images, PrefetchOrder, folder
 from sdft.data.dataset import BatchOrder, bucket_order
 from sdft.errors import UserError
 

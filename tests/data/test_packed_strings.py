@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sdft.data.packed_strings
-from sdft.data.packed_strings import Concatenated, SearchableStrings, PackedStrings, unique, repeated
+from sdft.data.packed_strings import Concatenated, PackedStrings, SearchableStrings, repeated, unique
 
 TEXTS = ["", "a", "日本/\udcff.png", "a", "b" * 1000, "", "a"]
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdft.data import scan_cache as scan_cache_module
 from sdft.data import scan as scan_module
-from sdft.data.scan_cache import ScanCache, stamp_of, user_cache
+from sdft.data import scan_cache as scan_cache_module
 from sdft.data.scan import readable, scan
+from sdft.data.scan_cache import ScanCache, stamp_of, user_cache
 from sdft.data.sharding import write_shards
 from sdft.data.sources import Folder, Shards
 
