@@ -37,7 +37,7 @@ class CropPlan:
 def plan_crop(
     original_hw: tuple[int, int], target_hw: tuple[int, int], at: tuple[float, float] = (0.5, 0.5), flip: bool = False
 ) -> CropPlan:
-    """The smallest resize that covers the target, then a crop at the fraction `at` of the surplus (0.5 is the centre)."""
+    """The smallest resize that covers the target, then a crop at the fraction `at` of the surplus (0.5: centre)."""
     scale = max(target / original for target, original in zip(target_hw, original_hw, strict=True))
     h, w = (max(round(side * scale), target) for side, target in zip(original_hw, target_hw, strict=True))
     top, left = (

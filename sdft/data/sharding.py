@@ -16,7 +16,7 @@ from sdft.types import Count
 
 
 def write_shards(source: Source, out: Path, per_shard: Count, bar: Callable[[Iterable], Iterable] = iter) -> list[Path]:
-    """Write shards of `per_shard` samples with the original bytes of their images; the same source gives the same bytes.
+    """Write shards of `per_shard` samples with the original bytes of their images, and return their paths.
 
     An image `sub/cat.v2.jpg` becomes the sample `sub/cat_v2`, since WebDataset splits names at the first dot.
     Raises UserError if `out` is not empty, cannot be written to, or a sample is not a stored image.
