@@ -15,8 +15,8 @@ class whose defaults are right for most.
 | `Verdict` | `verdict=` | the training command, after the last step |
 | `DiffusionModel` | `model=` | everything that trains or draws |
 | `Source` (`sdft.data.source`) | `data=` | `sdft.data.datamodule.Images` |
-| `Metric` (`sdft.evaluation.metrics.metric`) | `metrics=` | `sdft.evaluation.comparison` |
-| merge methods (`sdft.merging.methods`) | `merge=` | `sdft.merging.merge` |
+| `Metric` (`sdft.evaluation.metrics.protocol`) | `metrics=` | `sdft.evaluation.comparison` |
+| `MergeMethod` (`sdft.merging.annotations`) | `merge=` | `sdft.merging.merge` |
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sdft.data.dataset import Pictures, Source, batches
+from sdft.data.dataset import ImageDataset, Source, batches
 from sdft.data.images import to_uint8
 from sdft.data.sources.toy import ToyWorld
 from sdft.data.toy.scenes import SUBJECTS
@@ -116,7 +116,7 @@ class StyleEvaluation:
 
     def _references(self, model: DiffusionModel) -> tuple[np.ndarray, np.ndarray]:
         """The held-out images, and their reconstructions by the VAE."""
-        pictures = Pictures(self.reference, (self.size, self.size), seed=0)
+        pictures = ImageDataset(self.reference, (self.size, self.size), seed=0)
         real, reconstructed = [], []
         for batch in batches(pictures, range(len(self.reference.keys)), self.sampler.batch_size):
             batch = batch.to(model.device)
@@ -154,7 +154,7 @@ class AutoencoderEvaluation:
         """Mean PSNR of each reference; writes `before_after.png` with the originals above their reconstructions."""
         values, rows, labels = {}, [], []
         for name, source in self.references.items():
-            pictures = Pictures(source, (self.size, self.size), seed=0)
+            pictures = ImageDataset(source, (self.size, self.size), seed=0)
             psnr, shown = [], []
             for batch in batches(pictures, range(len(source.keys)), 16):
                 assert batch.pixels_BCHW is not None

@@ -123,7 +123,7 @@ def announce(cfg: DictConfig, module, data, trainer, verdict, report: Report) ->
 
     if trainer.global_rank:
         return
-    report(f"{cfg.name}: {data.pictures.size_hw[1]} px, {trainer.precision}, run folder {cfg.run_dir}")
+    report(f"{cfg.name}: {data.train_set.size_hw[1]} px, {trainer.precision}, run folder {cfg.run_dir}")
     lines = describe_run(module, data, trainer.max_steps, trainer.accumulate_grad_batches, trainer.world_size)
     lines += [f"  {name} will not be measured: {why}" for name, why in unmeasured(verdict).items()]
     report("\n".join(lines))

@@ -79,8 +79,9 @@ def test_the_hash_of_the_data_follows_pictures_captions_and_order(tiny_source) -
     def digest(**changes) -> str:
         source = tiny_source(3)
         source.__dict__ |= changes
-        part, seen = SimpleNamespace(source=source), SimpleNamespace(digest=lambda place: None)
-        return receipt.data_digest(SimpleNamespace(pictures=part, held_out=part, seen=seen, seen_held_out=seen))
+        part, scan = SimpleNamespace(source=source), SimpleNamespace(digest=lambda index: None)
+        data = SimpleNamespace(train_set=part, validation_set=part, train_scan=scan, validation_scan=scan)
+        return receipt.data_digest(data)
 
     other = tiny_source(3).images.copy()
     other[1, 0, 0, 0] ^= 1

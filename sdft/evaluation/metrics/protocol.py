@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdft.data.dataset import Source
+from sdft.data.source import Source
 from sdft.data.sources import Folder, ToyWorld
 from sdft.data.sources.toy import Look
 from sdft.errors import UserError
