@@ -284,6 +284,18 @@ class DiffusionModel(nn.Module, ABC):
     def decode(self, z_BCHW: Tensor) -> Tensor:
         """Pixels in [-1, 1] of scaled latents."""
 
+    def pipeline(self) -> Any:
+        """A diffusers pipeline of these networks, with which exported files are read back; None by default.
+
+        Without one, adapter files are read back by sdft itself, and whole models cannot be exported.
+        """
+        return None
+
+    @classmethod
+    def from_pipeline(cls, pipeline: Any) -> DiffusionModel:
+        """The model of the networks of a diffusers pipeline; the inverse of `pipeline`."""
+        raise NotImplementedError(f"{cls.__name__} has no pipeline in diffusers")
+
     @abstractmethod
     def add_words(self, words: Mapping[str, str]) -> None:
         """Add `words` (word -> initial phrase) to the tokenizers, each with a trainable embedding."""

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from sdft.formats.keys import PREFIXES, hub_name
@@ -44,12 +43,10 @@ def write_folder(model: nn.Module, folder: Path, dtype: torch.dtype = torch.floa
             write_tensors(written / part / file, entries, {"format": "pt"}, tensors.__getitem__)
 
 
-def save_all_but_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+def save_all_but_weights(model: DiffusionModel, folder: Path, dtype: torch.dtype) -> None:
     """Write model_index.json, configs, tokenizers and scheduler."""
     parts = {part: getattr(model, part) for part in SDXL_PARTS}
-    zeros = model.empty_prompt == "zeros"
-    pipeline = StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
-    pipeline.save_config(folder)
+    model.pipeline().save_config(folder)
     for part in ("tokenizer", "tokenizer_2", "scheduler"):
         parts[part].save_pretrained(folder / part)
     for part in ("unet", "vae"):

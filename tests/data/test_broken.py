@@ -120,8 +120,8 @@ SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing there": (lambda p: None, r"there is no file .*s\.tar"),
     "not a tar": (lambda p: p.write_bytes(b"a letter" * 200), r"s\.tar is not a whole tar file"),
     "an empty file": (lambda p: p.write_bytes(b""), r"s\.tar is not a whole tar file"),
-    "compressed": (lambda p: (tar(p, GOOD), p.write_bytes(gzip.compress(p.read_bytes()))), r"s\.tar is not a whole tar"),
-    "cut short": (lambda p: (tar(p, GOOD), p.write_bytes(p.read_bytes()[:900])), r"s\.tar is not a whole .*ends inside 0"),
+    "compressed": (lambda p: (tar(p, GOOD), p.write_bytes(gzip.compress(p.read_bytes()))), r"s\.tar is not a whole"),
+    "cut short": (lambda p: (tar(p, GOOD), p.write_bytes(p.read_bytes()[:900])), r"not a whole .*ends inside 0"),
     "a name that points out": (lambda p: tar(p, GOOD | {"../x.png": stored()}), r"s\.tar .*'\.\./x\.png'.* points out"),
     "an absolute name": (lambda p: tar(p, GOOD | {"/etc/x.png": stored()}), r"s\.tar .*'/etc/x\.png'.* points out"),
     "a link": (lambda p: tar(p, {"0.png": b""}, tarfile.SYMTYPE), r"s\.tar:0\.png is not a regular file"),
@@ -165,7 +165,8 @@ def test_a_command_that_fails_is_told_and_leaves_nothing(tmp_path: Path) -> None
 def test_a_name_in_two_shards_is_told(tmp_path: Path) -> None:
     for name in ("s0.tar", "s1.tar"):
         tar(tmp_path / name, GOOD)
-    with pytest.raises(UserError, match=r"s1\.tar:0 has the same name as a sample of .*s0\.tar, .*s1\.tar:1 has the same name"):
+    message = r"s1\.tar:0 has the same name as a sample of .*s0\.tar, .*s1\.tar:1 has the same name"
+    with pytest.raises(UserError, match=message):
         shards(str(tmp_path / "s{0..1}.tar"), batch_size=2, size=32)
 
 
