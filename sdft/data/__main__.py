@@ -60,9 +60,8 @@ def cache(cfg: DictConfig) -> None:
     data = build(cfg.data, cache="disk", cache_dir=cfg.out)
     model = build(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
     started = time.monotonic()
-    data.encode_once(model.encode_moments, model.device, vae=model.vae)
-    encoders = (model.text_encoder, model.text_encoder_2)
-    listed = data.encode_texts_once(model.encode_prompts, model.prompt_ids, *encoders)
+    data.encode_once(model.encode_moments, model.device, vae=model.get_submodule(model.VAE))
+    listed = data.encode_texts_once(model.encode_prompts, model.prompt_ids, *model.text_encoders)
     print(f"{len(data.store)} entries in {cfg.out}, {time.monotonic() - started:.0f} s")
     if not listed:
         print("captions are encoded during training, since their tags vary")
