@@ -14,7 +14,7 @@ INK, PAPER, FRAME = (40, 40, 46), (252, 252, 253), (230, 30, 60)
 
 
 class ContactSheet:
-    """The first pictures of one training size, the crop framed and the rest faded, the caption below."""
+    """The first images of one training size, the crop framed and the rest faded, the caption below."""
 
     def __init__(self) -> None:
         self.cells: list[tuple[Image.Image, str, str]] = []

@@ -241,7 +241,7 @@ class SDXL(DiffusionModel):
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], num_chunks: int = 1) -> Tensor:
-    """Token ids, B x chunks x 77, each chunk with its own begin, end and padding. What is cut off is said."""
+    """Token ids, B x chunks x 77, each chunk with its own begin, end and padding. Warns about truncated captions."""
     room = tokenizer.model_max_length - 2
     rows = []
     for caption, ids in zip(captions, tokenizer(list(captions), add_special_tokens=False).input_ids, strict=True):

@@ -89,7 +89,7 @@ class Preflight:
             + " + ".join(f"{name} {value / GIB:.2f}" for name, value in sums.items() if value),
             f"  time of a step: {seconds:.3g} s = {needs.flops * setup.accumulate / 1e12:.4g} TFLOP at "
             f"{SHARE_OF_RATE:.0%} of {rate / 1e12:.3g} TFLOP/s ({where})",
-            f"  time of the run: {seconds * setup.max_steps / 60:.3g} min, validation and pictures aside",
+            f"  time of the run: {seconds * setup.max_steps / 60:.3g} min, without validation and previews",
         ]
 
 
@@ -101,7 +101,7 @@ def describe_run(module: Any, data: Any, max_steps: int, accumulate: int, num_de
     if data.bucketed:
         lines.append("  sizes (w x h), with the steps of a pass:")
         for (h, w), indices in data.train_set.by_size().items():
-            lines.append(f"    {w}x{h}: {len(indices)} pictures, {-(-len(indices) // per_step)} steps")
+            lines.append(f"    {w}x{h}: {len(indices)} images, {-(-len(indices) // per_step)} steps")
     total = sum(p.numel() for p in module.model.parameters())
     for group in module.tuning.groups(module.model):
         count = sum(p.numel() for p in group["params"])
@@ -142,9 +142,9 @@ def refuse_batch(data: Any, setup: Setup) -> None:
         fitting = num_images // batches
         remedy = f"data.batch_size={fitting}" if fitting else "fewer devices or trainer.accumulate_grad_batches=1"
         raise UserError(
-            f"data.batch_size={data.batch_size}: a step takes {data.batch_size * batches} pictures "
+            f"data.batch_size={data.batch_size}: a step takes {data.batch_size * batches} images "
             f"({data.batch_size} x {setup.accumulate} accumulated x {setup.num_devices} devices) and there are "
-            f"{num_images}; set {remedy}, or add pictures"
+            f"{num_images}; set {remedy}, or add images"
         )
 
 

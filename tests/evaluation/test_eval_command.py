@@ -262,7 +262,7 @@ def test_a_sweep_becomes_one_comparison(
         ([], "say what to compare"),
         (["subjects={base: nano}", "reference=nowhere"], "reference=nowhere: no such folder"),
         (["subjects={base: nano}", "prompts=nowhere.txt"], "prompts=nowhere.txt: cannot be read"),
-        (["sweep=nowhere"], "sweep=nowhere: there is no such folder"),
+        (["sweep=nowhere"], "sweep=nowhere: no such folder"),
         (["subjects={base: nano}", "size=30"], "both sides must be multiples of"),
     ],
 )
