@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from sdft.data.cache import Cache
-from sdft.data.datamodule import NUM_AHEAD, folder
+from sdft.data.datamodule import NUM_PREFETCHED, folder
 from sdft.data.encoding import prepared
 from sdft.data.sharding import write_shards
 from sdft.data.sources import Folder, Shards
@@ -113,10 +113,10 @@ def reading(place: Path, num: int) -> None:
         """Each batch is expected as early as a run does it; the work of its steps would come in between."""
         batches = [order[first : first + BATCH] for first in range(0, num, BATCH)]
         addresses = [[f"{i:08x}.{name}" for i in batch for name in parts] for batch in batches]
-        for batch in addresses[:NUM_AHEAD]:
-            cache.expect(batch)
-        for batch, following in zip(addresses, [*addresses[NUM_AHEAD:], *[[]] * NUM_AHEAD], strict=True):
-            cache.expect(following)
+        for batch in addresses[:NUM_PREFETCHED]:
+            cache.prefetch(batch)
+        for batch, following in zip(addresses, [*addresses[NUM_PREFETCHED:], *[[]] * NUM_PREFETCHED], strict=True):
+            cache.prefetch(following)
             for address in batch:
                 _ = cache[address]
 
@@ -165,7 +165,7 @@ def building(root: Path, num: int) -> None:
     data = folder(str(some), batch_size=4, size=512, cache="disk", cache_dir=str(root.parent / "built"))
     ready = [
         group
-        for pictures in (data.pictures, data.held_out)
+        for pictures in (data.train_set, data.validation_set)
         for _, group in prepared(pictures, list(pictures.cacheable_variants()), 4)
     ]
     alone = seconds(lambda: [model.encode_moments(pixels) for pixels in ready])
@@ -188,7 +188,7 @@ started = time.monotonic()
 for batch in data.val_dataloader():
     break
 for index in range(64):
-    data.pictures[index, 0]
+    data.train_set[index, 0]
     kept[f"{index}.moments"]
 # Not ru_maxrss, which begins with the peak of whoever started this process.
 print(started - imported, int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024)

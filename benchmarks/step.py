@@ -63,7 +63,7 @@ def steps() -> tuple[list[float], list[float]]:
 
 def bare() -> Iterator[None]:
     """Steps of a plain loop over the same model, loss, optimiser and average."""
-    from sdft.data.dataset import RunOrder, collate
+    from sdft.data.dataset import BatchOrder, collate
     from sdft.rng import Draws
     from sdft.tuning.parameters import trainable_parameters
 
@@ -76,8 +76,8 @@ def bare() -> Iterator[None]:
     parameters = [p for _, p in trainable_parameters(model)]
     average = [p.detach().clone() for p in parameters]
     model.train()
-    for items in RunOrder(len(data.pictures.source.keys), data.batch_size, 0, 0, NUM_STEPS):
-        batch = collate([data.pictures[item] for item in items])
+    for items in BatchOrder(len(data.train_set.source.keys), data.batch_size, 0, 0, NUM_STEPS):
+        batch = collate([data.train_set[item] for item in items])
         with torch.autocast("cpu", torch.bfloat16):
             report = objective(model, batch, Draws(0, batch.keys, batch.visits))
             loss = (report.per_sample_B * batch.loss_weight_B).mean()

@@ -91,7 +91,7 @@ def finetune(cfg: DictConfig | Sequence[str] = (), *, verbose: bool = False, pro
             # Lightning exits after Ctrl-C, and the preemption callback after SIGUSR1.
             if stop.code == 1:
                 raise KeyboardInterrupt from None
-            raise UserError(f"stopped early by a signal; resume=auto run_dir={cfg.run_dir} goes on") from None
+            raise UserError(f"stopped early by a signal; resume=auto run_dir={cfg.run_dir} continues") from None
     assert result is not None, "one process"
     return result
 

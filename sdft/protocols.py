@@ -15,8 +15,8 @@ class whose defaults are right for most.
 | `Verdict` | `verdict=` | the training command, after the last step |
 | `DiffusionModel` | `model=` | everything that trains or draws |
 | `Source` (`sdft.data.source`) | `data=` | `sdft.data.datamodule.Images` |
-| `Metric` (`sdft.evaluation.metrics.metric`) | `metrics=` | `sdft.evaluation.comparison` |
-| merge methods (`sdft.merging.methods`) | `merge=` | `sdft.merging.merge` |
+| `Metric` (`sdft.evaluation.metrics.protocol`) | `metrics=` | `sdft.evaluation.comparison` |
+| `MergeMethod` (`sdft.merging.annotations`) | `merge=` | `sdft.merging.merge` |
 """
 
 from __future__ import annotations
@@ -283,6 +283,18 @@ class DiffusionModel(nn.Module, ABC):
     @abstractmethod
     def decode(self, z_BCHW: Tensor) -> Tensor:
         """Pixels in [-1, 1] of scaled latents."""
+
+    def pipeline(self) -> Any:
+        """A diffusers pipeline of these networks, with which exported files are read back; None by default.
+
+        Without one, adapter files are read back by sdft itself, and whole models cannot be exported.
+        """
+        return None
+
+    @classmethod
+    def from_pipeline(cls, pipeline: Any) -> DiffusionModel:
+        """The model of the networks of a diffusers pipeline; the inverse of `pipeline`."""
+        raise NotImplementedError(f"{cls.__name__} has no pipeline in diffusers")
 
     @abstractmethod
     def add_words(self, words: Mapping[str, str]) -> None:

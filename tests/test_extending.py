@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from warm import WarmPython
 
 from sdft.config.command import check, compose
@@ -22,8 +24,8 @@ COMMANDS = [
 ]
 ROOTS = {"train.py": "train", "eval.py": "eval", "sdft.merging": "merge"}
 SHORT = {
-    "train": ["trainer.max_steps=2", "verdict=none", "~callbacks.previews", "logger=csv", "export.tolerance=1"],
-    "eval": ["sampler.steps=2", "sampler.batch_size=2", "prompts=[a cat]"],
+    "train": ["trainer.max_steps=2", "verdict=none", "~callbacks.previews", "logger=csv", "+export.tolerance=1"],
+    "eval": ["sampler.steps=6", "sampler.batch_size=2", "prompts=[a cat]"],
     "merge": [],
 }
 
@@ -120,7 +122,7 @@ def test_every_command_runs(lab: Path) -> None:
             status, printed = python.run([*program, *words], lab)
             assert status == 0, f"{command}\n{printed[-4000:]}"
     table = next((lab / "multirun").rglob("table.txt")).read_text()
-    assert len(table.splitlines()) == 5  # a heading and four jobs
+    assert len(table.splitlines()) == 6  # a heading, four jobs, and by what they are ranked without a style gain
     for job in (lab / "multirun").rglob("lora.safetensors"):
         assert job.stat().st_size > 0
 
@@ -130,11 +132,16 @@ def test_a_run_with_parts_from_outside_is_resumed(lab: Path) -> None:
     words = ["train.py", "hydra.searchpath=[pkg://my_lab.conf]", "experiment=dreamy_style", "optimizer=sgd",
              "data=squares", "objective/weighting=soft_min_snr", "callbacks=with_norm", "verdict=none",
              "~callbacks.previews",
-             "logger=csv", "export.tolerance=1", "resume=auto", "run_dir=runs/resumed"]  # fmt: skip
+             "logger=csv", "+export.tolerance=1", "trainer.log_every=1"]  # fmt: skip
     if not (lab / "train.py").exists():
         (lab / "train.py").symlink_to(ROOT / "train.py")
     with WarmPython(PYTHONPATH=f"{lab}:{ROOT}") as python:
-        for steps in (2, 4):
-            status, printed = python.run([*words, f"trainer.max_steps={steps}"], lab)
+        for steps, name in ((2, "resumed"), (4, "resumed"), (4, "straight")):
+            words_of_run = [*words, f"trainer.max_steps={steps}", "resume=auto", f"run_dir=runs/{name}"]
+            status, printed = python.run(words_of_run, lab)
             assert status == 0, printed[-4000:]
-    assert "train/weight_norm" in (lab / "runs" / "resumed" / "metrics.csv").read_text().splitlines()[0]
+    resumed, straight = (lab / "runs" / name for name in ("resumed", "straight"))
+    assert "train/weight_norm" in (resumed / "metrics.csv").read_text().splitlines()[0]
+    first, second = (load_file(run / "lora_kohya.safetensors") for run in (resumed, straight))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)

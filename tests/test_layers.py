@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-VERBS, LIGHTNING, SERVICES, CONCEPTS, WORDS = 4, 3, 2, 1, 0
+COMMANDS, LIGHTNING, SERVICES, CONCEPTS, BASICS = 4, 3, 2, 1, 0
 
 LAYERS = {
-    "train": VERBS,
-    "eval": VERBS,
-    "sdft.config": VERBS,
-    "sdft.api": VERBS,
-    "sdft.training.run": VERBS,
-    "sdft.training.sweep": VERBS,
-    "sdft.evaluation.run": VERBS,
-    "sdft.merging.run": VERBS,
-    "sdft.planning.dry_run": VERBS,
+    "train": COMMANDS,
+    "eval": COMMANDS,
+    "sdft.config": COMMANDS,
+    "sdft.api": COMMANDS,
+    "sdft.training.run": COMMANDS,
+    "sdft.training.sweep": COMMANDS,
+    "sdft.evaluation.run": COMMANDS,
+    "sdft.merging.run": COMMANDS,
+    "sdft.planning.dry_run": COMMANDS,
     "sdft.training": LIGHTNING,
     "sdft.module": LIGHTNING,
     "sdft.data.datamodule": LIGHTNING,
@@ -35,15 +35,15 @@ LAYERS = {
     "sdft.training.receipt": SERVICES,
     "sdft.evaluation": SERVICES,
     "sdft.merging": SERVICES,
-    "sdft.batch": WORDS,
-    "sdft.distributed.processes": WORDS,
-    "sdft.distributed.sharding": WORDS,
-    "sdft.errors": WORDS,
-    "sdft.hardware": WORDS,
-    "sdft.progress": WORDS,
-    "sdft.protocols": WORDS,
-    "sdft.rng": WORDS,
-    "sdft.types": WORDS,
+    "sdft.batch": BASICS,
+    "sdft.distributed.processes": BASICS,
+    "sdft.distributed.sharding": BASICS,
+    "sdft.errors": BASICS,
+    "sdft.hardware": BASICS,
+    "sdft.progress": BASICS,
+    "sdft.protocols": BASICS,
+    "sdft.rng": BASICS,
+    "sdft.types": BASICS,
 }
 """The longest matching prefix counts; whatever is not named is a concept."""
 
@@ -72,7 +72,7 @@ FENCES = {
 }
 """Who may import what; a third party that is not named here is free."""
 
-FOR_WORDS = {"torch", "annotated_types", "tqdm", *sys.stdlib_module_names}
+FOR_BASICS = {"torch", "annotated_types", "tqdm", *sys.stdlib_module_names}
 
 FILES = sorted([*(ROOT / "sdft").rglob("*.py"), *ROOT.glob("*.py")])
 
@@ -88,7 +88,7 @@ MODULES = {name_of(file) for file in FILES}
 
 def layer_of(module: str) -> int:
     if module == "sdft" or module.endswith(".__main__"):  # the package itself exports the Python API
-        return VERBS
+        return COMMANDS
     prefixes = (prefix for prefix in LAYERS if inside(module, prefix))
     return LAYERS.get(max(prefixes, key=len, default=""), CONCEPTS)
 
@@ -122,7 +122,7 @@ def complaints(module: str, source: str) -> list[str]:
         if top == "sdft" or imported in ("train", "eval"):
             if imported != "sdft" and not may_import(module, imported):
                 found.append(f"{module} (layer {layer_of(module)}) imports {imported} (layer {layer_of(imported)})")
-        elif layer_of(module) == WORDS and top not in FOR_WORDS:
+        elif layer_of(module) == BASICS and top not in FOR_BASICS:
             found.append(f"{module} (layer 0) imports {top}")
         elif top in FENCES and not any(inside(module, f) or f == f"layer {layer_of(module)}" for f in FENCES[top]):
             found.append(f"{module} imports {top}, which is for {', '.join(FENCES[top]) or 'no one'}")
@@ -133,7 +133,7 @@ def may_import(module: str, imported: str) -> bool:
     above, below = layer_of(module), layer_of(imported)
     if above != below:
         return above > below
-    same = part_of(module) == part_of(imported) or above in (VERBS, WORDS)
+    same = part_of(module) == part_of(imported) or above in (COMMANDS, BASICS)
     return same or (part_of(module), part_of(imported)) in SIDEWAYS
 
 

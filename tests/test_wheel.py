@@ -18,6 +18,8 @@ from safetensors.numpy import load_file, save_file
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 Run = Callable[..., str]
+OWN = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+"""Without what would make this checkout importable: pip would find it installed, and the commands would run it."""
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     venv.create(folder, with_pip=False)
     own = folder / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
     command = ["-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--no-deps", "--no-index", "--quiet"]
-    subprocess.run([sys.executable, *command, str(wheel)], check=True)
+    subprocess.run([sys.executable, *command, str(wheel)], check=True, env=OWN)
     # The path only: the .pth files there, of the editable sdft among others, are not read.
     (own / "installed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     return folder
@@ -48,12 +50,10 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(environment: Path, tmp_path: Path) -> Run:
     """Runs a program of the environment in an empty folder; returns what it printed."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-
     def call(program: str, *words: str) -> str:
         done = subprocess.run(
             [str(environment / "bin" / program), *words],
-            cwd=tmp_path, env=kept, capture_output=True, text=True, check=False,
+            cwd=tmp_path, env=OWN, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

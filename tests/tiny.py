@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdft.batch import Batch
-from sdft.data.dataset import Sample
+from sdft.data.source import Sample
 from sdft.models.nano.build import scheduler, tokenizer
 from sdft.models.sdxl import SDXL
 

@@ -14,10 +14,10 @@ from PIL import Image
 
 from sdft.config.command import build, command
 from sdft.data.contact_sheet import ContactSheet
-from sdft.data.dataset import Pictures
+from sdft.data.dataset import ImageDataset
 from sdft.data.sharding import write_shards
 from sdft.data.sources import ToyWorld
-from sdft.data.survey import survey
+from sdft.data.summary import summarize
 from sdft.errors import UserError
 from sdft.progress import tqdm
 
@@ -26,7 +26,7 @@ MISSING = "(no caption)"
 
 @command("data_check")
 def check(cfg: DictConfig) -> None:
-    """Look at every picture and caption; print a summary and write contact sheets."""
+    """Check every image and caption; print a summary and write contact sheets."""
     from sdft.models.tokens import token_counter
 
     options = {"unreadable": "skip", "cache": "off"}
@@ -35,46 +35,45 @@ def check(cfg: DictConfig) -> None:
     data = build(cfg.data, **options)
     sheets: dict[tuple[int, int], ContactSheet] = defaultdict(ContactSheet)
 
-    def look(pictures: Pictures, index: int, image: np.ndarray) -> None:
-        sample, cut = pictures.source[index], pictures.cut(index, image.shape[:2], flip=False)
-        sheets[cut.target_hw].add(image, cut, sample.key, sample.caption)
+    def visit(dataset: ImageDataset, index: int, image: np.ndarray) -> None:
+        sample, plan = dataset.source[index], dataset.crop_plan(index, image.shape[:2], flip=False)
+        sheets[plan.target_hw].add(image, plan, sample.key, sample.caption)
 
-    parts = [(data.pictures, data.seen), (data.held_out, data.seen_held_out)]
+    parts = [(data.train_set, data.train_scan), (data.validation_set, data.validation_scan)]
     model = cfg.get("model")
     counter = token_counter(model.weights, model.config) if model else None
-    found = survey(parts, look, partial(tqdm, desc="looking", unit="picture"), counter)
+    found = summarize(parts, visit, partial(tqdm, desc="checking", unit="image"), counter)
     found.broken = data.skipped
     most_tokens = 75 * model.prompt_chunks + 2 if model else 0
     print("\n".join(found.lines(cfg.caption.format(caption=MISSING), most_tokens)))
     for (h, w), sheet in sorted(sheets.items()):
         num = found.target_hw.count((h, w))
-        sheet.save(Path(cfg.out) / f"{w}x{h}.png", f"{w} x {h}: {len(sheet.cells)} of {num} pictures")
+        sheet.save(Path(cfg.out) / f"{w}x{h}.png", f"{w} x {h}: {len(sheet.cells)} of {num} images")
     print(f"contact sheets in {cfg.out}")
 
 
 @command("data_cache")
 def cache(cfg: DictConfig) -> None:
-    """Encode every picture and caption that the cache does not hold yet."""
+    """Encode every image and caption that is not in the cache yet."""
     import torch
 
     data = build(cfg.data, cache="disk", cache_dir=cfg.out)
     model = build(cfg.model).to("cuda" if torch.cuda.is_available() else "cpu")
     started = time.monotonic()
-    data.encode_once(model.encode_moments, model.device, vae=model.vae)
-    encoders = (model.text_encoder, model.text_encoder_2)
-    listed = data.encode_texts_once(model.encode_prompts, model.prompt_ids, *encoders)
+    data.encode_once(model.encode_moments, model.device, vae=model.get_submodule(model.VAE))
+    listed = data.encode_texts_once(model.encode_prompts, model.prompt_ids, *model.text_encoders)
     print(f"{len(data.store)} entries in {cfg.out}, {time.monotonic() - started:.0f} s")
     if not listed:
-        print("captions are encoded while training: their tags vary from visit to visit")
+        print("captions are encoded during training, since their tags vary")
     print(f"next: python train.py ... data.cache=disk data.cache_dir={cfg.out}")
 
 
 @command("data_shard")
 def shard(cfg: DictConfig) -> None:
-    """Write the pictures of a folder, with their captions, as tar shards with an index."""
+    """Write the images and captions of a source as tar shards, each with an index."""
     source = build(cfg.source)
     shards = write_shards(source, Path(cfg.out), cfg.per_shard, partial(tqdm, desc="writing", unit="shard"))
-    print(f"{len(source.keys)} pictures in {len(shards)} shards")
+    print(f"{len(source.keys)} images in {len(shards)} shards")
     print(f"next: data=webdataset data.shards='{cfg.out}/{{000000..{len(shards) - 1:06d}}}.tar'")
 
 
@@ -90,7 +89,7 @@ def toy(cfg: DictConfig) -> None:
         sample = world[index]
         Image.fromarray(sample.image_HWC).save(out / f"{index:05d}.png")
         (out / f"{index:05d}.txt").write_text(sample.caption + "\n", encoding="utf-8")
-    print(f"{cfg.count} pictures in {out}")
+    print(f"{cfg.count} images in {out}")
 
 
 COMMANDS = {"check": check, "cache": cache, "shard": shard, "toy": toy}

@@ -1,6 +1,6 @@
-"""Training sizes of one area and many shapes, and which of them a picture gets.
+"""Aspect-ratio buckets: training sizes of about one area, and the bucket of an image.
 
-Pure arithmetic: sizes are (h, w) in pixels.
+Sizes are (h, w) in pixels.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ import math
 from collections.abc import Sequence
 
 MOST_ELONGATED = 4.0
-"""Longest side over shortest in the training sizes of SDXL (2048 x 512)."""
+"""Longest over shortest side in the training sizes of SDXL (2048 x 512)."""
 
 
 def bucket_sizes(side: int, step: int, most_elongated: float = MOST_ELONGATED) -> list[tuple[int, int]]:
-    """The sizes in multiples of `step` of at most side x side pixels that cannot grow along either axis, by shape.
+    """The sizes in multiples of `step`, by aspect ratio, of at most side x side pixels, that cannot grow along an axis.
 
-    The long side has no limit of its own: it is as long as the area lets it be, down to a short side of
-    side / sqrt(most_elongated).
+    The long side is limited by the area only, the short side is at least side / sqrt(most_elongated).
     """
     shortest = math.ceil(side / math.sqrt(most_elongated) / step) * step
     short_sides = range(max(shortest, step), side + 1, step)
@@ -25,6 +24,6 @@ def bucket_sizes(side: int, step: int, most_elongated: float = MOST_ELONGATED) -
 
 
 def nearest_bucket(original_hw: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The size of the nearest shape: the least difference of the logarithms of width over height."""
+    """The bucket with the nearest aspect ratio, by the difference of the logarithms of width over height."""
     h, w = original_hw
     return min(sizes, key=lambda hw: (abs(math.log(w / h) - math.log(hw[1] / hw[0])), hw))

@@ -1,10 +1,10 @@
-"""Tensors on disk under the address of everything they were made from.
+"""A content-addressed cache of tensors on disk.
 
-An address is the SHA-256 of its ingredients: bytes of the picture, transform, VAE; text as the tokenizers read it,
-encoders. What changes gets another address, so nothing stale can be found. Shards are written whole or not at all, any
-number of processes may write at once, and every entry is checked when a process first reads it.
+An address is the SHA-256 of all inputs of an entry: bytes of the image, transform and VAE; token ids and text encoders.
+A changed input has another address, so no entry is ever stale. Shards are written atomically, any number of processes
+may write at the same time, and each process verifies the checksum of an entry at its first read.
 
-Entries are read by position, not from mapped files: in the random order of a run these wait for every few pages.
+Entries are read with `preadv` instead of from memory-mapped files, which wait for every few pages in random order.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from sdft.data.places import Kind, Place, Places
+from sdft.data.cache_index import CacheEntry, CacheIndex, TensorKind
 from sdft.errors import UserError
 from sdft.hardware import reuse_freed_memory
 
 SHARD_BYTES = 256 * 2**20
-"""A shard is written when this much is ready; a killed build loses no more."""
+"""A shard is written once this much is pending; a killed process loses at most that."""
 MOST_OPEN = 256
-"""Files that a process keeps open: systems allow 1024."""
+"""Files that a process has open at a time; the usual limit is 1024."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""Numbers as safetensors calls them."""
+"""Names of dtypes in safetensors."""
 HEX = re.compile("[0-9a-f]{16}")
 
 
 class Cache:
     """A folder of safetensors shards, each entry with its checksum.
 
-    folder: where the shards lie.
+    folder: of the shards; created with the first one. shard_bytes: size from which a shard is written.
     """
 
     def __init__(self, folder: str | Path, shard_bytes: int = SHARD_BYTES):
         self.folder, self.shard_bytes = Path(folder).expanduser(), shard_bytes
         self._shards: list[Path] = []
-        self._places = Places()
+        self._places = CacheIndex()
         self._sound = bytearray()
-        """1 for each place whose bytes were compared with their checksum."""
+        """1 for each row whose checksum was verified."""
         self._files: dict[int, FileIO] = {}
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
@@ -58,11 +58,11 @@ class Cache:
         reuse_freed_memory()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files, for a worker that is no fork."""
+        """Without open files, for workers that are spawned."""
         return vars(self) | {"_files": {}}
 
     def refresh(self) -> None:
-        """Find what other processes have written."""
+        """Read the headers of shards that were written since."""
         known = set(self._shards)
         for shard in sorted(self.folder.glob("*.safetensors")):
             if shard not in known:
@@ -77,11 +77,11 @@ class Cache:
         return address in self._pending or self._places.row(address) is not None
 
     def missing(self, addresses: Iterable[str]) -> list[str]:
-        """The addresses that have no entry, each once, in their order."""
+        """The addresses without an entry, without duplicates, in order."""
         return list(dict.fromkeys(address for address in addresses if address not in self))
 
     def __getitem__(self, address: str) -> Tensor:
-        """An entry. Raises UserError with its shard where its bytes are not what was written."""
+        """The tensor of an address. Raises UserError if its checksum does not match."""
         row = self._row(address)
         place = self._places[row]
         content = self._read(place)
@@ -91,31 +91,31 @@ class Cache:
             self._sound[row] = 1
         return torch.frombuffer(content, dtype=place.kind.dtype).view(place.kind.shape)
 
-    def expect(self, addresses: Iterable[str]) -> None:
-        """Entries that will be read next: a disk brings many at once sooner than one after the other."""
+    def prefetch(self, addresses: Iterable[str]) -> None:
+        """Advise the system to read entries that will be needed soon: many at once are faster than one by one."""
         for address in addresses:
             place = self._places[self._row(address)]
-            if not self._at_hand(place):
+            if not self._in_memory(place):
                 file = self._file(place.shard).fileno()
                 os.posix_fadvise(file, place.first, place.kind.size, os.POSIX_FADV_WILLNEED)
 
-    def _at_hand(self, place: Place) -> bool:
-        """Whether the system has an entry in memory, going by its middle; to ask costs less than to advise."""
+    def _in_memory(self, place: CacheEntry) -> bool:
+        """Whether the middle of an entry is in the page cache; testing costs less than advising."""
         middle = place.first + place.kind.size // 2
         try:
             return os.preadv(self._file(place.shard).fileno(), [bytearray(1)], middle, os.RWF_NOWAIT) == 1
         except OSError:
-            return False  # not there, or a file system that does not tell
+            return False  # not cached, or a file system without RWF_NOWAIT
 
     def put(self, address: str, tensor: Tensor) -> None:
-        """Keep an entry; it is on disk after `flush`, or when enough have come together."""
+        """Add an entry; it is on disk after `flush`, or once `shard_bytes` are pending."""
         self._pending[address] = tensor.detach().cpu().contiguous()
         self._pending_bytes += tensor.nbytes
         if self._pending_bytes >= self.shard_bytes:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending as one shard."""
+        """Write the pending entries as one shard. Raises UserError if that fails; earlier shards stay."""
         if not self._pending:
             return
         name = digest(sorted(self._pending))[:24]
@@ -134,7 +134,7 @@ class Cache:
                 partial.unlink()
             raise UserError(
                 f"data.cache_dir: {target} cannot be written ({error.strerror}); the {len(self)} entries written "
-                "before are kept: make room, or set another data.cache_dir, and start again"
+                "before are kept: free some space, or set another data.cache_dir, and start again"
             ) from error
         self._pending, self._pending_bytes = {}, 0
         self.refresh()
@@ -146,7 +146,7 @@ class Cache:
         return row
 
     def _read_header(self, number: int) -> None:
-        """Find the entries of a shard. What is written in its header is checked by safetensors."""
+        """Add the entries of a shard to the index; safetensors validates the header."""
         shard = self._shards[number]
         try:
             with safe_open(shard, framework="pt") as checked:
@@ -160,11 +160,11 @@ class Cache:
         for address, entry in header.items():
             first, end = entry["data_offsets"]
             dtype, shape = entry["dtype"], entry["shape"]
-            found, _, said = checksums.get(address, "").partition(" ")
-            if said != told_kind(dtype, shape) or not HEX.fullmatch(found):
+            found, _, kind_found = checksums.get(address, "").partition(" ")
+            if kind_found != kind_text(dtype, shape) or not HEX.fullmatch(found):
                 raise self._damaged(number, address)
-            kind = Kind(end - first, DTYPES[dtype], tuple(shape))
-            self._places.add(address, Place(number, 8 + begin + first, kind, int(found, 16)))
+            kind = TensorKind(end - first, DTYPES[dtype], tuple(shape))
+            self._places.add(address, CacheEntry(number, 8 + begin + first, kind, int(found, 16)))
 
     def _file(self, number: int) -> FileIO:
         file = self._files.get(number)
@@ -174,47 +174,47 @@ class Cache:
             file = self._files[number] = self._shards[number].open("rb", buffering=0)
         return file
 
-    def _read(self, place: Place) -> np.ndarray:
+    def _read(self, place: CacheEntry) -> np.ndarray:
         file, content = self._file(place.shard), np.empty(place.kind.size, np.uint8)
         done = os.preadv(file.fileno(), [content.data], place.first)
         while done < len(content):
             more = os.preadv(file.fileno(), [content[done:].data], place.first + done)
             if not more:
-                raise self._damaged(place.shard, "it ends too early")
+                raise self._damaged(place.shard, "the file is truncated")
             done += more
         return content
 
     def _damaged(self, number: int, what: str) -> UserError:
         return UserError(
-            f"data.cache_dir: {self._shards[number]} is damaged ({what}); remove this file, and its entries are made "
-            "again"
+            f"data.cache_dir: {self._shards[number]} is damaged ({what}); remove this file, and its entries are "
+            "computed again"
         )
 
 
 def checksum(content: np.ndarray) -> int:
-    """XXH3 of bytes: 64 bits, as fast as memory."""
+    """XXH3 of bytes, 64 bits."""
     return xxhash.xxh3_64_intdigest(content.data)
 
 
 def described(tensor: Tensor) -> str:
-    """The checksum and kind of an entry that is written."""
+    """The metadata of an entry: its checksum, dtype and shape."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     found = checksum(tensor.flatten().view(torch.uint8).numpy())
-    return f"{found:016x} {told_kind(names[tensor.dtype], tensor.shape)}"
+    return f"{found:016x} {kind_text(names[tensor.dtype], tensor.shape)}"
 
 
-def told_kind(dtype: str, shape: Sequence[int]) -> str:
-    """What stands behind the checksum of an entry, as nothing else in the file checks it."""
+def kind_text(dtype: str, shape: Sequence[int]) -> str:
+    """Dtype and shape as stored beside the checksum, which does not cover them."""
     return f"{dtype} {'x'.join(map(str, shape))}"
 
 
 def digest(ingredients: object) -> str:
-    """The SHA-256 of anything JSON can hold."""
+    """SHA-256 of anything that JSON can represent."""
     return hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
 
 
 def fingerprint(*modules: nn.Module) -> str:
-    """What the weights of some modules are: names, types, shapes and every byte."""
+    """SHA-256 of the names, dtypes, shapes and values of all weights of some modules."""
     found = hashlib.sha256()
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):

@@ -1,6 +1,6 @@
-"""The captions of one sample, and which words a visit learns of them.
+"""The captions of one sample, and how a visit draws one of them.
 
-Pure text: knows neither tokenizers nor where captions lie.
+Pure text: knows neither tokenizers nor files.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from sdft.types import Fraction, Index
 
 
 class Tags:
-    """Captions as lists of tags, told a little differently at each visit.
+    """Augmentation of captions that are lists of tags, at each visit.
 
-    shuffle: tags change places.
-    keep_first: so many tags keep their place and are never dropped.
-    drop: share of the other tags that a visit leaves out; the last one is never left out.
-    separator: between the tags.
+    shuffle: whether the order of the tags is random.
+    keep_first: number of tags at the start that are neither moved nor dropped.
+    drop: probability of dropping each of the other tags; at least one tag always remains.
+    separator: between tags.
     """
 
     def __init__(self, shuffle: bool = False, keep_first: Index = 0, drop: Fraction = 0.0, separator: str = ","):
         if not separator.strip():
             raise UserError(f"data.tags.separator={separator!r}: must be more than white space, such as ','")
         if keep_first and not shuffle and not drop:
-            raise UserError(f"data.tags.keep_first={keep_first} means nothing without data.tags.shuffle or .drop")
+            raise UserError(f"data.tags.keep_first={keep_first} has no effect without data.tags.shuffle or .drop")
         self.shuffle, self.keep_first, self.drop, self.separator = shuffle, keep_first, drop, separator
 
     @property
     def vary(self) -> bool:
-        """Whether two visits can differ."""
+        """Whether visits can differ."""
         return self.shuffle or self.drop > 0
 
     def __call__(self, text: str, draws: Draws) -> str:
-        """The tags of `text` as one visit learns them."""
+        """The tags of `text` at the visit of `draws`."""
         tags = [tag.strip() for tag in text.split(self.separator) if tag.strip()]
         kept, rest = tags[: self.keep_first], tags[self.keep_first :]
         if self.drop and rest:
@@ -52,12 +52,12 @@ class Tags:
 
 @dataclass(frozen=True)
 class Captions:
-    """What one sample can be called.
+    """All captions of one sample.
 
-    texts: its captions; a visit learns one of them.
-    weights: how often each, relative to the others; all the same where empty.
-    template: how the text becomes the caption: `{caption}, dreamy` puts a word behind it.
-    tags: how texts that are lists of tags vary; None leaves them as they are.
+    texts: each visit draws one.
+    weights: their relative probabilities; uniform if empty.
+    template: format string of the final caption, such as `{caption}, dreamy`.
+    tags: augmentation of texts that are lists of tags, if any.
     """
 
     texts: tuple[str, ...]
@@ -67,11 +67,11 @@ class Captions:
 
     @property
     def plain(self) -> str:
-        """The first text as it stands, for validation."""
+        """The first text without augmentation, for validation."""
         return self.template.format(caption=self.texts[0])
 
-    def told(self, draws: Draws) -> str:
-        """The caption of one visit."""
+    def draw(self, draws: Draws) -> str:
+        """The caption of the visit of `draws`."""
         text = self.texts[0]
         if len(self.texts) > 1:
             weights = torch.tensor(self.weights or [1.0] * len(self.texts), dtype=torch.float64)
@@ -84,19 +84,19 @@ class Captions:
 
     @property
     def every(self) -> tuple[str, ...] | None:
-        """Every caption a visit can give; None where tags make them too many to list."""
+        """Every caption that a visit can draw; None if augmented tags make them too many to list."""
         if self.tags is not None and self.tags.vary:
             return None
         return tuple(self.template.format(caption=text) for text in self.texts)
 
 
 def stream(draws: Draws, purpose: str) -> torch.Generator:
-    """The generator of the one sample of `draws`."""
+    """A random generator of the one sample in `draws`."""
     return generator(draws.run_seed, purpose, draws.keys[0], draws.visits[0])
 
 
 def checked_template(key: str, template: str, *fields: str) -> str:
-    """The template, if its fields are `{caption}` and `fields`."""
+    """The template. Raises UserError if it has other fields than `{caption}` and `fields`."""
     try:
         template.format(caption="", **{field: "" for field in fields})
     except (KeyError, IndexError, ValueError, AttributeError) as error:
@@ -106,7 +106,7 @@ def checked_template(key: str, template: str, *fields: str) -> str:
 
 
 def checked_texts(texts: Sequence[str]) -> tuple[str, ...]:
-    """Captions on one line each; ValueError, with the reason, where there is nothing to learn."""
+    """Captions with white space collapsed. Raises ValueError for an empty one, or none."""
     lines = tuple(" ".join(text.split()) for text in texts)
     if not lines:
         raise ValueError("has no caption")

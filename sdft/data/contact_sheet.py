@@ -1,4 +1,4 @@
-"""Sheets of thumbnails that show what a trainer keeps of each picture, and what it is called."""
+"""Contact sheets: thumbnails with the crop that is trained on, key, size and caption."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sdft.data.images import Cut
+from sdft.data.images import CropPlan
 
 CELL, GAP, TEXT_LINES, COLUMNS, MOST = 220, 12, 4, 6, 48
 INK, PAPER, FRAME = (40, 40, 46), (252, 252, 253), (230, 30, 60)
 
 
 class ContactSheet:
-    """The first pictures of one training size, the crop framed and the rest faded, the caption below."""
+    """The first images of one training size, the crop framed and the rest faded, the caption below."""
 
     def __init__(self) -> None:
         self.cells: list[tuple[Image.Image, str, str]] = []
 
-    def add(self, image_HWC: np.ndarray, cut: Cut, key: str, caption: str) -> None:
-        """One picture, as long as there is room."""
+    def add(self, image_HWC: np.ndarray, plan: CropPlan, key: str, caption: str) -> None:
+        """Add an image, up to MOST of them; the rest is ignored."""
         if len(self.cells) == MOST:
             return
         h, w = image_HWC.shape[:2]
         scale = CELL / max(h, w)
         thumb = Image.fromarray(image_HWC).resize((max(1, round(w * scale)), max(1, round(h * scale))))
-        grow = thumb.height / cut.resized_hw[0]
-        left, top = round(cut.left * grow), round(cut.top * grow)
-        right, bottom = left + round(cut.target_hw[1] * grow) - 1, top + round(cut.target_hw[0] * grow) - 1
+        grow = thumb.height / plan.resized_hw[0]
+        left, top = round(plan.left * grow), round(plan.top * grow)
+        right, bottom = left + round(plan.target_hw[1] * grow) - 1, top + round(plan.target_hw[0] * grow) - 1
         box = (left, top, max(left, min(right, thumb.width - 1)), max(top, min(bottom, thumb.height - 1)))
         shown = Image.blend(thumb, Image.new("RGB", thumb.size, PAPER), 0.6)
         shown.paste(thumb.crop((box[0], box[1], box[2] + 1, box[3] + 1)), box[:2])
@@ -59,7 +59,7 @@ class ContactSheet:
 
 
 def fitted(text: str, font) -> str:
-    """The text, its start cut off where it is wider than a cell."""
+    """The text, its start replaced by an ellipsis if it is wider than a cell."""
     if font.getlength(text) <= CELL:
         return text
     while text and font.getlength("…" + text) > CELL:
@@ -68,7 +68,7 @@ def fitted(text: str, font) -> str:
 
 
 def wrapped(text: str, font) -> list[str]:
-    """The words in lines of a cell's width; an ellipsis where there are more than fit."""
+    """The text wrapped to the width of a cell, with an ellipsis after TEXT_LINES lines."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

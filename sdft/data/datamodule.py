@@ -1,6 +1,6 @@
-"""Feeds Lightning: the training sequence, a fixed validation set, and what is encoded once.
+"""The LightningDataModule: training batches in a resumable order, a fixed validation set, and encoding once.
 
-Knows batch sizes, workers and ranks; the samples themselves come from `dataset`, what is kept lies in `cache`.
+Knows batch sizes, workers and ranks; examples come from `dataset`, cached encodings from `encoding`.
 """
 
 from __future__ import annotations
@@ -20,38 +20,43 @@ from torch.utils.data import DataLoader, Sampler
 from sdft.batch import Batch
 from sdft.data.buckets import bucket_sizes
 from sdft.data.cache import Cache, fingerprint
-from sdft.data.dataset import Pictures, RunOrder, Source, Variant, collate
-from sdft.data.encoding import Ranks, cached_moments, cached_states, prepared
+from sdft.data.dataset import BatchOrder, ImageDataset, Variant, collate
+from sdft.data.encoding import Ranks, cached_embeddings, cached_moments, prepared
 from sdft.data.images import Crop
-from sdft.data.packed import Strings, distinct
-from sdft.data.record import Record
-from sdft.data.scan import Unreadables, only_readable
+from sdft.data.packed_strings import PackedStrings, unique
+from sdft.data.scan import OnUnreadable, only_readable
+from sdft.data.scan_cache import ScanCache
+from sdft.data.source import Source
 from sdft.data.sources import Folder, HuggingFace, Shards
 from sdft.errors import UserError
 from sdft.progress import tqdm
 from sdft.types import Count, Fraction, Index
 
-NUM_AHEAD = 4
-"""Batches for which a disk is asked before they are read: one is too few to keep it busy."""
+NUM_PREFETCHED = 4
+"""Batches whose cached entries are prefetched: one is too few to keep a disk busy."""
 
 
 class Images(L.LightningDataModule):
-    """Captioned pictures for training and validation.
+    """Captioned images for training and validation.
 
     train, validation: the sources; `validation` is never trained on.
     batch_size: samples of one device and one accumulation step.
     size: side of the square training images, in pixels; with buckets, the root of their area.
-    crop, flip: where the picture is cut, and whether half of the visits see it mirrored.
-    caption_dropout: share of the visits that learn the empty prompt instead of the caption.
-    encoder_dropout: shares of the visits at which the first (CLIP-L) and the second text encoder (CLIP-G) is told
-        nothing, each for itself and besides `caption_dropout`; None where they are always told the same.
-    cache: `ram` encodes each picture once and keeps the posterior's mean and log variance; `disk` keeps them in
-        `cache_dir` for every run to come, and the text states too where no encoder learns; `off` encodes every time.
-    num_workers: processes that read pictures; 0 reads them in the training process.
-    bucket_step: pictures keep their shape, in sizes of one area whose sides are multiples of this; None cuts squares.
-    cache_dir: the folder of `cache=disk`; any number of runs can share one. What was seen in the pictures is remembered
-        there too, or in the user's cache folder where none is named.
-    unreadable: pictures that cannot be read are an `error`, all named before training, or left out (`skip`).
+    crop, flip: position of the crop, and whether half of the visits are flipped horizontally.
+    caption_dropout: probability of training on the empty prompt instead of the caption.
+    encoder_dropout: probabilities of the empty prompt for the first (CLIP-L) and second text encoder (CLIP-G), drawn
+        independently of each other and of `caption_dropout`; None for the same prompt for both.
+    cache: `ram` encodes each image once per run and stores the mean and log variance of the posterior; `disk` stores
+        them in `cache_dir` for later runs, and the prompt embeddings too if no text encoder trains; `off` encodes at
+        every visit.
+    num_workers: processes that read images; 0 reads them in the training process.
+    bucket_step: images keep their aspect ratio, in buckets of about `size`^2 pixels whose sides are multiples of this;
+        None crops squares.
+    cache_dir: folder of `cache=disk`, which any number of runs can share, and of the results of scans, which are in the
+        user's cache folder if it is None.
+    unreadable: with `error`, images that cannot be decoded end the run before training, all named; `skip` omits them.
+
+    Raises UserError for sizes that the latents cannot have, for a disk cache without folder, and for unreadable images.
     """
 
     def __init__(
@@ -68,38 +73,38 @@ class Images(L.LightningDataModule):
         num_workers: Index = 0,
         bucket_step: Count | None = None,
         cache_dir: str | None = None,
-        unreadable: Unreadables = "error",
+        unreadable: OnUnreadable = "error",
         encoder_dropout: tuple[Fraction, Fraction] | None = None,
     ):
         super().__init__()
         check_sizes(size, bucket_step)
         if cache == "disk" and cache_dir is None:
-            raise UserError("data.cache=disk: set data.cache_dir=DIR, where what is encoded is kept")
-        ((train, seen), (validation, seen_held_out)), self.skipped = only_readable(
-            [train, validation], unreadable, Record(cache_dir)
+            raise UserError("data.cache=disk: set data.cache_dir=DIR, the folder of the cache")
+        ((train, scan), (validation, validation_scan)), self.skipped = only_readable(
+            [train, validation], unreadable, ScanCache(cache_dir)
         )
         buckets = bucket_sizes(size, bucket_step) if bucket_step else ()
-        pictures_of = partial(Pictures, size_hw=(size, size), seed=seed, buckets=buckets)
-        self.pictures = pictures_of(
+        dataset_of = partial(ImageDataset, size_hw=(size, size), seed=seed, buckets=buckets)
+        self.train_set = dataset_of(
             train, crop=crop, flip=flip, caption_dropout=caption_dropout, encoder_dropout=encoder_dropout or (),
-            hw_N2=seen.hw_N2,
+            hw_N2=scan.hw_N2,
         )  # fmt: skip
-        self.held_out = pictures_of(validation, hw_N2=seen_held_out.hw_N2)
-        self.seen, self.seen_held_out = seen, seen_held_out
+        self.validation_set = dataset_of(validation, hw_N2=validation_scan.hw_N2)
+        self.train_scan, self.validation_scan = scan, validation_scan
         if cache != "off":
-            self.pictures.cacheable_variants()
+            self.train_set.cacheable_variants()
         self.batch_size, self.seed, self.cache, self.num_workers = batch_size, seed, cache, num_workers
         self.store = Cache(cache_dir) if cache == "disk" and cache_dir else None
         self.bucketed = bool(bucket_step)
         self._batches_done = 0
 
     def train_dataloader(self) -> DataLoader:
-        """The rest of the run's one sequence of batches; its length counts from the start of the run."""
+        """The remaining batches of the run; the length counts from the start of the run."""
         trainer = self.trainer
         num_batches = trainer.max_steps * trainer.accumulate_grad_batches
-        sizes = self.pictures.by_size() if self.bucketed else {}
-        order = RunOrder(
-            len(self.pictures.source.keys),
+        sizes = self.train_set.by_size() if self.bucketed else {}
+        order = BatchOrder(
+            len(self.train_set.source.keys),
             self.batch_size,
             self.seed,
             start=self._batches_done,
@@ -110,18 +115,18 @@ class Images(L.LightningDataModule):
             buckets={f"{h}x{w}": indices for (h, w), indices in sizes.items()},
         )
         return DataLoader(
-            self.pictures,
-            batch_sampler=Ahead(order, self.pictures.expect),
+            self.train_set,
+            batch_sampler=PrefetchOrder(order, self.train_set.prefetch),
             collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=False,
         )
 
     def val_dataloader(self) -> DataLoader:
-        """Each held-out sample once, unflipped, with its caption."""
-        sizes = self.held_out.by_size().values()
+        """Each validation sample once, unflipped, with its caption."""
+        sizes = self.validation_set.by_size().values()
         groups = [[(index, 0) for index in group] for indices in sizes for group in chunks(indices, self.batch_size)]
-        return DataLoader(self.held_out, batch_sampler=groups, collate_fn=collate)
+        return DataLoader(self.validation_set, batch_sampler=groups, collate_fn=collate)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
@@ -133,38 +138,39 @@ class Images(L.LightningDataModule):
         batch_size: int = 64,
         vae: nn.Module | None = None,
     ) -> None:
-        """Replace the pixels of every sample by the moments that `encode` gives for them.
+        """Encode all images and replace their pixels by moments.
 
-        With `cache=disk` the moments are looked up by picture, cut and `vae`, and only missing ones are encoded.
+        encode: pixels B x C x H x W -> moments B x 2C x h x w. With `cache=disk`, moments are looked up by image, crop
+        and weights of `vae`, and only missing ones are encoded.
         """
         encoder = fingerprint(vae) if self.store is not None and vae is not None else None
-        for pictures, seen in ((self.pictures, self.seen), (self.held_out, self.seen_held_out)):
-            make = _encoder(pictures, encode, device, batch_size)
+        for dataset, scan in ((self.train_set, self.train_scan), (self.validation_set, self.validation_scan)):
+            make = _encoder(dataset, encode, device, batch_size)
             if self.store is not None and encoder is not None:
-                pictures.moments = cached_moments(self.store, encoder, pictures, seen, make, self._ranks())
+                dataset.moments = cached_moments(self.store, encoder, dataset, scan, make, self._ranks())
             else:
-                pictures.moments = dict(make(list(pictures.cacheable_variants())))
+                dataset.moments = dict(make(list(dataset.cacheable_variants())))
 
     def encode_texts_once(
         self, encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]], ids: Callable[[str], Any], *encoders: nn.Module
     ) -> bool:
-        """Replace the work of the text encoders by kept states, if the captions of the run can be listed.
+        """Encode all captions with `cache=disk`, if they can be listed; returns whether that is so.
 
-        encode: captions -> context B x L x D and pooled B x P; ids: what the encoders read of a caption.
+        encode: captions -> context B x L x D and pooled B x P. ids: token ids of a caption.
         """
         if self.store is None:
             return False
-        captions = Strings([""])
-        for pictures in (self.pictures, self.held_out):
-            for index in range(len(pictures.source.keys)):
-                sample = pictures.source[index]
+        captions = PackedStrings([""])
+        for dataset in (self.train_set, self.validation_set):
+            for index in range(len(dataset.source.keys)):
+                sample = dataset.source[index]
                 every = sample.captions.every if sample.captions else (sample.caption,)
                 if every is None:
                     return False
                 for caption in every:
                     captions.append(caption)
-        states = cached_states(self.store, distinct(captions), encode, ids, encoders, self._ranks())
-        self.pictures.text_states = self.held_out.text_states = states
+        embeddings = cached_embeddings(self.store, unique(captions), encode, ids, encoders, self._ranks())
+        self.train_set.text_embeddings = self.validation_set.text_embeddings = embeddings
         return True
 
     def _ranks(self) -> Ranks:
@@ -179,11 +185,11 @@ class Images(L.LightningDataModule):
         self._batches_done = state["batches_done"]
 
 
-class Ahead(Sampler[list[tuple[int, int]]]):
-    """The batches of an order; `expect` is told of each some batches before it is read."""
+class PrefetchOrder(Sampler[list[tuple[int, int]]]):
+    """Yields the batches of an order, and passes each to `prefetch` a few batches earlier."""
 
-    def __init__(self, order: RunOrder, expect: Callable[[list[tuple[int, int]]], None]):
-        self.order, self.expect = order, expect
+    def __init__(self, order: BatchOrder, prefetch: Callable[[list[tuple[int, int]]], None]):
+        self.order, self.prefetch = order, prefetch
 
     def __len__(self) -> int:
         return len(self.order)
@@ -191,15 +197,15 @@ class Ahead(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         waiting: deque[list[tuple[int, int]]] = deque()
         for batch in self.order:
-            self.expect(batch)
+            self.prefetch(batch)
             waiting.append(batch)
-            if len(waiting) > NUM_AHEAD:
+            if len(waiting) > NUM_PREFETCHED:
                 yield waiting.popleft()
         yield from waiting
 
 
 def images_from(source: type) -> Callable[..., Images]:
-    """A constructor of `Images` from the two splits of one `source`: its options are those of both."""
+    """A constructor of `Images` from two splits of one `source` class; it takes the arguments of both."""
     both: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}
     taken = {}
@@ -217,7 +223,8 @@ def images_from(source: type) -> Callable[..., Images]:
 
     signature = build.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
     build.__annotations__ = {name: hints[name] for name in both}
-    build.__name__, build.__doc__ = source.__name__.lower(), f"The pictures of one `{source.__name__}`, which see."
+    build.__name__ = source.__name__.lower()
+    build.__doc__ = f"`Images` from two splits of one `{source.__name__}`; takes the arguments of both."
     return build
 
 
@@ -225,7 +232,7 @@ folder, shards, huggingface = images_from(Folder), images_from(Shards), images_f
 
 
 def check_sizes(size: int, bucket_step: int | None) -> None:
-    """Refuse sizes that the latents cannot have."""
+    """Raise UserError for sizes in pixels that the latents cannot have."""
     if size % 16:
         nearest = max(64, round(size / 64) * 64)
         raise UserError(f"size={size}: must be a multiple of 16, and of 64 for SDXL; try size={nearest}")
@@ -236,18 +243,18 @@ def check_sizes(size: int, bucket_step: int | None) -> None:
 
 
 def chunks(items: Sequence[Any], num: int) -> Iterator[Sequence[Any]]:
-    """Consecutive groups of `num`, the last one perhaps smaller."""
+    """Consecutive groups of `num` items; the last may be smaller."""
     return (items[i : i + num] for i in range(0, len(items), num))
 
 
 def _encoder(
-    pictures: Pictures, encode: Callable[[Tensor], Tensor], device: torch.device, batch_size: int
+    dataset: ImageDataset, encode: Callable[[Tensor], Tensor], device: torch.device, batch_size: int
 ) -> Callable[[Sequence[Variant]], Iterator[tuple[Variant, Tensor]]]:
-    """What gives the moments of variants, in batches of one size, decoding ahead of the encoder."""
+    """A function that computes moments of variants in batches of one size, with images decoded in advance."""
 
     def make(variants: Sequence[Variant]) -> Iterator[tuple[Variant, Tensor]]:
         with tqdm(total=len(variants), desc="encoding", unit="image", disable=len(variants) < 512, leave=False) as bar:
-            for group, pixels_BCHW in prepared(pictures, variants, batch_size):
+            for group, pixels_BCHW in prepared(dataset, variants, batch_size):
                 yield from zip(group, encode(pixels_BCHW.to(device)).cpu(), strict=True)
                 bar.update(len(group))
 

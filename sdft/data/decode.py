@@ -1,6 +1,6 @@
-"""From the bytes of a picture file to upright sRGB pixels, or the reason why there are none.
+"""Decoding image files to upright sRGB pixels, or the reason why that is not possible.
 
-Knows file formats and colour. Does not know where the bytes lie, nor what the picture is used for.
+Knows file formats and colour, not where the bytes come from.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from sdft.errors import UserError
 
-# Pillow warns from 89 megapixels on, which an honest scan can have; from twice that on it refuses, and so does this.
+# Pillow warns from 89 megapixels on, which large scans have; from twice that on it refuses, and so does this module.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 LEAST_SIDE = 8
-"""Fewer pixels along a side are no picture."""
+"""Images with a shorter side are refused."""
 EXIF_ORIENTATION = 0x0112
 SRGB = ImageCms.createProfile("sRGB")
 
 
-class Unreadable(Exception):
-    """Why some bytes are no picture that can be learned from."""
+class UnreadableImage(Exception):
+    """The bytes are not an image that can be trained on; the message is the reason."""
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A picture as it is stored, read when asked for.
+class StoredImage:
+    """An image file, read when its pixels are needed.
 
-    name: what errors call it: the path of its file, or its shard and member.
-    read: gives the bytes of the file.
-    stamp: gives words that change whenever the bytes do, without reading them; None where there are none.
+    name: for error messages: the path of the file, or shard and member.
+    read: returns the bytes of the file.
+    stamp: returns a text that changes whenever the bytes do, without reading them; None if there is none.
     """
 
     name: str
@@ -42,37 +42,40 @@ class Encoded:
     stamp: Callable[[], str | None] = lambda: None
 
     def content(self) -> bytes:
-        """The bytes of the file. Raises Unreadable."""
+        """The bytes of the file. Raises UnreadableImage if they cannot be read."""
         try:
             return self.read()
         except OSError as error:
-            raise Unreadable(error.strerror or str(error)) from error
+            raise UnreadableImage(error.strerror or str(error)) from error
 
     def pixels(self) -> np.ndarray:
-        """uint8, H x W x RGB. Raises UserError with the name."""
+        """uint8, H x W x RGB. Raises UserError with the name if it cannot be decoded."""
         try:
             return decode(self.content())
-        except Unreadable as error:
-            raise UserError(f"{self.name} cannot be read as a picture ({error}); repair or remove it") from error
+        except UnreadableImage as error:
+            raise UserError(f"{self.name} cannot be read as an image ({error}); repair or remove it") from error
 
 
 def decode(content: bytes) -> np.ndarray:
-    """Pixels as a viewer shows them: upright, in sRGB, transparency on white. uint8, H x W x RGB. Raises Unreadable."""
+    """Pixels as image viewers show them: upright, in sRGB, transparency on white. uint8, H x W x RGB.
+
+    Raises UnreadableImage.
+    """
     return _guarded(content, lambda picture: np.asarray(_rgb(_eight_bits(_upright(picture)))))
 
 
 def stored_hw(content: bytes) -> tuple[int, int]:
-    """Height and width as `decode` will give them, from the header alone. Raises Unreadable."""
+    """Height and width that `decode` returns, from the header alone. Raises UnreadableImage."""
     return _guarded(content, _upright_hw)
 
 
 def examine(content: bytes) -> tuple[int, int]:
-    """Height and width of a picture that `decode` can read, found out in less time. Raises Unreadable."""
+    """Height and width, after checking that `decode` can read all of it, in less time. Raises UnreadableImage."""
 
     def look(picture: Image.Image) -> tuple[int, int]:
         hw = _upright_hw(picture)
         if picture.format == "JPEG" and picture.mode in ("RGB", "L") and not picture.info.get("icc_profile"):
-            picture.draft(None, (picture.width // 8, picture.height // 8))  # every byte is read, few pixels are made
+            picture.draft(None, (picture.width // 8, picture.height // 8))  # reads every byte, makes few pixels
             picture.load()
         else:
             _rgb(_eight_bits(_upright(picture)))
@@ -82,26 +85,26 @@ def examine(content: bytes) -> tuple[int, int]:
 
 
 def _guarded(content: bytes, look: Callable):
-    """What `look` makes of the opened picture."""
+    """The result of `look` on the opened image; all errors of Pillow become UnreadableImage."""
     if not content:
-        raise Unreadable("the file is empty")
+        raise UnreadableImage("the file is empty")
     try:
         with Image.open(io.BytesIO(content)) as picture:
             frames = getattr(picture, "n_frames", 1)
-            # A phone's JPEG (MPO) keeps a second view behind the picture; the first is the picture.
+            # MPO, the JPEG of some phones, has a second view behind the image.
             if frames > 1 and picture.format != "MPO":
-                raise Unreadable(f"animated or of several pages: {frames} frames; keep one of them")
+                raise UnreadableImage(f"animated or multi-page: {frames} frames; keep one of them")
             if min(picture.size) < LEAST_SIDE:
-                raise Unreadable(f"only {picture.width} x {picture.height} pixels")
+                raise UnreadableImage(f"only {picture.width} x {picture.height} pixels")
             return look(picture)
-    except Unreadable:
+    except UnreadableImage:
         raise
     except UnidentifiedImageError as error:
-        raise Unreadable("no picture format that is known here") from error
+        raise UnreadableImage("not a known image format") from error
     except Image.DecompressionBombError as error:
-        raise Unreadable("more than 178 megapixels, as a decompression bomb has; reduce it") from error
-    except Exception as error:  # Pillow's decoders raise whatever a malformed file makes them run into
-        raise Unreadable(" ".join(str(error).split()) or type(error).__name__) from error
+        raise UnreadableImage("more than 178 megapixels, as decompression bombs have; reduce it") from error
+    except Exception as error:  # Pillow's decoders raise many kinds on malformed files
+        raise UnreadableImage(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def _upright_hw(picture: Image.Image) -> tuple[int, int]:
@@ -114,14 +117,14 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 
 def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Grey of 16 bits as grey of 8; all else as it is."""
+    """16-bit grey as 8-bit grey; other modes unchanged."""
     if picture.mode == "F":
-        raise Unreadable("floating-point pixels, whose range is not known; save it with 8 or 16 bits")
+        raise UnreadableImage("floating-point pixels of unknown range; save it with 8 or 16 bits")
     if not picture.mode.startswith("I"):
         return picture
     values = np.asarray(picture).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise Unreadable("integer pixels of more than 16 bits; save it with 8 or 16 bits")
+        raise UnreadableImage("integer pixels of more than 16 bits; save it with 8 or 16 bits")
     eight = Image.fromarray(((values + 128) // 257).astype(np.uint8))
     eight.info = {"icc_profile": picture.info.get("icc_profile")}
     return eight
@@ -143,13 +146,13 @@ def _rgb(picture: Image.Image) -> Image.Image:
 
 
 def _srgb(picture: Image.Image, profile: bytes) -> Image.Image:
-    """Colours of an embedded profile as sRGB; a picture that is sRGB keeps its bytes."""
+    """Converts from an embedded colour profile to sRGB; an image in sRGB is unchanged."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if picture.mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
             return picture
         shown = ImageCms.profileToProfile(picture, source, SRGB, outputMode="RGB")
     except (ImageCms.PyCMSError, OSError) as error:
-        raise Unreadable(f"its colour profile does not fit it: {str(error).strip()}") from error
-    assert shown is not None  # it is where a picture is changed in place
+        raise UnreadableImage(f"its colour profile does not match: {str(error).strip()}") from error
+    assert shown is not None  # None only for in-place conversion
     return shown

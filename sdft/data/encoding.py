@@ -1,6 +1,6 @@
-"""What is encoded once: moments of pictures and states of captions, made where missing and read from the cache after.
+"""Encoding once: moments of images and prompt embeddings, computed if missing and read from the disk cache afterwards.
 
-Knows addresses and who makes which entry; the encoders are callables given by the model.
+Knows addresses and which rank computes which entry; the encoders are callables of the model.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ import torch
 from torch import Tensor, nn
 
 from sdft.data.cache import Cache, digest, fingerprint
-from sdft.data.dataset import Pictures, States, Variant, collate
-from sdft.data.packed import Lookup, Strings
+from sdft.data.dataset import Embeddings, ImageDataset, Variant, collate
+from sdft.data.packed_strings import PackedStrings, SearchableStrings
 from sdft.data.scan import Scan, in_threads
 from sdft.progress import tqdm
 
 PIXELS_AT_ONCE = 4 * 1024 * 1024
-"""Of one batch of the encoder: four pictures at SDXL's size."""
+"""Pixels per batch of the encoder: four images of 1024 x 1024."""
 TRANSFORM = "cover, lanczos, [-1, 1]"
-"""Says how pixels are made from a picture and a cut: a change of `images.cut_image` needs another word here."""
+"""Version of the transform in addresses: a change of `images.crop_image` needs another text here."""
 CAPTIONS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who shares the work."""
+    """The ranks that share the work."""
 
     rank: int = 0
     world_size: int = 1
     barrier: Callable[[], None] = lambda: None
-    """waits until all are there"""
+    """waits for all ranks"""
 
 
 def prepared(
-    pictures: Pictures, variants: Sequence[Variant], batch_size: int
+    dataset: ImageDataset, variants: Sequence[Variant], batch_size: int
 ) -> Iterator[tuple[list[Variant], Tensor]]:
-    """Variants in batches of one size, with their pixels, decoded in threads ahead of who asks."""
+    """Batches of variants of one size with their pixels (B x C x H x W), decoded in threads in advance."""
     groups = []
-    for (h, w), indices in pictures.by_size(dict.fromkeys(index for index, _ in variants)).items():
+    for (h, w), indices in dataset.by_size(dict.fromkeys(index for index, _ in variants)).items():
         members, num = set(indices), max(1, min(batch_size, PIXELS_AT_ONCE // (h * w)))
         same = [variant for variant in variants if variant[0] in members]
         groups += [same[i : i + num] for i in range(0, len(same), num)]
 
     def pixels_of(group: list[Variant]) -> tuple[list[Variant], Tensor]:
-        return group, collate([pictures.variant(index, flip) for index, flip in group]).pixels_BCHW
+        return group, collate([dataset.variant(index, flip) for index, flip in group]).pixels_BCHW
 
     return in_threads(pixels_of, groups, ahead=4)
 
@@ -55,40 +55,45 @@ def prepared(
 class CachedMoments(Mapping[Variant, Tensor]):
     """Moments by variant, read from the cache.
 
-    addresses: of the variants of `pictures`, in their order.
+    addresses: of `dataset.cacheable_variants()`, in that order.
     """
 
-    def __init__(self, cache: Cache, pictures: Pictures, addresses: Sequence[str]):
-        self.cache, self.pictures, self.addresses = cache, pictures, addresses
+    def __init__(self, cache: Cache, dataset: ImageDataset, addresses: Sequence[str]):
+        self.cache, self.dataset, self.addresses = cache, dataset, addresses
 
     def _address(self, variant: Variant) -> str:
         index, flip = variant
-        return self.addresses[2 * index + flip if self.pictures.flip else index]
+        return self.addresses[2 * index + flip if self.dataset.flip else index]
 
     def __getitem__(self, variant: Variant) -> Tensor:
         return self.cache[self._address(variant)]
 
-    def expect(self, variants: Sequence[Variant]) -> None:
-        self.cache.expect(map(self._address, variants))
+    def prefetch(self, variants: Sequence[Variant]) -> None:
+        self.cache.prefetch(map(self._address, variants))
 
     def __iter__(self) -> Iterator[Variant]:
-        return self.pictures.cacheable_variants()
+        return self.dataset.cacheable_variants()
 
     def __len__(self) -> int:
         return len(self.addresses)
 
 
-class CachedStates:
-    """Text states, read from the cache: of one text that all encoders are told, or of one for each.
+class CachedEmbeddings:
+    """Prompt embeddings, read from the cache: of one caption for all text encoders, or of one for each.
 
-    captions, addresses: all of them in one order.
-    widths: channels of the context that each encoder gives; pooled_width: of the vector that the last one gives.
+    captions, addresses: of all captions, in the same order.
+    widths: channels of the context from each encoder. pooled_width: of the pooled embedding.
 
-    One entry is the context, row by row, and the pooled vector behind it: one reading gets both.
+    An entry is the flattened context followed by the pooled embedding, so that one read gets both.
     """
 
     def __init__(
-        self, cache: Cache, captions: Lookup, addresses: Sequence[str], widths: Sequence[int], pooled_width: int
+        self,
+        cache: Cache,
+        captions: SearchableStrings,
+        addresses: Sequence[str],
+        widths: Sequence[int],
+        pooled_width: int,
     ):
         self.cache, self.captions, self.addresses = cache, captions, addresses
         self.widths, self.pooled_width = list(widths), pooled_width
@@ -98,19 +103,19 @@ class CachedStates:
         assert place is not None, f"the caption {text!r} was not encoded"
         return self.addresses[place]
 
-    def expect(self, texts: Sequence[str]) -> None:
-        self.cache.expect(map(self._address, texts))
+    def prefetch(self, texts: Sequence[str]) -> None:
+        self.cache.prefetch(map(self._address, texts))
 
-    def _states(self, text: str) -> States:
+    def _embeddings(self, text: str) -> Embeddings:
         both = self.cache[self._address(text)]
         context, pooled_P = both.split([len(both) - self.pooled_width, self.pooled_width])
         return context.view(-1, sum(self.widths)), pooled_P
 
-    def __call__(self, told: Sequence[str]) -> States:
-        states = {text: self._states(text) for text in dict.fromkeys(told)}
-        context_LD, pooled_P = states[told[-1]]
-        if len(states) > 1:
-            parts = [states[text][0].split(self.widths, dim=-1)[place] for place, text in enumerate(told)]
+    def __call__(self, captions: Sequence[str]) -> Embeddings:
+        found = {text: self._embeddings(text) for text in dict.fromkeys(captions)}
+        context_LD, pooled_P = found[captions[-1]]
+        if len(found) > 1:
+            parts = [found[text][0].split(self.widths, dim=-1)[place] for place, text in enumerate(captions)]
             context_LD = torch.cat(parts, dim=-1)
         return context_LD, pooled_P
 
@@ -118,18 +123,18 @@ class CachedStates:
 def cached_moments(
     cache: Cache,
     encoder: str,
-    pictures: Pictures,
-    seen: Scan,
+    dataset: ImageDataset,
+    scan: Scan,
     make: Callable[[Sequence[Variant]], Iterator[tuple[Variant, Tensor]]],
     ranks: Ranks,
 ) -> CachedMoments:
-    """The moments of every variant; those that no run has made yet are made now, each by one rank.
+    """The moments of every variant; missing ones are computed now, each by one rank.
 
-    encoder: fingerprint of the VAE; make: gives the moments of variants.
+    encoder: fingerprint of the VAE. make: computes the moments of variants.
     """
-    addresses = Strings(moments_address(pictures, seen, v, encoder) for v in pictures.cacheable_variants())
-    mine = set(own(cache.missing(addresses), ranks))
-    variants = zip(addresses, pictures.cacheable_variants(), strict=True)
+    addresses = PackedStrings(moments_address(dataset, scan, v, encoder) for v in dataset.cacheable_variants())
+    mine = set(addresses_of_rank(cache.missing(addresses), ranks))
+    variants = zip(addresses, dataset.cacheable_variants(), strict=True)
     one_of = {address: variant for address, variant in variants if address in mine}
     address_of = {variant: address for address, variant in one_of.items()}
     for variant, moments in make(list(address_of)):
@@ -137,32 +142,35 @@ def cached_moments(
     cache.flush()
     ranks.barrier()
     cache.refresh()
-    return CachedMoments(cache, pictures, addresses)
+    return CachedMoments(cache, dataset, addresses)
 
 
-def moments_address(pictures: Pictures, seen: Scan, variant: Variant, encoder: str) -> str:
-    """Bytes of the picture, how it is cut, and what encodes it."""
+def moments_address(dataset: ImageDataset, scan: Scan, variant: Variant, encoder: str) -> str:
+    """The address of the bytes of an image, its crop, and its encoder."""
     index, flip = variant
-    content, hw = seen.digest(index), tuple(seen.hw_N2[index].tolist())
+    content, hw = scan.digest(index), tuple(scan.hw_N2[index].tolist())
     if content is None:
-        image = pictures.source[index].image_HWC
+        image = dataset.source[index].image_HWC
         content, hw = hashlib.sha256(image.tobytes()).hexdigest(), image.shape[:2]
-    cut = pictures.cut(index, hw, flip)
-    return digest([TRANSFORM, content, cut.resized_hw, cut.top, cut.left, cut.target_hw, flip, encoder])
+    plan = dataset.crop_plan(index, hw, flip)
+    return digest([TRANSFORM, content, plan.resized_hw, plan.top, plan.left, plan.target_hw, flip, encoder])
 
 
-def cached_states(
+def cached_embeddings(
     cache: Cache,
-    captions: Lookup,
+    captions: SearchableStrings,
     encode: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
     ids: Callable[[str], Any],
     encoders: Sequence[nn.Module],
     ranks: Ranks,
-) -> CachedStates:
-    """The states of every caption; those that no run has made yet are made now, each by one rank."""
+) -> CachedEmbeddings:
+    """The prompt embeddings of every caption; missing ones are computed now, each by one rank.
+
+    encode: captions -> context B x L x D and pooled B x P. ids: token ids of a caption, by which it is addressed.
+    """
     encoder = fingerprint(*encoders)
-    addresses = Strings(digest([ids(caption), encoder]) for caption in captions)
-    missing = set(own(cache.missing(addresses), ranks))
+    addresses = PackedStrings(digest([ids(caption), encoder]) for caption in captions)
+    missing = set(addresses_of_rank(cache.missing(addresses), ranks))
     mine = [pair for pair in zip(captions, addresses, strict=True) if pair[1] in missing]
     for first in tqdm(range(0, len(mine), CAPTIONS_AT_ONCE), desc="captions", disable=len(mine) < 512, leave=False):
         group = mine[first : first + CAPTIONS_AT_ONCE]
@@ -174,9 +182,9 @@ def cached_states(
     ranks.barrier()
     cache.refresh()
     widths = [encoder.config.hidden_size for encoder in encoders]
-    return CachedStates(cache, captions, addresses, widths, encoders[-1].config.projection_dim)
+    return CachedEmbeddings(cache, captions, addresses, widths, encoders[-1].config.projection_dim)
 
 
-def own(addresses: Sequence[str], ranks: Ranks) -> list[str]:
-    """Those that one rank makes: by address, so that it does not matter what another has already written."""
+def addresses_of_rank(addresses: Sequence[str], ranks: Ranks) -> list[str]:
+    """The addresses that this rank computes; chosen by value, so that what other ranks have written is irrelevant."""
     return [address for address in addresses if int(address[:8], 16) % ranks.world_size == ranks.rank]

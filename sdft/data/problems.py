@@ -1,4 +1,4 @@
-"""How several problems become one message."""
+"""Several problems in one error message."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ MOST_INLINE = 10
 
 
 def listed(problems: Sequence[str]) -> str:
-    """All of them: a few in one line, many on a line each."""
+    """All problems: up to ten in one line, more on a line each."""
     if len(problems) <= MOST_INLINE:
         return ", ".join(problems)
     return "\n  " + "\n  ".join(problems) + "\n"

@@ -1,4 +1,4 @@
-"""Looks at every stored picture of a source once, before anything is learned from it."""
+"""Checks that every stored image of a source can be decoded, once, before training."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from sdft.data.dataset import Source
-from sdft.data.decode import Unreadable, examine
+from sdft.data.decode import UnreadableImage, examine
 from sdft.data.problems import listed
-from sdft.data.record import Record, Seen
-from sdft.data.sources.splits import Part, encoded
+from sdft.data.scan_cache import ImageFacts, ScanCache
+from sdft.data.source import Source, stored_image
+from sdft.data.sources.splits import Subset
 from sdft.errors import UserError
 from sdft.progress import tqdm
 
-Unreadables = Literal["error", "skip"]
+OnUnreadable = Literal["error", "skip"]
 T = TypeVar("T")
 R = TypeVar("R")
 ENOUGH_FOR_A_BAR = 512
@@ -30,117 +30,120 @@ ENOUGH_FOR_A_BAR = 512
 
 @dataclass
 class Scan:
-    """What is known of the pictures of a source without reading them again."""
+    """What is known about the images of a source without reading them again."""
 
     hw_N2: np.ndarray
-    """height and width as they are shown; 0 where the source draws its pictures"""
+    """height and width in pixels, after EXIF orientation; 0 for generated images"""
     digests_N32: np.ndarray
-    """SHA-256 of the file, as bytes; 0 where there is none"""
+    """SHA-256 of the file, as bytes; 0 for generated images"""
     problems: dict[int, tuple[str, str]] = field(default_factory=dict)
-    """position -> (name of the picture, what is wrong with it)"""
+    """index -> (name of the image, why it cannot be decoded)"""
 
-    def add(self, place: int, name: str, seen: Seen) -> None:
-        """One picture that was looked at."""
-        self.digests_N32[place] = np.frombuffer(bytes.fromhex(seen.digest), np.uint8)
-        if seen.problem:
-            self.problems[place] = (name, seen.problem)
+    def add(self, index: int, name: str, facts: ImageFacts) -> None:
+        """Enter what was found in one image."""
+        self.digests_N32[index] = np.frombuffer(bytes.fromhex(facts.digest), np.uint8)
+        if facts.problem:
+            self.problems[index] = (name, facts.problem)
         else:
-            self.hw_N2[place] = seen.h, seen.w
+            self.hw_N2[index] = facts.h, facts.w
 
-    def digest(self, place: int) -> str | None:
-        """SHA-256 of a file; None where there is none."""
-        return self.digests_N32[place].tobytes().hex() if self.digests_N32[place].any() else None
+    def digest(self, index: int) -> str | None:
+        """SHA-256 of an image file; None for a generated image."""
+        return self.digests_N32[index].tobytes().hex() if self.digests_N32[index].any() else None
 
-    def part(self, places: Sequence[int]) -> Scan:
-        """The same of some of the pictures."""
-        return Scan(self.hw_N2[places], self.digests_N32[places])
+    def subset(self, indices: Sequence[int]) -> Scan:
+        """The scan of some of the images."""
+        return Scan(self.hw_N2[indices], self.digests_N32[indices])
 
 
-def scan(source: Source, record: Record) -> Scan:
-    """Reads and decodes every stored picture that `record` does not know."""
+def scan(source: Source, cache: ScanCache) -> Scan:
+    """Reads and decodes every stored image that is not in `cache`, with a progress bar."""
     num = len(source.keys)
     found = Scan(np.zeros((num, 2), np.int32), np.zeros((num, 32), np.uint8))
     unknown = array("q")
-    for place in range(num):
-        picture = encoded(source, place)
-        if picture is None:
+    for index in range(num):
+        image = stored_image(source, index)
+        if image is None:
             continue
-        if known := record.find(picture.stamp()):
-            found.add(place, picture.name, known)
+        if known := cache.find(image.stamp()):
+            found.add(index, image.name, known)
         else:
-            unknown.append(place)
-    looks = in_threads(partial(_look, source, record), unknown)
-    bar = partial(tqdm, desc="reading pictures", unit="picture", disable=len(unknown) < ENOUGH_FOR_A_BAR, leave=False)
-    for place, name, stamp, result in bar(looks, total=len(unknown)):
-        if isinstance(result, Unreadable):
-            found.problems[place] = (name, str(result))
+            unknown.append(index)
+    results = in_threads(partial(_examine, source, cache), unknown)
+    bar = partial(tqdm, desc="checking images", unit="image", disable=len(unknown) < ENOUGH_FOR_A_BAR, leave=False)
+    for index, name, stamp, result in bar(results, total=len(unknown)):
+        if isinstance(result, UnreadableImage):
+            found.problems[index] = (name, str(result))
         else:
-            found.add(place, name, result)
-            record.keep(stamp, result)
-    record.flush()
+            found.add(index, name, result)
+            cache.add(stamp, result)
+    cache.flush()
     return found
 
 
-def readable(source: Source, unreadable: Unreadables = "error", cache_dir: str | None = None) -> Source:
-    """The source without its unreadable pictures; with `error`, any such picture is a UserError.
+def readable(source: Source, unreadable: OnUnreadable = "error", cache_dir: str | None = None) -> Source:
+    """The source without images that cannot be decoded. With `unreadable=error`, raises UserError if there are any.
 
-    cache_dir: where it is remembered what was seen in them; the user's cache folder where that is None.
+    cache_dir: folder for the results of scans; the user's cache folder if None.
     """
-    ((left, _),), _ = only_readable([source], unreadable, Record(cache_dir))
+    ((left, _),), _ = only_readable([source], unreadable, ScanCache(cache_dir))
     return left
 
 
 def only_readable(
-    sources: list[Source], unreadable: Unreadables, record: Record
+    sources: list[Source], unreadable: OnUnreadable, cache: ScanCache
 ) -> tuple[list[tuple[Source, Scan]], list[tuple[str, str]]]:
-    """Each source without what cannot be read, and what that was. With `error`, one UserError names all of it."""
+    """(each source without images that cannot be decoded, with its scan), and (name, problem) of those images.
+
+    Raises UserError naming all of them with `unreadable=error`, and if a source would be empty.
+    """
     left: list[tuple[Source, Scan]] = []
     broken: list[tuple[str, str]] = []
     for source in sources:
-        found = scan(source, record)
+        found = scan(source, cache)
         if found.problems:
-            broken += [found.problems[place] for place in sorted(found.problems)]
-            good = [place for place in range(len(source.keys)) if place not in found.problems]
-            source, found = Part(source, good), found.part(good)
+            broken += [found.problems[index] for index in sorted(found.problems)]
+            good = [index for index in range(len(source.keys)) if index not in found.problems]
+            source, found = Subset(source, good), found.subset(good)
         left.append((source, found))
     if broken and unreadable == "error":
-        raise UserError(f"data: {told(broken)}, or set data.unreadable=skip")
+        raise UserError(f"data: {complaint(broken)}, or set data.unreadable=skip")
     if not left[0][0].keys:
-        raise UserError(f"data: no picture is left to learn from: {told(broken)}")
+        raise UserError(f"data: no image is left to train on: {complaint(broken)}")
     if not left[-1][0].keys:
-        raise UserError(f"data: none is left of those held out to judge by: {told(broken)}, or raise data.held_out")
+        raise UserError(f"data: no held-out image is left: {complaint(broken)}, or raise data.held_out")
     return left, broken
 
 
-def told(broken: list[tuple[str, str]]) -> str:
-    """Pictures that cannot be read, with the reasons, and what to do."""
+def complaint(broken: list[tuple[str, str]]) -> str:
+    """Images that cannot be decoded, with the reasons and the remedy."""
     if len(broken) == 1:
         ((name, problem),) = broken
-        return f"{name} cannot be read as a picture ({problem}); repair or remove it"
+        return f"{name} cannot be read as an image ({problem}); repair or remove it"
     named = listed([f"{name} ({problem})" for name, problem in broken])
-    return f"{len(broken)} files cannot be read as pictures: {named}; repair or remove them"
+    return f"{len(broken)} files cannot be read as images: {named}; repair or remove them"
 
 
-def _look(source: Source, record: Record, place: int) -> tuple[int, str, str | None, Seen | Unreadable]:
-    """(position, name, stamp, what is seen). Bytes that cannot be had are Unreadable, and perhaps there next time."""
-    picture = encoded(source, place)
-    assert picture is not None, "only stored pictures are looked at"
-    stamp = picture.stamp()
+def _examine(source: Source, cache: ScanCache, index: int) -> tuple[int, str, str | None, ImageFacts | UnreadableImage]:
+    """(index, name, stamp, facts), or the error instead of facts if the file cannot be read, which is not cached."""
+    image = stored_image(source, index)
+    assert image is not None, "only stored images are scanned"
+    stamp = image.stamp()
     try:
-        content = picture.content()
-    except Unreadable as error:
-        return place, picture.name, stamp, error
+        content = image.content()
+    except UnreadableImage as error:
+        return index, image.name, stamp, error
     digest = hashlib.sha256(content).hexdigest()
-    if known := record.find(digest):
-        return place, picture.name, stamp, known
+    if known := cache.find(digest):
+        return index, image.name, stamp, known
     try:
-        return place, picture.name, stamp, Seen(digest, *examine(content), "")
-    except Unreadable as error:
-        return place, picture.name, stamp, Seen(digest, 0, 0, str(error))
+        return index, image.name, stamp, ImageFacts(digest, *examine(content), "")
+    except UnreadableImage as error:
+        return index, image.name, stamp, ImageFacts(digest, 0, 0, str(error))
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T], ahead: int = 32) -> Iterator[R]:
-    """`function` of every item, in order, some items ahead: decoders leave the processor to other threads."""
+    """Map `function` over items in threads, in order, `ahead` items in advance; image decoders release the GIL."""
     waiting: deque = deque()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for item in items:

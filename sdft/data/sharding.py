@@ -1,4 +1,4 @@
-"""Stored pictures into tar shards in the layout of WebDataset, each with its index."""
+"""Writing stored images as tar shards in WebDataset's layout, each with its index."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
-from sdft.data.dataset import Source
-from sdft.data.decode import Encoded
-from sdft.data.sources.shards import entries_of
+from sdft.data.decode import StoredImage
+from sdft.data.source import Source
+from sdft.data.sources.shards import read_index
 from sdft.errors import UserError
 from sdft.types import Count
 
 
 def write_shards(source: Source, out: Path, per_shard: Count, bar: Callable[[Iterable], Iterable] = iter) -> list[Path]:
-    """Shards of `per_shard` samples with the very bytes of their pictures; the same source gives the same bytes.
+    """Write shards of `per_shard` samples with the original bytes of their images, and return their paths.
 
-    A picture `sub/cat.v2.jpg` becomes the sample `sub/cat_v2`: readers take the first dot for the end of the name.
+    An image `sub/cat.v2.jpg` becomes the sample `sub/cat_v2`, since WebDataset splits names at the first dot.
+    Raises UserError if `out` is not empty, cannot be written to, or a sample is not a stored image.
     """
     if out.exists() and any(out.iterdir()):
         raise UserError(f"out={out}: the folder is not empty; name a new one")
@@ -38,27 +39,27 @@ def write_shards(source: Source, out: Path, per_shard: Count, bar: Callable[[Ite
             partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise UserError(f"out={out}: {path.name} cannot be written ({error.strerror}); make room") from error
-        entries_of(path)  # writes the index
+            raise UserError(f"out={out}: {path.name} cannot be written ({error.strerror}); free some space") from error
+        read_index(path)  # writes the index
         shards.append(path)
     return shards
 
 
 def members_of(source: Source, index: int) -> list[tuple[str, bytes]]:
-    """The files of one sample by suffix: the picture, and one caption as text or several as JSON."""
+    """(suffix, content) of the files of one sample: the image, and one caption as text or several as JSON."""
     sample = source[index]
-    if not isinstance(sample.picture, Encoded) or sample.captions is None:
-        raise UserError(f"data: {sample.key} is drawn, not stored; only stored pictures go into shards")
+    if not isinstance(sample.image, StoredImage) or sample.captions is None:
+        raise UserError(f"data: {sample.key} is generated; only stored images can be written to shards")
     texts, weights = sample.captions.texts, sample.captions.weights
-    picture = (PurePosixPath(sample.key).suffix.lower() or ".jpg", sample.picture.content())
+    image = (PurePosixPath(sample.key).suffix.lower() or ".jpg", sample.image.content())
     if len(texts) == 1:
-        return [picture, (".txt", texts[0].encode())]
+        return [image, (".txt", texts[0].encode())]
     row = {"captions": texts} | ({"weights": weights} if weights else {})
-    return [picture, (".json", json.dumps(row, ensure_ascii=False).encode())]
+    return [image, (".json", json.dumps(row, ensure_ascii=False).encode())]
 
 
 def sample_names(keys: Iterable[str]) -> list[str]:
-    """A name without dots for each key, all different; the suffix joins in where two would be the same."""
+    """A unique name without dots for each key; with the suffix in it where names would be equal otherwise."""
     taken: dict[str, str] = {}
     for key in keys:
         path = PurePosixPath(key)
@@ -67,6 +68,6 @@ def sample_names(keys: Iterable[str]) -> list[str]:
         full = [f"{folder}/{name}" if folder else name for name in options]
         name = next((name for name in full if name not in taken), None)
         if name is None:
-            raise UserError(f"data: {key} and {taken[full[1]]} would have one name in a shard; rename one of them")
+            raise UserError(f"data: {key} and {taken[full[1]]} would have the same name in a shard; rename one of them")
         taken[name] = key
     return list(taken)

@@ -13,7 +13,7 @@ from sdft.evaluation.run import compare
 
 @command("eval")
 def main(cfg: DictConfig) -> None:
-    """One comparison, from config to pictures, figures and `report.html`."""
+    """One comparison, from config to images, metrics and `report.html`."""
     hydra = HydraConfig.get()
     if ProcessInfo.current().world_size > 1 and not any(word.startswith("run_dir=") for word in hydra.overrides.task):
         raise UserError("run_dir is not set: several processes draw one comparison, so pass run_dir=FOLDER to all")

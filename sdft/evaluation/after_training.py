@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sdft.data.dataset import Pictures, Source, batches
+from sdft.data.dataset import ImageDataset, Source, batches
 from sdft.data.images import to_uint8
 from sdft.data.sources.toy import ToyWorld
 from sdft.data.toy.scenes import SUBJECTS
@@ -25,7 +25,7 @@ from sdft.evaluation.image_grid import save_grid
 from sdft.evaluation.style_gain import StyleGainMetric
 from sdft.models.load import NANO
 from sdft.models.nano.build import tokenizer
-from sdft.models.sdxl import SDXL
+from sdft.protocols import DiffusionModel
 from sdft.sampling.generate import generate
 from sdft.sampling.samplers import Sampler
 from sdft.types import Count, Precision
@@ -64,7 +64,9 @@ class StyleEvaluation:
         self.num_images, self.caption, self.reduced_side = min(num_images, len(reference.keys)), caption, reduced_side
         self.judge = judge
 
-    def __call__(self, model: SDXL, base: Base, folder: Path, precision: Precision = "fp32") -> dict[str, Any]:
+    def __call__(
+        self, model: DiffusionModel, base: Base, folder: Path, precision: Precision = "fp32"
+    ) -> dict[str, Any]:
         """The metrics of the run; writes `before_after.png` into `folder`."""
         captions = [self.reference[index].caption for index in range(self.num_images)]
         tuned_prompts = [self.caption.format(caption=caption) for caption in captions]
@@ -107,14 +109,14 @@ class StyleEvaluation:
         return found
 
     def _sample(
-        self, model: SDXL, precision: Precision, prompts: Sequence[str], progress: str | None = None
+        self, model: DiffusionModel, precision: Precision, prompts: Sequence[str], progress: str | None = None
     ) -> np.ndarray:
         size_hw = (self.size, self.size)
         return generate(model, prompts, range(len(prompts)), self.sampler, size_hw, precision, progress)
 
-    def _references(self, model: SDXL) -> tuple[np.ndarray, np.ndarray]:
+    def _references(self, model: DiffusionModel) -> tuple[np.ndarray, np.ndarray]:
         """The held-out images, and their reconstructions by the VAE."""
-        pictures = Pictures(self.reference, (self.size, self.size), seed=0)
+        pictures = ImageDataset(self.reference, (self.size, self.size), seed=0)
         real, reconstructed = [], []
         for batch in batches(pictures, range(len(self.reference.keys)), self.sampler.batch_size):
             batch = batch.to(model.device)
@@ -152,7 +154,7 @@ class AutoencoderEvaluation:
         """Mean PSNR of each reference; writes `before_after.png` with the originals above their reconstructions."""
         values, rows, labels = {}, [], []
         for name, source in self.references.items():
-            pictures = Pictures(source, (self.size, self.size), seed=0)
+            pictures = ImageDataset(source, (self.size, self.size), seed=0)
             psnr, shown = [], []
             for batch in batches(pictures, range(len(source.keys)), 16):
                 assert batch.pixels_BCHW is not None

@@ -35,7 +35,7 @@ from sdft.evaluation.sweeps import heat_maps
 from sdft.evaluation.tradeoff import find_tradeoff
 from sdft.evaluation.verdicts import verdicts
 from sdft.models.load import NANO
-from sdft.models.sdxl import SDXL
+from sdft.protocols import DiffusionModel
 from sdft.sampling.samplers import Sampler
 from sdft.types import Count
 
@@ -68,7 +68,7 @@ class Comparison:
 
     def __init__(
         self,
-        model: Callable[..., SDXL],
+        model: Callable[..., DiffusionModel],
         prompts: Annotated[Sequence[str], MinLen(1)] | str,
         sampler: Sampler,
         run_dir: str,

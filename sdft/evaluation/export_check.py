@@ -11,15 +11,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from sdft.batch import Conditioning
 from sdft.evaluation.subject_loader import with_lora, with_words
 from sdft.formats.adapter import cast_base_weights, lora_from_model
-from sdft.formats.diffusers_folder import FILES, SDXL_PARTS
 from sdft.formats.lora_file import read_lora
-from sdft.models.sdxl import SDXL
+from sdft.protocols import DiffusionModel
 from sdft.rng import generator
 
 LATENT_SIDE = 16
@@ -30,10 +27,10 @@ If training changed less, errors are divided by this, or rounding errors would l
 
 
 def export_errors(
-    model: SDXL,
+    model: DiffusionModel,
     base: Callable[[], AbstractContextManager],
     written: Mapping[str, Path],
-    reload: Callable[[], SDXL],
+    reload: Callable[[], DiffusionModel],
     words: tuple[str, ...] = (),
 ) -> dict[str, float]:
     """The error of each file's prediction, relative to the change of the prediction by training.
@@ -42,7 +39,7 @@ def export_errors(
     written: kind of file -> path. reload: loads the base model again, to apply adapters to.
     """
     # In fp32: rounding of activations in half precision would hide errors of the weights.
-    dtypes = {part: getattr(model, part).dtype for part in FILES}
+    dtypes = {part: getattr(model, part).dtype for part in model.PARTS}
     model.float()
     trained = probe(model, words)
     with base():
@@ -55,7 +52,7 @@ def export_errors(
         if name.startswith("lora") and read_lora(written[name], name).layers.keys() != layers.keys():
             errors[name] = math.inf  # one layer of many would hardly show in the prediction
             continue
-        with opened(name, written, reload) as again:
+        with opened(name, written, reload, model) as again:
             differences = zip(trained, probe(again, words), scales, strict=True)
             errors[name] = max(rms(a - b) / scale for a, b, scale in differences)
     for part, dtype in dtypes.items():
@@ -64,42 +61,42 @@ def export_errors(
 
 
 @torch.no_grad()
-def probe(model: SDXL, words: tuple[str, ...]) -> list[Tensor]:
+def probe(model: DiffusionModel, words: tuple[str, ...]) -> list[Tensor]:
     """The prediction on fixed noise for a few prompts, and the decoded image of the same noise."""
     prompts = ["a photo of a cat", *words]
-    shape = (len(prompts), model.vae.config.latent_channels, LATENT_SIDE, LATENT_SIDE)
+    shape = (len(prompts), model.latent_channels, LATENT_SIDE, LATENT_SIDE)
     z_BCHW = torch.randn(shape, generator=generator(0, "parity")).to(model.device)
-    side = float(LATENT_SIDE * model.vae_factor)
-    time_ids_B6 = torch.tensor([[side, side, 0, 0, side, side]] * len(prompts), device=model.device)
+    side = LATENT_SIDE * model.vae_factor
     t_B = torch.full((len(prompts),), 500, device=model.device)
     context_BLD, pooled_BP = model.encode_prompts(prompts)
-    prediction = model.denoise(z_BCHW, t_B, Conditioning(context_BLD, pooled_BP, time_ids_B6))
+    prediction = model.denoise(z_BCHW, t_B, model.condition_prompts(context_BLD, pooled_BP, (side, side)))
     return [prediction, model.decode(z_BCHW[:1])]
 
 
 @contextmanager
-def opened(name: str, written: Mapping[str, Path], reload: Callable[[], SDXL]) -> Iterator[SDXL]:
+def opened(
+    name: str, written: Mapping[str, Path], reload: Callable[[], DiffusionModel], trained: DiffusionModel
+) -> Iterator[DiffusionModel]:
     """Context manager that loads the model of a file in fp32, by diffusers if it can read the file."""
     if name in ("model", "single_file"):
         options = {"dtype": torch.float32, "add_watermarker": False}
+        diffusers_class = type(trained.pipeline())
         if name == "model":
-            pipeline = StableDiffusionXLPipeline.from_pretrained(written[name], **options)
+            pipeline = diffusers_class.from_pretrained(written[name], **options)
         else:
             config = str(written["model"])
-            pipeline = StableDiffusionXLPipeline.from_single_file(str(written[name]), config=config, **options)
-        zeros = pipeline.config.force_zeros_for_empty_prompt
-        parts = {part: getattr(pipeline, part) for part in SDXL_PARTS}
-        yield SDXL(**parts, empty_prompt="zeros" if zeros else "empty")
+            pipeline = diffusers_class.from_single_file(str(written[name]), config=config, **options)
+        yield trained.from_pipeline(pipeline)
         return
     model = reload().eval().float()
     kinds = {layer.kind for layer in read_lora(written[name], name).layers.values()}
+    pipeline = model.pipeline()
     with ExitStack() as stack:
         # diffusers 0.42 cannot read LoHa and LoKr, and drops the magnitudes of a DoRA with kohya's names.
-        if kinds & {"loha", "lokr"} or (name == "lora_kohya" and "dora" in kinds):
+        if pipeline is None or kinds & {"loha", "lokr"} or (name == "lora_kohya" and "dora" in kinds):
             stack.enter_context(with_lora(model, written[name], name))
         else:
-            parts = {part: getattr(model, part) for part in SDXL_PARTS}
-            StableDiffusionXLPipeline(**parts, add_watermarker=False).load_lora_weights(str(written[name]))
+            pipeline.load_lora_weights(str(written[name]))
         if "words" in written:
             stack.enter_context(with_words(model, written["words"]))
         yield model

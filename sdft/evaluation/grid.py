@@ -16,7 +16,7 @@ from annotated_types import MinLen
 from sdft.errors import UserError
 from sdft.evaluation.results import Value
 from sdft.evaluation.subjects import FINAL, Subject
-from sdft.sampling.samplers import Sampler
+from sdft.sampling.samplers import Sampler, find_scheduler
 from sdft.types import Count, Fraction, Index, NonNegative
 
 Axis = Literal["sampler", "cfg", "steps", "rescale", "negative", "size", "scale", "step"]
@@ -27,11 +27,13 @@ Size = Count | Annotated[Sequence[Count], MinLen(2)]
 class Axes:
     """The values of each axis. An axis that is None keeps the value of `sampler` or `size`.
 
-    sampler: names of samplers.
+    sampler: names of samplers, as `sampler.name`.
     cfg, steps, rescale, negative: options of the sampler.
     size: sides in pixels, or [height, width].
     scale: multipliers of the strengths of a subject's LoRAs; a subject without LoRAs is the same at all of them.
     step: training steps at which a run kept checkpoints (`callbacks=progress`), or `all`; the last is the final model.
+
+    Raises UserError for an axis without values and for a sampler that does not exist.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class Axes:
         for name, values in self.values.items():
             if not values:
                 raise UserError(f"axes.{name} is empty: give at least one value, or null")
+        for name in sampler or ():
+            find_scheduler(name, "axes.sampler")
 
 
 @dataclass(frozen=True)

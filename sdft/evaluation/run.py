@@ -24,7 +24,7 @@ from sdft.evaluation.subject_loader import SubjectLoader
 from sdft.evaluation.subjects import Subject
 from sdft.evaluation.sweeps import Job, add_training_values, job_subjects, training_values
 from sdft.evaluation.tables import terminal_table, write_contact_sheet, write_tables
-from sdft.models.sdxl import SDXL
+from sdft.protocols import DiffusionModel
 from sdft.training.sweep import jobs_of
 
 Report = Callable[[str], Any]
@@ -97,8 +97,8 @@ def find_device() -> torch.device:
 def read_jobs(sweep_dir: Path, report: Report) -> list[Job]:
     """The jobs of a multirun."""
     if not sweep_dir.is_dir():
-        raise UserError(f"sweep={sweep_dir}: there is no such folder")
-    found = [Job(folder, said, summary) for folder, said, summary in jobs_of(sweep_dir)]
+        raise UserError(f"sweep={sweep_dir}: no such folder")
+    found = [Job(folder, overrides, summary) for folder, overrides, summary in jobs_of(sweep_dir)]
     if not found:
         raise UserError(f"sweep={sweep_dir}: holds no jobs; pass the folder of a train.py -m")
     for job in found:
@@ -114,7 +114,7 @@ def sweep_subjects(cfg: DictConfig, jobs: Sequence[Job]) -> list[Subject]:
     return [*base, *job_subjects(jobs)]
 
 
-def rebuild(run: Path) -> SDXL:
+def rebuild(run: Path) -> DiffusionModel:
     """The model of a run as at its first step, with its adapters and new words attached."""
     config = run / ".hydra" / "config.yaml"
     if not config.is_file():
@@ -136,8 +136,8 @@ def write(comparison: Comparison, results: Results) -> list[Path]:
         write_page(folder / "report.html", results)
     except OSError as error:
         raise UserError(
-            f"{folder} cannot be written to ({error.strerror}); the pictures are kept, and the same command with the "
-            "same run_dir goes on"
+            f"{folder} cannot be written to ({error.strerror}); its images are kept, and the same command with the "
+            "same run_dir continues"
         ) from error
     if comparison.logger:
         from sdft.training.callbacks.tracking import log_comparison

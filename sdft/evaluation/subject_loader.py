@@ -24,7 +24,7 @@ from sdft.formats.lora_layer import LoraFile
 from sdft.formats.lora_stack import stack_loras
 from sdft.formats.training_checkpoint import read_state
 from sdft.models.load import find_checkpoint
-from sdft.models.sdxl import SDXL
+from sdft.protocols import DiffusionModel
 from sdft.tuning.parameters import copy_parameters, trainable_parameters
 
 
@@ -38,22 +38,22 @@ class SubjectLoader:
 
     def __init__(
         self,
-        load: Callable[..., SDXL],
+        load: Callable[..., DiffusionModel],
         base_weights: str | None,
         device: torch.device,
-        rebuild: Callable[[Path], SDXL] | None = None,
+        rebuild: Callable[[Path], DiffusionModel] | None = None,
     ):
         self._load, self.base_weights, self.device, self._rebuild = load, base_weights, device, rebuild
-        self._other: tuple[object, SDXL] | None = None
+        self._other: tuple[object, DiffusionModel] | None = None
         """Key and model of the last one that is not the base model; only one is in memory."""
 
     @cached_property
-    def base(self) -> SDXL:
+    def base(self) -> DiffusionModel:
         """The model to which LoRAs are applied."""
         return self._load().to(self.device).eval()
 
     @contextmanager
-    def open(self, subject: Subject, scale: float = 1.0, step: int = FINAL) -> Iterator[SDXL]:
+    def open(self, subject: Subject, scale: float = 1.0, step: int = FINAL) -> Iterator[DiffusionModel]:
         """Context manager that gives the subject's model.
 
         scale: multiplies the strengths of its LoRAs. step: of its training, to load a checkpoint.
@@ -93,7 +93,7 @@ class SubjectLoader:
             digest = model_digest(weights, options.get("variant"), options.get("allow_pickle", False))
         return [digest, _plain(options)]
 
-    def _other_model(self, subject: Subject) -> SDXL:
+    def _other_model(self, subject: Subject) -> DiffusionModel:
         if self.base_weights is None:
             raise UserError(f"{subject.key}: choose a model that takes weights, such as model=nano or model=sdxl")
         if self._other is None or self._other[0] != subject.weights:
@@ -104,7 +104,7 @@ class SubjectLoader:
                 raise UserError(str(error).replace("model.weights", f"subjects.{subject.name}")) from error
         return self._other[1]
 
-    def _at_step(self, subject: Subject, step: int) -> SDXL:
+    def _at_step(self, subject: Subject, step: int) -> DiffusionModel:
         """The run's model with the weights of a checkpoint: the average (EMA) if the run kept one."""
         if self._rebuild is None or subject.run is None:
             raise UserError(f"{subject.key}: is no training run, so it has no step {step}")
@@ -123,14 +123,14 @@ class SubjectLoader:
 
 
 @contextmanager
-def with_lora(model: SDXL, path: Path, key: str = "lora") -> Iterator[None]:
+def with_lora(model: DiffusionModel, path: Path, key: str = "lora") -> Iterator[None]:
     """Context manager that applies a LoRA at full strength; on exit, modules and weights are bit for bit as before."""
     with applied_lora(model, read_lora(path, key), key):
         yield
 
 
 @contextmanager
-def trained_prediction_type(model: SDXL, loras: Sequence[LoraFile], key: str) -> Iterator[None]:
+def trained_prediction_type(model: DiffusionModel, loras: Sequence[LoraFile], key: str) -> Iterator[None]:
     """Context manager that sets the prediction type and noise schedule for which the LoRAs were trained."""
     types = {prediction_of(lora) for lora in loras} - {None}
     if len(types) > 1:
@@ -180,7 +180,7 @@ def _plain(options: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def with_words(model: SDXL, path: Path, key: str = "words") -> Iterator[None]:
+def with_words(model: DiffusionModel, path: Path, key: str = "words") -> Iterator[None]:
     """Context manager that adds learned words; on exit, tokenizers and token embeddings are as before."""
     words, rows = read_words(path, key)
     tokenizers = model.tokenizer, model.tokenizer_2

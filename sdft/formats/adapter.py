@@ -41,11 +41,17 @@ def write_lora(
 def lora_from_model(model: nn.Module) -> LoraFile:
     """The trained adapters of every part; the tensors are shared with the model."""
     layers = {}
-    for part in PARTS:
+    for part in parts_of(model):
         for module, adapted in model.get_submodule(part).named_modules():
             if isinstance(adapted, BaseTunerLayer):
                 layers[layer_name(part, module)] = _layer_of(adapted)
     return LoraFile(layers)
+
+
+def parts_of(model: nn.Module) -> list[str]:
+    """The parts of a model that LoRAs change: those of `PARTS` that it has."""
+    names = {name for name, _ in model.named_children()}
+    return [part for part in PARTS if part in names]
 
 
 @contextmanager
@@ -56,17 +62,17 @@ def applied_lora(model: nn.Module, lora: LoraFile, key: str) -> Iterator[None]:
     """
     modules = {
         layer_name(part, name): module
-        for part in PARTS
+        for part in parts_of(model)
         for name, module in model.get_submodule(part).named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
     refuse_mismatch(lora, modules, key)
     try:
-        for part in PARTS:
+        for part in parts_of(model):
             _inject(model.get_submodule(part), part, lora)
         yield
     finally:
-        for part in PARTS:
+        for part in parts_of(model):
             _remove_adapters(model.get_submodule(part))
 
 

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from sdft.formats.keys import PREFIXES, hub_name
 from sdft.formats.model_checkpoint import INDEX, LOGIT_SCALE_KEY, Checkpoint
 from sdft.formats.safetensors_io import DTYPE_NAMES, TensorInfo, atomic_output, write_tensors
 from sdft.progress import tqdm
+from sdft.protocols import DiffusionModel
 
 SDXL_PARTS = (*PREFIXES, "tokenizer", "tokenizer_2", "scheduler")
 FILES = {
@@ -33,7 +33,7 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.onnx
 def write_folder(model: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Save `model` (an SDXL, or a single diffusers or transformers model) as `folder`, atomically."""
     with atomic_output(folder, overwrite=True) as written:
-        if hasattr(model, "save_pretrained"):
+        if not isinstance(model, DiffusionModel):
             in_dtype(model, dtype).save_pretrained(written)
             return
         save_all_but_weights(model, written, dtype)
@@ -43,12 +43,10 @@ def write_folder(model: nn.Module, folder: Path, dtype: torch.dtype = torch.floa
             write_tensors(written / part / file, entries, {"format": "pt"}, tensors.__getitem__)
 
 
-def save_all_but_weights(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+def save_all_but_weights(model: DiffusionModel, folder: Path, dtype: torch.dtype) -> None:
     """Write model_index.json, configs, tokenizers and scheduler."""
     parts = {part: getattr(model, part) for part in SDXL_PARTS}
-    zeros = model.empty_prompt == "zeros"
-    pipeline = StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
-    pipeline.save_config(folder)
+    model.pipeline().save_config(folder)
     for part in ("tokenizer", "tokenizer_2", "scheduler"):
         parts[part].save_pretrained(folder / part)
     for part in ("unet", "vae"):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -23,6 +23,7 @@ from sdft.protocols import DiffusionModel
 EmptyPrompt = Literal["zeros", "empty"]
 
 
+PIPELINE_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 CONV_LAYERS = ("conv1", "conv2", "downsamplers.0.conv", "upsamplers.0.conv")
 ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -104,6 +105,17 @@ class SDXL(DiffusionModel):
         """(tokenizer, encoder) in the order in which their widths are concatenated."""
         yield self.tokenizer, self.text_encoder
         yield self.tokenizer_2, self.text_encoder_2
+
+    def pipeline(self) -> StableDiffusionXLPipeline:
+        zeros = self.empty_prompt == "zeros"
+        parts = {part: getattr(self, part) for part in PIPELINE_PARTS}
+        return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+
+    @classmethod
+    def from_pipeline(cls, pipeline: StableDiffusionXLPipeline) -> SDXL:
+        zeros = pipeline.config.force_zeros_for_empty_prompt
+        parts = {part: getattr(pipeline, part) for part in PIPELINE_PARTS}
+        return cls(**parts, empty_prompt="zeros" if zeros else "empty")
 
     def set_prediction_type(self, prediction: str, zero_terminal_snr: bool) -> None:
         config = dict(self.scheduler.config)
@@ -229,7 +241,7 @@ class SDXL(DiffusionModel):
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], num_chunks: int = 1) -> Tensor:
-    """Token ids, B x chunks x 77, each chunk with its own begin, end and padding. What is cut off is said."""
+    """Token ids, B x chunks x 77, each chunk with its own begin, end and padding. Warns about truncated captions."""
     room = tokenizer.model_max_length - 2
     rows = []
     for caption, ids in zip(captions, tokenizer(list(captions), add_special_tokens=False).input_ids, strict=True):

@@ -150,12 +150,12 @@ FLOPS = {
 
 def fake_batch(module: Any, data: Any) -> Batch:
     """A batch of zeros as the run would read it, with its largest images."""
-    h, w = max(data.pictures.by_size(), key=lambda hw: hw[0] * hw[1])
+    h, w = max(data.train_set.by_size(), key=lambda hw: hw[0] * hw[1])
     num = data.batch_size
     batch = Batch(
         keys=[str(i) for i in range(num)],
         visits=[0] * num,
-        captions=[data.pictures.source[0].caption] * num,
+        captions=[data.train_set.source[0].caption] * num,
         dropped_B=torch.zeros(num, dtype=torch.bool),
         time_ids_B6=torch.zeros(num, 6),
         loss_weight_B=torch.ones(num),

@@ -89,26 +89,26 @@ class Preflight:
             + " + ".join(f"{name} {value / GIB:.2f}" for name, value in sums.items() if value),
             f"  time of a step: {seconds:.3g} s = {needs.flops * setup.accumulate / 1e12:.4g} TFLOP at "
             f"{SHARE_OF_RATE:.0%} of {rate / 1e12:.3g} TFLOP/s ({where})",
-            f"  time of the run: {seconds * setup.max_steps / 60:.3g} min, validation and pictures aside",
+            f"  time of the run: {seconds * setup.max_steps / 60:.3g} min, without validation and previews",
         ]
 
 
 def describe_run(module: Any, data: Any, max_steps: int, accumulate: int, num_devices: int) -> list[str]:
     """The run in a few lines: images, trainable parameters, batches and steps."""
-    num_pictures = len(data.pictures.source.keys)
+    num_images = len(data.train_set.source.keys)
     per_step = data.batch_size * accumulate * num_devices
     lines = [f"  left out: {name} ({problem})" for name, problem in data.skipped]
     if data.bucketed:
         lines.append("  sizes (w x h), with the steps of a pass:")
-        for (h, w), indices in data.pictures.by_size().items():
-            lines.append(f"    {w}x{h}: {len(indices)} pictures, {-(-len(indices) // per_step)} steps")
+        for (h, w), indices in data.train_set.by_size().items():
+            lines.append(f"    {w}x{h}: {len(indices)} images, {-(-len(indices) // per_step)} steps")
     total = sum(p.numel() for p in module.model.parameters())
     for group in module.tuning.groups(module.model):
         count = sum(p.numel() for p in group["params"])
         lines.append(f"  trains {group['name']}: {count:,} of {total:,} parameters ({count / total:.2%})")
     lines.append(
         f"  effective batch {per_step} ({data.batch_size} x {accumulate} accumulated x {num_devices} devices), "
-        f"{max_steps} steps = {max_steps * per_step / num_pictures:.1f} passes over {num_pictures} pictures"
+        f"{max_steps} steps = {max_steps * per_step / num_images:.1f} passes over {num_images} images"
     )
     return lines
 
@@ -137,14 +137,14 @@ def refuse_precision(setup: Setup) -> None:
 
 def refuse_batch(data: Any, setup: Setup) -> None:
     """Raise UserError where one step would contain an image twice."""
-    num_pictures, batches = len(data.pictures.source.keys), setup.accumulate * setup.num_devices
-    if data.batch_size * batches > num_pictures:
-        fitting = num_pictures // batches
+    num_images, batches = len(data.train_set.source.keys), setup.accumulate * setup.num_devices
+    if data.batch_size * batches > num_images:
+        fitting = num_images // batches
         remedy = f"data.batch_size={fitting}" if fitting else "fewer devices or trainer.accumulate_grad_batches=1"
         raise UserError(
-            f"data.batch_size={data.batch_size}: a step takes {data.batch_size * batches} pictures "
+            f"data.batch_size={data.batch_size}: a step takes {data.batch_size * batches} images "
             f"({data.batch_size} x {setup.accumulate} accumulated x {setup.num_devices} devices) and there are "
-            f"{num_pictures}; set {remedy}, or add pictures"
+            f"{num_images}; set {remedy}, or add images"
         )
 
 

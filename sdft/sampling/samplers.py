@@ -72,8 +72,11 @@ class Sampler:
         return factory.from_config(config, **options)  # type: ignore[attr-defined]
 
 
-def find_scheduler(name: str) -> tuple[Any, dict[str, Any]]:
-    """(class or function, options) of a sampler by name."""
+def find_scheduler(name: str, key: str = "sampler.name") -> tuple[Any, dict[str, Any]]:
+    """(class or function, options) of a sampler by name.
+
+    Raises UserError where there is none, in the name of the config key that holds it.
+    """
     if name in SCHEDULERS:
         class_name, options = SCHEDULERS[name]
         return getattr(diffusers, class_name), options
@@ -81,10 +84,10 @@ def find_scheduler(name: str) -> tuple[Any, dict[str, Any]]:
     try:
         factory = getattr(importlib.import_module(module), attribute) if module else None
     except (ImportError, AttributeError) as error:
-        raise UserError(f"sampler.name={name}: cannot be imported ({error})") from error
+        raise UserError(f"{key}={name}: cannot be imported ({error})") from error
     if factory is None or (isinstance(factory, type) and not issubclass(factory, diffusers.SchedulerMixin)):
         guess = did_you_mean(name, SCHEDULERS) or f"; choose one of {', '.join(SCHEDULERS)}"
-        raise UserError(f"sampler.name={name}: is no sampler, and no dotted name of a diffusers scheduler{guess}")
+        raise UserError(f"{key}={name}: is no sampler, and no dotted name of a diffusers scheduler{guess}")
     return factory, {}
 
 

@@ -20,7 +20,7 @@ from sdft.training.sweep import finished, print_table, run_apart
 
 @command("train", finish_sweep=print_table, print_plan=print_plan, recall=receipt.recalled)
 def main(cfg: DictConfig) -> float | None:
-    """One run, from config to weights, pictures and `summary.json`; returns the metric that sweeps rank by."""
+    """One run, from config to weights, images and `summary.json`; returns the metric that sweeps rank by."""
     job = HydraConfig.get()
     cfg.run_dir = job.runtime.output_dir
     if not OmegaConf.is_missing(job.job, "num"):
@@ -40,7 +40,7 @@ def main(cfg: DictConfig) -> float | None:
         return None
     if cfg.metric not in result.summary and searches:
         known = ", ".join(result.receipt["figures"])
-        raise UserError(f"metric={cfg.metric}: the run has no such figure to search by; set metric= one of {known}")
+        raise UserError(f"metric={cfg.metric}: the run has no such metric to search by; set metric= to one of {known}")
     return result.summary.get(cfg.metric) if cfg.metric else None
 
 

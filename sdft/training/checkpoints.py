@@ -12,9 +12,10 @@ from lightning.pytorch.plugins import CheckpointIO
 
 from sdft.errors import UserError
 from sdft.formats.training_checkpoint import link_state, read_state, remove_state, write_state
+from sdft.protocols import strategy_hooks
 from sdft.types import Count
 
-VALIDATION_FIGURE = "val/eps_mse"
+VALIDATION_METRIC = "val/eps_mse"
 
 
 def last_checkpoint(run_dir: str | None, every: Count = 100, keep: Count = 1) -> ModelCheckpoint:
@@ -26,7 +27,7 @@ def last_checkpoint(run_dir: str | None, every: Count = 100, keep: Count = 1) ->
     return LastCheckpoints(folder_of(run_dir), every, keep)
 
 
-def best_checkpoint(run_dir: str | None, monitor: str = VALIDATION_FIGURE, mode: Literal["min", "max"] = "min"):
+def best_checkpoint(run_dir: str | None, monitor: str = VALIDATION_METRIC, mode: Literal["min", "max"] = "min"):
     """Keeps `checkpoints/best.ckpt`, the one with the best value of `monitor`."""
     return ModelCheckpoint(
         folder_of(run_dir), filename="best", monitor=monitor, mode=mode, save_top_k=1, enable_version_counter=False
@@ -55,8 +56,7 @@ class LastCheckpoints(ModelCheckpoint):
         super().on_train_batch_end(trainer, *args)
         if self.keep > 1 and trainer.is_global_zero and trainer.global_step % every == 0:
             keep = partial(keep_by_step, Path(str(self.dirpath)) / "last.ckpt", trainer.global_step, self.keep)
-            after_save = getattr(trainer.strategy, "once_saved", None)
-            after_save(keep) if after_save else keep()
+            strategy_hooks(trainer.strategy).after_save(keep)
 
 
 def keep_by_step(last: Path, step: int, keep: int) -> None:

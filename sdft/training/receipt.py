@@ -152,11 +152,11 @@ def hardware(num_devices: int) -> dict[str, Any]:
 def data_digest(data: Any) -> str:
     """SHA-256 of all keys, captions and images: stored images by their bytes, generated ones by their pixels."""
     found = hashlib.sha256()
-    for pictures, seen in ((data.pictures, data.seen), (data.held_out, data.seen_held_out)):
-        for index, key in enumerate(pictures.source.keys):
-            sample = pictures.source[index]
+    for dataset, scan in ((data.train_set, data.train_scan), (data.validation_set, data.validation_scan)):
+        for index, key in enumerate(dataset.source.keys):
+            sample = dataset.source[index]
             captions = sample.captions.every if sample.captions else None
-            content = seen.digest(index) or hashlib.sha256(sample.image_HWC.tobytes()).hexdigest()
+            content = scan.digest(index) or hashlib.sha256(sample.image_HWC.tobytes()).hexdigest()
             found.update(json.dumps([key, content, captions or sample.caption, sample.loss_weight]).encode())
     return found.hexdigest()
 

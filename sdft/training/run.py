@@ -24,7 +24,7 @@ from sdft.training import receipt
 Report = Callable[[str], Any]
 """Receives the lines that a command prints."""
 NOTE = "_note"
-"""Suffix of the key in `summary.json` that says why a metric is null."""
+"""Suffix of the key in `summary.json` with the reason why a metric is null."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def announce(cfg: DictConfig, module, data, trainer, verdict, report: Report) ->
 
     if trainer.global_rank:
         return
-    report(f"{cfg.name}: {data.pictures.size_hw[1]} px, {trainer.precision}, run folder {cfg.run_dir}")
+    report(f"{cfg.name}: {data.train_set.size_hw[1]} px, {trainer.precision}, run folder {cfg.run_dir}")
     lines = describe_run(module, data, trainer.max_steps, trainer.accumulate_grad_batches, trainer.world_size)
     lines += [f"  {name} will not be measured: {why}" for name, why in unmeasured(verdict).items()]
     report("\n".join(lines))
@@ -146,13 +146,13 @@ def conclude(
     module.eval()
     artifacts, errors = export(module, run_dir, cfg.name, cfg.size, partial(build, cfg.model))
     base = partial(module.tuning.base, module.model)
-    figures = verdict(module.model, base, run_dir, autocast_precision(trainer.precision)) if verdict else {}
+    metrics = verdict(module.model, base, run_dir, autocast_precision(trainer.precision)) if verdict else {}
     if (run_dir / BEFORE_AFTER).is_file():
         artifacts["pictures"] = run_dir / BEFORE_AFTER
         log_picture(trainer, "before_after", artifacts["pictures"], trainer.global_step)
     summary = {
         "name": cfg.name,
-        **figures,
+        **metrics,
         **errors,
         **{name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")},
         "train_seconds": round(train_seconds, 1),
@@ -189,13 +189,13 @@ def summary_lines(summary: dict[str, Any], run_dir: Path) -> Iterator[str]:
             yield f"  {name.removesuffix(NOTE):26} {value}"
     for name, path in summary["artifacts"].items():
         yield f"  {name:10} {path}"
-    yield f"  figures    {run_dir / SUMMARY}"
+    yield f"  summary    {run_dir / SUMMARY}"
     if lora := summary["artifacts"].get("lora"):
-        yield f"next: look at the pictures, then pipeline.load_lora_weights({lora!r}) in diffusers"
+        yield f"next: look at the images, then pipeline.load_lora_weights({lora!r}) in diffusers"
     elif kohya := summary["artifacts"].get("lora_kohya"):
-        yield f"next: look at the pictures, then use {kohya} in ComfyUI; diffusers cannot load this method"
+        yield f"next: look at the images, then use {kohya} in ComfyUI; diffusers cannot load this method"
     elif model := summary["artifacts"].get("model"):
-        yield f"next: look at the pictures, then train from it with model.weights={model}"
+        yield f"next: look at the images, then train from it with model.weights={model}"
 
 
 def log_run(trainer, cfg: DictConfig) -> None:

@@ -27,9 +27,9 @@ LOWER_IS_BETTER = re.compile(r"val/.*|distance_.*|export_error/.*|train_seconds|
 
 
 def finished(job: Path, overrides: list[str]) -> dict | None:
-    """The summary of a job that has run to its end before, else None.
+    """The summary of a finished job, otherwise None.
 
-    Raises UserError where the folder holds the finished job of another command.
+    Raises UserError if the folder has a finished job of another command.
     """
     summary, file = read_summary(job), job / receipt.NAME
     if summary is None or not file.is_file():
@@ -40,18 +40,18 @@ def finished(job: Path, overrides: list[str]) -> dict | None:
     now, then = ([w for w in words if not w.startswith("resume=")] for words in (overrides, before["overrides"] or []))
     if now != then:
         raise UserError(
-            f"hydra.sweep.dir: {job} holds a finished job of another sweep ({' '.join(then)}); a grid that has grown "
-            "numbers its jobs anew, so give it another hydra.sweep.dir"
+            f"hydra.sweep.dir: {job} has a finished job of another sweep ({' '.join(then)}); a larger grid "
+            "numbers its jobs differently, so give it another hydra.sweep.dir"
         )
     return summary
 
 
 def run_apart(job: Any) -> None:
-    """Run a job, as Hydra describes it, as a command of its own, which writes into the same folder.
+    """Run a job, as Hydra describes it, as a separate command, which writes to the same folder.
 
-    For a job of several processes: Lightning starts the others with the command line of the first, which would be the
-    whole sweep's, and leaves an environment in which the next job would be taken for one of them.
-    Raises UserError where it fails.
+    For jobs of several processes: Lightning starts the others with the command line of the first, which would be that
+    of the whole sweep, and leaves environment variables with which the next job would be taken for one of them.
+    Raises UserError if it fails.
     """
     folder = Path(job.runtime.output_dir)
     places = [source.path for source in job.runtime.config_sources if source.provider == "command-line"]
@@ -61,8 +61,8 @@ def run_apart(job: Any) -> None:
     status = subprocess.run([*this_command(), *words], check=False).returncode
     if status:
         problem = folder / ERROR
-        told = problem.read_text(encoding="utf-8").strip() if problem.is_file() else f"ended with status {status}"
-        raise UserError(told)
+        found = problem.read_text(encoding="utf-8").strip() if problem.is_file() else f"ended with status {status}"
+        raise UserError(found)
 
 
 def this_command() -> list[str]:
@@ -80,15 +80,15 @@ def print_table(sweep_dir: Path) -> None:
     if not rows:
         return
     metric, note = _ranking(rows)
-    said = dict.fromkeys(key for row in rows for key in row["said"])
-    varied = [key for key in said if len({row["said"].get(key) for row in rows}) > 1]
+    keys = dict.fromkeys(key for row in rows for key in row["overrides"])
+    varied = [key for key in keys if len({row["overrides"].get(key) for row in rows}) > 1]
     shown = dict.fromkeys([*(row["metric"] for row in rows), metric])
     named = FIGURES | {name: name for name in shown if name and name not in FIGURES}
     rows.sort(key=partial(_rank, metric))
     cells = [[*varied, *named.values(), "folder"]]
     for row in rows:
-        figures = [_figure(row.get(name)) for name in named]
-        cells.append([*(row["said"].get(key, "") for key in varied), *figures, row["folder"]])
+        values = [_formatted(row.get(name)) for name in named]
+        cells.append([*(row["overrides"].get(key, "") for key in varied), *values, row["folder"]])
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells]
     failed = (f"{row['folder']} failed: {row['error']}" for row in rows if "error" in row)
@@ -100,7 +100,7 @@ def print_table(sweep_dir: Path) -> None:
 
 
 def jobs_of(sweep_dir: Path) -> list[tuple[Path, dict[str, str], dict]]:
-    """Folder, what was said, and summary of each job in order; no summary where a job did not finish."""
+    """Folder, overrides and summary of each job, in order; the summary of an unfinished job is empty."""
     found = []
     for job in sorted((job for job in sweep_dir.glob("*") if (job / ".hydra").is_dir()), key=_order):
         words = yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
@@ -108,9 +108,9 @@ def jobs_of(sweep_dir: Path) -> list[tuple[Path, dict[str, str], dict]]:
     return found
 
 
-def _row(job: Path, said: dict[str, str], summary: dict) -> dict:
+def _row(job: Path, overrides: dict[str, str], summary: dict) -> dict:
     metric = (yaml.safe_load((job / ".hydra" / "config.yaml").read_text(encoding="utf-8")) or {}).get("metric")
-    row = {"said": said, "folder": job.name, "metric": metric} | summary
+    row = {"overrides": overrides, "folder": job.name, "metric": metric} | summary
     if not summary and (job / ERROR).is_file():
         row["error"] = (job / ERROR).read_text(encoding="utf-8").strip()
     return row
@@ -140,5 +140,5 @@ def _rank(metric: str, row: dict) -> float:
     return value if LOWER_IS_BETTER.fullmatch(metric) else -value
 
 
-def _figure(value: float | None) -> str:
+def _formatted(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"

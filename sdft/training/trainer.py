@@ -54,7 +54,7 @@ def trainer(
     gradient_clip_val: largest norm of the gradient; 0 clips nothing.
     precision: `auto` is bf16-mixed where the device computes bf16 natively (see `sdft.hardware.default_precision`).
     devices, num_nodes: processes per node, and nodes.
-    log_every: optimizer steps between two logged figures.
+    log_every: optimizer steps between logged values.
     """
     progress_bar = progress_bar and are_shown()
     if not torch.cuda.is_available():

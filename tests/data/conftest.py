@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from sdft.data.captions import Tags
-from sdft.data.dataset import Source
 from sdft.data.sharding import write_shards
+from sdft.data.source import Source
 from sdft.data.sources import Folder, Mix, Shards
 
 

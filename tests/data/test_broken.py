@@ -43,8 +43,8 @@ PICTURES: dict[str, tuple[bytes, str]] = {
     "empty.png": (b"", "the file is empty"),
     "cut.jpg": (stored(form="JPEG")[:-700], "(?i)truncated"),
     "cut.png": (stored()[:-900], "(?i)truncated"),
-    "text.png": (b"this is a letter, not a picture", "no picture format"),
-    "page.jpg": (b"<html>404</html>", "no picture format"),
+    "text.png": (b"this is a letter, not a picture", "not a known image format"),
+    "page.jpg": (b"<html>404</html>", "not a known image format"),
     "tiny.png": (stored(Image.new("RGB", (1, 1))), "only 1 x 1 pixels"),
     "bomb.png": (bomb(), "decompression bomb"),
     "moving.gif": (stored(form="GIF", save_all=True, append_images=[Image.new("RGB", (50, 40))]), "2 frames"),
@@ -68,7 +68,7 @@ def test_a_broken_picture_is_named_with_its_reason(name: str, tmp_path: Path) ->
     content, reason = PICTURES[name]
     good(tmp_path)
     (tmp_path / name).write_bytes(content)
-    expected = rf"{tmp_path / name} cannot be read as a picture \(.*{reason.removeprefix('(?i)')}.*repair or remove"
+    expected = rf"{tmp_path / name} cannot be read as an image \(.*{reason.removeprefix('(?i)')}.*repair or remove"
     with pytest.raises(UserError, match=f"(?i){expected}"):
         folder(str(tmp_path), batch_size=2, size=32, default_caption="x")
 
@@ -82,14 +82,14 @@ def table(content: bytes) -> Callable[[Path], None]:
 
 
 FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a dangling link": (dangling, r"gone\.png cannot be read as a picture \(No such file"),
-    "no caption": (lambda r: (r / "a.txt").unlink(), r"a\.png has no caption; write one into a\.txt"),
-    "an empty caption": (lambda r: (r / "a.txt").write_text(" \n"), r"a\.png has an empty caption; write one into"),
+    "a dangling link": (dangling, r"gone\.png cannot be read as an image \(No such file"),
+    "no caption": (lambda r: (r / "a.txt").unlink(), r"a\.png has no caption; write one to a\.txt"),
+    "an empty caption": (lambda r: (r / "a.txt").write_text(" \n"), r"a\.png has an empty caption; write one to"),
     "a caption not UTF-8": (lambda r: (r / "a.txt").write_bytes(b"caf\xe9"), r"a\.png .* not UTF-8 \(byte 3 of a\.txt"),
     "a folder as caption": (
         lambda r: ((r / "a.txt").unlink(), (r / "a.txt").mkdir()), r"a\.png has a caption that cannot be read \(a\.txt"
     ),
-    "an empty folder": (lambda r: [f.unlink() for f in r.iterdir()], "found 0 pictures, need at least 2"),
+    "an empty folder": (lambda r: [f.unlink() for f in r.iterdir()], "found 0 images, need at least 2"),
     "a table without JSON": (table(b"{oops"), r"metadata\.jsonl line 1 is not JSON"),
     "a table not UTF-8": (table(b'{"text": "caf\xe9"}'), r"metadata\.jsonl is not UTF-8 \(byte 13\)"),
     "a table of lost pictures": (table(b'{"file_name": "z.png", "text": "x"}'), r"z\.png is named in a table"),
@@ -118,20 +118,20 @@ def tar(path: Path, members: dict[str, bytes], kind: bytes = tarfile.REGTYPE) ->
 GOOD = {"0.png": stored(), "0.txt": b"a cat", "1.png": stored(), "1.txt": b"a dog"}
 SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "nothing there": (lambda p: None, r"there is no file .*s\.tar"),
-    "not a tar": (lambda p: p.write_bytes(b"a letter" * 200), r"s\.tar is no whole tar file"),
-    "an empty file": (lambda p: p.write_bytes(b""), r"s\.tar is no whole tar file"),
-    "compressed": (lambda p: (tar(p, GOOD), p.write_bytes(gzip.compress(p.read_bytes()))), r"s\.tar is no whole tar"),
-    "cut short": (lambda p: (tar(p, GOOD), p.write_bytes(p.read_bytes()[:900])), r"s\.tar is no whole .*ends inside 0"),
+    "not a tar": (lambda p: p.write_bytes(b"a letter" * 200), r"s\.tar is not a whole tar file"),
+    "an empty file": (lambda p: p.write_bytes(b""), r"s\.tar is not a whole tar file"),
+    "compressed": (lambda p: (tar(p, GOOD), p.write_bytes(gzip.compress(p.read_bytes()))), r"s\.tar is not a whole"),
+    "cut short": (lambda p: (tar(p, GOOD), p.write_bytes(p.read_bytes()[:900])), r"not a whole .*ends inside 0"),
     "a name that points out": (lambda p: tar(p, GOOD | {"../x.png": stored()}), r"s\.tar .*'\.\./x\.png'.* points out"),
     "an absolute name": (lambda p: tar(p, GOOD | {"/etc/x.png": stored()}), r"s\.tar .*'/etc/x\.png'.* points out"),
-    "a link": (lambda p: tar(p, {"0.png": b""}, tarfile.SYMTYPE), r"s\.tar:0\.png is no plain file"),
-    "one name twice": (lambda p: tar(p, GOOD | {"0.PNG": stored()}), r"s\.tar:0\.PNG is there twice"),
-    "two pictures": (lambda p: tar(p, GOOD | {"0.jpg": stored()}), r"s\.tar:0 has 2 pictures, needs one"),
-    "no picture": (lambda p: tar(p, GOOD | {"2.txt": b"x"}), r"s\.tar:2 has 0 pictures"),
+    "a link": (lambda p: tar(p, {"0.png": b""}, tarfile.SYMTYPE), r"s\.tar:0\.png is not a regular file"),
+    "one name twice": (lambda p: tar(p, GOOD | {"0.PNG": stored()}), r"s\.tar:0\.PNG occurs twice"),
+    "two pictures": (lambda p: tar(p, GOOD | {"0.jpg": stored()}), r"s\.tar:0 has 2 images, needs one"),
+    "no picture": (lambda p: tar(p, GOOD | {"2.txt": b"x"}), r"s\.tar:2 has 0 images"),
     "no caption": (lambda p: tar(p, GOOD | {"2.png": stored()}), r"s\.tar:2\.png has no caption"),
     "an empty caption": (lambda p: tar(p, GOOD | {"1.txt": b" "}), r"s\.tar:1 has an empty caption"),
     "a caption not UTF-8": (lambda p: tar(p, GOOD | {"1.txt": b"\xff"}), r"s\.tar:1 has a txt that is not UTF-8"),
-    "a broken picture": (lambda p: tar(p, GOOD | {"1.png": b"x"}), r"s\.tar:1\.png cannot be read as a picture"),
+    "a broken picture": (lambda p: tar(p, GOOD | {"1.png": b"x"}), r"s\.tar:1\.png cannot be read as an image"),
     "no samples": (lambda p: tar(p, {}), r"s\.tar: found 0 samples"),
 }
 
@@ -147,7 +147,7 @@ def test_a_broken_shard_is_told(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("a/{0..2.tar", r"data\.shards=a/\{0\.\.2\.tar: a brace is not closed"),
+        ("a/{0..2.tar", r"data\.shards=a/\{0\.\.2\.tar: an unclosed brace"),
         ("pipe:cat x.tar", r"set data\.cache_dir=DIR"),
     ],
 )
@@ -165,7 +165,8 @@ def test_a_command_that_fails_is_told_and_leaves_nothing(tmp_path: Path) -> None
 def test_a_name_in_two_shards_is_told(tmp_path: Path) -> None:
     for name in ("s0.tar", "s1.tar"):
         tar(tmp_path / name, GOOD)
-    with pytest.raises(UserError, match=r"s1\.tar:0 has the name of a sample of .*s0\.tar, .*s1\.tar:1 has the name"):
+    message = r"s1\.tar:0 has the same name as a sample of .*s0\.tar, .*s1\.tar:1 has the same name"
+    with pytest.raises(UserError, match=message):
         shards(str(tmp_path / "s{0..1}.tar"), batch_size=2, size=32)
 
 
@@ -179,22 +180,22 @@ class TestAllAtOnce:
         return tmp_path / "in"
 
     def test_an_error_lists_every_one(self, root: Path) -> None:
-        with pytest.raises(UserError, match=rf"data: {len(PICTURES)} files cannot be read as pictures") as told:
+        with pytest.raises(UserError, match=rf"data: {len(PICTURES)} files cannot be read as images") as told:
             folder(str(root), batch_size=2, size=32)
         assert all(str(root / name) in str(told.value) for name in PICTURES)
 
     def test_skip_leaves_them_out_and_replaces_none(self, root: Path) -> None:
         data = folder(str(root), batch_size=2, size=32, unreadable="skip", held_out=0.4)
-        left = [*data.pictures.source.keys, *data.held_out.source.keys]
+        left = [*data.train_set.source.keys, *data.validation_set.source.keys]
         assert sorted(left) == [f"{name}.png" for name in "abcdef"]
         assert sorted(name for name, _ in data.skipped) == sorted(str(root / name) for name in PICTURES)
-        assert {data.pictures[i, 0]["keys"] for i in range(len(data.pictures.source.keys))} <= set(left)
+        assert {data.train_set[i, 0]["keys"] for i in range(len(data.train_set.source.keys))} <= set(left)
         assert list(readable(Folder(str(root), "all"), "skip").keys) == sorted(left)
 
     def test_skipping_all_is_an_error(self, tmp_path: Path) -> None:
         for name in ("a.png", "b.png"):
             (tmp_path / name).write_bytes(b"x")
-        with pytest.raises(UserError, match="no picture is left"):
+        with pytest.raises(UserError, match="no image is left"):
             folder(str(tmp_path), batch_size=2, size=32, default_caption="x", unreadable="skip")
 
     def test_skipping_all_that_is_held_out_says_so(self, tmp_path: Path) -> None:
@@ -202,13 +203,13 @@ class TestAllAtOnce:
         held_out = Folder(str(tmp_path), "validation").keys
         for name in held_out:
             (tmp_path / name).write_bytes(b"x")
-        with pytest.raises(UserError, match=rf"none is left of those held out to judge by: .*{held_out[0]}.*held_out"):
+        with pytest.raises(UserError, match=rf"no held-out image is left: .*{held_out[0]}.*held_out"):
             folder(str(tmp_path), batch_size=2, size=32, unreadable="skip")
 
     def test_every_missing_caption_is_listed(self, root: Path) -> None:
         for name in "abc":
             (root / f"{name}.txt").unlink()
-        with pytest.raises(UserError, match=r"3 pictures have no usable caption: .*a\.png .*b\.png .*c\.png has no"):
+        with pytest.raises(UserError, match=r"3 images have no usable caption: .*a\.png .*b\.png .*c\.png has no"):
             Folder(str(root), "all")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sdft.data.buckets import bucket_sizes, nearest_bucket
-from sdft.data.images import plan_cut
+from sdft.data.images import plan_crop
 
 WIDE = [(512, 2048), (576, 1792), (640, 1600), (704, 1472), (768, 1344), (832, 1216), (896, 1152), (960, 1088)]
 CASES = [
@@ -43,7 +43,7 @@ def test_no_size_can_grow(side: int, step: int) -> None:
 @pytest.mark.parametrize(("original", "bucket", "resized", "corner"), CASES)
 def test_awkward_sizes(original, bucket, resized, corner) -> None:
     assert nearest_bucket(original, bucket_sizes(1024, 64)) == bucket
-    cut = plan_cut(original, bucket)
+    cut = plan_crop(original, bucket)
     assert cut.resized_hw == resized
     assert (cut.top, cut.left) == corner
     assert cut.time_ids_6 == (*original, *corner, *bucket)

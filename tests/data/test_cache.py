@@ -75,7 +75,7 @@ def prepare(model, data: Images) -> tuple[int, int]:
 
 
 def examples(data: Images) -> Iterator[dict]:
-    for pictures in (data.pictures, data.held_out):
+    for pictures in (data.train_set, data.validation_set):
         for index in range(len(pictures.source.keys)):
             yield pictures[index, 0]
 
@@ -135,7 +135,7 @@ class TestContent:
         model = tiny_model(empty_prompt=empty_prompt)
         data = images(root, tmp_path / "c", caption_dropout=0.4, encoder_dropout=encoder_dropout)
         prepare(model, data)
-        batch = collate([data.pictures[i, visit] for i in range(5) for visit in range(4)])
+        batch = collate([data.train_set[i, visit] for i in range(5) for visit in range(4)])
         silent = {tuple(row) for row in batch.dropped_by_encoder_BE.tolist()}
         assert len(silent) == (4 if encoder_dropout else 2)
         cached = model.condition(batch)
@@ -147,7 +147,7 @@ class TestContent:
     def test_tags_that_vary_are_encoded_live(self, root: Path, tmp_path: Path, model) -> None:
         data = images(root, tmp_path / "c", tags=Tags(shuffle=True))
         assert prepare(model, data) == (NUM, 0)
-        assert data.pictures.text_states is None
+        assert data.train_set.text_embeddings is None
 
     def test_pictures_are_not_read_again(self, root: Path, tmp_path: Path, model) -> None:
         data = images(root, tmp_path / "c")
@@ -165,12 +165,12 @@ class TestContent:
         told, asked, read = [], set(), Cache._read
         monkeypatch.setattr(Cache, "_read", lambda *place: told.append(place[1]) or read(*place))
         monkeypatch.setattr(os, "posix_fadvise", lambda _, first, size, __: asked.add((first, size)))
-        data.pictures.expect(items)
+        data.train_set.prefetch(items)
         assert not asked, "it is in memory, having just been written"
-        monkeypatch.setattr(Cache, "_at_hand", lambda *place: False)
-        data.pictures.expect(items)
+        monkeypatch.setattr(Cache, "_in_memory", lambda *place: False)
+        data.train_set.prefetch(items)
         assert not told
-        _ = [data.pictures[item] for item in items]
+        _ = [data.train_set[item] for item in items]
         assert {(place.first, place.kind.size) for place in told} == asked
 
     def test_a_folder_is_needed(self, root: Path, tiny_source) -> None:
@@ -187,7 +187,7 @@ class TestRuns:
             module = Finetuning(tiny_model(), Adapter(rank=2, parts=parts), Denoising(), adamw_1e3, constant, seed=0)
             run = trainer(max_steps=1, accelerator="cpu", devices=1, progress_bar=False, run_dir=str(tmp_path))
             run.fit(module, data)
-            return float(run.callback_metrics["train/loss"]), data.pictures.text_states is not None
+            return float(run.callback_metrics["train/loss"]), data.train_set.text_embeddings is not None
 
         live, built, read = (fit(cache, ("unet",)) for cache in ("off", "disk", "disk"))
         assert (live[1], built[1], read[1]) == (False, True, True)
@@ -207,7 +207,7 @@ class TestRuns:
                 made[number] += variants
                 return [(v, torch.full((2,), float(v[0] + 10 * v[1]))) for v in variants]
 
-            parts = (data.pictures, data.seen, make, Ranks(number, 3, barrier.wait))
+            parts = (data.train_set, data.train_scan, make, Ranks(number, 3, barrier.wait))
             found[number] = cached_moments(Cache(tmp_path / "c"), "vae", *parts)
 
         threads = [threading.Thread(target=rank, args=(number,)) for number in range(3)]
@@ -215,7 +215,7 @@ class TestRuns:
             thread.start()
         for thread in threads:
             thread.join(30)
-        variants = list(data.pictures.cacheable_variants())
+        variants = list(data.train_set.cacheable_variants())
         assert sorted(chain.from_iterable(made)) == sorted(variants)
         for moments in found:
             assert [float(moments[v][0]) for v in variants] == [v[0] + 10.0 * v[1] for v in variants]
@@ -297,7 +297,7 @@ class TestShards:
     def test_a_full_disk_is_told_and_loses_nothing(self, tmp_path: Path) -> None:
         """A limit of the size of files stands for the full disk: the same call fails in the same way."""
         script = (
-            "import resource, sys, torch\nfrom sdft.data.cache import Cache\nfrom sdft.types import UserError\n"
+            "import resource, sys, torch\nfrom sdft.data.cache import Cache\nfrom sdft.errors import UserError\n"
             "cache = Cache(sys.argv[1])\ncache.put('0000000a', torch.ones(9))\ncache.flush()\n"
             "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\ncache.put('0000000b', torch.ones(9999))\n"
             "try:\n    cache.flush()\nexcept UserError as error:\n    print(error)\n"

@@ -14,7 +14,7 @@ TEXT = "zorbix, red, round, shiny, big"
 
 
 def visits(captions: Captions, num: int = 400, seed: int = 0, key: str = "k") -> list[str]:
-    return [captions.told(Draws(seed, [key], [visit])) for visit in range(num)]
+    return [captions.draw(Draws(seed, [key], [visit])) for visit in range(num)]
 
 
 def test_one_caption_is_told_as_it_stands() -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sdft.data import __main__ as commands
 from sdft.data.sources import ToyWorld
-from sdft.data.survey import NEAR, difference_hash, near_groups
+from sdft.data.summary import NEAR, difference_hash, near_groups
 from sdft.errors import UserError
 from sdft.models.tokens import token_counter
 
@@ -46,8 +46,8 @@ def test_check_tells_what_there_is(root: Path, tmp_path: Path, capsys, monkeypat
     words = [f"data.root={root}", f"out={tmp_path}/sheets", "size=64", "data.bucket_step=16"]
     told = run("check", capsys, monkeypatch, *words)
     lines = {line.split("  ")[0].strip(): line for line in told.splitlines()}
-    assert "5, and 1 that cannot be read" in lines["pictures"]
-    assert f"{root}/broken.png (no picture format that is known here)" in told
+    assert "5, and 1 that cannot be read" in lines["images"]
+    assert f"{root}/broken.png (not a known image format)" in told
     assert "20 to 180 wide, 30 to 120 high, median 90 x 60" in told
     assert "1: a.png = a_again.png" in lines["duplicates"]
     assert "1: a.png = a_larger.jpg" in lines["near-duplicates"]
@@ -90,10 +90,10 @@ def test_shard_refuses_what_is_broken_and_writes_the_rest(root: Path, tmp_path: 
     words = [f"root={root}", f"out={tmp_path}/out", "default_caption=x", "per_shard=3"]
     with pytest.raises(SystemExit):
         run("shard", capsys, monkeypatch, *words)
-    assert "broken.png cannot be read as a picture" in capsys.readouterr().err
+    assert "broken.png cannot be read as an image" in capsys.readouterr().err
     (root / "broken.png").unlink()
     told = run("shard", capsys, monkeypatch, *words)
-    assert "5 pictures in 2 shards" in told
+    assert "5 images in 2 shards" in told
     assert f"data.shards='{tmp_path}/out/{{000000..000001}}.tar'" in told
     names = ["000000.tar", "000000.tar.index.jsonl", "000001.tar", "000001.tar.index.jsonl"]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == names

@@ -13,47 +13,47 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from sdft.data.datamodule import Images, folder
-from sdft.data.dataset import Pictures, RunOrder, Sample, collate
+from sdft.data.dataset import BatchOrder, ImageDataset, Sample, collate
 from sdft.data.sources import Folder, Mix, ToyWorld, held_out
 from sdft.errors import UserError
 
 
 class TestRunOrder:
     def test_global_batches_are_the_same_on_1x4_and_2x2(self) -> None:
-        one = list(RunOrder(size=7, batch_size=4, seed=0, start=0, stop=9))
-        ranks = [list(RunOrder(7, 2, 0, 0, 9, rank=rank, world_size=2)) for rank in range(2)]
+        one = list(BatchOrder(size=7, batch_size=4, seed=0, start=0, stop=9))
+        ranks = [list(BatchOrder(7, 2, 0, 0, 9, rank=rank, world_size=2)) for rank in range(2)]
         assert [first + second for first, second in zip(*ranks, strict=True)] == one
 
     def test_batches_do_not_change_the_sequence(self) -> None:
         """Accumulating 3 batches of 2 sees what one batch of 6 sees."""
-        flat = {b: list(chain.from_iterable(RunOrder(7, b, 0, 0, 12 // b))) for b in (1, 2, 3, 6)}
+        flat = {b: list(chain.from_iterable(BatchOrder(7, b, 0, 0, 12 // b))) for b in (1, 2, 3, 6)}
         assert flat[1] == flat[2] == flat[3] == flat[6]
 
     def test_a_late_start_goes_on_where_the_run_was(self) -> None:
-        whole = list(RunOrder(size=7, batch_size=4, seed=0, start=0, stop=9))
+        whole = list(BatchOrder(size=7, batch_size=4, seed=0, start=0, stop=9))
         for start in range(10):
-            assert list(RunOrder(7, 4, 0, start, 9)) == whole[start:]
+            assert list(BatchOrder(7, 4, 0, start, 9)) == whole[start:]
 
     def test_every_sample_comes_once_a_visit(self) -> None:
-        seen = list(chain.from_iterable(RunOrder(size=5, batch_size=3, seed=0, start=0, stop=10)))
+        seen = list(chain.from_iterable(BatchOrder(size=5, batch_size=3, seed=0, start=0, stop=10)))
         assert [visit for _, visit in seen] == [position // 5 for position in range(30)]
         assert Counter(seen) == {(index, visit): 1 for index in range(5) for visit in range(6)}
 
     def test_each_visit_and_each_seed_has_its_own_order(self) -> None:
         def orders(seed: int) -> list[tuple[int, ...]]:
-            batches_of_visits = RunOrder(size=20, batch_size=20, seed=seed, start=0, stop=5)
+            batches_of_visits = BatchOrder(size=20, batch_size=20, seed=seed, start=0, stop=5)
             return [tuple(index for index, _ in batch) for batch in batches_of_visits]
 
         assert len({*orders(0), *orders(1)}) == 10
         assert orders(0) == orders(0)
 
     def test_a_batch_may_be_larger_than_the_source(self) -> None:
-        (batch,) = RunOrder(size=2, batch_size=5, seed=0, start=0, stop=1)
+        (batch,) = BatchOrder(size=2, batch_size=5, seed=0, start=0, stop=1)
         assert [visit for _, visit in batch] == [0, 0, 1, 1, 2]
 
     def test_length_counts_from_the_start_of_the_run(self) -> None:
         """Lightning adds the batches it has already seen."""
-        assert len(RunOrder(7, 4, 0, start=5, stop=9)) == 9
+        assert len(BatchOrder(7, 4, 0, start=5, stop=9)) == 9
 
 
 class TestPictures:
@@ -61,21 +61,21 @@ class TestPictures:
         """Neither the order of reading, nor its index in the source, nor another object of the same kind matters."""
         options = {"size_hw": (32, 32), "seed": 4, "crop": "random", "flip": True, "caption_dropout": 0.5}
         source = tiny_source(6)
-        one, two = Pictures(source, **options), Pictures(reversed_source(source), **options)
+        one, two = ImageDataset(source, **options), ImageDataset(reversed_source(source), **options)
         forward = {(i, v): one[i, v] for i in range(6) for v in range(3)}
         backward = {(i, v): two[5 - i, v] for v in reversed(range(3)) for i in reversed(range(6))}
         for item, example in forward.items():
             assert_same_example(example, backward[item])
 
     def test_visits_differ(self, tiny_source) -> None:
-        pictures = Pictures(tiny_source(1), (32, 32), seed=4, crop="random", flip=True, caption_dropout=0.5)
+        pictures = ImageDataset(tiny_source(1), (32, 32), seed=4, crop="random", flip=True, caption_dropout=0.5)
         examples = [pictures[0, visit] for visit in range(40)]
         assert len({example["pixels_BCHW"].numpy().tobytes() for example in examples}) > 10
         assert {example["dropped_B"] for example in examples} == {True, False}
 
     def test_shares_of_flips_and_dropped_captions(self, tiny_source) -> None:
         """2000 draws: one half and 0.1, within four standard deviations (0.045 and 0.027), and independent."""
-        pictures = Pictures(tiny_source(5, hw=(32, 32)), (32, 32), seed=4, flip=True, caption_dropout=0.1)
+        pictures = ImageDataset(tiny_source(5, hw=(32, 32)), (32, 32), seed=4, flip=True, caption_dropout=0.1)
         upright = [pictures.variant(i, flip=False)["pixels_BCHW"] for i in range(5)]
         examples = [(i, pictures[i, visit]) for i in range(5) for visit in range(400)]
         flipped = np.array([not torch.equal(example["pixels_BCHW"], upright[i]) for i, example in examples])
@@ -88,8 +88,8 @@ class TestPictures:
         """2000 draws: 0.3 and 0.1 within four standard deviations (0.041 and 0.027), independent of each other and of
         the joint dropout, which is what it is without them."""
         options = {"size_hw": (32, 32), "seed": 4, "caption_dropout": 0.2}
-        joint = Pictures(tiny_source(5, hw=(32, 32)), **options)
-        each = Pictures(tiny_source(5, hw=(32, 32)), **options, encoder_dropout=(0.3, 0.1))
+        joint = ImageDataset(tiny_source(5, hw=(32, 32)), **options)
+        each = ImageDataset(tiny_source(5, hw=(32, 32)), **options, encoder_dropout=(0.3, 0.1))
         drawn = []
         for item in [(i, visit) for i in range(5) for visit in range(400)]:
             example = each[item]
@@ -102,7 +102,7 @@ class TestPictures:
 
     def test_a_flip_tells_the_model_where_it_was_cut(self, tiny_source) -> None:
         """32 x 40 into 32 x 32: the centre crop lies at left 4 either way."""
-        pictures = Pictures(tiny_source(1), (32, 32), seed=0)
+        pictures = ImageDataset(tiny_source(1), (32, 32), seed=0)
         plain, flipped = (pictures.variant(0, flip) for flip in (False, True))
         assert plain["time_ids_B6"].tolist() == flipped["time_ids_B6"].tolist() == [32, 40, 0, 4, 32, 32]
         assert torch.equal(plain["pixels_BCHW"].flip(-1), flipped["pixels_BCHW"])
@@ -113,11 +113,11 @@ class TestPictures:
         assert [key for batch in seen for key in batch.keys] == [f"held out/{i}" for i in range(4)]
         assert [len(batch) for batch in seen] == [3, 1]
         assert not any(batch.dropped_B.any() for batch in seen)
-        upright = torch.stack([data.held_out.variant(i, flip=False)["pixels_BCHW"] for i in range(4)])
+        upright = torch.stack([data.validation_set.variant(i, flip=False)["pixels_BCHW"] for i in range(4)])
         assert torch.equal(torch.cat([batch.pixels_BCHW for batch in seen]), upright)
 
     def test_a_batch_holds_what_its_words_say(self, tiny_source) -> None:
-        pictures = Pictures(tiny_source(3), (32, 32), seed=0, caption_dropout=0.5)
+        pictures = ImageDataset(tiny_source(3), (32, 32), seed=0, caption_dropout=0.5)
         batch = collate([pictures[2, 7], pictures[0, 3]])
         assert list(batch.keys) == ["noise/2", "noise/0"]
         assert list(batch.visits) == [7, 3]
@@ -130,8 +130,8 @@ class TestPictures:
 
     @pytest.mark.parametrize("num_workers", [0, 1])
     def test_workers_change_nothing(self, num_workers: int, tiny_source) -> None:
-        pictures = Pictures(tiny_source(5), (32, 32), seed=4, crop="random", flip=True, caption_dropout=0.5)
-        order = RunOrder(size=5, batch_size=2, seed=1, start=1, stop=6)
+        pictures = ImageDataset(tiny_source(5), (32, 32), seed=4, crop="random", flip=True, caption_dropout=0.5)
+        order = BatchOrder(size=5, batch_size=2, seed=1, start=1, stop=6)
         loader = DataLoader(pictures, batch_sampler=order, collate_fn=collate, num_workers=num_workers)
         for batch, items in zip(loader, order, strict=True):
             direct = collate([pictures[item] for item in items])
@@ -148,8 +148,8 @@ class TestCache:
         model = tiny_model()
         live, data = (Images(tiny_source(5), tiny_source(2, "held out"), 2, 32, flip=True, seed=3) for _ in range(2))
         data.encode_once(model.encode_moments, torch.device("cpu"), batch_size=3)
-        assert set(data.pictures.moments) == {(i, flip) for i in range(5) for flip in (False, True)}
-        for cached, fresh in ((data.pictures, live.pictures), (data.held_out, live.held_out)):
+        assert set(data.train_set.moments) == {(i, flip) for i in range(5) for flip in (False, True)}
+        for cached, fresh in ((data.train_set, live.train_set), (data.validation_set, live.validation_set)):
             for item in [(i, visit) for i in range(len(fresh.source.keys)) for visit in range(3)]:
                 with_moments, with_pixels = cached[item], fresh[item]
                 moments = model.encode_moments(with_pixels.pop("pixels_BCHW")[None])[0]
@@ -218,7 +218,7 @@ class TestFolder:
     def test_a_missing_caption_is_named(self, tmp_path: Path) -> None:
         write_pictures(tmp_path, ["a.png", "b.png"])
         (tmp_path / "a.txt").write_text("a cat")
-        with pytest.raises(UserError, match=r"b\.png has no caption; write one into b\.txt .*data\.default_caption"):
+        with pytest.raises(UserError, match=r"b\.png has no caption; write one to b\.txt .*data\.default_caption"):
             samples_of(tmp_path)
         captions = {key: sample.caption for key, sample in samples_of(tmp_path, default_caption="a dog").items()}
         assert captions == {"a.png": "a cat", "b.png": "a dog"}
@@ -229,26 +229,26 @@ class TestFolder:
         write_pictures(tmp_path, ["good.png", name], hw=(64, 64))
         whole = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
-        with pytest.raises(UserError, match=rf"{name} cannot be read as a picture .*; repair or remove it"):
+        with pytest.raises(UserError, match=rf"{name} cannot be read as an image .*; repair or remove it"):
             _ = [sample.image_HWC for sample in samples_of(tmp_path, default_caption="x").values()]
 
     def test_an_unreadable_picture_is_named_by_a_worker_too(self, tmp_path: Path) -> None:
         write_pictures(tmp_path, ["a.png", "b.png", "c.png"])
         for name in "abc":
             (tmp_path / f"{name}.png").write_bytes(b"not a picture")
-        pictures = Pictures(Folder(str(tmp_path), "train", default_caption="x"), (32, 32), seed=0)
-        loader = DataLoader(pictures, batch_sampler=RunOrder(2, 2, 0, 0, 1), collate_fn=collate, num_workers=1)
-        with pytest.raises(UserError, match=r"[abc]\.png cannot be read as a picture"):
+        pictures = ImageDataset(Folder(str(tmp_path), "train", default_caption="x"), (32, 32), seed=0)
+        loader = DataLoader(pictures, batch_sampler=BatchOrder(2, 2, 0, 0, 1), collate_fn=collate, num_workers=1)
+        with pytest.raises(UserError, match=r"[abc]\.png cannot be read as an image"):
             list(loader)
 
     @pytest.mark.parametrize("num", [0, 1])
     def test_an_empty_folder_is_an_error(self, num: int, tmp_path: Path) -> None:
         write_pictures(tmp_path, [f"{i}.png" for i in range(num)])
-        with pytest.raises(UserError, match=rf"found {num} pictures, need at least 2 \(.*\.png"):
+        with pytest.raises(UserError, match=rf"found {num} images, need at least 2 \(.*\.png"):
             Folder(str(tmp_path), "train")
 
     def test_a_missing_folder_is_an_error(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match="there is no such folder"):
+        with pytest.raises(UserError, match="no such folder"):
             Folder(str(tmp_path / "nowhere"), "train")
 
     @pytest.mark.parametrize("template", ["{subject}", "{0}", "{caption", "{}"])
@@ -271,7 +271,7 @@ class TestFolder:
     def test_a_folder_feeds_a_run(self, tmp_path: Path) -> None:
         write_pictures(tmp_path, [f"{i}.png" for i in range(5)])
         data = folder(str(tmp_path), batch_size=2, size=16, default_caption="x", flip=True)
-        assert (len(data.pictures.source.keys), len(data.held_out.source.keys)) == (4, 1)
+        assert (len(data.train_set.source.keys), len(data.validation_set.source.keys)) == (4, 1)
         (batch,) = data.val_dataloader()
         assert batch.time_ids_B6.tolist() == [[20, 30, 0, 4, 16, 16]]
 
@@ -291,7 +291,7 @@ class TestMix:
         own, mixed = world[1], Mix({"plain": world})[1]
         assert (own.loss_weight, own.original_hw) == (0.5, (700, 700))
         assert (mixed.loss_weight, mixed.original_hw, mixed.caption) == (0.5, (700, 700), own.caption)
-        assert Pictures(Mix({"plain": world}), (16, 16), 0).variant(1, False)["time_ids_B6"][0] == 700
+        assert ImageDataset(Mix({"plain": world}), (16, 16), 0).variant(1, False)["time_ids_B6"][0] == 700
 
     def test_a_repeat_of_nothing_is_refused(self, tiny_source) -> None:
         with pytest.raises(UserError, match=r"data\.repeats names \['odl'\]; the sources are \['old'\]"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from sdft.data.decode import Unreadable, decode, examine, stored_hw
+from sdft.data.decode import UnreadableImage, decode, examine, stored_hw
 
 HW = (20, 30)
 
@@ -122,7 +122,7 @@ def test_colours_of_another_profile_become_srgb() -> None:
 
 BROKEN = {
     "empty": (b"", "the file is empty"),
-    "text": (b"a text file named .png", "no picture format"),
+    "text": (b"a text file named .png", "not a known image format"),
     "cut png": (stored(plain("red"))[:60], "(?i)truncat"),
     "cut jpeg": (stored(plain("red"), "JPEG")[:-200], "(?i)truncat"),
     "1x1": (stored(Image.new("RGB", (1, 1))), "only 1 x 1 pixels"),
@@ -139,7 +139,7 @@ BROKEN = {
 @pytest.mark.parametrize(("content", "reason"), BROKEN.values(), ids=list(BROKEN))
 def test_what_cannot_be_read_says_why(content: bytes, reason: str) -> None:
     for look in (decode, examine):
-        with pytest.raises(Unreadable, match=reason):
+        with pytest.raises(UnreadableImage, match=reason):
             look(content)
 
 

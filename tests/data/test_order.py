@@ -7,8 +7,8 @@ from itertools import chain, islice
 
 import pytest
 
-from sdft.data.datamodule import NUM_AHEAD, Ahead, Images, folder
-from sdft.data.dataset import RunOrder, bucket_turns
+from sdft.data.datamodule import NUM_PREFETCHED, Images, PrefetchOrder, folder
+from sdft.data.dataset import BatchOrder, bucket_order
 from sdft.errors import UserError
 
 BUCKETS = {"wide": list(range(0, 7)), "high": list(range(7, 10)), "square": [10]}
@@ -18,7 +18,7 @@ SIZE = 11
 def steps(batch_size: int, accumulate: int, num: int, start: int = 0, world_size: int = 1, seed: int = 0) -> list:
     """What each optimiser step sees, over all its batches and ranks."""
     options = {"start": start * accumulate, "stop": num * accumulate, "accumulate": accumulate, "buckets": BUCKETS}
-    orders = [RunOrder(SIZE, batch_size, seed, rank=r, world_size=world_size, **options) for r in range(world_size)]
+    orders = [BatchOrder(SIZE, batch_size, seed, rank=r, world_size=world_size, **options) for r in range(world_size)]
     ranks = [list(order) for order in orders]
     batches = [list(chain.from_iterable(parts)) for parts in zip(*ranks, strict=True)]
     return [list(chain.from_iterable(batches[i : i + accumulate])) for i in range(0, len(batches), accumulate)]
@@ -42,8 +42,8 @@ class TestBuckets:
 
     def test_a_resume_in_the_middle_of_a_step_too(self) -> None:
         options = {"stop": 24, "accumulate": 4, "buckets": BUCKETS}
-        whole = list(RunOrder(SIZE, 2, 0, start=0, **options))
-        assert list(RunOrder(SIZE, 2, 0, start=7, **options)) == whole[7:]
+        whole = list(BatchOrder(SIZE, 2, 0, start=0, **options))
+        assert list(BatchOrder(SIZE, 2, 0, start=7, **options)) == whole[7:]
 
     def test_turns_by_hand(self) -> None:
         """Steps of 4 over buckets of 7, 3 and 1.
@@ -51,7 +51,7 @@ class TestBuckets:
         Due after pass 1: ceil(7/4), ceil(3/4), ceil(1/4) = 2, 1, 1; after pass 2: ceil(14/4), ceil(6/4), 1 = 4, 2, 1;
         after pass 3: 6, 3, 1; after pass 4: 7, 3, 1: only the wide bucket has a turn; pass 5: 9, 4, 2.
         """
-        turns = [bucket for bucket, _ in islice(bucket_turns([7, 3, 1], 4, 0, 0), 15)]
+        turns = [bucket for bucket, _ in islice(bucket_order([7, 3, 1], 4, 0, 0), 15)]
         passes = [turns[:4], turns[4:7], turns[7:10], turns[10:11], turns[11:15]]
         expected = [[0, 0, 1, 2], [0, 0, 1], [0, 0, 1], [0], [0, 0, 1, 2]]
         assert [sorted(each) for each in passes] == expected
@@ -73,8 +73,8 @@ class TestBuckets:
         assert steps(2, 2, 20) == steps(2, 2, 20)
 
     def test_one_bucket_is_the_plain_order(self) -> None:
-        plain = list(RunOrder(7, 2, 3, 0, 20))
-        assert list(RunOrder(7, 2, 3, 0, 20, accumulate=5, buckets={"": range(7)})) == plain
+        plain = list(BatchOrder(7, 2, 3, 0, 20))
+        assert list(BatchOrder(7, 2, 3, 0, 20, accumulate=5, buckets={"": range(7)})) == plain
 
 
 def test_a_folder_with_buckets_feeds_a_run(sources) -> None:
@@ -83,19 +83,19 @@ def test_a_folder_with_buckets_feeds_a_run(sources) -> None:
     for batch in data.val_dataloader():
         h, w = batch.pixels_BCHW.shape[2:]
         assert batch.time_ids_B6[:, 4:].tolist() == [[h, w]] * len(batch)
-    assert {*data.pictures.targets, *data.held_out.targets} == {(64, 64), (48, 80), (80, 48)}
+    assert {*data.train_set.targets, *data.validation_set.targets} == {(64, 64), (48, 80), (80, 48)}
 
 
 def test_batches_are_expected_before_they_are_read() -> None:
-    order, events = RunOrder(12, 2, 0, 0, 6), []
-    for batch in Ahead(order, lambda batch: events.append(("expect", batch))):
+    order, events = BatchOrder(12, 2, 0, 0, 6), []
+    for batch in PrefetchOrder(order, lambda batch: events.append(("expect", batch))):
         events.append(("read", batch))
     a, b, c, d, e, f = order
-    assert NUM_AHEAD == 4
+    assert NUM_PREFETCHED == 4
     assert events[:6] == [*(("expect", batch) for batch in (a, b, c, d, e)), ("read", a)]
     assert events[6:8] == [("expect", f), ("read", b)]
     assert events[8:] == [("read", batch) for batch in (c, d, e, f)]
-    assert len(Ahead(order, print)) == 6
+    assert len(PrefetchOrder(order, print)) == 6
 
 
 @pytest.mark.parametrize("step", [24, 48])

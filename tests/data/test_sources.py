@@ -78,7 +78,7 @@ class TestTables:
         (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
         captions = Folder(str(tmp_path), "all")[0].captions
         assert (captions.texts, captions.weights) == (("long", "short"), (3.0, 1.0))
-        told = [captions.told(Draws(0, ["a"], [visit])) for visit in range(400)]
+        told = [captions.draw(Draws(0, ["a"], [visit])) for visit in range(400)]
         assert 250 < told.count("long") < 350
 
     @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ class TestTables:
             ('{"file_name": "a.png"}', "line 1 has no caption: one of text, caption, captions"),
             ('{"text": "x"}', "line 1 has no file_name"),
             ('{"file_name": "a.png", "text": " "}', "line 1 has an empty caption"),
-            ('{"file_name": "gone.png", "text": "x"}', r"gone\.png is named in a table and is not there"),
+            ('{"file_name": "gone.png", "text": "x"}', r"gone\.png is named in a table but does not exist"),
             ('{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png", "text": "y"}', "line 2 names a.png"),
             ('{"file_name": "a.png", "text": ["x"], "weights": [0]}', "line 1 has weights that are not"),
             ("{oops", "line 1 is not JSON"),
@@ -114,7 +114,7 @@ class TestTables:
         with pytest.raises(UserError, match=r"metadata\.parquet row 1 has a caption that is neither text nor a list"):
             Folder(str(tmp_path), "all")
         (tmp_path / "metadata.parquet").write_bytes(b"PAR1 and no more")
-        with pytest.raises(UserError, match=r"metadata\.parquet is no parquet table \(.*\); repair or remove it"):
+        with pytest.raises(UserError, match=r"metadata\.parquet is not a parquet table \(.*\); repair or remove it"):
             Folder(str(tmp_path), "all")
 
     def test_a_parquet_table_needs_pyarrow(self, tmp_path: Path, monkeypatch) -> None:
@@ -135,7 +135,7 @@ class TestShards:
         assert list(source.keys) == ["a", "b/c_v2", "d"]
         for i in range(3):
             assert source[i].caption == folder[i].caption
-            assert source[i].picture.content() == folder[i].picture.content()
+            assert source[i].image.content() == folder[i].image.content()
             assert np.array_equal(source[i].image_HWC, folder[i].image_HWC)
 
     def test_the_library_webdataset_reads_them_too(self, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ class TestShards:
 
     def test_names_in_a_shard_are_all_different(self) -> None:
         assert sample_names(["a.png", "a.jpg", "b.c/d.e.png"]) == ["a", "a_jpg", "b_c/d_e"]
-        with pytest.raises(UserError, match="would have one name"):
+        with pytest.raises(UserError, match="would have the same name"):
             sample_names(["a.png", "a_png.png", "a_png.jpg", "a_png_jpg.png", "a.png.jpg"])
 
 
@@ -231,7 +231,7 @@ class TestHub:
         ("options", "complaint"),
         [
             ({"text": "words"}, r"data\.text=words: .* has the columns image, text, number"),
-            ({"image": "number"}, r"data\.image=number: this column of .* holds no pictures"),
+            ({"image": "number"}, r"data\.image=number: this column of .* has no images"),
             ({"subset": "tset"}, r"data\.name=.*: cannot be loaded \(.*tset"),
             ({}, r"data\.name=.*: row 1 has no caption.*, row 2 has an empty caption; choose data\.text=COLUMN"),
         ],
@@ -243,7 +243,7 @@ class TestHub:
 
     def test_rows_without_a_picture_are_named(self, tmp_path: Path) -> None:
         self.saved(tmp_path, [png(), None, b"x", png()], ["x"] * 4)
-        with pytest.raises(UserError, match=r"2 files cannot be read .*set row 1 \(the row has no picture\), .*row 2"):
+        with pytest.raises(UserError, match=r"2 files cannot be read .*set row 1 \(the row has no image\), .*row 2"):
             readable(HuggingFace(str(tmp_path / "set"), "all"))
 
     def saved(self, tmp_path: Path, pictures: list, texts: list) -> None:
@@ -281,12 +281,12 @@ class TestMix:
         assert (mix[0].caption, mix[0].loss_weight) == ("caption of a, zorbix", 1.0)
         assert (mix[3].caption, mix[3].loss_weight) == ("caption of a", 0.3)
         assert mix[0].captions.tags.shuffle
-        assert mix.encoded(4).read() == own.encoded(1).read()
+        assert mix.stored(4).read() == own.stored(1).read()
 
     @pytest.mark.parametrize(
         ("options", "complaint"),
         [
-            ({"weights": {"a": 1}}, r"data\.weights says nothing of \['b'\]"),
+            ({"weights": {"a": 1}}, r"data\.weights lacks \['b'\]"),
             ({"weights": {"a": 1, "c": 1}}, r"data\.weights names \['c'\]"),
             ({"weights": {"a": 1, "b": 1}, "repeats": {"a": 2}}, "set one of them"),
         ],

@@ -14,7 +14,7 @@ from checks import slow
 
 from sdft.batch import Batch
 from sdft.data.datamodule import Images
-from sdft.data.dataset import Source
+from sdft.data.source import Source
 from sdft.module import Finetuning
 from sdft.objective.denoising import Denoising
 from sdft.optimizers.optimizers import adamw
@@ -24,7 +24,7 @@ from sdft.training.trainer import trainer
 from sdft.tuning.adapter import Adapter
 
 
-class Stream(L.Callback):
+class ShuffledStream(L.Callback):
     """Writes every sample of a run and what the UNet was asked about it, one file a rank."""
 
     def __init__(self, folder: Path):
@@ -78,7 +78,7 @@ def run(
     whole = trainer(
         4, accumulate_grad_batches=accumulate, accelerator="cpu", devices=ranks, progress_bar=False,
         strategy="ddp_fork" if ranks > 1 else "auto", run_dir=str(folder),
-        callbacks=[*callbacks, Stream(folder), last_checkpoint(str(folder), every=2)],
+        callbacks=[*callbacks, ShuffledStream(folder), last_checkpoint(str(folder), every=2)],
     )  # fmt: skip
     whole.fit(module, data, ckpt_path=resume, weights_only=False)
     parts = [torch.load(folder / f"rank{rank}", weights_only=False) for rank in range(ranks)]

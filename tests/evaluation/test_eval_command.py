@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from warm import WarmPython
 
-from sdft.config.command import ConfigError, check, compose
+from sdft.config.command import ConfigError, build, check, compose
 from sdft.errors import UserError
 from sdft.evaluation.subject_loader import SubjectLoader, with_lora, with_words
 from sdft.evaluation.subjects import AdapterFiles, Subject, read_subjects
@@ -182,7 +182,6 @@ def test_wrong_subjects_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("words", "told"),
     [
         (["subjects={base: 3}"], r"subjects\.base=3: must be a valid string"),
-        (["subjects={base: nano}", "axes.sampler=[eulr]"], "did you mean 'euler'"),
         (["subjects={base: nano}", "axes.steps=[0]"], "greater than or equal to 1"),
         (["subjects={base: nano}", "compete=[scal]"], "did you mean 'scale'"),
         (["subjects={base: nano}", "metrics=[defalt]"], "did you mean 'default'"),
@@ -195,6 +194,12 @@ def test_wrong_subjects_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_the_config_refuses(words: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         check(compose("eval", words))
+
+
+def test_a_sampler_of_an_axis_is_looked_up_before_anything_loads() -> None:
+    cfg = compose("eval", ["subjects={base: nano}", "axes.sampler=[euler, eulr]"])
+    with pytest.raises(UserError, match=r"axes\.sampler=eulr: is no sampler.* did you mean 'euler'"):
+        build(cfg.axes)
 
 
 def test_the_command_compares_and_escapes_what_users_wrote(
@@ -255,9 +260,9 @@ def test_a_sweep_becomes_one_comparison(
     ("words", "told"),
     [
         ([], "say what to compare"),
-        (["subjects={base: nano}", "reference=nowhere"], "reference=nowhere: there is no such folder"),
+        (["subjects={base: nano}", "reference=nowhere"], "reference=nowhere: no such folder"),
         (["subjects={base: nano}", "prompts=nowhere.txt"], "prompts=nowhere.txt: cannot be read"),
-        (["sweep=nowhere"], "sweep=nowhere: there is no such folder"),
+        (["sweep=nowhere"], "sweep=nowhere: no such folder"),
         (["subjects={base: nano}", "size=30"], "both sides must be multiples of"),
     ],
 )

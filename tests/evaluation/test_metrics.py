@@ -245,9 +245,9 @@ def test_pictures_to_compare_with_are_named_where_they_are_wrong(tmp_path: Path)
     with pytest.raises(UserError, match=r"^reference=.*has 1 images, and this comparison needs at least 4"):
         read_source("reference", str(tmp_path), 64, protocol.MIN_REFERENCES)
     assert len(read_source("training", str(tmp_path), 64).keys) == 1
-    with pytest.raises(UserError, match=r"^training=.*there is no such folder"):
+    with pytest.raises(UserError, match=r"^training=.*no such folder"):
         read_source("training", str(tmp_path / "typo"), 64)
-    with pytest.raises(UserError, match=r"^reference=toy/dremy: there is no such folder"):
+    with pytest.raises(UserError, match=r"^reference=toy/dremy: no such folder"):
         read_source("reference", "toy/dremy", 64)
     assert read_source("reference", None, 64) is None
 

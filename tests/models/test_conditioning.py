@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from sdft.batch import Batch, Conditioning
-from sdft.data.images import plan_cut
+from sdft.data.images import plan_crop
 from sdft.formats.diffusers_folder import SDXL_PARTS
 from sdft.models.load import pretrained
 from sdft.models.sdxl import SDXL, tokenize
@@ -57,18 +57,18 @@ def fake_batch(time_ids: list[tuple[int, ...]], dropped: tuple[int, ...] = ()) -
 )
 def test_sizes_and_crops_by_hand(original_hw, target_hw, flip, time_ids) -> None:
     """The resized pictures are 1536x1024, 1152x1152 and 1024x1504; kohya crops along the other axis."""
-    assert plan_cut(original_hw, target_hw, flip=flip).time_ids_6 == time_ids
+    assert plan_crop(original_hw, target_hw, flip=flip).time_ids_6 == time_ids
 
 
 def test_a_flip_mirrors_the_crop_that_is_not_in_the_centre() -> None:
-    cut = plan_cut((1000, 1500), (1024, 1024), at=(0.0, 0.25))
+    cut = plan_crop((1000, 1500), (1024, 1024), at=(0.0, 0.25))
     assert cut.time_ids_6 == (1000, 1500, 0, 128, 1024, 1024)
-    assert plan_cut((1000, 1500), (1024, 1024), at=(0.0, 0.25), flip=True).time_ids_6[3] == 1536 - 128 - 1024
+    assert plan_crop((1000, 1500), (1024, 1024), at=(0.0, 0.25), flip=True).time_ids_6[3] == 1536 - 128 - 1024
 
 
 @torch.no_grad()
 def test_the_conditioning_is_what_diffusers_makes_of_the_same_input(model: SDXL) -> None:
-    sizes = [plan_cut((1003, 683), (1024, 1024)).time_ids_6, plan_cut((1000, 1500), (1024, 1024)).time_ids_6]
+    sizes = [plan_crop((1003, 683), (1024, 1024)).time_ids_6, plan_crop((1000, 1500), (1024, 1024)).time_ids_6]
     cond = model.condition(fake_batch(sizes))
     pipeline = pipeline_of(model)
     context, _, pooled, _ = pipeline.encode_prompt(CAPTIONS, device="cpu", do_classifier_free_guidance=False)

@@ -114,5 +114,5 @@ def test_weights_that_predict_v_are_not_trained_as_epsilon(zero_snr: bool, remed
     with pytest.raises(UserError, match=f"the weights predict v; choose {remedy}$"):
         Finetuning(model, Full(), Denoising(), adamw, constant, seed=0)
     if zero_snr:
-        with pytest.raises(UserError, match="choose v_zero_snr"):
+        with pytest.raises(UserError, match="choose objective=v_zero_snr"):
             Finetuning(model, Full(), Denoising("v_prediction"), adamw, constant, seed=0)

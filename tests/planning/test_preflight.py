@@ -114,7 +114,7 @@ def test_a_step_larger_than_the_data_is_refused(setting) -> None:
     _, data = setting(Full())
     refuse_batch(data, PLAIN)
     four = Setup(10, 2, "32-true", 2, 1, False)
-    with pytest.raises(UserError, match=r"data.batch_size=2: a step takes 8 pictures .* set data.batch_size=1"):
+    with pytest.raises(UserError, match=r"data.batch_size=2: a step takes 8 images .* set data.batch_size=1"):
         refuse_batch(data, four)
 
 
@@ -128,7 +128,7 @@ def test_a_dry_run_tells_and_leaves_nothing(tmp_path: Path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     said = dry(monkeypatch, capsys, "experiment=dreamy_style", "trainer.devices=2", "trainer.accelerator=cpu")
     assert "trains unet: 292,864 of 7,862,891 parameters (3.72%)" in said
-    assert "effective batch 32 (16 x 1 accumulated x 2 devices), 240 steps = 160.0 passes over 48 pictures" in said
+    assert "effective batch 32 (16 x 1 accumulated x 2 devices), 240 steps = 160.0 passes over 48 images" in said
     assert "memory of each device" in said
     assert "time of the run" in said
     assert list(tmp_path.iterdir()) == []

@@ -276,7 +276,7 @@ def test_a_cancelled_run_leaves_a_whole_checkpoint_and_nothing_half_written(stor
 def test_arrays_and_submitit_make_the_same_sweep_and_report_the_job_that_failed(stories: dict[str, Future]) -> None:
     done, folder = stories["swept"].result()
     assert done.returncode == 2, done.stdout + done.stderr
-    assert f"error: hydra.sweep.dir: {folder}/submitit/3 holds a finished job of another sweep" in done.stderr
+    assert f"error: hydra.sweep.dir: {folder}/submitit/3 has a finished job of another sweep" in done.stderr
     *jobs, reason = (folder / "submitit" / "table.txt").read_text().splitlines()
     assert sorted(job.split()[-1] for job in jobs) == ["0", "1", "2", "3", "folder"]
     assert reason.startswith("3 failed: hydra.sweep.dir:")

@@ -142,7 +142,7 @@ def test_a_file_that_is_wrong_fails_the_export(spoil: Callable, tmp_path: Path, 
             spoil(path)
 
     monkeypatch.setattr(exports, "write_lora_file", writes_wrong)
-    with pytest.raises(UserError, match=r"lora_kohya\.safetensors is .*%.*do not use it"):
+    with pytest.raises(UserError, match=r"lora_kohya\.safetensors deviates .*%.*do not use it"):
         export(trained(Adapter(rank=4, alpha=11, parts=UNET)), tmp_path)
 
 
@@ -158,5 +158,5 @@ def test_a_single_file_with_a_forgotten_transpose_fails_the_export(tmp_path: Pat
         save_file(tensors | {name: tensors[name].T.contiguous()}, path)
 
     monkeypatch.setattr(exports, "write_single_file", forgets)
-    with pytest.raises(UserError, match=r"model\.safetensors is .*do not use it"):
+    with pytest.raises(UserError, match=r"model\.safetensors deviates .*do not use it"):
         export(trained(Full()), tmp_path, single_file=True)

@@ -44,7 +44,7 @@ def test_a_broken_loss_stops_before_the_step_and_names_its_sample(
     data = Images(tiny_source(6), tiny_source(2, "held out"), batch_size=1, size=32, seed=3)
     model = tiny_model()
     encode = model.encode_moments
-    spoilt = data.pictures.source.keys[4]
+    spoilt = data.train_set.source.keys[4]
 
     def encode_moments(pixels):
         moments = encode(pixels)
@@ -74,7 +74,7 @@ def test_a_broken_gradient_stops_before_the_step_and_names_the_samples_of_it(
     class Heavy(tiny_source):
         def __getitem__(self, index: int):
             sample = super().__getitem__(index)
-            return type(sample)(sample.key, sample.picture, sample.caption, loss_weight=float("inf"))
+            return type(sample)(sample.key, sample.image, sample.caption, loss_weight=float("inf"))
 
     data = Images(Heavy(12), tiny_source(2, "held out"), batch_size=5, size=32, seed=3)
     model = tiny_model()

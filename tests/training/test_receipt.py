@@ -35,12 +35,12 @@ def test_a_run_is_made_again_from_its_receipt(tmp_path: Path, monkeypatch, capsy
     assert record["seed"] == 0
     capsys.readouterr()
     run(monkeypatch, "reproduce=first/receipt.json", "run_dir=second")
-    assert "identical: lora, lora_kohya, every weight; and every figure" in capsys.readouterr().out
+    assert "identical: lora, lora_kohya, every weight; and every metric" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, "reproduce=first", "run_dir=third", "seed=1")
     assert stopped.value.code == 2
     said = capsys.readouterr().err
-    assert "the weights of lora, lora_kohya are not those of the receipt" in said
+    assert "the weights of lora, lora_kohya differ from the receipt" in said
     assert "config.seed: 0 -> 1" in said
     assert "run_dir" not in said
 
@@ -49,13 +49,13 @@ def test_what_differs_is_named() -> None:
     other = {**FILE, "versions": {"torch": "2"}, "data": "e", "outputs": {"lora": "2"}}
     with pytest.raises(UserError, match=r"weights of lora .* versions.torch: 1 -> 2; data: d -> e"):
         receipt.compared(FILE, other)
-    with pytest.raises(UserError, match="depends on luck"):
+    with pytest.raises(UserError, match="something in this run is not deterministic"):
         receipt.compared(FILE, {**FILE, "outputs": {"lora": "2"}})
 
 
-def test_a_figure_that_differs_is_told_though_the_weights_are_the_same() -> None:
+def test_a_metric_that_differs_is_reported_though_the_weights_are_the_same() -> None:
     said = receipt.compared(FILE, {**FILE, "figures": {"loss": 0.25}, "threads": 4})
-    assert said.startswith("identical: lora, every weight; but figures differ: loss: 0.5 -> 0.25")
+    assert said.startswith("identical: lora, every weight; but metrics differ: loss: 0.5 -> 0.25")
     assert "threads: 2 -> 4" in said
 
 
@@ -79,8 +79,9 @@ def test_the_hash_of_the_data_follows_pictures_captions_and_order(tiny_source) -
     def digest(**changes) -> str:
         source = tiny_source(3)
         source.__dict__ |= changes
-        part, seen = SimpleNamespace(source=source), SimpleNamespace(digest=lambda place: None)
-        return receipt.data_digest(SimpleNamespace(pictures=part, held_out=part, seen=seen, seen_held_out=seen))
+        part, scan = SimpleNamespace(source=source), SimpleNamespace(digest=lambda index: None)
+        data = SimpleNamespace(train_set=part, validation_set=part, train_scan=scan, validation_scan=scan)
+        return receipt.data_digest(data)
 
     other = tiny_source(3).images.copy()
     other[1, 0, 0, 0] ^= 1
@@ -89,7 +90,7 @@ def test_the_hash_of_the_data_follows_pictures_captions_and_order(tiny_source) -
     assert len(hashes) == 3
 
 
-@pytest.mark.parametrize(("content", "problem"), [(None, "cannot be read"), ("{}", "was not finished")])
+@pytest.mark.parametrize(("content", "problem"), [(None, "cannot be read"), ("{}", "did not finish")])
 def test_a_receipt_that_is_none_is_refused(content: str | None, problem: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / receipt.NAME).write_text(content)

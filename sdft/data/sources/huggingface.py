@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub, or in its layout on disk, through the `datasets` library."""
+"""Datasets of the Hugging Face Hub, or in its layout on disk, through the `datasets` library."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from sdft.data.captions import Captions, Tags, checked_template
-from sdft.data.dataset import Sample
-from sdft.data.decode import Encoded
-from sdft.data.packed import Strings
+from sdft.data.decode import StoredImage
+from sdft.data.packed_strings import PackedStrings
 from sdft.data.problems import listed
+from sdft.data.source import Sample
 from sdft.data.sources import metadata
-from sdft.data.sources.splits import Split, places_of
+from sdft.data.sources.splits import Split, split_indices
 from sdft.errors import UserError
 from sdft.types import Fraction, NonNegative
 
 SAVED = ("state.json", "dataset_dict.json")
-"""What `save_to_disk` leaves in a folder."""
+"""Files that `save_to_disk` writes."""
 
 
 class HuggingFace:
-    """Rows of a data set that hold a picture and a caption.
+    """Rows of a dataset with an image and a caption.
 
-    name: a hub id, or a folder: of pictures with a table, or one that `save_to_disk` has written.
-    split: `train`, `validation` or `all`: parts of the rows of `subset`, chosen by row.
-    subset: the split of the data set that the rows come from.
-    config: the data set's own configuration, where it has several.
-    image, text: the columns of the picture and of its caption, or list of captions.
-    caption, held_out, tags, loss_weight: as for a folder.
+    name: hub id, or a folder: an imagefolder with a table, or one written by `save_to_disk`.
+    split: `train`, `validation` or `all` rows of `subset`.
+    subset: the split of the dataset on the Hub.
+    config: configuration of the dataset, if it has several.
+    image, text: names of the columns with the image, and with the caption or list of captions.
+    caption, held_out, tags, loss_weight: as in `Folder`.
+
+    Raises UserError if the dataset or a column cannot be loaded, and for rows without captions.
     """
 
     def __init__(
@@ -47,25 +49,25 @@ class HuggingFace:
         self.name, self.image, self.tags, self.loss_weight = name, image, tags, loss_weight
         self.template = checked_template("data.caption", caption)
         self._rows = load(name, config, subset, image, text)
-        keys = Strings(f"{subset}/{place:08d}" for place in range(len(self._rows)))
+        keys = PackedStrings(f"{subset}/{place:08d}" for place in range(len(self._rows)))
         if len(keys) < (1 if split == "all" else 2):
             raise UserError(f"data.name={name}: {subset} has {len(keys)} rows, need at least 2")
         texts = captions_of(name, self._rows, text)
-        self._places = places_of(keys, split, held_out)
-        self.keys, self._texts = (Strings(column[place] for place in self._places) for column in (keys, texts))
+        self._places = split_indices(keys, split, held_out)
+        self.keys, self._texts = (PackedStrings(column[place] for place in self._places) for column in (keys, texts))
 
-    def encoded(self, index: int) -> Encoded:
-        """The picture as the row holds it."""
+    def stored(self, index: int) -> StoredImage:
+        """The image of a row."""
         place = int(self._places[index])
-        return Encoded(f"{self.name} row {place}", lambda: stored(self._rows[place][self.image]))
+        return StoredImage(f"{self.name} row {place}", lambda: image_bytes(self._rows[place][self.image]))
 
     def __getitem__(self, index: int) -> Sample:
         captions = Captions(*metadata.unpacked(self._texts[index]), self.template, self.tags)
-        return Sample(self.keys[index], self.encoded(index), captions.plain, self.loss_weight, captions=captions)
+        return Sample(self.keys[index], self.stored(index), captions.plain, self.loss_weight, captions=captions)
 
 
 def load(name: str, config: str | None, subset: str, image: str, text: str) -> Any:
-    """The rows of a data set (`datasets.Dataset`), their pictures not decoded."""
+    """The rows of a dataset (`datasets.Dataset`), with undecoded images."""
     try:
         import datasets
     except ImportError:
@@ -79,7 +81,7 @@ def load(name: str, config: str | None, subset: str, image: str, text: str) -> A
             rows = saved[subset] if isinstance(saved, datasets.DatasetDict) else saved
         else:
             rows = datasets.load_dataset(str(folder) if folder.is_dir() else name, config, split=subset)
-    except Exception as error:  # every kind of network, format and permission trouble comes through here
+    except Exception as error:  # network, format and permission errors of many libraries
         raise UserError(f"data.name={name}: cannot be loaded ({' '.join(str(error).split())})") from error
     for key, column in (("image", image), ("text", text)):
         if column not in rows.column_names:
@@ -87,24 +89,24 @@ def load(name: str, config: str | None, subset: str, image: str, text: str) -> A
     try:
         return rows.cast_column(image, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's are kinds of these
-        raise UserError(f"data.image={image}: this column of {name} holds no pictures") from error
+        raise UserError(f"data.image={image}: this column of {name} has no images") from error
 
 
-def captions_of(name: str, rows: Mapping[str, Sequence[Any]], column: str) -> Strings:
-    """The captions of every row, packed. Raises UserError with every row that has none."""
-    found, wrong = Strings(), []
+def captions_of(name: str, rows: Mapping[str, Sequence[Any]], column: str) -> PackedStrings:
+    """The captions of every row, packed. Raises UserError naming all rows without one."""
+    found, wrong = PackedStrings(), []
     for place, value in enumerate(rows[column]):
         try:
             found.append(metadata.packed(metadata.texts_of({"text": value})))
         except ValueError as error:
             wrong.append(f"row {place} {error}")
     if wrong:
-        raise UserError(f"data.name={name}: {listed(wrong)}; choose data.text=COLUMN, or mend the rows")
+        raise UserError(f"data.name={name}: {listed(wrong)}; choose data.text=COLUMN, or correct the rows")
     return found
 
 
-def stored(value: Mapping[str, Any] | None) -> bytes:
-    """The bytes of a picture as a row holds it, which may be the path of a file."""
+def image_bytes(value: Mapping[str, Any] | None) -> bytes:
+    """The bytes of an undecoded image, from the row or from the file that it names."""
     if value is None:
-        raise OSError("the row has no picture")
+        raise OSError("the row has no image")
     return value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()

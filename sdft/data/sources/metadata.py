@@ -1,7 +1,7 @@
-"""Captions in tables beside the pictures: `metadata.jsonl`, `.csv` or `.parquet`, as in the Hub's imagefolder.
+"""Captions in tables beside the images: `metadata.jsonl`, `.csv` or `.parquet`, as in the Hub's imagefolder.
 
-A row names its picture by `file_name`, relative to the table, and its caption by `text` or `caption`; a list there is
-several captions, and `weights` says how often each is told. Knows tables; does not know pictures.
+A row has the path of the image in `file_name`, relative to the table, and the caption in `text` or `caption`. A list is
+several captions; `weights` has their relative probabilities.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from sdft.errors import UserError
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_COLUMNS = ("text", "caption", "captions")
-PromptEmbeddings = tuple[tuple[str, ...], tuple[float, ...]]
-"""Captions of one picture, and their weights or nothing."""
+WeightedTexts = tuple[tuple[str, ...], tuple[float, ...]]
+"""Captions of one image, and their weights; no weights if they are equally likely."""
 
 
-def read_tables(root: Path, tables: list[str]) -> tuple[dict[str, PromptEmbeddings], list[str]]:
-    """Captions by picture, both relative to `root`, and what is wrong with the tables."""
-    found: dict[str, PromptEmbeddings] = {}
+def read_tables(root: Path, tables: list[str]) -> tuple[dict[str, WeightedTexts], list[str]]:
+    """(captions by path of the image, relative to `root`), and the problems of the tables."""
+    found: dict[str, WeightedTexts] = {}
     problems = []
     for table in tables:
         folder = PurePosixPath(table).parent
@@ -41,19 +41,19 @@ def read_tables(root: Path, tables: list[str]) -> tuple[dict[str, PromptEmbeddin
     return found, problems
 
 
-def packed(texts: PromptEmbeddings) -> str:
-    """The captions of one picture as one text."""
+def packed(texts: WeightedTexts) -> str:
+    """The captions of one image as one string."""
     return json.dumps(texts)
 
 
-def unpacked(line: str) -> PromptEmbeddings:
-    """The other way."""
+def unpacked(line: str) -> WeightedTexts:
+    """The inverse of `packed`."""
     texts, weights = json.loads(line)
     return tuple(texts), tuple(weights)
 
 
-def texts_of(row: Mapping[str, Any]) -> PromptEmbeddings:
-    """The captions of one row and their weights. ValueError says what is wrong."""
+def texts_of(row: Mapping[str, Any]) -> WeightedTexts:
+    """The captions of one row and their weights. Raises ValueError with the reason if they are wrong."""
     value = next((row[column] for column in CAPTION_COLUMNS if row.get(column) is not None), None)
     if value is None:
         raise ValueError(f"has no caption: one of {', '.join(CAPTION_COLUMNS)}")
@@ -68,7 +68,7 @@ def texts_of(row: Mapping[str, Any]) -> PromptEmbeddings:
 
 
 def rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(place, row) of a table."""
+    """(name of the row for messages, row) of a table."""
     if table.suffix == ".parquet":
         for number, row in enumerate(parquet_rows(table), 1):
             yield f"{table} row {number}", row
@@ -98,7 +98,7 @@ def json_row(table: Path, number: int, line: str) -> Mapping[str, Any]:
 
 
 def parquet_rows(table: Path) -> list[Mapping[str, Any]]:
-    """Rows of a parquet table, where pyarrow is installed."""
+    """Rows of a parquet table. Raises UserError without pyarrow."""
     try:
         from pyarrow import parquet
     except ImportError:
@@ -109,5 +109,5 @@ def parquet_rows(table: Path) -> list[Mapping[str, Any]]:
     try:
         return parquet.read_table(table).to_pylist()
     except (ValueError, OSError) as error:  # pyarrow's errors are kinds of these
-        told = " ".join(str(error).split())
-        raise UserError(f"data.root: {table} is no parquet table ({told}); repair or remove it") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"data.root: {table} is not a parquet table ({reason}); repair or remove it") from error

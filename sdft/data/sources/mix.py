@@ -1,25 +1,26 @@
-"""Several sources as one."""
+"""Several sources as one, with repeats."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
 
-from sdft.data.dataset import Sample, Source
-from sdft.data.decode import Encoded
-from sdft.data.packed import EndToEnd, Strings
-from sdft.data.sources.splits import encoded
+from sdft.data.decode import StoredImage
+from sdft.data.packed_strings import Concatenated, PackedStrings
+from sdft.data.source import Sample, Source, stored_image
 from sdft.errors import UserError
 from sdft.types import Count, Positive
 
 
 class Mix:
-    """Several sources, each repeated as often as said. Captions and loss weight are each source's own: a
-    regularisation set is a source with captions without the new word and a `loss_weight`.
+    """Several sources as one. Captions and loss weights are those of each source: a regularisation set is a source with
+    captions without the new word and its own `loss_weight`.
 
-    sources: name -> source; the name becomes part of the keys.
-    repeats: name -> how often a pass over the data shows each of its pictures; 1 where not said.
-    weights: name -> share of the pass, relative to the others; becomes the nearest whole repeats, at least 1.
+    sources: name -> source; the name becomes a prefix of the keys.
+    repeats: name -> number of times that each image is read per pass; 1 by default.
+    weights: instead of repeats, name -> relative share of a pass; rounded to whole repeats, at least 1.
+
+    Raises UserError for unknown names, and for repeats together with weights.
     """
 
     def __init__(
@@ -28,35 +29,35 @@ class Mix:
         repeats: dict[str, Count] | None = None,
         weights: dict[str, Positive] | None = None,
     ):
-        for name, said in (("repeats", repeats), ("weights", weights)):
-            if unknown := set(said or {}) - set(sources):
+        for name, given in (("repeats", repeats), ("weights", weights)):
+            if unknown := set(given or {}) - set(sources):
                 raise UserError(f"data.{name} names {sorted(unknown)}; the sources are {sorted(sources)}")
         if repeats and weights:
-            raise UserError("data.repeats and data.weights say the same in two ways; set one of them")
-        if weights and (silent := set(sources) - set(weights)):
-            raise UserError(f"data.weights says nothing of {sorted(silent)}; give every source its share")
+            raise UserError("data.repeats and data.weights exclude each other; set one of them")
+        if weights and (missing := set(sources) - set(weights)):
+            raise UserError(f"data.weights lacks {sorted(missing)}; give every source a weight")
         self.repeats = repeats_of(sources, weights) if weights else repeats or {}
         rounds = [(name, again) for name in sources for again in range(self.repeats.get(name, 1))]
         self._rounds = [sources[name] for name, _ in rounds]
-        self._all = EndToEnd(len(source.keys) for source in self._rounds)
-        self.keys = Strings(
+        self._all = Concatenated(len(source.keys) for source in self._rounds)
+        self.keys = PackedStrings(
             f"{name}/{key}" + (f"#{again}" if again else "") for name, again in rounds for key in sources[name].keys
         )
 
-    def _place(self, position: int) -> tuple[Source, int]:
-        round_, index = self._all.place(position)
+    def _locate(self, position: int) -> tuple[Source, int]:
+        round_, index = self._all.locate(position)
         return self._rounds[round_], index
 
     def __getitem__(self, position: int) -> Sample:
-        source, index = self._place(position)
+        source, index = self._locate(position)
         return replace(source[index], key=self.keys[position])
 
-    def encoded(self, position: int) -> Encoded | None:
-        return encoded(*self._place(position))
+    def stored(self, position: int) -> StoredImage | None:
+        return stored_image(*self._locate(position))
 
 
 def repeats_of(sources: Mapping[str, Source], weights: Mapping[str, float]) -> dict[str, int]:
-    """Whole repeats whose shares of a pass are near the weights; the source that needs least is shown once."""
+    """Whole repeats whose shares of a pass approximate the weights; the smallest is 1."""
     wanted = {name: weights[name] / len(source.keys) for name, source in sources.items()}
     least = min(wanted.values())
     return {name: max(1, round(want / least)) for name, want in wanted.items()}

@@ -1,6 +1,6 @@
-"""Tar shards in the layout of WebDataset: the members of a sample share their name up to the first dot.
+"""Tar shards in WebDataset's layout: the members of a sample share their name up to the first dot.
 
-A shard is indexed once, so that every sample is reachable by position and a run can shuffle and resume as with files.
+A shard is indexed once, which makes samples accessible by index: runs shuffle and resume exactly as with single files.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from sdft.data.captions import Captions, Tags, checked_template, checked_texts
-from sdft.data.dataset import Sample
-from sdft.data.decode import Encoded
-from sdft.data.packed import EndToEnd, Strings, repeated
+from sdft.data.decode import StoredImage
+from sdft.data.packed_strings import Concatenated, PackedStrings, repeated
 from sdft.data.problems import listed
-from sdft.data.record import stamp_of
+from sdft.data.scan_cache import stamp_of
+from sdft.data.source import Sample
 from sdft.data.sources import metadata
 from sdft.data.sources.folder import IMAGE_SUFFIXES
-from sdft.data.sources.splits import Split, places_of
+from sdft.data.sources.splits import Split, split_indices
 from sdft.errors import UserError
 from sdft.types import Fraction, NonNegative
 
@@ -33,7 +33,7 @@ INDEX_SUFFIX = ".index.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a sample lies in its shard, and what it is called there."""
+    """One sample: key, name, offset and size of the image member in the shard, captions and their weights."""
 
     key: str
     member: str
@@ -43,7 +43,7 @@ class Entry:
     weights: tuple[float, ...] = ()
 
     def packed(self) -> str:
-        """All of it as one line."""
+        """The entry as one line of JSON."""
         return json.dumps([self.key, self.member, self.offset, self.size, self.texts, self.weights])
 
     @classmethod
@@ -53,12 +53,14 @@ class Entry:
 
 
 class Shards:
-    """Pictures in tar shards: `0001.jpg` with `0001.txt`, and `0001.short.txt` or `0001.json` for more captions.
+    """Images in tar shards: `0001.jpg` with `0001.txt`, and `0001.short.txt` or `0001.json` for more captions.
 
-    shards: paths with brace patterns, `data/{0000..0012}.tar`, several joined by `::`; `pipe:COMMAND` takes what the
-        command writes, once, and keeps it in `cache_dir`.
-    split, held_out, caption, default_caption, tags, loss_weight: as for a folder.
-    cache_dir: where shards that come by a command are kept.
+    shards: paths with brace patterns, `data/{0000..0012}.tar`, joined by `::`. The output of `pipe:COMMAND` is
+        stored in `cache_dir` once.
+    split, held_out, caption, default_caption, tags, loss_weight: as in `Folder`.
+    cache_dir: folder for the output of commands.
+
+    Raises UserError for missing, damaged or incomplete shards, naming all problems of a shard.
     """
 
     def __init__(
@@ -76,26 +78,26 @@ class Shards:
         self.template = checked_template("data.caption", caption)
         self.files = [local(url, cache_dir) for url in expand(shards)]
         self._stamps = [stamp_of(file) for file in self.files]
-        self._lines = [entries_of(file) for file in self.files]
-        self._all = EndToEnd(map(len, self._lines))
+        self._lines = [read_index(file) for file in self.files]
+        self._all = Concatenated(map(len, self._lines))
         self._places = np.arange(len(self._all))
         keys = self._checked_keys(default_caption)
         if len(keys) < (1 if split == "all" else 2):
             raise UserError(f"data.shards={shards}: found {len(keys)} samples, need at least 2")
-        self._places = places_of(keys, split, held_out)
+        self._places = split_indices(keys, split, held_out)
         self._default = default_caption or ""
-        self.keys = Strings(keys[place] for place in self._places)
+        self.keys = PackedStrings(keys[place] for place in self._places)
 
     def _entry(self, index: int) -> tuple[int, Entry]:
-        """A sample and the number of its shard."""
-        number, row = self._all.place(self._places[index])
+        """(number of the shard, entry) of a sample."""
+        number, row = self._all.locate(self._places[index])
         return number, Entry.unpacked(self._lines[number][row])
 
-    def encoded(self, index: int) -> Encoded:
-        """The picture as its shard holds it."""
+    def stored(self, index: int) -> StoredImage:
+        """The image member of a sample."""
         number, entry = self._entry(index)
         file, stamp = self.files[number], self._stamps[number]
-        return Encoded(
+        return StoredImage(
             f"{file}:{entry.member}",
             lambda: read_range(file, entry.offset, entry.size),
             lambda: f"{stamp} {entry.offset} {entry.size}" if stamp else None,
@@ -104,11 +106,11 @@ class Shards:
     def __getitem__(self, index: int) -> Sample:
         _, entry = self._entry(index)
         captions = Captions(entry.texts or (self._default,), entry.weights, self.template, self.tags)
-        return Sample(entry.key, self.encoded(index), captions.plain, self.loss_weight, captions=captions)
+        return Sample(entry.key, self.stored(index), captions.plain, self.loss_weight, captions=captions)
 
-    def _checked_keys(self, default: str | None) -> Strings:
-        """The names of all samples, each of which has one of its own and a caption."""
-        keys, wrong = Strings(), []
+    def _checked_keys(self, default: str | None) -> PackedStrings:
+        """The keys of all samples. Raises UserError naming all duplicates and samples without caption."""
+        keys, wrong = PackedStrings(), []
         for place in range(len(self._places)):
             number, entry = self._entry(place)
             keys.append(entry.key)
@@ -116,34 +118,34 @@ class Shards:
                 wrong.append(f"{self.files[number]}:{entry.member} has no caption")
         for later, earlier in repeated(keys):
             here, there = (self.files[self._entry(place)[0]] for place in (later, earlier))
-            wrong.append(f"{here}:{keys[later]} has the name of a sample of {there}")
+            wrong.append(f"{here}:{keys[later]} has the same name as a sample of {there}")
         if wrong:
             raise UserError(
-                f"data.shards: {listed(wrong)}; write the shards anew, or set data.default_caption='...' for samples "
+                f"data.shards: {listed(wrong)}; write the shards again, or set data.default_caption='...' for samples "
                 "without a caption"
             )
         return keys
 
 
 def expand(shards: str) -> list[str]:
-    """Every path or command of a brace pattern."""
+    """The paths and commands of a brace pattern."""
     from braceexpand import braceexpand
 
     try:
         return [url for pattern in shards.split("::") for url in braceexpand(pattern)]
     except ValueError as error:
-        raise UserError(f"data.shards={shards}: a brace is not closed ({error})") from error
+        raise UserError(f"data.shards={shards}: an unclosed brace ({error})") from error
 
 
 def local(url: str, cache_dir: str | None) -> Path:
-    """The file of a shard; what a command brings is kept whole or not at all."""
+    """The local file of a shard; the output of a command is stored atomically."""
     if not url.startswith("pipe:"):
         path = Path(url).expanduser()
         if not path.is_file():
             raise UserError(f"data.shards: there is no file {path}")
         return path
     if cache_dir is None:
-        raise UserError(f"data.shards={url}: set data.cache_dir=DIR, where what the command brings is kept")
+        raise UserError(f"data.shards={url}: set data.cache_dir=DIR, where its output is stored")
     folder = Path(cache_dir).expanduser() / "shards"
     path = folder / f"{hashlib.blake2b(url.encode(), digest_size=12).hexdigest()}.tar"
     if path.is_file():
@@ -154,39 +156,40 @@ def local(url: str, cache_dir: str | None) -> Path:
         with partial.open("wb") as out:
             done = subprocess.run(url.removeprefix("pipe:"), shell=True, stdout=out, stderr=subprocess.PIPE)
         if done.returncode:
-            told = " ".join(done.stderr.decode(errors="replace").split())
-            raise UserError(f"data.shards={url}: the command ended with status {done.returncode} ({told})")
+            message = " ".join(done.stderr.decode(errors="replace").split())
+            raise UserError(f"data.shards={url}: the command ended with status {done.returncode} ({message})")
         partial.replace(path)
     except OSError as error:
-        raise UserError(f"data.cache_dir={cache_dir}: {url} cannot be kept ({error.strerror})") from error
+        raise UserError(f"data.cache_dir={cache_dir}: {url} cannot be stored ({error.strerror})") from error
     finally:
         partial.unlink(missing_ok=True)
     return path
 
 
 def read_range(file: Path, offset: int, size: int) -> bytes:
-    """Some bytes of a file."""
+    """`size` bytes of a file from `offset` on."""
     with file.open("rb") as opened:
         opened.seek(offset)
         return opened.read(size)
 
 
-def entries_of(file: Path) -> Strings:
-    """The samples of a shard, packed: from its index where that is of this very file, else read and, if possible, kept.
+def read_index(file: Path) -> PackedStrings:
+    """The entries of a shard, packed: from its index file if that matches the shard, else from the shard itself.
 
-    The index: what it is of, and how many samples; then a line for each.
+    The index is then written if possible. Its first line has size and modification time of the shard and the number of
+    samples, each further line one entry.
     """
     stat = file.stat()
     index = file.with_name(file.name + INDEX_SUFFIX)
     try:
         with index.open(encoding="utf-8") as opened:
             head = json.loads(next(opened))
-            kept = Strings(line.rstrip() for line in opened if Entry.unpacked(line))
+            kept = PackedStrings(line.rstrip() for line in opened if Entry.unpacked(line))
         if head == [stat.st_size, stat.st_mtime_ns, len(kept)]:
             return kept
     except (OSError, ValueError, TypeError, StopIteration):
-        pass  # none, an old one or a broken one: the shard itself is read
-    found = Strings(entry.packed() for entry in read_shard(file))
+        pass  # missing, outdated or damaged: read the shard itself
+    found = PackedStrings(entry.packed() for entry in read_shard(file))
     partial = index.with_name(f"{index.name}.{os.getpid()}.partial")
     try:
         with partial.open("w", encoding="utf-8") as written:
@@ -194,12 +197,12 @@ def entries_of(file: Path) -> Strings:
             written.writelines(line + "\n" for line in found)
         partial.replace(index)
     except OSError:
-        partial.unlink(missing_ok=True)  # a place that cannot be written to is read again next time
+        partial.unlink(missing_ok=True)  # a read-only folder: the shard is read again next time
     return found
 
 
 def read_shard(file: Path) -> list[Entry]:
-    """The samples of a shard, in its order. Raises UserError with everything that is wrong in it."""
+    """The samples of a shard, in order. Raises UserError naming all of its problems."""
     parts: dict[str, dict[str, tarfile.TarInfo]] = {}
     wrong = []
     for member in members(file):
@@ -211,9 +214,9 @@ def read_shard(file: Path) -> list[Entry]:
         stem, _, suffix = path.name.partition(".")
         key = (path.parent / stem).as_posix()
         if not member.isreg():
-            wrong.append(f"{file}:{member.name} is no plain file")
+            wrong.append(f"{file}:{member.name} is not a regular file")
         elif suffix.lower() in parts.setdefault(key, {}):
-            wrong.append(f"{file}:{member.name} is there twice")
+            wrong.append(f"{file}:{member.name} occurs twice")
         else:
             parts[key][suffix.lower()] = member
     entries = []
@@ -224,7 +227,7 @@ def read_shard(file: Path) -> list[Entry]:
             except ValueError as error:
                 wrong.append(f"{file}:{key} {error}")
     if wrong:
-        raise UserError(f"data.shards: {listed(wrong)}; write the shard anew")
+        raise UserError(f"data.shards: {listed(wrong)}; write the shard again")
     return entries
 
 
@@ -236,16 +239,16 @@ def members(file: Path) -> Iterator[tarfile.TarInfo]:
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError(f"ends inside {member.name}")
                 yield member
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                tar.members.clear()  # type: ignore[attr-defined]  # else all members stay in memory
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(f"data.shards: {file} is no whole tar file ({error}); fetch or write it anew") from error
+        raise UserError(f"data.shards: {file} is not a whole tar file ({error}); fetch or write it again") from error
 
 
 def entry_of(key: str, parts: dict[str, tarfile.TarInfo], opened) -> Entry:
-    """One sample. ValueError says what is wrong with it."""
+    """One sample. Raises ValueError with the reason if it is not complete."""
     pictures = [suffix for suffix in parts if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES]
     if len(pictures) != 1:
-        raise ValueError(f"has {len(pictures)} pictures, needs one ({', '.join(sorted(parts))})")
+        raise ValueError(f"has {len(pictures)} images, needs one ({', '.join(sorted(parts))})")
 
     def text(suffix: str) -> str:
         member = parts[suffix]

@@ -1,4 +1,4 @@
-"""Which pictures of a source are learned and which are kept back to judge the result: chosen by name alone."""
+"""Splits of a source into training and held-out samples, by hashing their names."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Literal
 
 import numpy as np
 
-from sdft.data.dataset import Sample, Source
-from sdft.data.decode import Encoded
-from sdft.data.packed import Strings
+from sdft.data.decode import StoredImage
+from sdft.data.packed_strings import PackedStrings
+from sdft.data.source import Sample, Source, stored_image
 from sdft.rng import seed_of
 
 Split = Literal["all", "train", "validation"]
 
 
 def held_out(keys: Sequence[str], share: float) -> np.ndarray:
-    """Whether each key is kept back: about `share` of them, at least one and not all.
+    """Whether each key is held out: about `share` of them, at least one and not all.
 
-    Those are chosen that hash below it, so that adding some moves none.
+    A key is held out if its hash is below `share`, so adding images never moves others to the other split.
     """
     hashed = np.fromiter((seed_of(0, "held out", key) / 2**63 for key in keys), np.float64, len(keys))
     ranked = np.argsort(hashed, kind="stable")
@@ -27,27 +27,22 @@ def held_out(keys: Sequence[str], share: float) -> np.ndarray:
     return chosen
 
 
-def places_of(keys: Sequence[str], split: Split, share: float) -> np.ndarray:
-    """The positions of the keys of a split."""
+def split_indices(keys: Sequence[str], split: Split, share: float) -> np.ndarray:
+    """The indices of the keys of a split; `share` is held out for validation."""
     if split == "all":
         return np.arange(len(keys))
     return np.flatnonzero(held_out(keys, share) == (split == "validation"))
 
 
-class Part:
-    """Some of the samples of a source, by position."""
+class Subset:
+    """A source with some of the samples of another, by their indices in it."""
 
-    def __init__(self, source: Source, places: Sequence[int]):
-        self.source, self.places = source, places
-        self.keys = Strings(source.keys[place] for place in places)
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self.source, self.indices = source, indices
+        self.keys = PackedStrings(source.keys[index] for index in indices)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.source[self.places[index]]
+        return self.source[self.indices[index]]
 
-    def encoded(self, index: int) -> Encoded | None:
-        return encoded(self.source, self.places[index])
-
-
-def encoded(source: Source, index: int) -> Encoded | None:
-    """The stored picture of a sample; None where the source draws its pictures."""
-    return source.encoded(index) if hasattr(source, "encoded") else None
+    def stored(self, index: int) -> StoredImage | None:
+        return stored_image(self.source, self.indices[index])

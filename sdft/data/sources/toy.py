@@ -1,4 +1,4 @@
-"""The procedural toy world as a source of captioned pictures."""
+"""Procedurally generated scenes as a source of captioned images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from sdft.data.captions import checked_template
-from sdft.data.dataset import Sample
+from sdft.data.source import Sample
 from sdft.data.toy.looks import render
 from sdft.data.toy.scenes import sample_scene, split_index
 from sdft.types import Count, NonNegative
@@ -17,15 +17,15 @@ Look = Literal["plain", "photo", "dreamy", "technomant"]
 
 
 class ToyWorld:
-    """Scenes of the procedural world, rendered when first asked for.
+    """Procedurally generated scenes, rendered at the first access.
 
-    looks: each scene is drawn in one of them, in turn.
-    num_scenes: how many; scene i of a split is the same whatever their number.
-    split: scenes of different splits are never the same.
-    caption: how a scene's own `{caption}` becomes the training caption; `{subject}` is what it shows.
-    original_sides: the sides pictures are said to have had before they were reduced to `size`, in turn. A reduced
-        picture looks the same whatever it was reduced from, so the model learns to ignore what does not show.
-    size: side of the square pictures, in pixels.
+    looks: styles; scene i is rendered in style i modulo their number.
+    num_scenes: number of scenes; scene i of a split does not depend on it.
+    split: scenes of different splits never coincide.
+    caption: format string of the training caption; `{caption}` is the scene's own, `{subject}` what it shows.
+    size: side of the square images, in pixels.
+    original_sides: original sizes on which samples are conditioned, in turn; `size` by default. The images look the
+        same for all of them, so the model learns to ignore sizes that have no visible effect.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class ToyWorld:
         return self.looks[index % len(self.looks)]
 
     def scene(self, index: int):
-        """The scene behind a sample."""
+        """The scene of a sample."""
         return sample_scene(self.world_seed, split_index(self.split, index))
 
     def __getitem__(self, index: int) -> Sample:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sdft.data.dataset import Pictures, batches
+from sdft.data.dataset import ImageDataset, batches
 from sdft.evaluation.metrics.protocol import GeneratedImages, MetricInputs
 from sdft.evaluation.results import Estimate, MetricInfo
 from sdft.evaluation.statistics import estimate
@@ -39,7 +39,7 @@ class ValidationLoss:
     @torch.no_grad()
     def __call__(self, generated: GeneratedImages, inputs: MetricInputs) -> Estimate | None:
         assert inputs.held_out is not None
-        pictures, losses = Pictures(inputs.held_out, (self.size, self.size), seed=SEED), []
+        pictures, losses = ImageDataset(inputs.held_out, (self.size, self.size), seed=SEED), []
         indices = range(min(self.num_images, len(inputs.held_out.keys)))
         with generated.open() as model:
             config = model.scheduler.config

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sdft.data.dataset import Source
+from sdft.data.source import Source
 from sdft.data.sources import Folder, ToyWorld
 from sdft.data.sources.toy import Look
 from sdft.errors import UserError
@@ -33,7 +33,7 @@ from sdft.evaluation.clip_judge import Images, Judge
 from sdft.evaluation.grid import GridCell
 from sdft.evaluation.results import Estimate, MetricInfo
 from sdft.evaluation.statistics import units
-from sdft.models.sdxl import SDXL
+from sdft.protocols import DiffusionModel
 
 Need = Literal["judge", "reference", "training", "held_out"]
 """An input that the user may or may not give; the key of eval.yaml that gives it."""
@@ -87,7 +87,7 @@ class GeneratedImages:
     name: str
     cells: Sequence[GridCell]
     images: Sequence[np.ndarray]
-    open: Callable[[], AbstractContextManager[SDXL]]
+    open: Callable[[], AbstractContextManager[DiffusionModel]]
     _features: dict[Extractor, Tensor] = field(default_factory=dict)
 
     @property

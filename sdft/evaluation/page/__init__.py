@@ -1,1 +1,1 @@
-"""One page in one file that shows a comparison: pictures first, then figures, then the reader's own vote."""
+"""The report of a comparison as one HTML file: images, metrics, trade-off, and a blind vote."""

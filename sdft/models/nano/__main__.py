@@ -33,7 +33,7 @@ NUM_SHOWN = 24
 
 @command("nano")
 def main(cfg: DictConfig) -> None:
-    """Weights in fp16, measured as they are shipped, and the card that says so."""
+    """Write the weights in fp16, evaluate them as shipped, and write the model card."""
     out = Path(cfg.out)
     for key in ("base", "clip"):
         if not Path(cfg[key], "model").is_dir():
@@ -55,7 +55,7 @@ def main(cfg: DictConfig) -> None:
 
 
 def recognised(model: SDXL, sampler: Sampler, weights: Path, out: Path, num_images: int, size: int) -> float:
-    """The share of pictures of held-out prompts whose subject the judge names; draws `samples.png`."""
+    """The share of images of held-out prompts whose subject the judge names; writes `samples.png`."""
     scenes = ToyWorld(["plain"], num_images, "test")
     prompts = [scenes.scene(index).caption for index in range(num_images)]
     precision = autocast_precision(default_precision(on_gpu=False))

@@ -159,7 +159,7 @@ def untrained_autoencoder(seed: int) -> AutoencoderKL:
 
 
 def clip(words: Sequence[str], seed: int) -> CLIPModel:
-    """The judge: a CLIP that tells whether a picture shows what a caption says."""
+    """The judge: a CLIP that scores whether an image shows what its caption describes."""
     tok = tokenizer(words, "<|endoftext|>")
     text = CLIPTextConfig(
         vocab_size=len(tok),

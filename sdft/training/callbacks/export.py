@@ -58,13 +58,13 @@ class Export:
         title, size: of the run and its images, for the metadata. reload: loads the base model again.
         """
         words = tuple(module.tuning.new_words)
-        said = {
+        described = {
             "title": title,
             "prediction": module.objective.prediction or "epsilon",
             "size_hw": (size, size),
             "words": words,
         }
-        written = self.write(module, folder, said)
+        written = self.write(module, folder, described)
         if not isinstance(module.model, DiffusionModel):
             return written, {}
         device = module.model.device
@@ -80,23 +80,24 @@ class Export:
                 )
         return written, {f"export_error/{name}": error for name, error in errors.items()}
 
-    def write(self, module: L.LightningModule, folder: Path, said: dict[str, Any]) -> dict[str, Path]:
+    def write(self, module: L.LightningModule, folder: Path, described: dict[str, Any]) -> dict[str, Path]:
         """Write the files; name -> path."""
         if module.tuning.trains_adapters:
-            return write_adapter(module, folder, said)
+            return write_adapter(module, folder, described)
         written = {"model": folder / "model"}
         write_folder(module.model, written["model"], self.dtype)
         if self.single_file and isinstance(module.model, DiffusionModel):
             written["single_file"] = folder / "model.safetensors"
             with atomic_output(written["single_file"], overwrite=True) as path:
-                write_single_file(open_checkpoint("export", written["model"]), path, metadata=model_metadata(**said))
+                checkpoint = open_checkpoint("export", written["model"])
+                write_single_file(checkpoint, path, metadata=model_metadata(**described))
         return written
 
 
-def write_adapter(module: L.LightningModule, folder: Path, said: dict[str, Any]) -> dict[str, Path]:
+def write_adapter(module: L.LightningModule, folder: Path, described: dict[str, Any]) -> dict[str, Path]:
     """The adapter in diffusers' naming, if diffusers can represent it, and in kohya's; the embeddings of new words."""
     lora, written = lora_from_model(module.model), {}
-    metadata = lora_metadata(**said) | network_metadata(lora)
+    metadata = lora_metadata(**described) | network_metadata(lora)
     if module.objective.zero_terminal_snr:
         metadata["ss_zero_terminal_snr"] = "True"  # kohya's key; without it, images come out grey
     if not lora.not_in_diffusers:
@@ -104,7 +105,7 @@ def write_adapter(module: L.LightningModule, folder: Path, said: dict[str, Any])
         write_lora_file(lora, written["lora"], "diffusers", torch.float16, metadata)
     written["lora_kohya"] = folder / "lora_kohya.safetensors"
     write_lora_file(lora, written["lora_kohya"], "kohya", torch.float16, metadata)
-    if said["words"]:
+    if described["words"]:
         written["words"] = folder / "words.safetensors"
-        write_words(module.model, list(said["words"]), written["words"])
+        write_words(module.model, list(described["words"]), written["words"])
     return written

@@ -1,7 +1,4 @@
-"""Long lists of short texts in a few blocks of memory, where an object for each would take ten times as much.
-
-Pure containers: know nothing of pictures.
-"""
+"""Sequences of many short strings in a few blocks of memory; one object for each would take ten times as much."""
 
 from __future__ import annotations
 
@@ -13,8 +10,8 @@ import numpy as np
 import xxhash
 
 
-class Strings(Sequence[str]):
-    """Texts by position, one behind the other; a file name may hold any bytes."""
+class PackedStrings(Sequence[str]):
+    """Strings by position. File names that are not valid UTF-8 are kept as they are (surrogateescape)."""
 
     def __init__(self, texts: Iterable[str] = ()):
         self._block, self._ends = bytearray(), array("q", [0])
@@ -35,35 +32,35 @@ class Strings(Sequence[str]):
         return self._block[self._ends[place] : self._ends[place + 1]].decode(errors="surrogateescape")
 
 
-class Lookup(Strings):
-    """Texts that are found by what they say."""
+class SearchableStrings(PackedStrings):
+    """Strings that can also be searched by value."""
 
     def __init__(self, texts: Iterable[str] = ()):
-        self._by_mark: tuple[array, array] | None = None
+        self._by_hash: tuple[array, array] | None = None
         super().__init__(texts)
 
     def append(self, text: str) -> None:
         super().append(text)
-        self._by_mark = None
+        self._by_hash = None
 
     def find(self, text: str) -> int | None:
-        """The position of a text; None where it is not among them."""
-        if self._by_mark is None:
-            marks = np.fromiter(map(mark, self), np.uint64, len(self))
-            order = np.argsort(marks)
-            self._by_mark = array("Q", marks[order].tobytes()), array("q", order.tobytes())
-        ranked, places = self._by_mark
-        sought = mark(text)
-        for at in range(bisect_left(ranked, sought), len(ranked)):
-            if ranked[at] != sought:
+        """The position of a string; None if it is not in the sequence."""
+        if self._by_hash is None:
+            hashes = np.fromiter(map(string_hash, self), np.uint64, len(self))
+            order = np.argsort(hashes)
+            self._by_hash = array("Q", hashes[order].tobytes()), array("q", order.tobytes())
+        hashes_sorted, places = self._by_hash
+        sought = string_hash(text)
+        for at in range(bisect_left(hashes_sorted, sought), len(hashes_sorted)):
+            if hashes_sorted[at] != sought:
                 break
             if self[places[at]] == text:
                 return places[at]
         return None
 
 
-class EndToEnd:
-    """Several lists as one, by their lengths."""
+class Concatenated:
+    """Positions in the concatenation of several sequences, by their lengths."""
 
     def __init__(self, lengths: Iterable[int]):
         self._starts = np.cumsum([0, *lengths])
@@ -71,27 +68,27 @@ class EndToEnd:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def place(self, position: int) -> tuple[int, int]:
-        """Which of the lists has a position, and where."""
+    def locate(self, position: int) -> tuple[int, int]:
+        """(number of the sequence, position in it)"""
         number = int(np.searchsorted(self._starts, position, side="right")) - 1
         return number, int(position - self._starts[number])
 
 
-def distinct(texts: Strings) -> Lookup:
-    """Each text once."""
+def unique(texts: PackedStrings) -> SearchableStrings:
+    """The strings without duplicates."""
     again = {later for later, _ in repeated(texts)}
-    return Lookup(text for place, text in enumerate(texts) if place not in again)
+    return SearchableStrings(text for place, text in enumerate(texts) if place not in again)
 
 
-def mark(text: str) -> int:
-    """64 bits that stand for a text, the same in every process."""
+def string_hash(text: str) -> int:
+    """64 bits, the same in every process."""
     return xxhash.xxh3_64_intdigest(text.encode(errors="surrogateescape"))
 
 
 def repeated(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """(place, an earlier place) of each text that was there before, in order."""
-    marks = np.fromiter(map(mark, texts), np.uint64, len(texts))
-    order = np.argsort(marks, kind="stable")
-    same = np.flatnonzero(marks[order[1:]] == marks[order[:-1]])
+    """(position, earlier position) of each string that occurred before, in order."""
+    hashes = np.fromiter(map(string_hash, texts), np.uint64, len(texts))
+    order = np.argsort(hashes, kind="stable")
+    same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
     pairs = [(int(order[at + 1]), int(order[at])) for at in same]
     return sorted((later, earlier) for later, earlier in pairs if texts[later] == texts[earlier])

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sdft.data import record as record_module
 from sdft.data import scan as scan_module
-from sdft.data.record import Record, stamp_of, user_cache
+from sdft.data import scan_cache as scan_cache_module
 from sdft.data.scan import readable, scan
+from sdft.data.scan_cache import ScanCache, stamp_of, user_cache
 from sdft.data.sharding import write_shards
 from sdft.data.sources import Folder, Shards
 
@@ -27,7 +27,7 @@ def looks(monkeypatch) -> list[int]:
     """The lengths of all files that were decoded while scanning."""
     seen, examine = [], scan_module.examine
     monkeypatch.setattr(scan_module, "examine", lambda content: (seen.append(len(content)), examine(content))[1])
-    monkeypatch.setattr(record_module, "SETTLED_SECONDS", TICK)
+    monkeypatch.setattr(scan_cache_module, "SETTLED_SECONDS", TICK)
     return seen
 
 
@@ -48,7 +48,7 @@ def picture(shade: int) -> Image.Image:
 
 
 def seen(source, folder: Path):
-    found = scan(source, Record(str(folder)))
+    found = scan(source, ScanCache(str(folder)))
     return found.hw_N2.tolist(), found.digests_N32.tolist(), found.problems
 
 
@@ -64,16 +64,16 @@ def test_a_second_start_decodes_nothing_and_sees_the_same(stored: str, root: Pat
     assert [hw[1] for hw in first[0]] == [30, 31, 32, 33, 0]
     assert seen(source, tmp_path / "c") == first
     assert len(looks) == 5
-    assert "no picture format" in first[2][4][1]
+    assert "not a known image format" in first[2][4][1]
 
 
 def test_a_second_start_does_not_even_read(root: Path, tmp_path: Path, looks) -> None:
     """Files are known by their stamps: without the right to read them, they are still known."""
     source = Folder(str(root), "all", default_caption="x")
     first = seen(source, tmp_path / "c")
-    stamps = [source.encoded(i).stamp() for i in range(5)]
+    stamps = [source.stored(i).stamp() for i in range(5)]
     assert len(set(stamps)) == 5
-    source.encoded, encoded = lambda i: Unread(encoded(i)), source.encoded
+    source.stored, stored = lambda i: Unread(stored(i)), source.stored
     assert seen(source, tmp_path / "c") == first
 
 
@@ -110,7 +110,7 @@ def test_a_picture_that_moved_is_known_by_its_bytes(root: Path, tmp_path: Path, 
 
 def test_a_file_just_written_has_no_stamp(tmp_path: Path, monkeypatch) -> None:
     """A second write within one tick of the clock would show the same time."""
-    monkeypatch.setattr(record_module, "SETTLED_SECONDS", 3600)
+    monkeypatch.setattr(scan_cache_module, "SETTLED_SECONDS", 3600)
     (tmp_path / "a").write_text("x")
     assert stamp_of(tmp_path / "a") is None
     assert stamp_of(tmp_path / "gone") is None

@@ -1,6 +1,6 @@
-"""What a set of pictures looks like to a trainer: counts, sizes, cuts, captions, twins.
+"""A summary of a dataset before training: counts, sizes, crops, captions, duplicates.
 
-Knows `Pictures` and what a scan found; does not know where they came from or where the answer is shown.
+Knows `ImageDataset` and the scan of its source, not where they come from or where the summary is printed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from imagehash import dhash
 from PIL import Image
 
-from sdft.data.dataset import Pictures
+from sdft.data.dataset import ImageDataset
 from sdft.data.scan import Scan
 
 NEAR = 4
@@ -24,27 +24,28 @@ MOST_NAMED = 5
 
 
 @dataclass
-class Survey:
-    """One row a picture, and what is wrong with some of them."""
+class DataSummary:
+    """One row per image in each column, groups of duplicates, and the images that cannot be decoded."""
 
     keys: list[str] = field(default_factory=list)
     original_hw: list[tuple[int, int]] = field(default_factory=list)
     target_hw: list[tuple[int, int]] = field(default_factory=list)
     kept: list[float] = field(default_factory=list)
-    """share of the picture that the crop keeps"""
+    """share of the image area that the crop keeps"""
     enlarged: list[float] = field(default_factory=list)
-    """how many times longer the sides are made"""
+    """factor on the sides by the resize"""
     captions: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
-    """of the longest way to tell the captions; empty where no tokenizer counts"""
+    """of the longest caption of an image; empty without a tokenizer"""
     duplicates: list[list[str]] = field(default_factory=list)
     near_duplicates: list[list[str]] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)
 
     def lines(self, missing: str | None = None, most_tokens: int = 77) -> list[str]:
-        """The summary, a line for each thing worth knowing.
+        """The summary as lines of text.
 
-        missing: what stands for an absent caption; most_tokens: what the model reads of one, start and end included.
+        missing: the placeholder of missing captions. most_tokens: tokens of a caption that the model reads, including
+        the start and end tokens.
         """
         h, w = (sorted(sides) for sides in zip(*self.original_hw, strict=True))
         words = [len(caption.split()) for caption in self.captions]
@@ -53,7 +54,7 @@ class Survey:
         bare = [key for key, caption in zip(self.keys, self.captions, strict=True) if caption == missing]
         long = [key for key, count in zip(self.keys, self.tokens, strict=False) if count > most_tokens]
         found = [
-            f"pictures         {len(self.keys)}, and {len(self.broken)} that cannot be read",
+            f"images           {len(self.keys)}, and {len(self.broken)} that cannot be read",
             *(f"  {name} ({problem})" for name, problem in self.broken),
             f"sizes            {w[0]} to {w[-1]} wide, {h[0]} to {h[-1]} high, "
             f"median {statistics.median(w):.0f} x {statistics.median(h):.0f}",
@@ -66,7 +67,7 @@ class Survey:
             f"without caption  {counted(bare)}",
         ]
         if self.tokens:
-            found.append(f"{f'over {most_tokens} tokens':16} {counted(long)}{', cut off there' if long else ''}")
+            found.append(f"{f'over {most_tokens} tokens':16} {counted(long)}{', truncated there' if long else ''}")
         return [*found, "training sizes, width x height:", *self._histogram()]
 
     def _histogram(self) -> list[str]:
@@ -76,7 +77,7 @@ class Survey:
 
 
 def counted(keys: Sequence[str]) -> str:
-    """How many, and the first of them."""
+    """The number of keys, and the first of them."""
     if not keys:
         return "none"
     rest = f", and {len(keys) - MOST_NAMED} more" if len(keys) > MOST_NAMED else ""
@@ -84,43 +85,47 @@ def counted(keys: Sequence[str]) -> str:
 
 
 def grouped(groups: Sequence[Sequence[str]]) -> str:
-    """How many groups of alikes, and the first of them."""
+    """The number of groups, and the first of them."""
     return counted([" = ".join(group) for group in groups])
 
 
-def survey(
-    parts: Sequence[tuple[Pictures, Scan]],
-    look: Callable[[Pictures, int, np.ndarray], None],
+def summarize(
+    parts: Sequence[tuple[ImageDataset, Scan]],
+    visit: Callable[[ImageDataset, int, np.ndarray], None],
     bar: Callable[[Iterable], Iterable] = iter,
     count_tokens: Callable[[str], int] | None = None,
-) -> Survey:
-    """Reads every picture once. `look` is shown each of them, `bar` wraps the loop over all."""
-    found = Survey()
+) -> DataSummary:
+    """Reads every image once.
+
+    parts: datasets with the scans of their sources. visit: called with dataset, index and image. bar: wraps the loop.
+    count_tokens: of a caption.
+    """
+    found = DataSummary()
     same, hashes = defaultdict(list), {}
-    places = [(pictures, seen, index) for pictures, seen in parts for index in range(len(pictures.source.keys))]
-    for pictures, seen, index in bar(places):
-        sample = pictures.source[index]
+    rows = [(dataset, scan, index) for dataset, scan in parts for index in range(len(dataset.source.keys))]
+    for dataset, scan, index in bar(rows):
+        sample = dataset.source[index]
         image = sample.image_HWC
-        cut = pictures.cut(index, image.shape[:2], flip=False)
+        plan = dataset.crop_plan(index, image.shape[:2], flip=False)
         found.keys.append(sample.key)
-        found.original_hw.append(cut.original_hw)
-        found.target_hw.append(cut.target_hw)
-        found.kept.append(np.prod(cut.target_hw) / np.prod(cut.resized_hw))
-        found.enlarged.append(cut.resized_hw[0] / cut.original_hw[0])
+        found.original_hw.append(plan.original_hw)
+        found.target_hw.append(plan.target_hw)
+        found.kept.append(np.prod(plan.target_hw) / np.prod(plan.resized_hw))
+        found.enlarged.append(plan.resized_hw[0] / plan.original_hw[0])
         found.captions.append(sample.caption)
         if count_tokens:
             texts = sample.captions.every if sample.captions else None
             found.tokens.append(max(count_tokens(text) for text in texts or (sample.caption,)))
-        same[seen.digest(index) or sample.key].append(sample.key)
+        same[scan.digest(index) or sample.key].append(sample.key)
         hashes[sample.key] = difference_hash(image)
-        look(pictures, index, image)
+        visit(dataset, index, image)
     found.duplicates = [keys for keys in same.values() if len(keys) > 1]
     found.near_duplicates = near_groups(hashes, found.duplicates)
     return found
 
 
 def difference_hash(image_HWC: np.ndarray) -> int:
-    """imagehash's `dhash`, 64 bits: whether each of 8 x 8 cells of the grey picture is darker than its right neighbour.
+    """imagehash's `dhash`, 64 bits: whether each of 8 x 8 cells of the grey image is darker than its right neighbour.
 
     As an int, which `near_groups` compares by bands; imagehash has no search among many hashes.
     """
@@ -130,7 +135,7 @@ def difference_hash(image_HWC: np.ndarray) -> int:
 def near_groups(hashes: dict[str, int], known: Sequence[Sequence[str]] = ()) -> list[list[str]]:
     """Keys whose hashes differ in at most NEAR bits, without those that are `known` to be the same.
 
-    Two such hashes agree in at least one of NEAR + 1 bands, so only pictures that share a band are compared.
+    Two such hashes agree in at least one of NEAR + 1 bands, so only images that share a band are compared.
     """
     alike = defaultdict(list)
     repeated = {key for group in known for key in group[1:]}

@@ -1,0 +1,67 @@
+"""The contract of data sources: captioned images by index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from sdft.data.captions import Captions
+from sdft.data.decode import StoredImage
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One captioned image.
+
+    key: a stable name; seeds, caches and held-out sets go by it.
+    image: uint8 array H x W x RGB, or a `StoredImage` that is read when its pixels are needed.
+    caption: for validation; also for training, unless `captions` has several.
+    loss_weight: factor on the loss of this sample.
+    original_hw: size in pixels before the image was reduced to this one, if known; SDXL is conditioned on it.
+    captions: the captions from which each visit draws one.
+    """
+
+    key: str
+    image: np.ndarray | StoredImage
+    caption: str
+    loss_weight: float = 1.0
+    original_hw: tuple[int, int] | None = None
+    captions: Captions | None = None
+
+    @property
+    def image_HWC(self) -> np.ndarray:
+        """uint8, RGB; a stored image is decoded again at each access. Raises UserError if it cannot be."""
+        return self.image.pixels() if isinstance(self.image, StoredImage) else self.image
+
+
+class Source(Protocol):
+    """Captioned images by index.
+
+    `keys` are unique, stable names of all samples, known without reading an image.
+    """
+
+    @property
+    def keys(self) -> Sequence[str]: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@runtime_checkable
+class StoredSource(Source, Protocol):
+    """A source whose images are files, or members of files.
+
+    They are checked before training, their sizes are known without decoding them again, and `data.cache=disk` finds
+    them by the bytes of their files. For images of other sources the pixels are hashed instead.
+    """
+
+    def stored(self, index: int) -> StoredImage | None:
+        """The stored image of a sample, without reading it; None for a sample that is generated."""
+        ...
+
+
+def stored_image(source: Source, index: int) -> StoredImage | None:
+    """The stored image of a sample; None if the source generates its images."""
+    return source.stored(index) if isinstance(source, StoredSource) else None
