@@ -165,7 +165,7 @@ def test_a_wrong_import_is_seen(module: str, source: str, complaint: str) -> Non
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("train", "import hydra, lightning\nfrom sdft.config.command import command\nfrom sdft.module import Finetuning"),
+        ("train", "import hydra, lightning\nfrom sdft.config.check import check\nfrom sdft.module import Finetuning"),
         ("sdft.models.nano.__main__", "from sdft.module import Finetuning"),
         ("sdft.models.load", "from sdft.formats.diffusers_folder import write_folder"),
         ("sdft.data.datamodule", "import lightning\nfrom sdft.data.dataset import Source"),

@@ -139,9 +139,9 @@ def _adapter(target: Any, argument: str) -> TypeAdapter[Any] | None:
     try:
         scope = getattr(function, "__globals__", vars(sys.modules[target.__module__]))
         one = types.SimpleNamespace(__annotations__={} if annotation is inspect.Parameter.empty else {"it": annotation})
-        hint: Any = typing.get_type_hints(one, scope, include_extras=True)["it"]
-        # In a tuple, as dataclasses take no config from outside.
-        return TypeAdapter(types.GenericAlias(tuple, (hint,)), config=STRICT)
+        hint = typing.get_type_hints(one, scope, include_extras=True)["it"]
+        one_value: Any = types.GenericAlias(tuple, (hint,))  # as dataclasses take no config from outside
+        return TypeAdapter(one_value, config=STRICT)
     except Exception:  # of any kind: a name imported for type checkers only, a type that pydantic does not know
         return None
 

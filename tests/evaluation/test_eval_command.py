@@ -229,7 +229,7 @@ def test_the_command_compares_and_escapes_what_users_wrote(
 def test_a_sweep_becomes_one_comparison(
     run: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    import sdft.evaluation.__main__ as verb
+    import sdft.evaluation.__main__ as command
 
     for number, rank in enumerate((4, 8, 16)):
         job = tmp_path / "sweep" / str(number)
@@ -242,7 +242,7 @@ def test_a_sweep_becomes_one_comparison(
         (job / "summary.json").write_text(json.dumps(summary))
     words = ["prompts=[a photo of a cat]", "sampler.steps=1", "size=32", f"run_dir={tmp_path / 'out'}"]
     monkeypatch.setattr(sys, "argv", ["eval.py", f"sweep={tmp_path / 'sweep'}", *words])
-    verb.main()
+    command.main()
     told = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(s["name"], s["varied"]) for s in results["subjects"]] == [
@@ -269,11 +269,11 @@ def test_a_sweep_becomes_one_comparison(
 def test_wrong_commands_are_told_in_a_sentence(
     words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    import sdft.evaluation.__main__ as verb
+    import sdft.evaluation.__main__ as command
 
     monkeypatch.setattr(sys, "argv", ["eval.py", *words, f"run_dir={tmp_path}"])
     with pytest.raises(SystemExit) as stopped:
-        verb.main()
+        command.main()
     assert stopped.value.code == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: ")
