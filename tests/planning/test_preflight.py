@@ -151,6 +151,6 @@ def test_sdxl_is_planned_without_its_weights(tmp_path: Path, monkeypatch, capsys
 def test_the_jobs_of_a_sweep_are_listed(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     said = dry(monkeypatch, capsys, "-m", "rank=4,8", "seed=0,1")
-    assert "job 2: dry_run=true rank=8 seed=0" in said
+    assert "job 2: dry_run=True rank=8 seed=0" in said
     assert "sbatch --array=0-3" in said
     assert list(tmp_path.iterdir()) == []
