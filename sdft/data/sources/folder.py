@@ -9,8 +9,8 @@ from pathlib import Path
 
 from sdft.data.captions import Captions, Tags, checked_template, checked_texts
 from sdft.data.decode import StoredImage
-from sdft.data.packed_strings import PackedStrings
 from sdft.data.error_messages import join_problems
+from sdft.data.packed_strings import PackedStrings
 from sdft.data.scan_cache import stamp_of
 from sdft.data.source import Sample, StoredSource
 from sdft.data.sources import metadata

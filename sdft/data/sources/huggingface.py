@@ -8,8 +8,8 @@ from typing import Any
 
 from sdft.data.captions import Captions, Tags, checked_template
 from sdft.data.decode import StoredImage
-from sdft.data.packed_strings import PackedStrings
 from sdft.data.error_messages import join_problems
+from sdft.data.packed_strings import PackedStrings
 from sdft.data.source import Sample, StoredSource
 from sdft.data.sources import metadata
 from sdft.data.sources.splits import Split, split_indices

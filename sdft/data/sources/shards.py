@@ -18,8 +18,8 @@ import numpy as np
 
 from sdft.data.captions import Captions, Tags, checked_template, checked_texts
 from sdft.data.decode import StoredImage
-from sdft.data.packed_strings import Concatenated, PackedStrings, repeated
 from sdft.data.error_messages import join_problems
+from sdft.data.packed_strings import Concatenated, PackedStrings, repeated
 from sdft.data.scan_cache import stamp_of
 from sdft.data.source import Sample, StoredSource
 from sdft.data.sources import metadata
@@ -121,8 +121,8 @@ class Shards(StoredSource):
             wrong.append(f"{here}:{keys[later]} has the same name as a sample of {there}")
         if wrong:
             raise UserError(
-                f"data.shards: {join_problems(wrong)}; write the shards again, or set data.default_caption='...' for samples "
-                "without a caption"
+                f"data.shards: {join_problems(wrong)}; write the shards again, or set data.default_caption='...' for "
+                "samples without a caption"
             )
         return keys
 

@@ -15,7 +15,10 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Part:
-    """One filled outline (width 0) or one stroke (width > 0); `role` names its paint, `edge` is whether the technomant look outlines it."""
+    """One filled outline (width 0) or one stroke (width > 0).
+
+    role: names its colour in a palette. edge: whether the technomant look outlines it.
+    """
 
     points: np.ndarray
     role: str
