@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
-from sdft.data.toy.looks import LOOKS, render
+from sdft.data.toy.rendering import LOOKS, render
 from sdft.data.toy.scenes import sample_scene
 from sdft.evaluation.page.write import write_page
 from sdft.evaluation.results import Estimate, ImageResult, MetricInfo, Results, SubjectSummary

@@ -98,7 +98,7 @@ def inside(module: str, prefix: str) -> bool:
 
 
 def part_of(module: str) -> str:
-    """`sdft.data.toy.looks` belongs to `data`."""
+    """`sdft.data.toy.rendering` belongs to `data`."""
     return module.split(".")[1] if module.startswith("sdft.") else module
 
 

@@ -147,7 +147,8 @@ class Images(L.LightningDataModule):
         for dataset, scan in ((self.train_set, self.train_scan), (self.validation_set, self.validation_scan)):
             make = _encoder(dataset, encode, device, batch_size)
             if self.store is not None and encoder is not None:
-                dataset.moments = cached_moments(self.store, encoder, dataset, scan, make, self._ranks())
+                cached = cached_moments(self.store, encoder, dataset, scan, make, self._ranks())
+                dataset.moments = dataset.moments_on_disk = cached
             else:
                 dataset.moments = dict(make(list(dataset.cacheable_variants())))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -118,7 +118,6 @@ Embeddings = tuple[Tensor, Tensor]
 """Prompt embeddings of one caption: context L x D, pooled P."""
 
 
-@runtime_checkable
 class Prefetches(Protocol):
     """Something stored on disk that is read faster if announced."""
 
@@ -163,7 +162,7 @@ class ImageDataset(Dataset):
     hw_N2: heights and widths of the images that are known without reading them, 0 for others.
 
     Examples have pixels and captions. Once they are set, `moments` (of the VAE's posterior, by variant) replace the
-    pixels, and `text_embeddings` the captions.
+    pixels, and `text_embeddings` the captions. `moments_on_disk` is set as well if `moments` reads the disk cache.
     """
 
     def __init__(
@@ -184,6 +183,7 @@ class ImageDataset(Dataset):
         self.hw_N2 = np.zeros((len(source.keys), 2), np.int32) if hw_N2 is None else hw_N2
         self.targets = [nearest_bucket(self._hw(i), buckets) for i in range(len(source.keys))] if buckets else None
         self.moments: Mapping[Variant, Tensor] = {}
+        self.moments_on_disk: Prefetches | None = None
         self.text_embeddings: EmbeddingLookup | None = None
 
     def _hw(self, index: int) -> tuple[int, int]:
@@ -206,10 +206,10 @@ class ImageDataset(Dataset):
 
     def prefetch(self, items: Sequence[tuple[int, int]]) -> None:
         """Start reading what the disk cache has of samples that will be needed soon."""
-        if not isinstance(self.moments, Prefetches):
+        if self.moments_on_disk is None:
             return  # no disk cache, so no text embeddings there either
         visits = [self._visit(*item) for item in items]
-        self.moments.prefetch([(visit.index, visit.flip) for visit in visits])
+        self.moments_on_disk.prefetch([(visit.index, visit.flip) for visit in visits])
         if self.text_embeddings is not None:
             captions = (visit.encoder_captions(self.source[visit.index]) for visit in visits)
             self.text_embeddings.prefetch([text for each in captions for text in each])

@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from sdft.data.decode import UnreadableImage, examine
-from sdft.data.problems import listed
+from sdft.data.error_messages import join_problems
 from sdft.data.scan_cache import ImageFacts, ScanCache
 from sdft.data.source import Source, stored_image
 from sdft.data.sources.splits import Subset
@@ -120,7 +120,7 @@ def complaint(broken: list[tuple[str, str]]) -> str:
     if len(broken) == 1:
         ((name, problem),) = broken
         return f"{name} cannot be read as an image ({problem}); repair or remove it"
-    named = listed([f"{name} ({problem})" for name, problem in broken])
+    named = join_problems([f"{name} ({problem})" for name, problem in broken])
     return f"{len(broken)} files cannot be read as images: {named}; repair or remove them"
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 
@@ -49,17 +50,21 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
-@runtime_checkable
-class StoredSource(Source, Protocol):
-    """A source whose images are files, or members of files.
+class StoredSource(ABC):
+    """Base class of sources whose images are files, or members of files; others need only be a `Source`.
 
     They are checked before training, their sizes are known without decoding them again, and `data.cache=disk` finds
     them by the bytes of their files. For images of other sources the pixels are hashed instead.
     """
 
+    keys: Sequence[str]
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @abstractmethod
     def stored(self, index: int) -> StoredImage | None:
         """The stored image of a sample, without reading it; None for a sample that is generated."""
-        ...
 
 
 def stored_image(source: Source, index: int) -> StoredImage | None:

@@ -10,7 +10,7 @@ import pytest
 
 from sdft.data.toy.layout import lay_out
 from sdft.data.toy.lexicon import COLOURS, KINDS, POSITION_PHRASES
-from sdft.data.toy.looks import LOOKS, render
+from sdft.data.toy.rendering import LOOKS, render
 from sdft.data.toy.scenes import SPLITS, SUBJECTS, VOCABULARY, Scene, sample_scene, split_index
 
 SAMPLE = range(400)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageFilter
 from scipy.stats import wasserstein_distance
 
-from sdft.data.toy.looks import LOOKS, render
+from sdft.data.toy.rendering import LOOKS, render
 from sdft.data.toy.scenes import sample_scene, split_index
 from sdft.errors import UserError
 from sdft.evaluation.style_distance import (

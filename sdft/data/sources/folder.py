@@ -9,10 +9,10 @@ from pathlib import Path
 
 from sdft.data.captions import Captions, Tags, checked_template, checked_texts
 from sdft.data.decode import StoredImage
+from sdft.data.error_messages import join_problems
 from sdft.data.packed_strings import PackedStrings
-from sdft.data.problems import listed
 from sdft.data.scan_cache import stamp_of
-from sdft.data.source import Sample
+from sdft.data.source import Sample, StoredSource
 from sdft.data.sources import metadata
 from sdft.data.sources.splits import Split, split_indices
 from sdft.errors import UserError
@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".t
 CAPTION_SUFFIXES = (".txt", ".caption")
 
 
-class Folder:
+class Folder(StoredSource):
     """Images of a folder and its subfolders. The caption of `cat.jpg` is in `cat.txt` or `cat.caption`, or in a table
     `metadata.jsonl`, `.csv` or `.parquet`; a file beside the image takes precedence over a table.
 
@@ -95,7 +95,7 @@ def read_captions(root: Path, keys: Sequence[str], default: str | None) -> Packe
     in_tables, wrong = metadata.read_tables(root, tables)
     wrong += [f"{root / key} is named in a table but does not exist" for key in sorted(set(in_tables) - set(keys))]
     if wrong:
-        raise UserError(f"data.root: {listed(wrong)}; repair the table")
+        raise UserError(f"data.root: {join_problems(wrong)}; repair the table")
     found, missing = PackedStrings(), []
     for key in keys:
         try:
@@ -132,6 +132,6 @@ def remedy(missing: list[tuple[Path, str]]) -> str:
         file, problem = missing[0]
         where = f"{file} {problem}; write one to {file.with_suffix('.txt').name} beside it"
     else:
-        named = listed([f"{file} {problem}" for file, problem in missing])
+        named = join_problems([f"{file} {problem}" for file, problem in missing])
         where = f"{len(missing)} images have no usable caption: {named}; write each to a .txt beside its image"
     return f"{where}, or set data.default_caption='...' for those without one"

@@ -8,9 +8,9 @@ from typing import Any
 
 from sdft.data.captions import Captions, Tags, checked_template
 from sdft.data.decode import StoredImage
+from sdft.data.error_messages import join_problems
 from sdft.data.packed_strings import PackedStrings
-from sdft.data.problems import listed
-from sdft.data.source import Sample
+from sdft.data.source import Sample, StoredSource
 from sdft.data.sources import metadata
 from sdft.data.sources.splits import Split, split_indices
 from sdft.errors import UserError
@@ -20,7 +20,7 @@ SAVED = ("state.json", "dataset_dict.json")
 """Files that `save_to_disk` writes."""
 
 
-class HuggingFace:
+class HuggingFace(StoredSource):
     """Rows of a dataset with an image and a caption.
 
     name: hub id, or a folder: an imagefolder with a table, or one written by `save_to_disk`.
@@ -101,7 +101,7 @@ def captions_of(name: str, rows: Mapping[str, Sequence[Any]], column: str) -> Pa
         except ValueError as error:
             wrong.append(f"row {place} {error}")
     if wrong:
-        raise UserError(f"data.name={name}: {listed(wrong)}; choose data.text=COLUMN, or correct the rows")
+        raise UserError(f"data.name={name}: {join_problems(wrong)}; choose data.text=COLUMN, or correct the rows")
     return found
 
 

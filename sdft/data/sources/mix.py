@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from sdft.data.decode import StoredImage
 from sdft.data.packed_strings import Concatenated, PackedStrings
-from sdft.data.source import Sample, Source, stored_image
+from sdft.data.source import Sample, Source, StoredSource, stored_image
 from sdft.errors import UserError
 from sdft.types import Count, Positive
 
 
-class Mix:
+class Mix(StoredSource):
     """Several sources as one. Captions and loss weights are those of each source: a regularisation set is a source with
     captions without the new word and its own `loss_weight`.
 

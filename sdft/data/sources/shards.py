@@ -18,10 +18,10 @@ import numpy as np
 
 from sdft.data.captions import Captions, Tags, checked_template, checked_texts
 from sdft.data.decode import StoredImage
+from sdft.data.error_messages import join_problems
 from sdft.data.packed_strings import Concatenated, PackedStrings, repeated
-from sdft.data.problems import listed
 from sdft.data.scan_cache import stamp_of
-from sdft.data.source import Sample
+from sdft.data.source import Sample, StoredSource
 from sdft.data.sources import metadata
 from sdft.data.sources.folder import IMAGE_SUFFIXES
 from sdft.data.sources.splits import Split, split_indices
@@ -52,7 +52,7 @@ class Entry:
         return cls(key, member, offset, size, tuple(texts), tuple(weights))
 
 
-class Shards:
+class Shards(StoredSource):
     """Images in tar shards: `0001.jpg` with `0001.txt`, and `0001.short.txt` or `0001.json` for more captions.
 
     shards: paths with brace patterns, `data/{0000..0012}.tar`, joined by `::`. The output of `pipe:COMMAND` is
@@ -121,8 +121,8 @@ class Shards:
             wrong.append(f"{here}:{keys[later]} has the same name as a sample of {there}")
         if wrong:
             raise UserError(
-                f"data.shards: {listed(wrong)}; write the shards again, or set data.default_caption='...' for samples "
-                "without a caption"
+                f"data.shards: {join_problems(wrong)}; write the shards again, or set data.default_caption='...' for "
+                "samples without a caption"
             )
         return keys
 
@@ -227,7 +227,7 @@ def read_shard(file: Path) -> list[Entry]:
             except ValueError as error:
                 wrong.append(f"{file}:{key} {error}")
     if wrong:
-        raise UserError(f"data.shards: {listed(wrong)}; write the shard again")
+        raise UserError(f"data.shards: {join_problems(wrong)}; write the shard again")
     return entries
 
 

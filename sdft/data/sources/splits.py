@@ -9,7 +9,7 @@ import numpy as np
 
 from sdft.data.decode import StoredImage
 from sdft.data.packed_strings import PackedStrings
-from sdft.data.source import Sample, Source, stored_image
+from sdft.data.source import Sample, Source, StoredSource, stored_image
 from sdft.rng import seed_of
 
 Split = Literal["all", "train", "validation"]
@@ -34,7 +34,7 @@ def split_indices(keys: Sequence[str], split: Split, share: float) -> np.ndarray
     return np.flatnonzero(held_out(keys, share) == (split == "validation"))
 
 
-class Subset:
+class Subset(StoredSource):
     """A source with some of the samples of another, by their indices in it."""
 
     def __init__(self, source: Source, indices: Sequence[int]):

@@ -9,7 +9,7 @@ import numpy as np
 
 from sdft.data.captions import checked_template
 from sdft.data.source import Sample
-from sdft.data.toy.looks import render
+from sdft.data.toy.rendering import render
 from sdft.data.toy.scenes import sample_scene, split_index
 from sdft.types import Count, NonNegative
 

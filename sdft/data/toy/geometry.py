@@ -15,7 +15,10 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Part:
-    """One filled outline (width 0) or one stroke (width > 0); `role` names its paint, `edge` asks for a neon rim."""
+    """One filled outline (width 0) or one stroke (width > 0).
+
+    role: names its colour in a palette. edge: whether the technomant look outlines it.
+    """
 
     points: np.ndarray
     role: str
@@ -87,7 +90,7 @@ def bounds(parts: Iterable[Part]) -> tuple[float, float, float, float]:
 
 
 def moved(parts: Iterable[Part], scale: float, dx: float, dy: float, flip: bool = False) -> list[Part]:
-    """The parts scaled about the origin, mirrored if asked, then shifted."""
+    """The parts scaled about the origin, mirrored if `flip`, then shifted."""
     factor = np.array([-scale if flip else scale, scale])
     shift = np.array([dx, dy])
     return [replace(part, points=part.points * factor + shift, width=part.width * scale) for part in parts]

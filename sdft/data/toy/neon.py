@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sdft.data.toy.canvas import SUPERSAMPLE, backdrop, coverage, draw_line, draw_part, ink, paint, reduced, softened
 from sdft.data.toy.geometry import Part
 from sdft.data.toy.layout import Layout
 from sdft.data.toy.palettes import Palette, natural_palette
+from sdft.data.toy.rasterize import SUPERSAMPLE, backdrop, coverage, draw_line, draw_part, ink, paint, reduced, softened
 from sdft.data.toy.scenes import Scene
 
 TRACE_STREAM = 3

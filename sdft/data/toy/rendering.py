@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from sdft.data.toy.canvas import Stage, softened, stage
 from sdft.data.toy.layout import Layout, lay_out
 from sdft.data.toy.neon import technomant
 from sdft.data.toy.palettes import Palette, natural_palette
+from sdft.data.toy.rasterize import Stage, softened, stage
 from sdft.data.toy.scenes import Scene
 
 LOOKS: tuple[str, ...] = ("plain", "photo", "dreamy", "technomant")

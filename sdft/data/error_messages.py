@@ -1,4 +1,4 @@
-"""Several problems in one error message."""
+"""Formats several problems as one error message."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 MOST_INLINE = 10
 
 
-def listed(problems: Sequence[str]) -> str:
-    """All problems: up to ten in one line, more on a line each."""
+def join_problems(problems: Sequence[str]) -> str:
+    """The problems joined by commas; one per line if there are more than `MOST_INLINE`."""
     if len(problems) <= MOST_INLINE:
         return ", ".join(problems)
     return "\n  " + "\n  ".join(problems) + "\n"

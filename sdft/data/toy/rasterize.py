@@ -1,4 +1,4 @@
-"""Painting a layout: from parts in the unit square and a palette to anti-aliased pixel fields.
+"""Rasterizes a layout: from parts in the unit square and a palette to anti-aliased pixel fields.
 
 Knows supersampling and Pillow. Must not know scenes, captions or looks.
 """
