@@ -63,8 +63,8 @@ def test_accuracy_is_the_share_of_true_subjects(schooled: Judge) -> None:
 
 def test_the_true_caption_is_the_most_similar(schooled: Judge) -> None:
     images = [_flat(name) for name in COLOURS]
-    told = {name: schooled.similarity(images, [f"a picture of a {name}"] * 3) for name in COLOURS}
-    table = torch.stack(list(told.values()), dim=1)
+    similarities = {name: schooled.similarity(images, [f"a picture of a {name}"] * 3) for name in COLOURS}
+    table = torch.stack(list(similarities.values()), dim=1)
     assert table.argmax(1).tolist() == [0, 1, 2]
     assert (table.diagonal() - (table.sum(1) - table.diagonal()) / 2).min() > 0.2
 
@@ -102,8 +102,8 @@ def test_larger_pictures_are_averaged_not_skipped() -> None:
 
 def test_prompts_are_worded_as_the_captions_of_the_toy_world() -> None:
     bare = {f"a picture of {with_article(subject)}" for subject in SUBJECTS}
-    said = {sample_scene(0, index).caption for index in range(4000)}
-    assert len(bare & said) > len(SUBJECTS) // 2
+    captions = {sample_scene(0, index).caption for index in range(4000)}
+    assert len(bare & captions) > len(SUBJECTS) // 2
     assert with_article("orange cat") == "an orange cat"
 
 

@@ -92,8 +92,8 @@ def test_after_a_full_disk_the_same_pictures_come(models, wanted, tmp_path: Path
     gallery(tmp_path / "whole", models).fill(wanted)
     stopped = gallery(tmp_path / "stopped", models)
     stopped.fill(wanted[:BATCH])
-    told = r"cannot be written to \(File too large\); the images written so far are kept"
-    with pytest.raises(UserError, match=told), full_disk(200):
+    message = r"cannot be written to \(File too large\); the images written so far are kept"
+    with pytest.raises(UserError, match=message), full_disk(200):
         stopped.fill(wanted)
     kept = contents(tmp_path / "stopped")
     assert len(kept) == BATCH
@@ -195,9 +195,9 @@ def test_checkpoints_of_a_run_are_opened_on_one_model(tiny_model, tmp_path: Path
         return opened[-1]
 
     (tmp_path / "checkpoints").mkdir()
-    learned = {name: p.detach() for name, p in trainable_parameters(rebuild(tmp_path))}
-    for step, callbacks in ((50, {"EMA": {"average": {k: v + 1 for k, v in learned.items()}}}), (100, {})):
-        state = {f"model.{name}": value + 2 for name, value in learned.items()}
+    trained = {name: p.detach() for name, p in trainable_parameters(rebuild(tmp_path))}
+    for step, callbacks in ((50, {"EMA": {"average": {k: v + 1 for k, v in trained.items()}}}), (100, {})):
+        state = {f"model.{name}": value + 2 for name, value in trained.items()}
         file = tmp_path / "checkpoints" / f"step_{step:06d}.ckpt"
         torch.save({"state_dict": state, "callbacks": callbacks, "global_step": step}, file)
     run = Subject("run", str(tmp_path), run=tmp_path, num_steps=150)
@@ -206,24 +206,24 @@ def test_checkpoints_of_a_run_are_opened_on_one_model(tiny_model, tmp_path: Path
     for step, added in ((50, 1), (100, 2)):
         with models.open(run, step=step) as model:
             for name, p in trainable_parameters(model):
-                assert torch.equal(p, learned[name] + added)
+                assert torch.equal(p, trained[name] + added)
     assert len(opened) == 2, "one for this test, one for all checkpoints"
     assert models.identity(run, 1.0, 50) != models.identity(run, 1.0, 100)
     torch.save({"state_dict": {}, "callbacks": {}}, tmp_path / "checkpoints" / "step_000120.ckpt")
-    told = r"subjects\.run=.*step_000120\.ckpt holds other parameters"
-    with pytest.raises(UserError, match=told), models.open(run, step=120):
+    message = r"subjects\.run=.*step_000120\.ckpt holds other parameters"
+    with pytest.raises(UserError, match=message), models.open(run, step=120):
         pass
 
 
 def test_wrong_parts_of_a_subject_are_named(lora: Path) -> None:
-    for source, told in [
+    for source, message in [
         ([], "is an empty list"),
         ({"lora": str(lora), "strength": 1}, "strength: a part is"),
         ({"scale": 1}, "needs the path of a LoRA"),
         ({"lora": "nano", "scale": 1}, "is model, not a LoRA"),
         (["nano", "nano"], "has 2 models; blend them"),
     ]:
-        with pytest.raises(UserError, match=rf"^subjects\.mine.*{told}"):
+        with pytest.raises(UserError, match=rf"^subjects\.mine.*{message}"):
             read_subjects({"mine": source})
 
 

@@ -46,8 +46,8 @@ def inputs(**given) -> MetricInputs:
     return MetricInputs(**given)
 
 
-def mean(figures) -> float:
-    return float(np.nanmean(figures))
+def mean(values) -> float:
+    return float(np.nanmean(values))
 
 
 def blurred(images: Sequence[np.ndarray]) -> list[np.ndarray]:

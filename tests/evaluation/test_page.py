@@ -60,14 +60,14 @@ def picture(folder: Path, subject: str, number: int, prompt: str, seed: int) -> 
 def compared(folder: Path) -> Results:
     """Three subjects, three prompts, two seeds, and one of everything else."""
     asked = list(product(enumerate(COLOURS), PROMPTS, (0, 1)))
-    figures = {"base": (0.30, 0.10), "tuned": (0.29, 0.80), "<b>blend</b>": (0.25, 0.50)}
+    values = {"base": (0.30, 0.10), "tuned": (0.29, 0.80), "<b>blend</b>": (0.25, 0.50)}
     estimates = {
         subject: {
             "adherence": Estimate(adherence, adherence - 0.02, adherence + 0.02),
             "style": Estimate(style, style - 0.05, style + 0.05),
             "drift": Estimate(float("nan")),
         }
-        for subject, (adherence, style) in figures.items()
+        for subject, (adherence, style) in values.items()
     }
     clear = Verdict("tuned", "base", "style", Estimate(0.7, 0.6, 0.8), 0.001, 2.5, 0.1, 6, "tuned has more style.")
     none = Verdict("tuned", "base", "adherence", Estimate(-0.01, -0.03, 0.01), 0.6, -0.1, 0.04, 6, "No difference.")
@@ -221,8 +221,8 @@ def test_figures_verdicts_costs_and_the_front_are_told(open_page, report: Path) 
     page = open_page(report)
     rows = page.locator("#figure-table tbody tr").all_inner_texts()
     assert [row.split()[0] for row in rows] == list(COLOURS)
-    told = [("0.300 best", "0.280 to 0.320"), ("0.800 best", "2 min", "1.64 MB", "410 k"), ("0.250", "0.500")]
-    for row, parts in zip(rows, told, strict=True):
+    expected = [("0.300 best", "0.280 to 0.320"), ("0.800 best", "2 min", "1.64 MB", "410 k"), ("0.250", "0.500")]
+    for row, parts in zip(rows, expected, strict=True):
         assert [part for part in parts if part not in row] == []
     assert [row.count("best") for row in rows] == [1, 1, 0]
     page.get_by_role("button", name="style gain").click()

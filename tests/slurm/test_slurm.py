@@ -120,7 +120,7 @@ class Job:
 
     @property
     def state(self) -> dict[str, str]:
-        return dict(re.findall(r"(\w+)=(\S+)", told("scontrol", "show", "job", self.number)))
+        return dict(re.findall(r"(\w+)=(\S+)", output_of("scontrol", "show", "job", self.number)))
 
     def ended(self) -> bool:
         return self.state["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
@@ -136,7 +136,7 @@ class Job:
         assert self.state["JobState"] == "COMPLETED", self.log
 
 
-def told(*words: object, **environment: str) -> str:
+def output_of(*words: object, **environment: str) -> str:
     """What a command of SLURM says."""
     command = [str(word) for word in words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, check=False)
@@ -151,7 +151,7 @@ def submitted(
     command = shlex.split(written.replace("model=sdxl", "model=nano"))
     script = next(place for place, word in enumerate(command) if word.endswith(".sbatch"))
     command[script:script] = [f"--output={folder}/log", *ON_CPU, *options]
-    number = told(*command, *SMALL, *words, **environment).split()[-1]
+    number = output_of(*command, *SMALL, *words, **environment).split()[-1]
     return Job(number, folder / "log", end)
 
 
@@ -169,7 +169,7 @@ def warned(folder: Path, pictures: Path, end: float) -> Job:
     options = ["--nodes=2", "--ntasks-per-node=1"]
     job = submitted(MANY_NODES.replace("DIR", str(pictures)), folder, end, words, options)
     job.wait_for(last(folder / "run").is_file)
-    told(*shlex.split(STOP.replace("JOBID", job.number)))
+    output_of(*shlex.split(STOP.replace("JOBID", job.number)))
     job.wait_to_complete()
     return job
 
@@ -186,11 +186,11 @@ def failing_node(folder: Path, pictures: Path, end: float) -> tuple[Job, list[st
     words, written = [STAY % 1, f"run_dir={folder}/run"], ONE_NODE.replace("DIR", str(pictures))
     job = submitted(written, folder, end, words, ["--partition=fragile"], PYTHON=str(deaf))
     job.wait_for((folder / "began").is_file)
-    told(*shlex.split(STOP.replace("JOBID", job.number)))
+    output_of(*shlex.split(STOP.replace("JOBID", job.number)))
     job.wait_for(last(folder / "run").is_file)
     node = job.state["BatchHost"]
     for how in ("drain", "down"):  # its daemon is well, and would have it back at once
-        told("scontrol", "update", f"nodename={node}", f"state={how}", "reason=test")
+        output_of("scontrol", "update", f"nodename={node}", f"state={how}", "reason=test")
     job.wait_to_complete()
     return job, [node, job.state["BatchHost"]]
 
@@ -200,7 +200,7 @@ def cancelled(folder: Path, pictures: Path, end: float) -> Job:
     words = [f"run_dir={folder}/run", "trainer.max_steps=100000"]
     job = submitted(ONE_NODE.replace("DIR", str(pictures)), folder, end, words)
     job.wait_for(last(folder / "run").is_file)
-    told("scancel", job.number)
+    output_of("scancel", job.number)
     job.wait_for(job.ended)
     return job
 

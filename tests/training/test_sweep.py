@@ -98,8 +98,8 @@ def test_a_search_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch, 
     kept = [(job / "lora.safetensors").stat().st_mtime_ns for job in jobs]
     capsys.readouterr()
     sweep(monkeypatch, *search, "hydra.sweep.dir=swept")
-    said = capsys.readouterr().out
-    assert said.count("is finished") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("is finished") == 2
     now = [(job / "lora.safetensors").stat().st_mtime_ns for job in jobs]
     assert (now[0], now[1]) == (kept[0], kept[1])
     assert now[2] > kept[2]

@@ -34,11 +34,11 @@ def test_what_comes_after_a_requeue_is_told_under_the_same_id(tmp_path: Path) ->
     assert all((part / f"run-{kept}.wandb").stat().st_size for part in parts)
 
 
-@pytest.mark.parametrize("said", [{}, {"WANDB_MODE": "offline"}])
-def test_without_a_key_it_is_offline_and_silent(tmp_path: Path, said: dict[str, str]) -> None:
+@pytest.mark.parametrize("variables", [{}, {"WANDB_MODE": "offline"}])
+def test_without_a_key_it_is_offline_and_silent(tmp_path: Path, variables: dict[str, str]) -> None:
     """As a stranger meets it, by hand and by make; in a process of its own, as W&B looks only once."""
     script = "import sys, sdft.training.callbacks.tracking as t; t.wandb_logger(sys.argv[1], 'x').experiment"
-    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")} | said
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")} | variables
     env["HOME"] = str(tmp_path)
     command = [sys.executable, "-c", script, str(tmp_path / "run")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
