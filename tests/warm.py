@@ -84,7 +84,7 @@ class WarmPython:
 
 
 def serve(address: str, executable: str) -> None:
-    """Fork a process for each that asks, and tell it the exit status; until standard input ends."""
+    """Fork a process for each request and send back its exit status, until standard input ends."""
     import importlib
 
     for name in PRELOADED:

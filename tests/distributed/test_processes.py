@@ -66,7 +66,7 @@ def test_each_job_of_a_sweep_has_its_own_processes(python: WarmPython, tmp_path:
     ],
     ids=["before they meet", "after they have met"],
 )
-def test_an_error_of_all_processes_is_printed_once(words: list[str], message: str, python: WarmPython, tmp_path) -> None:
+def test_an_error_of_all_ranks_is_printed_once(words: list[str], message: str, python: WarmPython, tmp_path) -> None:
     results = python.together(ranks(*words, f"run_dir={tmp_path}/run"), tmp_path)
     assert [status for status, _ in results] == [2, 2]
     printed = "".join(text for _, text in results)

@@ -1,4 +1,4 @@
-"""Several processes against one: the same losses, the same weights, and checkpoints that any number of processes can resume."""
+"""Several processes against one: the same losses and weights, and checkpoints that fit any number of processes."""
 
 from __future__ import annotations
 

@@ -61,18 +61,18 @@ def compared(folder: Path, shifts: dict[str, float]):
 
 def test_verdicts_say_what_differs_and_what_could_not_be_seen(tmp_path: Path) -> None:
     _, _, results = compared(tmp_path, {"base": 0, "same": 0, "brighter": 9, "darker": -9})
-    found = {v.subject: v for v in results.verdicts if v.metric == "brightness"}
-    assert found["brighter"].p < 0.05 > found["darker"].p
-    assert found["same"].p > 0.05
-    assert found["brighter"].num_pairs == 16
-    assert "higher than base's, which is better" in found["brighter"].sentence
-    assert "lower than base's, which is worse" in found["darker"].sentence
-    assert found["same"].sentence == (
-        f"same: no detectable difference from base in brightness over 16 pairs of 8 prompts (p = {found['same'].p:.2g});"
-        f" a difference of {found['same'].detectable:.2g} would have been detected."
+    test = {v.subject: v for v in results.verdicts if v.metric == "brightness"}
+    assert test["brighter"].p < 0.05 > test["darker"].p
+    assert test["same"].p > 0.05
+    assert test["brighter"].num_pairs == 16
+    assert "higher than base's, which is better" in test["brighter"].sentence
+    assert "lower than base's, which is worse" in test["darker"].sentence
+    assert test["same"].sentence == (
+        f"same: no detectable difference from base in brightness over 16 pairs of 8 prompts (p = {test['same'].p:.2g});"
+        f" a difference of {test['same'].detectable:.2g} would have been detected."
     )
-    assert 1 < found["same"].detectable < 9
-    assert found["brighter"].difference.low < 9 + 2 and found["brighter"].difference.high > 9 - 2  # noqa: PT018
+    assert 1 < test["same"].detectable < 9
+    assert test["brighter"].difference.low < 9 + 2 and test["brighter"].difference.high > 9 - 2  # noqa: PT018
     assert results.figures["base"]["brightness"].value == pytest.approx(135, abs=2)
 
 
@@ -131,7 +131,7 @@ def test_the_front_and_the_recommendation_by_hand() -> None:
     assert find_tradeoff(estimates(base=(1.0, 1.0)), X, Y, [], "base") is None
 
 
-def test_without_a_second_metric_it_says_why_there_is_no_recommendation(tmp_path: Path) -> None:
+def test_without_a_second_metric_the_reason_for_no_recommendation_is_given(tmp_path: Path) -> None:
     comparison, _, results = compared(tmp_path, {"base": 0, "same": 0})
     found, why = recommend(comparison, results, "base")
     assert found is None

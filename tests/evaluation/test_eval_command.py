@@ -1,4 +1,4 @@
-"""Comparing: adapters go on and off without a trace, and what users write stays text."""
+"""Comparing: adapters are applied and removed without a trace, and what users write is escaped."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_new_words_matter_by_themselves(run: tuple[Path, np.ndarray], base: 
     assert list(traces(base)) == before
 
 
-def test_a_lora_file_goes_on_the_base(run: tuple[Path, np.ndarray], models: SubjectLoader) -> None:
+def test_a_lora_file_is_applied_to_the_base(run: tuple[Path, np.ndarray], models: SubjectLoader) -> None:
     (subject,) = read_subjects({"file": str(run[0] / "lora.safetensors")})
     assert (subject.kind, subject.adapters) == ("LoRA", (AdapterFiles(run[0] / "lora.safetensors"),))
     with models.open(subject) as model:
@@ -266,7 +266,7 @@ def test_a_sweep_becomes_one_comparison(
         (["subjects={base: nano}", "size=30"], "both sides must be multiples of"),
     ],
 )
-def test_wrong_commands_are_told_in_a_sentence(
+def test_wrong_commands_have_a_message_of_one_sentence(
     words: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     import sdft.evaluation.__main__ as command

@@ -77,7 +77,7 @@ def test_a_cell_is_the_same_alone_and_in_the_grid(models, wanted, tmp_path: Path
     assert np.abs(pixels(whole.path(wanted[3])) - pixels(whole.path(wanted[15]))).max() > 3
 
 
-def test_what_is_there_is_not_drawn_again(models: SubjectLoader, wanted: list[GridCell], tmp_path: Path) -> None:
+def test_cached_images_are_not_generated_again(models: SubjectLoader, wanted: list[GridCell], tmp_path: Path) -> None:
     drawn = gallery(tmp_path / "pictures", models)
     drawn.fill(wanted[:6])
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
@@ -121,7 +121,7 @@ def test_ranks_share_the_work_and_draw_the_same(models: SubjectLoader, wanted: l
         ({}, ProcessInfo()),
     ],
 )
-def test_the_launcher_says_who_this_is(variables: dict[str, str], expected: ProcessInfo, monkeypatch) -> None:
+def test_ranks_are_those_of_the_launcher(variables: dict[str, str], expected: ProcessInfo, monkeypatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

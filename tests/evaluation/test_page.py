@@ -1,6 +1,6 @@
 """The page: what a user wrote stays text, and a real browser opens it from disk and uses all of it.
 
-The pictures are of one colour each, so that a look at the screen tells which one is shown.
+The pictures are of one colour each, so that a pixel of the screen identifies the image.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def test_pictures_stand_by_prompt_and_subject_and_text_stays_text(open_page, rep
     assert colour_at(page, '.picture[data-index="6"] img', 0.5) == COLOURS["tuned"]
 
 
-def test_figures_verdicts_costs_and_the_front_are_told(open_page, report: Path) -> None:
+def test_metrics_verdicts_costs_and_the_front_are_shown(open_page, report: Path) -> None:
     page = open_page(report)
     rows = page.locator("#figure-table tbody tr").all_inner_texts()
     assert [row.split()[0] for row in rows] == list(COLOURS)
@@ -264,7 +264,7 @@ def test_a_picture_is_enlarged_and_arrows_lead_on(open_page, report: Path) -> No
     assert link == (report.parent / compared(report.parent).pictures[14].path).as_uri()
     page.keyboard.press("Escape")
     assert not large.is_visible()
-    # A dialog tells that it was closed a moment after it is out of sight.
+    # The close event of a dialog comes after it is hidden.
     page.locator('.picture[data-index="14"]:focus').wait_for()
     page.keyboard.press("ArrowUp")
     assert page.evaluate("document.activeElement.dataset.index") == "12"
@@ -325,7 +325,7 @@ def test_a_heat_map_leads_to_its_pictures(open_page, tmp_path: Path) -> None:
     assert page.locator("#grid tbody th").all_text_contents() == ["4", "16"]
     assert page.locator("#grid thead th").all_text_contents() == ["0.0001", "0.001"]
     assert len(shown(page)) == 4
-    # Rank and rate tell the subjects apart; their names would only repeat them.
+    # Rank and learning rate identify the subjects; their names would only repeat them.
     groups = page.locator("#filters > div").evaluate_all("all => all.map(group => group.getAttribute('aria-label'))")
     assert groups == ["Filter by prompt", "Filter by rank", "Filter by optimizer.lr"]
     cells = page.locator(".heat")

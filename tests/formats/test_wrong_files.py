@@ -1,4 +1,4 @@
-"""Bad input to `python -m sdft.formats`: one line that says what is wrong and what to do; nothing is overwritten."""
+"""Bad input to `python -m sdft.formats`: one line with the error and the remedy; nothing is overwritten."""
 
 from __future__ import annotations
 

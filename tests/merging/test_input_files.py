@@ -130,7 +130,7 @@ def test_a_hash_is_little_ahead_of_what_was_read(
             found.release(weight)
         assert all(len(found.hash_of(file)) == 64 for file in source.files)
     assert max(lead) <= 4 * 2**12
-    assert max(file.num_hashed for file in files) > 8 * 2**12, "the files are too small to tell"
+    assert max(file.num_hashed for file in files) > 8 * 2**12, "the files are too small for this test"
 
 
 def test_after_an_error_no_hash_goes_on(

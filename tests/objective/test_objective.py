@@ -1,4 +1,4 @@
-"""The numbers of the objective: schedule, weights, timestep distributions, and one step against a plain recomputation."""
+"""The objective: noise schedule, weights, timestep distributions, and one step against a plain recomputation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dry_run=true: what a run would be and need, worked out by hand or against the same step on real numbers."""
+"""dry_run=true: the memory and FLOPs of a run, against values computed by hand or measured in a real step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def setting(tiny_model, tiny_source):
     return build
 
 
-def test_the_ledger_counts_what_lives_and_what_is_multiplied() -> None:
+def test_the_tracker_counts_live_bytes_and_flops() -> None:
     known = torch.nn.Linear(4, 4)
     with AllocationTracker(known) as ledger:
         a = torch.zeros(256)  # 1024 bytes
@@ -80,7 +80,7 @@ def test_weights_gradients_states_and_average_by_hand(setting) -> None:
 
 
 @pytest.mark.parametrize("tuning", [Full, partial(Adapter, rank=2)], ids=["full", "lora"])
-def test_the_played_step_needs_what_the_real_one_does(tuning, setting) -> None:
+def test_the_traced_step_needs_what_the_real_one_does(tuning, setting) -> None:
     traced = memory_needs(*setting(tuning()), PLAIN, num_averages=0)
     module, data = setting(tuning(), on_meta=False)
     for _, parameter in trainable_parameters(module.model):
@@ -102,7 +102,7 @@ def test_checkpointing_trades_flops_for_memory(setting) -> None:
     assert recomputed.flops > plain.flops
 
 
-def test_what_does_not_fit_is_refused_with_what_helps(setting) -> None:
+def test_a_run_that_does_not_fit_is_an_error_with_remedies(setting) -> None:
     module, data = setting(Full())
     with pytest.raises(UserError, match=r"needs 1\.\d GiB on each GPU and there are 1\.0; set ") as raised:
         Preflight(memory=1.0, tflops=1.0)(module, data, PLAIN, 1)
@@ -124,7 +124,7 @@ def dry(monkeypatch, capsys, *words: str) -> str:
     return capsys.readouterr().out
 
 
-def test_a_dry_run_tells_and_leaves_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     printed = dry(monkeypatch, capsys, "experiment=dreamy_style", "trainer.devices=2", "trainer.accelerator=cpu")
     assert "trains unet: 292,864 of 7,862,891 parameters (3.72%)" in printed

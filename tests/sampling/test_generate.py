@@ -137,8 +137,8 @@ def test_the_model_is_left_as_it_was(tiny_model) -> None:
 def test_parity_with_the_pipeline_of_diffusers(name: str, settings: dict, empty_prompt: str, tiny_model) -> None:
     """From the same noise, the same picture within one step of a byte; at least 99 % of them are equal.
 
-    Without a negative prompt diffusers takes zeros when the model says so (`force_zeros_for_empty_prompt`), and the
-    encoded empty string otherwise: our `zeros` and `empty`.
+    Without a negative prompt diffusers takes zeros with `force_zeros_for_empty_prompt` in its config, and the encoded
+    empty string otherwise: our `zeros` and `empty`.
     """
     model, sampler, seeds = tiny_model(empty_prompt=empty_prompt), Sampler(name, 5, **settings), [3, 8]
     ours = generate(model, PROMPTS[:2], seeds, sampler, SIZE_HW)

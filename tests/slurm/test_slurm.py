@@ -35,7 +35,7 @@ WHY_NOT = (
     else "" if os.geteuid() == 0 else "the emulated nodes are started by root"
 )  # fmt: skip
 LIMIT = 600
-"""Seconds for all jobs together, which take about a hundred: a job that hangs is told of, with its log."""
+"""Seconds for all jobs together, which take about a hundred: a job that hangs is reported, with its log."""
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(LIMIT + 120), pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
 
 ONE_NODE, MANY_NODES, STOP, ARRAY, SUBMITIT = (
@@ -99,7 +99,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stories(slurm: None, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
-    """What the tests are about, told by their jobs side by side."""
+    """The results of the jobs that the tests check, which run at the same time."""
     end = time.monotonic() + LIMIT
     with ThreadPoolExecutor() as pool:
         yield {
@@ -137,7 +137,7 @@ class Job:
 
 
 def output_of(*words: object, **environment: str) -> str:
-    """What a command of SLURM says."""
+    """The standard output of a command of SLURM."""
     command = [str(word) for word in words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, check=False)
     assert done.returncode == 0, f"{words}: {done.stderr}"
@@ -164,7 +164,7 @@ def last(run_dir: Path) -> Path:
 
 
 def warned(folder: Path, pictures: Path, end: float) -> Job:
-    """Two nodes; stopped by hand as the page says."""
+    """Two nodes; stopped by hand as in docs/cluster.md."""
     words = [STAY % 0, f"run_dir={folder}/run"]
     options = ["--nodes=2", "--ntasks-per-node=1"]
     job = submitted(MANY_NODES.replace("DIR", str(pictures)), folder, end, words, options)

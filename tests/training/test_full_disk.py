@@ -1,4 +1,4 @@
-"""A save that fails: the checkpoint of before stays, and the message says where and how much room is missing."""
+"""A save that fails: the previous checkpoint stays, and the message has the path and the missing space."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing silent: a loss or gradient that is no number stops the run, and its samples are named."""
+"""A loss or gradient that is NaN or infinite stops the run, and its samples are named."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_broken_loss_stops_before_the_step_and_names_its_sample(
 def test_a_broken_gradient_stops_before_the_step_and_names_the_samples_of_it(
     tiny_model, tiny_source, tmp_path: Path
 ) -> None:
-    """An infinite weight of samples is found in the gradient: their losses are told without it."""
+    """An infinite weight of samples is found in the gradient: their losses are reported without it."""
 
     class Heavy(tiny_source):
         def __getitem__(self, index: int):

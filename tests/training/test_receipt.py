@@ -1,4 +1,4 @@
-"""receipt.json: enough to make a run again, and to say why another one came out differently."""
+"""receipt.json: enough to repeat a run, and to explain why another one has different results."""
 
 from __future__ import annotations
 
