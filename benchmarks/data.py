@@ -1,5 +1,5 @@
-"""Speed of data loading: decoding compared with a Pillow loop, the latent cache with reading the same bytes, building the
-cache with the encoder alone, and start time and memory by size of the data set. Prints ratios. All files are written to
+"""Data loading: decoding compared with a Pillow loop, the latent cache with reading the same bytes, building the cache
+with the encoder alone, and start time and memory by size of the data set. Prints ratios. All files are written to
 a temporary folder (in TMPDIR), which is removed at the end.
 
     python -m benchmarks.data [pictures=5000] [side=1024] [cached=1000] [built=16] [samples=100000]

@@ -41,7 +41,7 @@ Prediction = Literal["epsilon", "v_prediction"]
 class Objective(ABC):
     """The training loss of a batch.
 
-    prediction, zero_terminal_snr: what the model is trained to predict, and whether its noise schedule ends in pure noise.
+    prediction, zero_terminal_snr: what the model predicts, and whether its noise schedule ends in pure noise.
         The model's scheduler is configured to match. `prediction` is None for losses that are not about denoising.
     """
 
