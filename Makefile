@@ -11,11 +11,11 @@ train: setup
 # Three workers keep two cores busy: some tests wait for processes, disks and a browser.
 PYTEST := $(RUN) -m pytest -n $${WORKERS:-3} --dist worksteal
 
-# Every law, in a few minutes.
+# The fast tests, in a few minutes.
 test: setup
 	$(PYTEST) -m "not slow and not slurm and not gpu"
 
-# What `make test` leaves out: the same laws with more kills, processes, modes and commands.
+# The tests that `make test` leaves out: more kills, processes, modes and commands.
 test-slow: setup
 	$(PYTEST) -m "slow and not slurm and not gpu"
 

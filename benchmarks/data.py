@@ -1,6 +1,6 @@
-"""What reading costs: decoding beside a plain Pillow loop, the latent cache beside reading the same bytes, the build of
-the cache beside the encoder alone, and starts and memory as a set grows. Prints ratios; everything is made in a
-temporary folder (TMPDIR says where) and removed after.
+"""Data loading: decoding compared with a Pillow loop, the latent cache with reading the same bytes, building the cache
+with the encoder alone, and start time and memory by size of the data set. Prints ratios. All files are written to
+a temporary folder (in TMPDIR), which is removed at the end.
 
     python -m benchmarks.data [pictures=5000] [side=1024] [cached=1000] [built=16] [samples=100000]
 """
@@ -33,7 +33,7 @@ from sdft.data.sources import Folder, Shards
 OPTIONS = {"pictures": 5000, "side": 1024, "cached": 1000, "built": 16, "samples": 100_000}
 NUM_ROUNDS = 7
 PARTS = {"moments": (8, 128, 128), "states": (77 * 2048 + 1280,)}
-"""What is kept of one captioned picture of 1024 x 1024 by SDXL: mean and log variance, and the text states."""
+"""The cache entry of one captioned image of 1024 x 1024 for SDXL: mean and log variance, and the text embeddings."""
 DIFFERENT = 100
 PER_SHARD = 1000
 BATCH = 8
@@ -47,7 +47,7 @@ def seconds(work: Callable[[], object], clock: Callable[[], float] = time.perf_c
 
 
 def write_pictures(root: Path, num: int, side: int) -> None:
-    """JPEGs of noise over a ramp, about as many bytes as photographs have: DIFFERENT pictures, each file its own."""
+    """JPEGs of noise over a ramp, about as many bytes as photographs have: DIFFERENT images, and all files differ."""
     g = np.random.default_rng(0)
     ramp = np.linspace(0, 200, side)[:, None, None]
     drawn = []
@@ -86,10 +86,10 @@ def decoding(root: Path, num: int) -> None:
 
 
 def reading(place: Path, num: int) -> None:
-    """Samples of SDXL's size in random order against the same files from end to end, in pieces of the same size.
+    """Samples of SDXL's size in random order, compared with reading the same files sequentially in pieces of that size.
 
-    Warm: the system has all of it in memory. Cold: it was told to forget the files. What is read for the first time is
-    checked.
+    Warm: all files are in the page cache. Cold: they were dropped from it. The first read of an entry verifies its
+    checksum.
     """
     written = Cache(place)
     parts = {name: torch.rand(shape) for name, shape in PARTS.items()}
@@ -110,7 +110,7 @@ def reading(place: Path, num: int) -> None:
                         break
 
     def in_a_run(cache: Cache) -> None:
-        """Each batch is expected as early as a run does it; the work of its steps would come in between."""
+        """Batches are prefetched as in a run, without the training steps in between."""
         batches = [order[first : first + BATCH] for first in range(0, num, BATCH)]
         addresses = [[f"{i:08x}.{name}" for i in batch for name in parts] for batch in batches]
         for batch in addresses[:NUM_PREFETCHED]:
@@ -147,14 +147,14 @@ def reading(place: Path, num: int) -> None:
 
 
 def forget(files: Sequence[Path]) -> None:
-    """Ask the system to drop what it holds of some files."""
+    """Drop some files from the page cache."""
     for path in files:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def building(root: Path, num: int) -> None:
-    """Filling the cache against the encoder alone on pixels that are already there: nano's VAE at 512 x 512."""
+    """Filling the cache, compared with the encoder alone on pixels in memory: nano's VAE at 512 x 512."""
     from sdft.models.load import pretrained
 
     model = pretrained("nano")
@@ -216,8 +216,8 @@ def starting(place: Path, num: int) -> None:
     shards = str(place / f"{{0..{(num - 1) // PER_SHARD}}}.tar")
     command = [sys.executable, "-c", START, shards, str(place)]
     runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() for _ in range(2)]
-    told = [f"{float(spent):.1f} s, {float(peak):.0f} MiB" for spent, peak in runs]
-    print(f"start with {num} samples: first {told[0]}; second {told[1]}")
+    starts = [f"{float(spent):.1f} s, {float(peak):.0f} MiB" for spent, peak in runs]
+    print(f"start with {num} samples: first {starts[0]}; second {starts[1]}")
 
 
 def main() -> None:

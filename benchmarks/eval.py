@@ -1,4 +1,4 @@
-"""Pictures a second of a grid of 3 subjects x 12 prompts x 4 seeds, beside a plain loop over a diffusers pipeline.
+"""Images per second of a grid of 3 subjects x 12 prompts x 4 seeds, compared with a loop over a diffusers pipeline.
 
     python -m benchmarks.eval
 

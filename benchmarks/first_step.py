@@ -1,4 +1,4 @@
-"""Ends a run right after its first step, for timing the way there."""
+"""Ends a run right after its first step, to measure the time to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import lightning as L
 
 
 class StopAtFirstStep(L.Callback):
-    """Leaves the process at once: what follows the first step is not the way to it."""
+    """Exits the process at once: what follows the first step is not measured."""
 
     def on_train_batch_end(self, *_: Any) -> None:
         os._exit(0)

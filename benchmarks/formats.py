@@ -1,4 +1,4 @@
-"""A checkpoint of SDXL's size: one file to a folder and back, and into memory, beside `cp` of the same bytes.
+"""A checkpoint of SDXL's size: single file to folder and back, and loading, compared with `cp` of the same bytes.
 
     python -m benchmarks.formats [FOLDER]        # needs 22 GB there
 
@@ -32,7 +32,7 @@ print(sum(p.nbytes for p in model.parameters()))
 
 
 def write_random(path: Path) -> None:
-    """A single file with SDXL's shapes in fp16; every tensor holds other numbers."""
+    """A single file with SDXL's shapes in fp16; all tensors are different."""
     noise = torch.randn(2**25, generator=torch.Generator().manual_seed(0)).half()
     entries = {}
     for part in PARTS:
@@ -71,7 +71,7 @@ def run(*command: object) -> tuple[float, float, str]:
 
 
 def private_kib(pid: int) -> int:
-    """Anonymous memory of a process; pages of mapped files are the system's to drop."""
+    """Anonymous memory of a process; the system can drop pages of mapped files."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -114,7 +114,7 @@ def main() -> None:
                 f"peak private {peak:.2f} GiB (goals: 3 x cp, 1 GiB)",
                 flush=True,
             )
-        print(f"back again: {'bit-identical' if same_bits(single, back) else 'NOT THE SAME BITS'}", flush=True)
+        print(f"round trip: {'bit-identical' if same_bits(single, back) else 'NOT THE SAME BITS'}", flush=True)
         for dtype in ("fp16", "bf16", "fp32"):
             seconds, peak, out = run(sys.executable, "-c", LOAD, single, config, dtype)
             held = int(out.split()[-1]) / 2**30

@@ -1,9 +1,9 @@
-"""Training SDXL at full size, weights random: images/s, share of the matmul rate, peak memory, beside a plain loop.
+"""Training SDXL, random weights: images/s, share of the matmul rate and peak memory, compared with a plain loop.
 
     python -m benchmarks.gpu                             # SDXL at 1024 px; needs a GPU
-    python -m benchmarks.gpu --model nano --steps 4      # the same code on the shipped nano, anywhere
+    python -m benchmarks.gpu --model nano --steps 4      # the same code on the shipped nano, on any device
 
-Each line is a fresh process: memory and caches of one cannot help or hurt another. The plain loop is diffusers and
+Each line is a new process, so that memory and caches of the lines are independent. The plain loop is diffusers and
 PyTorch with the same weights, dtypes and checkpointing, written as a tutorial would.
 """
 
@@ -39,9 +39,9 @@ def build_model(name: str, mode: str, attention: str, device: torch.device):
     if name == "sdxl":
         networks = {}
         for part in PARTS:
-            learns = mode == "full" and part == "unet"
+            trainable = mode == "full" and part == "unet"
             network = empty_network(part, SDXL_BASE / part).to_empty(device=device)
-            networks[part] = network.to(torch.float32 if learns or part == "vae" else torch.bfloat16)
+            networks[part] = network.to(torch.float32 if trainable or part == "vae" else torch.bfloat16)
             for parameter in network.parameters():
                 torch.nn.init.normal_(parameter, std=0.02)
         # The tokenizers of nano do: their ids are below SDXL's, and ends are found by the tokenizer's own mark.
@@ -77,7 +77,7 @@ def fake_batch(model, size: int, batch_size: int, device: torch.device):
 
 
 def tuning_of(mode: str):
-    """As `tuning=` builds it."""
+    """The tuning of a mode, as the config builds it."""
     from sdft.tuning.adapter import Adapter
     from sdft.tuning.full import Full
 
@@ -158,7 +158,7 @@ def matmul_rate(device: torch.device) -> float:
 
 
 def median_seconds(function, num: int, device: torch.device) -> float:
-    """Of one call, the first few aside."""
+    """Median seconds of a call, after some warm-up calls."""
     times = []
     for _ in range(num + WARM_UP):
         begun = time.perf_counter()
@@ -170,7 +170,7 @@ def median_seconds(function, num: int, device: torch.device) -> float:
 
 
 def one(args: argparse.Namespace) -> dict[str, float]:
-    """The figures of one line."""
+    """The measurements of one line."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, batch, step = (plain if args.loop == "plain" else ours)(args, device)
     seconds = median_seconds(step, args.steps, device)
@@ -184,7 +184,7 @@ def one(args: argparse.Namespace) -> dict[str, float]:
 
 
 def line(args: argparse.Namespace, mode: str, attention: str, loop: str) -> dict[str, float] | str:
-    """One line in a process of its own; what went wrong, where it does not run."""
+    """One line, measured in a separate process; the error if it fails."""
     words = [f"--{name}={getattr(args, name)}" for name in ("model", "size", "batch_size", "steps")]
     command = [sys.executable, "-m", "benchmarks.gpu", *words, "--one", mode, attention, loop]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
@@ -210,7 +210,7 @@ def main() -> None:
         print(json.dumps(one(args)))
         return
     if args.model == "sdxl" and not torch.cuda.is_available():
-        raise SystemExit("error: SDXL at full size needs a GPU; --model nano runs anywhere")
+        raise SystemExit("error: SDXL at full size needs a GPU; --model nano runs on any device")
     print(f"{args.model}, {args.size} px, batch {args.batch_size}, bf16, cached latents; median of {args.steps} steps")
     print("| mode | attention | images/s | x plain loop | of the matmul rate | peak GiB |\n|---|---|---|---|---|---|")
     for mode in args.modes:
@@ -220,14 +220,14 @@ def main() -> None:
             row(mode, attention, line(args, mode, attention, "ours"), bare)
 
 
-def row(mode: str, name: str, figures: dict[str, float] | str, bare: dict[str, float] | str) -> None:
+def row(mode: str, name: str, values: dict[str, float] | str, bare: dict[str, float] | str) -> None:
     """One row of the table."""
-    if isinstance(figures, str):
-        print(f"| {mode} | {name} | {figures} | | | |", flush=True)
+    if isinstance(values, str):
+        print(f"| {mode} | {name} | {values} | | | |", flush=True)
         return
-    ratio = f"{figures['images_per_s'] / bare['images_per_s']:.2f}" if isinstance(bare, dict) else ""
-    share, memory = figures["share_of_matmul"], figures["memory_gib"]
-    print(f"| {mode} | {name} | {figures['images_per_s']:.2f} | {ratio} | {share:.0%} | {memory:.1f} |", flush=True)
+    ratio = f"{values['images_per_s'] / bare['images_per_s']:.2f}" if isinstance(bare, dict) else ""
+    share, memory = values["share_of_matmul"], values["memory_gib"]
+    print(f"| {mode} | {name} | {values['images_per_s']:.2f} | {ratio} | {share:.0%} | {memory:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Merges of SDXL's size beside `cp` and `cat` of the same bytes, and beside a script that loads everything.
+"""Merges of SDXL's size, compared with `cp` and `cat` of the same bytes, and with a script that loads whole models.
 
     python -m benchmarks.merging [FOLDER] [--scale 1.0] [--only "cat of two,write and fsync,weighted sum"]
 
 Full size makes files of 21 GB, and needs 28 GB of room. With `--only`, just some of the lines, and their ratios.
 
-Three single files of random fp16 numbers with SDXL's names, widths times `scale`; those that a run left in FOLDER are
+Three single files of random fp16 numbers with SDXL's names, widths times `scale`; those of an earlier run in FOLDER are
 used again. Prints, for cold and warm page cache (cold: the system dropped its pages; warm: it then read the inputs by
 `cat`), wall and CPU seconds and peak private memory (RssAnon), then the ratios that have a goal: wall at most 1.2 x
 (cat of all inputs + write of the output), a naive script at least 4 x slower, TIES and SLERP at most 2 x the weighted
@@ -59,8 +59,8 @@ with open(out, "wb", buffering=0) as file:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What a command took."""
+class Usage:
+    """Time and memory of a command."""
 
     wall: float
     cpu: float
@@ -92,7 +92,7 @@ def write_random(path: Path, seed: int, scale: float) -> None:
 
 
 def drop_pages(*paths: Path) -> None:
-    """Make the system forget what it has of files; of all files, where this process may."""
+    """Drop files from the page cache; all files, if this process has the right to."""
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3")
@@ -102,7 +102,7 @@ def drop_pages(*paths: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def run(*command: object, quiet: bool = True) -> Figures:
+def run(*command: object, quiet: bool = True) -> Usage:
     """What a command took, its children included."""
     before, begun, peak = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter(), 0
     child = os.posix_spawnp(
@@ -120,7 +120,7 @@ def run(*command: object, quiet: bool = True) -> Figures:
         raise SystemExit(f"failed: {' '.join(map(str, command))}")
     wall, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Figures(wall, cpu, peak / 2**20)
+    return Usage(wall, cpu, peak / 2**20)
 
 
 Job = tuple[list, list[Path], tuple[str, ...]]
@@ -128,7 +128,7 @@ Job = tuple[list, list[Path], tuple[str, ...]]
 
 
 def jobs_on(a: Path, b: Path, c: Path, out: Path, lora: Path) -> dict[str, Job]:
-    """What is measured, by the name of its line."""
+    """Name of a line -> what is measured."""
     merge = [sys.executable, "-m", "sdft.merging", "overwrite=true", f"out={out}"]
     extract = [sys.executable, "-m", "sdft.merging", "merge=extract", "overwrite=true", f"out={lora}"]
     naive = [sys.executable, "-c", NAIVE]
@@ -188,27 +188,27 @@ def main() -> None:
 
 
 def print_ratios(walls: Mapping[tuple[str, str], float]) -> None:
-    """What has a goal, by (name, cache) -> wall seconds; of those that were run."""
+    """The ratios that have a goal, of the lines that were run. walls: (name, cache) -> wall seconds."""
     for cache in ("cold", "warm"):
-        told = {name: wall for (name, of), wall in walls.items() if of == cache}
+        times_of = {name: wall for (name, of), wall in walls.items() if of == cache}
         write = walls.get(("write and fsync", "cold"))
-        disk = {name: wall + write for name, wall in told.items() if write is not None}
+        disk = {name: wall + write for name, wall in times_of.items() if write is not None}
         for name, beside, times, goal in (
             ("weighted sum", "cat of two", disk, "at most 1.2 x"),
             ("add-difference", "cat of three", disk, "at most 1.2 x"),
-            ("naive weighted sum", "weighted sum", told, "at least 4 x"),
-            ("naive add-difference", "add-difference", told, "at least 4 x"),
-            ("slerp", "weighted sum", told, "at most 2 x"),
-            ("TIES of two", "weighted sum", told, "at most 2 x"),
-            ("TIES of two", "add-difference", told, "none; it has as many inputs"),
+            ("naive weighted sum", "weighted sum", times_of, "at least 4 x"),
+            ("naive add-difference", "add-difference", times_of, "at least 4 x"),
+            ("slerp", "weighted sum", times_of, "at most 2 x"),
+            ("TIES of two", "weighted sum", times_of, "at most 2 x"),
+            ("TIES of two", "add-difference", times_of, "none; it has as many inputs"),
         ):
-            if name in told and beside in times:
+            if name in times_of and beside in times:
                 beside_it = f"({beside} + write and fsync)" if times is disk else beside
-                print(f"{name}, {cache}: {told[name] / times[beside]:.2f} x {beside_it}, goal {goal}")
+                print(f"{name}, {cache}: {times_of[name] / times[beside]:.2f} x {beside_it}, goal {goal}")
 
 
 def print_residuals(a: Path, b: Path, lora: Path) -> None:
-    """Of some layers the norm of what a LoRA misses of a - b, beside that of the best factors of the same rank."""
+    """Norm of the residual of a LoRA of a - b in some layers, relative to that of the best factors of the rank."""
     layers = read_lora(lora, str(lora)).layers
     names = sorted(name for name in layers if name.startswith("unet/"))
     with open_checkpoint("a", a).opened() as read_a, open_checkpoint("b", b).opened() as read_b:

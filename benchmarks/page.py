@@ -24,7 +24,7 @@ from sdft.evaluation.results import Estimate, ImageResult, MetricInfo, Results, 
 
 PROMPTS, SEEDS, OPENINGS = 50, 10, 5
 DISTINCT = 40
-"""Files for all pictures: every one is read, reduced and embedded anew all the same."""
+"""Files for all pictures: each is still read, reduced and embedded again."""
 
 PAINTED = """async () => {
   const seen = [...document.querySelectorAll(".picture img[src]")];

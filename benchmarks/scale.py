@@ -1,10 +1,10 @@
-"""What two processes cost and gain over one: step times, the share of communication, and the bytes that travel.
+"""Two processes compared with one: step times, the share of communication, and the bytes sent.
 
     python -m benchmarks.scale
 
-nano, full and LoRA, on the CPU with gloo: one thread a process, the same batch altogether. The share of communication
-is what a step is longer than that of two single processes which run side by side, each with half of the batch and
-unaware of the other. Bytes are those that the loopback device counted, in a network of its own where that is allowed.
+nano, full and LoRA, on the CPU with gloo: one thread per process, the same global batch. The share of communication is
+the additional time of a step compared with two independent processes that run at the same time, each with half of the
+batch. Bytes are those counted by the loopback device, in a separate network namespace if that is allowed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CASES = (("one", 1, ""), ("two, apart", 2, ""), ("ddp", 2, "ddp"), ("fsdp", 2, "
 
 
 def rank_of(case: tuple[str, int, str], tuning: str, rank: int, port: int, found: Any) -> None:
-    """One process: trains, and tells the median seconds of a step, the bytes of one, and how much learns."""
+    """One process: trains, and returns median seconds and bytes of a step, and the number of trainable parameters."""
     import lightning as L
     import torch
 
@@ -62,15 +62,15 @@ def rank_of(case: tuple[str, int, str], tuning: str, rank: int, port: int, found
         data, method, objective = (build(cfg[name]) for name in ("data", "tuning", "objective"))
         trainer = build(cfg.trainer, callbacks=[build(cfg.callbacks.ema), clock])
         module = Finetuning(build(cfg.model), method, objective, build(cfg.optimizer), build(cfg.lr_schedule), 0)
-        num_learning = sum(p.numel() for _, p in trainable_parameters(module.model))
+        num_trainable = sum(p.numel() for _, p in trainable_parameters(module.model))
         num_unet = sum(p.numel() for p in module.model.unet.parameters())
         trainer.fit(module, data)
-    figures = {"seconds": statistics.median(clock.seconds[WARM_UP:]), "bytes": statistics.median(clock.bytes[WARM_UP:])}
-    found.put({**figures, "learning": num_learning, "unet": num_unet})
+    values = {"seconds": statistics.median(clock.seconds[WARM_UP:]), "bytes": statistics.median(clock.bytes[WARM_UP:])}
+    found.put({**values, "trainable": num_trainable, "unet": num_unet})
 
 
 def bytes_sent() -> int:
-    """Over the loopback device, by all processes that share it."""
+    """Bytes sent over the loopback device, by all processes that use it."""
     line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
     return int(line.split(":")[1].split()[8])
 
@@ -85,10 +85,10 @@ def measure(case: tuple[str, int, str], tuning: str) -> dict[str, float]:
     ranks = [spawn.Process(target=rank_of, args=(case, tuning, rank, port, found)) for rank in range(case[1])]
     for process in ranks:
         process.start()
-    told = [found.get(timeout=300) for _ in ranks]
+    measured = [found.get(timeout=300) for _ in ranks]
     for process in ranks:
         process.join()
-    return max(told, key=lambda rank: rank["seconds"])
+    return max(measured, key=lambda rank: rank["seconds"])
 
 
 def main() -> None:
@@ -97,17 +97,17 @@ def main() -> None:
         command = f"ip link set lo up; exec {sys.executable} -m benchmarks.scale"
         environment = {**os.environ, "IN_OWN_NETWORK": "yes"}
         raise SystemExit(subprocess.run(["unshare", "--net", "sh", "-c", command], env=environment).returncode)
-    print(f"nano, batch {BATCH} altogether, fp32, median of {NUM_STEPS - WARM_UP} steps")
-    print("| tuning | processes | step ms | over one | communication | MB sent a step | per learning / UNet weight |")
+    print(f"nano, global batch {BATCH}, fp32, median of {NUM_STEPS - WARM_UP} steps")
+    print("| tuning | processes | step ms | over one | communication | MB per step | bytes per trained / UNet weight |")
     print("|---|---|---|---|---|---|---|")
     for tuning in ("full", "lora_unet"):
         seconds: dict[str, float] = {}
         for case in CASES:
-            name, told = case[0], measure(case, tuning)
-            seconds[name] = told["seconds"]
+            name, ours = case[0], measure(case, tuning)
+            seconds[name] = ours["seconds"]
             share = 1 - seconds["two, apart"] / seconds[name] if case[2] else None
-            sent = f"{told['bytes'] / 1e6:.1f}" if case[2] else ""
-            each = f"{told['bytes'] / told['learning']:.1f} / {told['bytes'] / told['unet']:.1f}" if case[2] else ""
+            sent = f"{ours['bytes'] / 1e6:.1f}" if case[2] else ""
+            each = f"{ours['bytes'] / ours['trainable']:.1f} / {ours['bytes'] / ours['unet']:.1f}" if case[2] else ""
             print(
                 f"| {tuning} | {name} | {1e3 * seconds[name]:.0f} | {seconds[name] / seconds['one']:.2f} | "
                 f"{'' if share is None else f'{share:.0%}'} | {sent} | {each} |",
@@ -116,7 +116,7 @@ def main() -> None:
 
 
 def own_network_works() -> bool:
-    """Whether this user may have a network with no one else in it."""
+    """Whether this user may create a network namespace."""
     try:
         return subprocess.run(["unshare", "--net", "ip", "link"], capture_output=True).returncode == 0
     except OSError:

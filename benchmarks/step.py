@@ -1,4 +1,4 @@
-"""What the framework costs: a training step, and the way to the first one, beside bare PyTorch. Prints ratios.
+"""Overhead of the framework: time of a training step, and time to the first step, relative to plain PyTorch.
 
     python -m benchmarks.step
 """
@@ -24,7 +24,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel; from tran
 
 
 def steps() -> tuple[list[float], list[float]]:
-    """Seconds of the framework's steps and of bare ones, by turns: what disturbs the machine disturbs both.
+    """Seconds of steps of the framework and of plain PyTorch, alternating, so that other load affects both.
 
     The framework is `train.py`'s own Trainer with the callbacks and loggers that act at every step.
     """
@@ -92,7 +92,7 @@ def bare() -> Iterator[None]:
 
 
 def start() -> tuple[float, float]:
-    """Seconds from the command to the end of the first step, and of the bare imports."""
+    """Seconds from the command to the end of the first step, and of the imports alone."""
     begun = time.perf_counter()
     subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True)
     imports = time.perf_counter() - begun

@@ -1,4 +1,4 @@
-"""Progress bars that can be switched off: the commands show them, the Python API does so only if it is asked to."""
+"""Progress bars that can be switched off: the commands show them, the Python API does so with `progress=True`."""
 
 from __future__ import annotations
 

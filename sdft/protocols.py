@@ -41,7 +41,7 @@ Prediction = Literal["epsilon", "v_prediction"]
 class Objective(ABC):
     """The training loss of a batch.
 
-    prediction, zero_terminal_snr: what the model learns to predict, and whether its noise schedule ends in pure noise.
+    prediction, zero_terminal_snr: what the model predicts, and whether its noise schedule ends in pure noise.
         The model's scheduler is configured to match. `prediction` is None for losses that are not about denoising.
     """
 
@@ -50,7 +50,7 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(self, model: Any, batch: Batch, draws: Draws) -> LossReport:
-        """The loss of each sample, with gradients. All randomness comes from `draws`, which knows the samples' keys."""
+        """The loss of each sample, with gradients. All randomness comes from `draws`, which has a seed per sample."""
 
     def for_validation(self) -> Objective:
         """The objective on which runs are compared; this one by default."""
@@ -90,7 +90,7 @@ class Tuning(ABC):
 
     @abstractmethod
     def attach(self, model: nn.Module) -> None:
-        """Prepare a freshly loaded model: freeze it, then add or unfreeze what trains."""
+        """Prepare a freshly loaded model: freeze it, then add or unfreeze the trainable parameters."""
 
     @abstractmethod
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -147,7 +147,7 @@ class StrategyHooks:
 
 
 def strategy_hooks(strategy: Any) -> StrategyHooks:
-    """The hooks of a strategy; the defaults for one that knows nothing of them."""
+    """The hooks of a strategy; the defaults for one that does not inherit from `StrategyHooks`."""
     return strategy if isinstance(strategy, StrategyHooks) else StrategyHooks()
 
 

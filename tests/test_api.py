@@ -45,7 +45,7 @@ def documented(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 @pytest.mark.slow
-def test_the_page_runs_and_returns_what_it_says(documented: dict) -> None:
+def test_the_page_runs_and_returns_what_it_documents(documented: dict) -> None:
     run, folder = documented["run"], documented["folder"]
     assert isinstance(run, FinetuneResult)
     assert isinstance(run.metrics["style_gain"], float)

@@ -1,4 +1,4 @@
-"""The benchmarks run on nano on a CPU; their figures are not tested."""
+"""The benchmarks run on nano on a CPU; their results are not tested."""
 
 from __future__ import annotations
 

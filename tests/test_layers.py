@@ -1,4 +1,4 @@
-"""Imports go down only, and third parties stay behind their fences: the table of DESIGN.md, read off the sources.
+"""The table of docs/architecture.md: imports go down only, and only some modules may import a third party.
 
 A file is judged by what it imports anywhere, also inside functions.
 """
@@ -49,9 +49,9 @@ LAYERS = {
 
 SIDEWAYS = {
     ("models", "formats"): "a checkpoint is loaded through its format",
-    ("evaluation", "sampling"): "a verdict draws the pictures that it judges",
+    ("evaluation", "sampling"): "a verdict generates the images that it evaluates",
 }
-"""Parts of one layer are ignorant of each other, except these."""
+"""Packages of one layer do not import each other, except these."""
 
 FENCES = {
     "hydra": ("layer 4",),

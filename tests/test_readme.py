@@ -11,7 +11,7 @@ from warm import WarmPython
 
 ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {"make train", "make test", "make nano"}
-"""`make test` is what runs this; CI runs it on a clean checkout. `make train` is the first experiment below."""
+"""`make test` runs this; CI runs it on a clean checkout. `make train` is the first experiment below."""
 SHORT = {
     "train.py": ["trainer.max_steps=2", "sampler.steps=2", "logger=csv"],
     "eval.py": ["sampler.steps=2", "seeds=1"],

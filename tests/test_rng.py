@@ -1,4 +1,4 @@
-"""Law 1, position, not luck: a draw is a pure function of (run seed, purpose, key, visit)."""
+"""A draw is a pure function of (run seed, purpose, key, visit)."""
 
 from __future__ import annotations
 

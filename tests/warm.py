@@ -84,7 +84,7 @@ class WarmPython:
 
 
 def serve(address: str, executable: str) -> None:
-    """Fork a process for each that asks, and tell it the exit status; until standard input ends."""
+    """Fork a process for each request and send back its exit status, until standard input ends."""
     import importlib
 
     for name in PRELOADED:
@@ -97,9 +97,9 @@ def serve(address: str, executable: str) -> None:
     while sys.stdin not in (ready := select.select([listener, sys.stdin], [], [], 0.02)[0]):
         if ready:
             asker, _ = listener.accept()
-            said, places, _, _ = socket.recv_fds(asker, 1 << 20, 2, socket.MSG_WAITALL)
+            message, places, _, _ = socket.recv_fds(asker, 1 << 20, 2, socket.MSG_WAITALL)
             if not (child := os.fork()):
-                become(**json.loads(said), places=places, executable=executable)
+                become(**json.loads(message), places=places, executable=executable)
             for place in places:
                 os.close(place)
             asking[child] = asker
@@ -115,8 +115,8 @@ def ask(address: str, words: list[str]) -> int:
     """What `executable` does: `python *words` by the server, with this process's folder, environment and output."""
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(address)
-        said = json.dumps({"words": words, "cwd": os.getcwd(), "environment": dict(os.environ)})
-        socket.send_fds(server, [said.encode()], [1, 2])
+        message = json.dumps({"words": words, "cwd": os.getcwd(), "environment": dict(os.environ)})
+        socket.send_fds(server, [message.encode()], [1, 2])
         server.shutdown(socket.SHUT_WR)
         return int(server.recv(16) or 1)
 

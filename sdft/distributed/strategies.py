@@ -102,7 +102,7 @@ class FSDP2(StrategyHooks, ModelParallelStrategy):
         return self.shard_ranks or world_size
 
     def shard(self, modules: Iterable[nn.Module]) -> None:
-        """Shard the weights of `modules`, each repeated block in them as a unit of its own."""
+        """Shard the weights of `modules`, each repeated block in them as a separate unit."""
         mixed = self.precision_plugin.precision == "bf16-mixed"
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if mixed else None,

@@ -37,7 +37,7 @@ MIN_REFERENCES = 4
 
 
 class StyleEvaluation:
-    """Style gain and prompt adherence of the tuned model, beside the base model.
+    """Style gain and prompt adherence of the tuned model, compared with the base model.
 
     reference: held-out images of the style; the captions of its first `num_images` are the prompts.
     prompts: prompts of `before_after.png`.
@@ -128,7 +128,7 @@ class StyleEvaluation:
     def _adherence(self, before: np.ndarray, tuned: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
         if self.judge is None:
             return {}
-        # Toy images have known subjects: the accuracy of naming them says more than a similarity.
+        # Toy images have known subjects: the accuracy of naming them is more informative than a similarity.
         toy = self.reference if isinstance(self.reference, ToyWorld) else None
         judge = load_judge(str(NANO / "clip") if self.judge == "nano" else self.judge, SUBJECTS if toy else None)
         if toy:

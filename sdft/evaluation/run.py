@@ -128,7 +128,7 @@ def rebuild(run: Path) -> DiffusionModel:
 
 
 def write(comparison: Comparison, results: Results) -> list[Path]:
-    """Everything that is left, and where it lies."""
+    """Write tables, contact sheet and report; returns their paths."""
     folder = comparison.run_dir
     try:
         tables = write_tables(folder, results)
@@ -150,10 +150,10 @@ def write(comparison: Comparison, results: Results) -> list[Path]:
 def report_lines(
     results: Results, front: Sequence[str], written: Sequence[Path], left_out: Sequence[str], why_not: str
 ) -> Iterator[str]:
-    """What came out and where it lies."""
+    """The lines that the command prints at its end: metrics, verdicts and paths."""
     if results.metrics:
         yield f"\n{terminal_table(results)}\n"
-    # What was seen, and what a recommendation rests on; the page has the others too.
+    # Detected differences, and the metrics of the recommendation; the report has all.
     directed = {metric.name for metric in results.metrics if metric.better}
     for verdict in results.verdicts:
         if verdict.metric in directed and (verdict.p < LEVEL or verdict.metric in front):

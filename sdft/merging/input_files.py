@@ -47,7 +47,7 @@ class OpenInputs:
         """By source: a function that reads one weight. LoRAs have none, they are in memory."""
 
     def release(self, weight: str) -> None:
-        """Tells that a weight will not be read again."""
+        """Report that a weight will not be read again."""
         for checkpoint in self._checkpoints.values():
             if weight in checkpoint.weights:
                 stored = checkpoint.weights[weight].stored

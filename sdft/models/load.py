@@ -70,8 +70,8 @@ def pretrained(
     channels_last: memory format of the UNet's convolutions, faster on tensor cores.
     compile: run the UNet through torch.compile: faster steps after a slow first one.
     prompt_chunks: number of 75-token chunks of a prompt that are read; tokens beyond them are cut off with a warning.
-    empty_prompt: what a dropped caption becomes: `zeros` or the encoded `empty` string; if None, what the model's index
-        says.
+    empty_prompt: what a dropped caption becomes: `zeros` or the encoded `empty` string; if None, as in the model's
+        index.
     variant: of the weight files of a folder or Hub id, such as `fp16`.
     allow_pickle: also open `.ckpt` files; a pickle can run code if torch's restricted unpickler has a hole.
     family: the class that is built, for loaders of subclasses.

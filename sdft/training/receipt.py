@@ -52,8 +52,8 @@ def begun(
 def finished(receipt: dict, artifacts: Mapping[str, Path], summary: Mapping[str, Any]) -> dict:
     """The receipt with its outputs: a hash of each file of weights, and the metrics except times."""
     weights = {name: path for name, path in artifacts.items() if path.is_dir() or path.suffix == ".safetensors"}
-    figures = {k: v for k, v in summary.items() if isinstance(v, int | float) and not k.endswith("seconds")}
-    return {**receipt, "outputs": {name: weights_digest(path) for name, path in weights.items()}, "figures": figures}
+    metrics = {k: v for k, v in summary.items() if isinstance(v, int | float) and not k.endswith("seconds")}
+    return {**receipt, "outputs": {name: weights_digest(path) for name, path in weights.items()}, "figures": metrics}
 
 
 def read(path: str | Path) -> dict:
@@ -86,7 +86,7 @@ def recalled(words: Sequence[str]) -> list[str]:
 def compared(old: dict, new: dict) -> str:
     """A message that begins with `identical`. Raises UserError with all differences if the weights differ."""
     causes = "; ".join(differences({k: old[k] for k in MADE_FROM}, {k: new[k] for k in MADE_FROM}))
-    figures = "; ".join(differences(old["figures"], new["figures"]))
+    metrics = "; ".join(differences(old["figures"], new["figures"]))
     if old["outputs"] != new["outputs"]:
         names = sorted(k for k in {*old["outputs"], *new["outputs"]} if old["outputs"].get(k) != new["outputs"].get(k))
         raise UserError(
@@ -94,7 +94,7 @@ def compared(old: dict, new: dict) -> str:
             + (f"differ: {causes}" if causes else "are the same, so something in this run is not deterministic")
         )
     message = f"identical: {', '.join(sorted(old['outputs']))}, every weight"
-    message += f"; but metrics differ: {figures}" if figures else "; and every metric"
+    message += f"; but metrics differ: {metrics}" if metrics else "; and every metric"
     return message + (f"\n  although inputs differ: {causes}" if causes else "")
 
 

@@ -179,7 +179,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def summary_lines(summary: dict[str, Any], run_dir: Path) -> Iterator[str]:
-    """What came out, where it lies and what to do with it."""
+    """The metrics, the paths of the files, and how to use them."""
     yield f"\n{summary['name']}: trained in {summary['train_seconds']:.0f} s"
     for name, value in summary.items():
         if isinstance(value, float) and name != "train_seconds":
@@ -199,7 +199,7 @@ def summary_lines(summary: dict[str, Any], run_dir: Path) -> Iterator[str]:
 
 
 def log_run(trainer, cfg: DictConfig) -> None:
-    """Tell every logger what is run."""
+    """Log the config to every logger."""
     from sdft.training.callbacks import tracking
 
     tracking.log_run(trainer, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))

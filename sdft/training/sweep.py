@@ -1,4 +1,4 @@
-"""The jobs of a sweep: which are finished, one as a command of its own, and the table of what came of them."""
+"""The jobs of a sweep: which are finished, how a single one is run, and the table of their results."""
 
 from __future__ import annotations
 

@@ -29,9 +29,9 @@ class Spoil(L.Callback):
 def test_a_nan_on_one_rank_stops_both(strategy: str, tmp_path: Path) -> None:
     run = Run(tmp_path, "full", strategy, save_every=2, callbacks=[Spoil(3, rank=1)])
     assert finish(start(run, 2)) == [WRONG, WRONG]
-    told = json.loads((tmp_path / "bad_samples.json").read_text())
-    (bad,) = (sample for sample in told["samples"] if sample["loss"] == "nan")
-    assert (told["step"], bad["rank"], len(told["samples"])) == (3, 1, 4)
+    report = json.loads((tmp_path / "bad_samples.json").read_text())
+    (bad,) = (sample for sample in report["samples"] if sample["loss"] == "nan")
+    assert (report["step"], bad["rank"], len(report["samples"])) == (3, 1, 4)
     for rank in (0, 1):
         text = (tmp_path / f"error_{rank}.txt").read_text()
         assert f"the loss became NaN or infinite at step 3 with {bad['key']}; {tmp_path / 'bad_samples.json'}" in text
@@ -51,8 +51,8 @@ class Heavy(L.Callback):
 def test_a_gradient_that_runs_away_on_one_rank_stops_both(tmp_path: Path) -> None:
     run = Run(tmp_path, "full", "ddp", max_steps=9, save_every=2, callbacks=[Heavy()])
     assert finish(start(run, 2)) == [WRONG, WRONG]
-    told = json.loads((tmp_path / "bad_samples.json").read_text())
-    assert (told["step"], told["wrong"], len(told["samples"])) == (7, "gradient", 4)
+    report = json.loads((tmp_path / "bad_samples.json").read_text())
+    assert (report["step"], report["wrong"], len(report["samples"])) == (7, "gradient", 4)
     for rank in (0, 1):
         assert "the gradient diverged to" in (tmp_path / f"error_{rank}.txt").read_text()
     assert read_state(run.last)["global_step"] == 6

@@ -48,7 +48,7 @@ def test_each_job_of_a_sweep_has_its_own_processes(python: WarmPython, tmp_path:
     assert printed.count("written to") == 1
     *_, reason = (tmp_path / "swept" / "table.txt").read_text().splitlines()
     assert reason.startswith("0 failed: the loss became NaN or infinite at step 1")
-    # As it is told by the job and, at the end, of the sweep, and as the table has it.
+    # Printed by the job, again at the end of the sweep, and in the table.
     assert printed.count("the loss became NaN") == 3, printed
     done = tmp_path / "swept" / "1"
     record = json.loads((done / receipt.NAME).read_text())
@@ -59,16 +59,16 @@ def test_each_job_of_a_sweep_has_its_own_processes(python: WarmPython, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
         (["size=60"], "error: size=60: must be a multiple of 16"),
         (["optimizer.lr=1e30"], "error: the loss became NaN or infinite at step 1"),
     ],
     ids=["before they meet", "after they have met"],
 )
-def test_an_error_of_all_processes_is_said_once(words: list[str], says: str, python: WarmPython, tmp_path) -> None:
-    told = python.together(ranks(*words, f"run_dir={tmp_path}/run"), tmp_path)
-    assert [status for status, _ in told] == [2, 2]
-    printed = "".join(text for _, text in told)
+def test_an_error_of_all_ranks_is_printed_once(words: list[str], message: str, python: WarmPython, tmp_path) -> None:
+    results = python.together(ranks(*words, f"run_dir={tmp_path}/run"), tmp_path)
+    assert [status for status, _ in results] == [2, 2]
+    printed = "".join(text for _, text in results)
     assert printed.count("error:") == 1, printed
-    assert says in printed
+    assert message in printed

@@ -65,8 +65,8 @@ def test_a_damaged_slice_is_named(damage: str, tmp_path: Path) -> None:
     content[content.index(WEIGHTS["a"][2:].numpy().tobytes())] ^= 1
     damaged = {"cut": content[: len(content) // 2], "empty": b"", "flipped": content}
     file.unlink() if damage == "missing" else file.write_bytes(damaged[damage])
-    told = "missing" if damage == "missing" else r"damaged \(.+\)"
-    with pytest.raises(UserError, match=rf"resume: {re.escape(str(file))} is {told}; .*resume=\S+step_000006\.ckpt"):
+    message = "missing" if damage == "missing" else r"damaged \(.+\)"
+    with pytest.raises(UserError, match=rf"resume: {re.escape(str(file))} is {message}; .*resume=\S+step_000006\.ckpt"):
         read_state(path)
 
 
@@ -80,7 +80,7 @@ def test_slices_go_with_their_state(tmp_path: Path) -> None:
     assert [read_state(file)["step"] for file in (path, second)] == [2, 1]
     assert torch.equal(read_state(second)["weights"]["a"], WEIGHTS["a"])
     remove_state(second)
-    write_state({"step": 3}, path)  # as when one process goes on
+    write_state({"step": 3}, path)  # as when one process resumes
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
@@ -163,9 +163,9 @@ def test_a_full_disk_of_one_rank_stops_all_with_the_save_of_before(tmp_path: Pat
     assert finish(start(run, 2)) == [WRONG] * 2
     assert read_state(run.last)["global_step"] == 2
     for rank in (0, 1):
-        told = (tmp_path / f"error_{rank}.txt").read_text()
-        assert re.match(rf"{slices_folder(run.last)}/step_000004\.\w+\.rank_1_of_2: the checkpoint cannot be", told)
-        assert re.search(r"the previous last\.ckpt is intact. It needs \d\.\d MB, and [\d,.]+ MB are free", told)
+        message = (tmp_path / f"error_{rank}.txt").read_text()
+        assert re.match(rf"{slices_folder(run.last)}/step_000004\.\w+\.rank_1_of_2: the checkpoint cannot be", message)
+        assert re.search(r"the previous last\.ckpt is intact. It needs \d\.\d MB, and [\d,.]+ MB are free", message)
     assert {file.name[:11] for file in slices_folder(run.last).iterdir()} == {"step_000002"}
 
 

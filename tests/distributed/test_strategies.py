@@ -1,4 +1,4 @@
-"""Several processes against one: the same losses, the same weights, and checkpoints that go anywhere (laws 1 and 2)."""
+"""Several processes against one: the same losses and weights, and checkpoints that fit any number of processes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def close(one: dict[str, Any], many: dict[str, Any], accumulate: int = 1) -> Non
 
 
 class Sent(L.Callback):
-    """DDP averages what learns and leaves the rest alone."""
+    """DDP averages the gradients of the trainable parameters only."""
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         copies = trainer.strategy.model
@@ -54,7 +54,7 @@ class Held(L.Callback):
 
 
 class Bytes(L.Callback):
-    """The messages of a step carry what docs/scaling.md says, number by number."""
+    """The messages of a step have the sizes given in docs/scaling.md."""
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == 2 and not hasattr(self, "record"):
@@ -74,7 +74,7 @@ class Bytes(L.Callback):
             assert self.seen == expected, f"{self.seen}, not {expected}"
 
     def numbers(self, operation: str, whole: int) -> int:
-        """In the tensor at this place of the operation's, which is whole; not of figures for the log, nor of norms."""
+        """In the tensor at this place of the operation's, which is whole; not of logged metrics, nor of norms."""
         shapes = [event.input_shapes[whole] for event in self.record.events() if event.name == operation]
         return sum(num for num in map(math.prod, shapes) if num > 100)
 
@@ -117,7 +117,7 @@ def test_the_same_fifty_losses_on_one_process_on_two_and_by_accumulation(tmp_pat
     ids=["ddp full", "ddp lora", "fsdp full", "hybrid lora"],
 )
 def test_all_that_a_run_can_have_works_on_several_processes(tuning: str, options: dict[str, Any], tmp_path) -> None:
-    """The same six steps as one process, in losses, in validation figures and in the weights of the average."""
+    """The same six steps as one process, in losses, in validation metrics and in the weights of the average."""
     world_size = 4 if options["strategy"] == "hybrid" else 2
     accumulate = options.get("accumulate", 1)
     shared = {"clip": 0.1, **options}

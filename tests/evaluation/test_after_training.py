@@ -1,4 +1,4 @@
-"""What `summary.json` says of metrics that a run cannot measure."""
+"""Metrics that a run cannot measure, in `summary.json`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The judge: what it learnt it tells, its pixels are those it was trained on, and it survives being saved."""
+"""The judge: it recognises what it was trained on, normalises images as in training, and can be saved and loaded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def untrained() -> Judge:
 
 @pytest.fixture(scope="module")
 def schooled() -> Judge:
-    """A judge that has learnt that cats are red, dogs green and cars blue."""
+    """A judge that was trained on cats that are red, dogs green and cars blue."""
     clip, tokenizer = build.clip(VOCABULARY, seed=0), build.tokenizer(VOCABULARY, "<|endoftext|>")
     texts = [f"a picture of a {name}" for name in COLOURS]
     ids = tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
@@ -63,8 +63,8 @@ def test_accuracy_is_the_share_of_true_subjects(schooled: Judge) -> None:
 
 def test_the_true_caption_is_the_most_similar(schooled: Judge) -> None:
     images = [_flat(name) for name in COLOURS]
-    told = {name: schooled.similarity(images, [f"a picture of a {name}"] * 3) for name in COLOURS}
-    table = torch.stack(list(told.values()), dim=1)
+    similarities = {name: schooled.similarity(images, [f"a picture of a {name}"] * 3) for name in COLOURS}
+    table = torch.stack(list(similarities.values()), dim=1)
     assert table.argmax(1).tolist() == [0, 1, 2]
     assert (table.diagonal() - (table.sum(1) - table.diagonal()) / 2).min() > 0.2
 
@@ -102,12 +102,12 @@ def test_larger_pictures_are_averaged_not_skipped() -> None:
 
 def test_prompts_are_worded_as_the_captions_of_the_toy_world() -> None:
     bare = {f"a picture of {with_article(subject)}" for subject in SUBJECTS}
-    said = {sample_scene(0, index).caption for index in range(4000)}
-    assert len(bare & said) > len(SUBJECTS) // 2
+    captions = {sample_scene(0, index).caption for index in range(4000)}
+    assert len(bare & captions) > len(SUBJECTS) // 2
     assert with_article("orange cat") == "an orange cat"
 
 
-def test_saved_and_loaded_judge_says_the_same(untrained: Judge, tmp_path: Path) -> None:
+def test_a_saved_and_loaded_judge_has_the_same_outputs(untrained: Judge, tmp_path: Path) -> None:
     untrained.clip.save_pretrained(tmp_path)
     untrained.tokenizer.save_pretrained(tmp_path)
     loaded = load_judge(str(tmp_path), SUBJECTS)
@@ -118,7 +118,7 @@ def test_saved_and_loaded_judge_says_the_same(untrained: Judge, tmp_path: Path) 
     assert not loaded.clip.training
 
 
-def test_a_folder_says_how_it_wants_its_pixels(untrained: Judge, tmp_path: Path) -> None:
+def test_images_are_normalised_as_the_folder_is_configured(untrained: Judge, tmp_path: Path) -> None:
     untrained.clip.save_pretrained(tmp_path)
     untrained.tokenizer.save_pretrained(tmp_path)
     mean, std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
@@ -143,7 +143,7 @@ def test_judging_leaves_no_gradients(untrained: Judge) -> None:
     assert all(weight.grad is None for weight in untrained.clip.parameters())
 
 
-def test_bad_questions_are_refused(untrained: Judge, tmp_path: Path) -> None:
+def test_invalid_inputs_are_errors(untrained: Judge, tmp_path: Path) -> None:
     images = [_flat("cat")]
     with pytest.raises(UserError, match=r"subjects \['unicorn'\]"):
         untrained.subject_accuracy(images, ["unicorn"])

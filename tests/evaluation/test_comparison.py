@@ -61,18 +61,18 @@ def compared(folder: Path, shifts: dict[str, float]):
 
 def test_verdicts_say_what_differs_and_what_could_not_be_seen(tmp_path: Path) -> None:
     _, _, results = compared(tmp_path, {"base": 0, "same": 0, "brighter": 9, "darker": -9})
-    told = {v.subject: v for v in results.verdicts if v.metric == "brightness"}
-    assert told["brighter"].p < 0.05 > told["darker"].p
-    assert told["same"].p > 0.05
-    assert told["brighter"].num_pairs == 16
-    assert "higher than base's, which is better" in told["brighter"].sentence
-    assert "lower than base's, which is worse" in told["darker"].sentence
-    assert told["same"].sentence == (
-        f"same: no detectable difference from base in brightness over 16 pairs of 8 prompts (p = {told['same'].p:.2g});"
-        f" a difference of {told['same'].detectable:.2g} would have been detected."
+    test = {v.subject: v for v in results.verdicts if v.metric == "brightness"}
+    assert test["brighter"].p < 0.05 > test["darker"].p
+    assert test["same"].p > 0.05
+    assert test["brighter"].num_pairs == 16
+    assert "higher than base's, which is better" in test["brighter"].sentence
+    assert "lower than base's, which is worse" in test["darker"].sentence
+    assert test["same"].sentence == (
+        f"same: no detectable difference from base in brightness over 16 pairs of 8 prompts (p = {test['same'].p:.2g});"
+        f" a difference of {test['same'].detectable:.2g} would have been detected."
     )
-    assert 1 < told["same"].detectable < 9
-    assert told["brighter"].difference.low < 9 + 2 and told["brighter"].difference.high > 9 - 2  # noqa: PT018
+    assert 1 < test["same"].detectable < 9
+    assert test["brighter"].difference.low < 9 + 2 and test["brighter"].difference.high > 9 - 2  # noqa: PT018
     assert results.figures["base"]["brightness"].value == pytest.approx(135, abs=2)
 
 
@@ -95,8 +95,8 @@ def test_tables_hold_everything_and_the_sheet_shows_it(tmp_path: Path) -> None:
     assert lines[0]["prompt"] == ALERT
     assert float(lines[0]["brightness"]) == results.pictures[0].figures["brightness"]
     assert (tmp_path / lines[0]["path"]).is_file()
-    told = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert told["figures"]["base"]["brightness"]["value"] == results.figures["base"]["brightness"].value
+    saved = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert saved["figures"]["base"]["brightness"]["value"] == results.figures["base"]["brightness"].value
     if written[-1].suffix == ".parquet":
         import pyarrow.parquet
 
@@ -131,7 +131,7 @@ def test_the_front_and_the_recommendation_by_hand() -> None:
     assert find_tradeoff(estimates(base=(1.0, 1.0)), X, Y, [], "base") is None
 
 
-def test_without_a_second_metric_it_says_why_there_is_no_recommendation(tmp_path: Path) -> None:
+def test_without_a_second_metric_the_reason_for_no_recommendation_is_given(tmp_path: Path) -> None:
     comparison, _, results = compared(tmp_path, {"base": 0, "same": 0})
     found, why = recommend(comparison, results, "base")
     assert found is None
@@ -151,8 +151,8 @@ def sweep(folder: Path) -> list[Job]:
                 summary = {"artifacts": {"lora": "lora.safetensors"}, "train_seconds": 60 * rank, "style_gain": gain,
                            "num_trained_parameters": 1000 * rank}  # fmt: skip
                 (job / "summary.json").write_text(json.dumps(summary))
-                said = {"rank": str(rank), "optimizer.lr": lr, "seed": str(seed), "experiment": "dreamy_style"}
-                jobs.append(Job(job, said, summary))
+                values = {"rank": str(rank), "optimizer.lr": lr, "seed": str(seed), "experiment": "dreamy_style"}
+                jobs.append(Job(job, values, summary))
     return [*jobs, Job(folder / "lost", {"rank": "16"}, {})]
 
 
@@ -163,10 +163,10 @@ def test_a_sweep_is_a_comparison_of_its_jobs(tmp_path: Path) -> None:
                                               "rank 4, lr 0.003, seed 0"]  # fmt: skip
     assert subjects[0].varied == {"rank": 4, "lr": 0.001, "seed": 0}
     assert subjects[0].cost == {"seconds": 240.0, "parameters": 4000.0, "bytes": 5.0}
-    told = [SubjectSummary("base", "model", "nano")]
-    told += [SubjectSummary(s.name, s.kind, s.source, s.varied) for s in subjects]
+    summaries = [SubjectSummary("base", "model", "nano")]
+    summaries += [SubjectSummary(s.name, s.kind, s.source, s.varied) for s in subjects]
     gain = MetricInfo("style_gain", "style gain", "higher", "")
-    (found,) = heat_maps(told, [gain], training_values(jobs, subjects))
+    (found,) = heat_maps(summaries, [gain], training_values(jobs, subjects))
     assert (found.row_name, found.column_name) == ("rank", "lr")
     assert list(found.cells) == [(4, 0.001), (4, 0.003), (8, 0.001), (8, 0.003)]
     cell = found.cells[4, 0.001]

@@ -1,4 +1,4 @@
-"""Comparing: adapters go on and off without a trace, and what users write stays text."""
+"""Comparing: adapters are applied and removed without a trace, and what users write is escaped."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_the_new_words_matter_by_themselves(run: tuple[Path, np.ndarray], base: 
     assert list(traces(base)) == before
 
 
-def test_a_lora_file_goes_on_the_base(run: tuple[Path, np.ndarray], models: SubjectLoader) -> None:
+def test_a_lora_file_is_applied_to_the_base(run: tuple[Path, np.ndarray], models: SubjectLoader) -> None:
     (subject,) = read_subjects({"file": str(run[0] / "lora.safetensors")})
     assert (subject.kind, subject.adapters) == ("LoRA", (AdapterFiles(run[0] / "lora.safetensors"),))
     with models.open(subject) as model:
@@ -155,7 +155,7 @@ def test_wrong_subjects_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     save_file({"w": torch.ones(1)}, tmp_path / "other.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     (tmp_path / "last.ckpt").write_bytes(b"")
-    for source, told in [
+    for source, reason in [
         ("empty", "neither a finished run"),
         ("vae_run", "neither a LoRA nor a whole SDXL model"),
         ("lost_run", "the run's lora, .*, is missing"),
@@ -164,7 +164,7 @@ def test_wrong_subjects_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("last.ckpt", "is no .safetensors file; of a run, pass its folder"),
         ("nowhere.safetensors", "there is no such file or folder"),
     ]:
-        with pytest.raises(UserError, match=rf"^subjects\.mine={tmp_path / source}: .*{told}"):
+        with pytest.raises(UserError, match=rf"^subjects\.mine={tmp_path / source}: .*{reason}"):
             read_subjects({"base": "nano", "mine": str(tmp_path / source)})
     monkeypatch.chdir(tmp_path)
     for source in ("empty/typo", "owner/lora.safetensors"):
@@ -179,7 +179,7 @@ def test_wrong_subjects_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reason"),
     [
         (["subjects={base: 3}"], r"subjects\.base=3: must be a valid string"),
         (["subjects={base: nano}", "axes.steps=[0]"], "greater than or equal to 1"),
@@ -191,8 +191,8 @@ def test_wrong_subjects_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["subjects={base: nano}", "sampler=eulr"], "did you mean 'euler'"),
     ],
 )
-def test_the_config_refuses(words: list[str], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_the_config_refuses(words: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
         check(compose("eval", words))
 
 
@@ -243,7 +243,7 @@ def test_a_sweep_becomes_one_comparison(
     words = ["prompts=[a photo of a cat]", "sampler.steps=1", "size=32", f"run_dir={tmp_path / 'out'}"]
     monkeypatch.setattr(sys, "argv", ["eval.py", f"sweep={tmp_path / 'sweep'}", *words])
     command.main()
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(s["name"], s["varied"]) for s in results["subjects"]] == [
         ("base", {}), ("rank 4", {"rank": 4}), ("rank 8", {"rank": 8})
@@ -252,12 +252,12 @@ def test_a_sweep_becomes_one_comparison(
     assert results["figures"]["rank 8"]["style_gain"]["value"] == 0.8
     # Both jobs have the same LoRA: one picture for both.
     assert len(list((tmp_path / "out" / "pictures").iterdir())) == 2
-    assert f"left out: {tmp_path / 'sweep' / '2'} did not finish" in told
-    assert "cannot show a difference in prompt adherence" in told
+    assert f"left out: {tmp_path / 'sweep' / '2'} did not finish" in printed
+    assert "cannot show a difference in prompt adherence" in printed
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "reason"),
     [
         ([], "say what to compare"),
         (["subjects={base: nano}", "reference=nowhere"], "reference=nowhere: no such folder"),
@@ -266,8 +266,8 @@ def test_a_sweep_becomes_one_comparison(
         (["subjects={base: nano}", "size=30"], "both sides must be multiples of"),
     ],
 )
-def test_wrong_commands_are_told_in_a_sentence(
-    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_wrong_commands_have_a_message_of_one_sentence(
+    words: list[str], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     import sdft.evaluation.__main__ as command
 
@@ -277,4 +277,4 @@ def test_wrong_commands_are_told_in_a_sentence(
     assert stopped.value.code == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("error: ")
-    assert told in message
+    assert reason in message

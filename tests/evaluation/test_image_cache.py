@@ -77,7 +77,7 @@ def test_a_cell_is_the_same_alone_and_in_the_grid(models, wanted, tmp_path: Path
     assert np.abs(pixels(whole.path(wanted[3])) - pixels(whole.path(wanted[15]))).max() > 3
 
 
-def test_what_is_there_is_not_drawn_again(models: SubjectLoader, wanted: list[GridCell], tmp_path: Path) -> None:
+def test_cached_images_are_not_generated_again(models: SubjectLoader, wanted: list[GridCell], tmp_path: Path) -> None:
     drawn = gallery(tmp_path / "pictures", models)
     drawn.fill(wanted[:6])
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pictures").iterdir()}
@@ -92,8 +92,8 @@ def test_after_a_full_disk_the_same_pictures_come(models, wanted, tmp_path: Path
     gallery(tmp_path / "whole", models).fill(wanted)
     stopped = gallery(tmp_path / "stopped", models)
     stopped.fill(wanted[:BATCH])
-    told = r"cannot be written to \(File too large\); the images written so far are kept"
-    with pytest.raises(UserError, match=told), full_disk(200):
+    message = r"cannot be written to \(File too large\); the images written so far are kept"
+    with pytest.raises(UserError, match=message), full_disk(200):
         stopped.fill(wanted)
     kept = contents(tmp_path / "stopped")
     assert len(kept) == BATCH
@@ -121,7 +121,7 @@ def test_ranks_share_the_work_and_draw_the_same(models: SubjectLoader, wanted: l
         ({}, ProcessInfo()),
     ],
 )
-def test_the_launcher_says_who_this_is(variables: dict[str, str], expected: ProcessInfo, monkeypatch) -> None:
+def test_ranks_are_those_of_the_launcher(variables: dict[str, str], expected: ProcessInfo, monkeypatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -195,9 +195,9 @@ def test_checkpoints_of_a_run_are_opened_on_one_model(tiny_model, tmp_path: Path
         return opened[-1]
 
     (tmp_path / "checkpoints").mkdir()
-    learned = {name: p.detach() for name, p in trainable_parameters(rebuild(tmp_path))}
-    for step, callbacks in ((50, {"EMA": {"average": {k: v + 1 for k, v in learned.items()}}}), (100, {})):
-        state = {f"model.{name}": value + 2 for name, value in learned.items()}
+    trained = {name: p.detach() for name, p in trainable_parameters(rebuild(tmp_path))}
+    for step, callbacks in ((50, {"EMA": {"average": {k: v + 1 for k, v in trained.items()}}}), (100, {})):
+        state = {f"model.{name}": value + 2 for name, value in trained.items()}
         file = tmp_path / "checkpoints" / f"step_{step:06d}.ckpt"
         torch.save({"state_dict": state, "callbacks": callbacks, "global_step": step}, file)
     run = Subject("run", str(tmp_path), run=tmp_path, num_steps=150)
@@ -206,24 +206,24 @@ def test_checkpoints_of_a_run_are_opened_on_one_model(tiny_model, tmp_path: Path
     for step, added in ((50, 1), (100, 2)):
         with models.open(run, step=step) as model:
             for name, p in trainable_parameters(model):
-                assert torch.equal(p, learned[name] + added)
+                assert torch.equal(p, trained[name] + added)
     assert len(opened) == 2, "one for this test, one for all checkpoints"
     assert models.identity(run, 1.0, 50) != models.identity(run, 1.0, 100)
     torch.save({"state_dict": {}, "callbacks": {}}, tmp_path / "checkpoints" / "step_000120.ckpt")
-    told = r"subjects\.run=.*step_000120\.ckpt holds other parameters"
-    with pytest.raises(UserError, match=told), models.open(run, step=120):
+    message = r"subjects\.run=.*step_000120\.ckpt holds other parameters"
+    with pytest.raises(UserError, match=message), models.open(run, step=120):
         pass
 
 
 def test_wrong_parts_of_a_subject_are_named(lora: Path) -> None:
-    for source, told in [
+    for source, message in [
         ([], "is an empty list"),
         ({"lora": str(lora), "strength": 1}, "strength: a part is"),
         ({"scale": 1}, "needs the path of a LoRA"),
         ({"lora": "nano", "scale": 1}, "is model, not a LoRA"),
         (["nano", "nano"], "has 2 models; blend them"),
     ]:
-        with pytest.raises(UserError, match=rf"^subjects\.mine.*{told}"):
+        with pytest.raises(UserError, match=rf"^subjects\.mine.*{message}"):
             read_subjects({"mine": source})
 
 

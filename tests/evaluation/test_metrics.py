@@ -46,8 +46,8 @@ def inputs(**given) -> MetricInputs:
     return MetricInputs(**given)
 
 
-def mean(figures) -> float:
-    return float(np.nanmean(figures))
+def mean(values) -> float:
+    return float(np.nanmean(values))
 
 
 def blurred(images: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -94,7 +94,7 @@ def test_shuffled_captions_lower_adherence(judge) -> None:
 
 
 def test_the_look_is_nearer_to_itself() -> None:
-    """Through reduced pixels: nano's judge was taught to name subjects, and sees no look."""
+    """Through reduced pixels: nano's judge was trained to name subjects, not styles."""
     eyes = features.Thumbnails(4)
     source, like, unlike = ToyWorld(["dreamy"], 64, "test"), toy("dreamy", 24, "train")[0], toy("photo", 24)[0]
     given = inputs(reference=source)
@@ -205,7 +205,7 @@ def test_sliced_wasserstein_is_that_of_scipy() -> None:
 
 
 def test_a_vision_model_of_transformers_sees_style(tmp_path: Path) -> None:
-    """A tiny Dinov2 that knows nothing; the figure is the mean cosine of its pooled outputs."""
+    """A tiny untrained Dinov2; the metric is the mean cosine of its pooled outputs."""
     config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
     torch.manual_seed(0)
     model = Dinov2Model(config)

@@ -1,6 +1,6 @@
 """The page: what a user wrote stays text, and a real browser opens it from disk and uses all of it.
 
-The pictures are of one colour each, so that a look at the screen tells which one is shown.
+The pictures are of one colour each, so that a pixel of the screen identifies the image.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def picture(folder: Path, subject: str, number: int, prompt: str, seed: int) -> 
 def compared(folder: Path) -> Results:
     """Three subjects, three prompts, two seeds, and one of everything else."""
     asked = list(product(enumerate(COLOURS), PROMPTS, (0, 1)))
-    figures = {"base": (0.30, 0.10), "tuned": (0.29, 0.80), "<b>blend</b>": (0.25, 0.50)}
+    values = {"base": (0.30, 0.10), "tuned": (0.29, 0.80), "<b>blend</b>": (0.25, 0.50)}
     estimates = {
         subject: {
             "adherence": Estimate(adherence, adherence - 0.02, adherence + 0.02),
             "style": Estimate(style, style - 0.05, style + 0.05),
             "drift": Estimate(float("nan")),
         }
-        for subject, (adherence, style) in figures.items()
+        for subject, (adherence, style) in values.items()
     }
     clear = Verdict("tuned", "base", "style", Estimate(0.7, 0.6, 0.8), 0.001, 2.5, 0.1, 6, "tuned has more style.")
     none = Verdict("tuned", "base", "adherence", Estimate(-0.01, -0.03, 0.01), 0.6, -0.1, 0.04, 6, "No difference.")
@@ -217,12 +217,12 @@ def test_pictures_stand_by_prompt_and_subject_and_text_stays_text(open_page, rep
     assert colour_at(page, '.picture[data-index="6"] img', 0.5) == COLOURS["tuned"]
 
 
-def test_figures_verdicts_costs_and_the_front_are_told(open_page, report: Path) -> None:
+def test_metrics_verdicts_costs_and_the_front_are_shown(open_page, report: Path) -> None:
     page = open_page(report)
     rows = page.locator("#figure-table tbody tr").all_inner_texts()
     assert [row.split()[0] for row in rows] == list(COLOURS)
-    told = [("0.300 best", "0.280 to 0.320"), ("0.800 best", "2 min", "1.64 MB", "410 k"), ("0.250", "0.500")]
-    for row, parts in zip(rows, told, strict=True):
+    expected = [("0.300 best", "0.280 to 0.320"), ("0.800 best", "2 min", "1.64 MB", "410 k"), ("0.250", "0.500")]
+    for row, parts in zip(rows, expected, strict=True):
         assert [part for part in parts if part not in row] == []
     assert [row.count("best") for row in rows] == [1, 1, 0]
     page.get_by_role("button", name="style gain").click()
@@ -264,7 +264,7 @@ def test_a_picture_is_enlarged_and_arrows_lead_on(open_page, report: Path) -> No
     assert link == (report.parent / compared(report.parent).pictures[14].path).as_uri()
     page.keyboard.press("Escape")
     assert not large.is_visible()
-    # A dialog tells that it was closed a moment after it is out of sight.
+    # The close event of a dialog comes after it is hidden.
     page.locator('.picture[data-index="14"]:focus').wait_for()
     page.keyboard.press("ArrowUp")
     assert page.evaluate("document.activeElement.dataset.index") == "12"
@@ -325,7 +325,7 @@ def test_a_heat_map_leads_to_its_pictures(open_page, tmp_path: Path) -> None:
     assert page.locator("#grid tbody th").all_text_contents() == ["4", "16"]
     assert page.locator("#grid thead th").all_text_contents() == ["0.0001", "0.001"]
     assert len(shown(page)) == 4
-    # Rank and rate tell the subjects apart; their names would only repeat them.
+    # Rank and learning rate identify the subjects; their names would only repeat them.
     groups = page.locator("#filters > div").evaluate_all("all => all.map(group => group.getAttribute('aria-label'))")
     assert groups == ["Filter by prompt", "Filter by rank", "Filter by optimizer.lr"]
     cells = page.locator(".heat")

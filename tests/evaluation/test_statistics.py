@@ -1,4 +1,4 @@
-"""Verdicts: they do not cry wolf, they see what is there, and they agree with scipy and with hand-worked numbers."""
+"""Verdicts: few false positives, enough power, and agreement with scipy and with hand-worked numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROMPTS, SEEDS = 12, 4
 
 
 def paired(rng: np.random.Generator, shift: float = 0.0, shift_spread: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Two subjects on the same prompts, each under seeds of its own."""
+    """Two subjects on the same prompts, each under different seeds."""
     prompt = rng.normal(0, 1, (PROMPTS, 1))
     a, b = (prompt + rng.normal(0, 0.5, (PROMPTS, SEEDS)) for _ in range(2))
     return (a + shift + rng.normal(0, shift_spread, (PROMPTS, 1))).ravel(), b.ravel()
@@ -89,7 +89,7 @@ def test_a_difference_by_hand() -> None:
     assert sign_flip(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.02)
 
 
-def test_too_few_pairs_say_nothing() -> None:
+def test_too_few_pairs_have_no_test() -> None:
     found = compare(np.ones(5), np.zeros(5), list("abcde"))
     assert (found.p, found.detectable) == (1.0, np.inf)
     assert compare(np.array([np.nan]), np.zeros(1), ["a"]) is None

@@ -74,7 +74,7 @@ def test_our_kohya_file_is_our_diffusers_file_to_diffusers(networks: dict[str, n
 
 
 def test_diffusers_drops_the_magnitudes_of_a_kohya_dora(networks: dict[str, nn.Module]) -> None:
-    """One of the reasons why the conversion is our own; if this fails, diffusers has learned to read them."""
+    """One of the reasons why the conversion is our own; if this fails, diffusers can read them now."""
     lora = lora_of_every_layer(networks, dora=True)
     found = read_by_diffusers(dict(kohya_tensors(lora, None)))
     expected = dict(diffusers_tensors(lora, None))

@@ -1,4 +1,4 @@
-"""Law 4, parity: what is written opens elsewhere and gives the same numbers."""
+"""Parity: exported files open in diffusers and give the same predictions."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ def test_a_saved_lora_does_in_diffusers_what_it_does_here(
     assert [file.name for file in path.parent.iterdir()] == ["lora.safetensors"]
 
 
-def test_a_lora_file_says_its_alpha_and_holds_every_adapter(tiny_model, tmp_path: Path) -> None:
+def test_a_lora_file_has_its_alpha_and_every_adapter(tiny_model, tmp_path: Path) -> None:
     live = tiny_model()
     Adapter(rank=4, alpha=7.0, parts=ALL_PARTS).attach(live)
     write_lora(live, tmp_path / "lora.safetensors")
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:
-        told = json.loads(file.metadata()["lora_adapter_metadata"])
+        config = json.loads(file.metadata()["lora_adapter_metadata"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     for part in ALL_PARTS:
-        assert (told[f"{part}.r"], told[f"{part}.lora_alpha"]) == (4, 7.0)
+        assert (config[f"{part}.r"], config[f"{part}.lora_alpha"]) == (4, 7.0)
         adapters = sum("lora_" in name for name, _ in live.get_submodule(part).named_parameters())
         assert sum(key.startswith(f"{part}.") for key in tensors) == adapters > 0
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}

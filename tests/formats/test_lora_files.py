@@ -95,7 +95,7 @@ def test_there_and_back_is_bit_identical(name: str, dtype, start: str, trained: 
     layouts = ("kohya", "diffusers", "kohya") if start == "kohya" else ("diffusers", "kohya", "diffusers")
     lora = uneven(lora_from_model(trained(name)))
     paths = [tmp_path / f"{i}.safetensors" for i in range(3)]
-    write_lora_file(lora, paths[0], layouts[0], dtype, {"said": "before"})
+    write_lora_file(lora, paths[0], layouts[0], dtype, {"note": "before"})
     for source, target, layout in zip(paths, paths[1:], layouts[1:], strict=False):
         read = read_lora(source, "in")
         write_lora_file(read, target, layout, metadata=read.metadata)
@@ -132,11 +132,11 @@ def test_alphas_of_diffusers_files(tmp_path: Path) -> None:
     """From the metadata; a pattern before the rest; a rank-stabilised alpha as the plain one; else the rank."""
     file = tmp_path / "lora.safetensors"
     tensors = {f"unet.{QUERY[:-1]}{x}.lora_{y}.weight": torch.ones(4, 4) for x in "qk" for y in "AB"}
-    told = {"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_k": 2}}
+    config = {"unet.lora_alpha": 8, "unet.alpha_pattern": {"attn1.to_k": 2}}
     for metadata, alphas in [
         ({}, [4.0, 4.0]),
-        ({"lora_adapter_metadata": json.dumps(told)}, [8.0, 2.0]),
-        ({"lora_adapter_metadata": json.dumps(told | {"unet.use_rslora": True})}, [16.0, 4.0]),
+        ({"lora_adapter_metadata": json.dumps(config)}, [8.0, 2.0]),
+        ({"lora_adapter_metadata": json.dumps(config | {"unet.use_rslora": True})}, [16.0, 4.0]),
     ]:
         save_file(tensors, file, metadata)
         read = read_lora(file, "in").layers
@@ -159,7 +159,7 @@ def test_older_names_are_read(tmp_path: Path) -> None:
 
 
 def test_a_lokr_of_two_whole_matrices_is_not_scaled_in_files(trained: Callable, tmp_path: Path) -> None:
-    """LyCORIS and ComfyUI take it as it is, whatever alpha says; peft does not."""
+    """LyCORIS and ComfyUI take it as it is, whatever alpha is; peft does not."""
     live = trained("lokr")
     write_lora(live, tmp_path / "lora.safetensors", torch.float32, "kohya")
     tensors = load_file(tmp_path / "lora.safetensors")
@@ -170,15 +170,15 @@ def test_a_lokr_of_two_whole_matrices_is_not_scaled_in_files(trained: Callable, 
 
 
 def test_what_kohyas_metadata_say(trained: Callable) -> None:
-    def told(lora: LoraFile) -> list[str]:
+    def network(lora: LoraFile) -> list[str]:
         return [network_metadata(lora)[f"ss_network_{what}"] for what in ("module", "dim", "alpha")]
 
-    assert told(lora_from_model(trained("locon"))) == ["networks.lora", "3", "7"]
-    assert told(lora_from_model(trained("loha"))) == ["lycoris.kohya", "3", "7"]
-    assert told(uneven(lora_from_model(trained("lora")))) == ["networks.lora", "Dynamic", "Dynamic"]
+    assert network(lora_from_model(trained("locon"))) == ["networks.lora", "3", "7"]
+    assert network(lora_from_model(trained("loha"))) == ["lycoris.kohya", "3", "7"]
+    assert network(uneven(lora_from_model(trained("lora")))) == ["networks.lora", "Dynamic", "Dynamic"]
 
 
-def test_a_file_has_the_mode_that_the_umask_says_and_nothing_lies_beside_it(trained: Callable, tmp_path: Path) -> None:
+def test_a_file_has_the_mode_of_the_umask_and_no_temporary_file_remains(trained: Callable, tmp_path: Path) -> None:
     umask = os.umask(0o022)
     try:
         write_lora(trained("lora"), tmp_path / "new" / "lora.safetensors")
@@ -230,9 +230,9 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_file_gets_one_clear_line(name: str, tmp_path: Path) -> None:
-    shapes, told = BAD[name]
+    shapes, message = BAD[name]
     save_file({key: torch.ones(shape) for key, shape in shapes.items()}, tmp_path / "bad.safetensors")
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         read_lora(tmp_path / "bad.safetensors", "in=bad.safetensors")
     assert str(caught.value).startswith("in=bad.safetensors: ")
     assert "\n" not in str(caught.value)

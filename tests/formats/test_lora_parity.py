@@ -136,7 +136,7 @@ def pipeline_of(model: SDXL) -> StableDiffusionXLPipeline:
 
 @torch.no_grad()
 def outputs(model: SDXL) -> dict[str, Tensor]:
-    """What the encoders say, and the latents of a picture of three steps."""
+    """The outputs of the encoders, and the latents of a picture of three steps."""
     context, pooled = model.encode_prompts(["a red cat"])
     drawn = pipeline_of(model)(
         "a red cat",
@@ -165,7 +165,7 @@ def assert_same(
 def test_both_files_do_in_diffusers_what_the_formula_does(
     name: str, layout: str, nano: SDXL, trained: Callable, expected: Callable, before: dict, tmp_path: Path
 ) -> None:
-    """alpha is 7 and the rank 3: a file that says alpha = rank, or misnames a layer, gives another picture."""
+    """alpha is 7 and the rank 3: a file with alpha = rank, or misnames a layer, gives another picture."""
     write_lora(trained(name), tmp_path / "lora.safetensors", torch.float32, layout)
     other = copy.deepcopy(nano)
     pipeline_of(other).load_lora_weights(str(tmp_path / "lora.safetensors"))
@@ -273,7 +273,7 @@ def test_a_lora_of_another_size_is_refused_without_a_trace(nano: SDXL, tmp_path:
     down, up = (f"{KOHYA_QUERY}.lora_{way}.weight" for way in ("down", "up"))
     save_file({down: torch.ones(2, 640), up: torch.ones(640, 2)}, tmp_path / "lora.safetensors")
     before = [(key, id(module)) for key, module in nano.named_modules()]
-    told = rf"^x: the LoRA does not fit .*1 of 1 layers, for example unet/{QUERY} changes 640 x 640 .* has 96 x 96"
-    with pytest.raises(UserError, match=told), with_lora(nano, tmp_path / "lora.safetensors", "x"):
+    message = rf"^x: the LoRA does not fit .*1 of 1 layers, for example unet/{QUERY} changes 640 x 640 .* has 96 x 96"
+    with pytest.raises(UserError, match=message), with_lora(nano, tmp_path / "lora.safetensors", "x"):
         pass
     assert [(key, id(module)) for key, module in nano.named_modules()] == before

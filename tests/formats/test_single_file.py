@@ -93,14 +93,14 @@ def test_pooled_is_openclips_formula_on_the_single_file(single: Path) -> None:
     assert not torch.allclose(pooled_BP, forgotten, atol=1e-2)
 
 
-def test_the_file_says_what_it_is(single: Path) -> None:
+def test_the_metadata_describes_the_file(single: Path) -> None:
     with safe_open(single, framework="pt") as file:
-        said = file.metadata()
-    assert said["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
-    assert said["modelspec.sai_model_spec"] == "1.0.1"
-    assert said["modelspec.prediction_type"] == "epsilon"
-    assert said["modelspec.hash_sha256"].startswith("0x")
-    assert set(said["modelspec.hash_sha256"][2:]) != {"0"}
+        metadata = file.metadata()
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+    assert metadata["modelspec.sai_model_spec"] == "1.0.1"
+    assert metadata["modelspec.prediction_type"] == "epsilon"
+    assert metadata["modelspec.hash_sha256"].startswith("0x")
+    assert set(metadata["modelspec.hash_sha256"][2:]) != {"0"}
 
 
 def test_the_hash_is_that_of_the_tensors_bytes(single: Path) -> None:
@@ -126,8 +126,8 @@ def test_a_v_prediction_model_is_recognised_in_every_format(tmp_path: Path) -> N
         assert (config.prediction_type, config.rescale_betas_zero_snr) == ("v_prediction", True)
         assert config.timestep_spacing == "trailing"
     tensors = {name: tensor for name, tensor in load_file(file).items() if name not in ("v_pred", "ztsnr")}
-    save_file(tensors, tmp_path / "said.safetensors", metadata={"modelspec.prediction_type": "v"})
-    assert pretrained(str(tmp_path / "said.safetensors")).scheduler.config.prediction_type == "v_prediction"
+    save_file(tensors, tmp_path / "named.safetensors", metadata={"modelspec.prediction_type": "v"})
+    assert pretrained(str(tmp_path / "named.safetensors")).scheduler.config.prediction_type == "v_prediction"
     save_file(tensors, tmp_path / "silent.safetensors")
     assert pretrained(str(tmp_path / "silent.safetensors")).scheduler.config.prediction_type == "epsilon"
 
@@ -144,7 +144,7 @@ def test_a_pickle_is_converted_only_on_request(single: Path, tmp_path: Path) -> 
     same_weights(single, tmp_path / "new.safetensors")
 
 
-def test_the_command_converts_and_says_where(single: Path, python: WarmPython, tmp_path: Path) -> None:
+def test_the_command_converts_and_prints_the_path(single: Path, python: WarmPython, tmp_path: Path) -> None:
     words = [f"in={single}", f"out={tmp_path / 'folder'}", "to=folder", "config=nano"]
     done = python.complete(["-m", "sdft.formats", *words], tmp_path)
     assert done.returncode == 0, done.stderr

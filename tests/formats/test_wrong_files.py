@@ -1,4 +1,4 @@
-"""Bad input to `python -m sdft.formats`: one line that says what is wrong and what to do; nothing is overwritten."""
+"""Bad input to `python -m sdft.formats`: one line with the error and the remedy; nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ WORDS = {
 }
 
 
-def fails(words: list[str], said: list[str], monkeypatch, capsys) -> str:
+def fails(words: list[str], parts: list[str], monkeypatch, capsys) -> str:
     main = importlib.import_module("sdft.formats.__main__").main
     monkeypatch.setattr("sys.argv", ["sdft.formats", *words])
     with pytest.raises(SystemExit) as exit_:
@@ -144,31 +144,31 @@ def fails(words: list[str], said: list[str], monkeypatch, capsys) -> str:
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
-    told = error[error.index("error: ") :]
-    for part in said:
-        assert part in told
-    return told
+    message = error[error.index("error: ") :]
+    for part in parts:
+        assert part in message
+    return message
 
 
 @pytest.mark.parametrize("case", FILES)
 def test_a_bad_file_is_named_and_nothing_is_written(case: str, single: Path, tmp_path, monkeypatch, capsys) -> None:
-    make, to, said = FILES[case]
+    make, to, parts = FILES[case]
     source = make(single, tmp_path)
     out = tmp_path / ("out" if to == "folder" else "out.safetensors")
     before = sorted(os.listdir(tmp_path))
-    fails([f"in={source}", f"out={out}", f"to={to}", "config=nano"], said, monkeypatch, capsys)
+    fails([f"in={source}", f"out={out}", f"to={to}", "config=nano"], parts, monkeypatch, capsys)
     assert sorted(os.listdir(tmp_path)) == before
 
 
 @pytest.mark.parametrize("case", WORDS)
 def test_a_bad_command_is_answered_and_nothing_is_lost(case: str, single: Path, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "there.safetensors").write_bytes(KEPT)
-    words, said = WORDS[case]
+    words, parts = WORDS[case]
     words = [word.format(tmp=tmp_path, nano=NANO) for word in words]
     given = {word.partition("=")[0] for word in words}
     usual = {"in": str(single), "out": str(tmp_path / "out"), "config": "nano"}
     words += [f"{key}={value}" for key, value in usual.items() if key not in given]
-    fails(words, said, monkeypatch, capsys)
+    fails(words, parts, monkeypatch, capsys)
     assert os.listdir(tmp_path) == ["there.safetensors"]
     assert (tmp_path / "there.safetensors").read_bytes() == KEPT
     assert not (NANO / "model").exists()

@@ -54,7 +54,7 @@ def write(path: Path, **layers: Layer) -> Path:
 
 def run(method: Callable, inputs: dict, out: Path, numbers: dict | None = None, **options) -> Path:
     named = {key: [*map(str, x)] if isinstance(x, list) else str(x) for key, x in inputs.items()}
-    run.told = list(merge({"merged": Step(method, named, numbers or {})}, str(out), **options))  # type: ignore[attr-defined]
+    run.lines = list(merge({"merged": Step(method, named, numbers or {})}, str(out), **options))  # type: ignore[attr-defined]
     return out
 
 
@@ -124,8 +124,8 @@ def test_a_resized_lora_is_the_nearest_of_its_rank(kind: str, tmp_path: Path) ->
     missed = float(singular[1:].square().sum().sqrt())
     assert float((found - lora_delta(layer)).norm()) == pytest.approx(missed, rel=1e-3)
     with safe_open(out, framework="pt") as opened:
-        told = json.loads(opened.metadata()["sdft.missed"])
-    assert told == {f"unet/{LAYER}": pytest.approx(missed / float(singular.norm()), abs=1e-4)}
+        errors = json.loads(opened.metadata()["sdft.missed"])
+    assert errors == {f"unet/{LAYER}": pytest.approx(missed / float(singular.norm()), abs=1e-4)}
 
 
 def test_extract_then_bake_is_the_tuned_model(model: Model, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_extract_then_bake_is_the_tuned_model(model: Model, tmp_path: Path) -> N
     a, b = model("tuned", **tuned), model("base", 0)
     lora = run(methods.difference, {"a": a, "b": b}, tmp_path / "l.safetensors", rank=2, dtype="fp32")
     assert {f"{name}.weight" for name in read_lora(lora, "l").layers} == set(changed)
-    assert "1 changed weights cannot be stored in a LoRA and are left out, such as unet/conv_in.bias" in run.told  # type: ignore[attr-defined]
+    assert "1 changed weights cannot be stored in a LoRA and are left out, such as unet/conv_in.bias" in run.lines  # type: ignore[attr-defined]
     back = read(run(methods.add, {"base": b, "delta": lora}, tmp_path / "back"))
     assert all(torch.allclose(back[name], tuned[name], atol=1e-5) for name in changed)
     assert torch.equal(back[LONG], base[LONG])

@@ -121,36 +121,36 @@ def refused(
             main()
         assert stopped.value.code == 2
         assert sorted(tmp_path.iterdir()) == before
-        told = capsys.readouterr().err
-        assert told.startswith("error: ")
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
         # Weights that do not fit each other are listed, one a line.
-        assert told.count("\n") == 1 or "the inputs differ in 1 weights" in told
-        return told
+        assert message.count("\n") == 1 or "the inputs differ in 1 weights" in message
+        return message
 
     return error_of
 
 
-@pytest.mark.parametrize(("line", "told"), LINES, ids=[line for line, _ in LINES])
-def test_a_wrong_command(line: str, told: str, files: dict[str, Path], refused: Callable) -> None:
+@pytest.mark.parametrize(("line", "message"), LINES, ids=[line for line, _ in LINES])
+def test_a_wrong_command(line: str, message: str, files: dict[str, Path], refused: Callable) -> None:
     words = [word.strip("'") for word in line.format(**files).replace(": ", ":").split()]
     words += [] if "out=" in line else ["out=x"]
-    assert told.format(**files) in refused(words)
+    assert message.format(**files) in refused(words)
 
 
-@pytest.mark.parametrize(("recipe", "told"), RECIPES, ids=[recipe for recipe, _ in RECIPES])
-def test_a_wrong_recipe(recipe: str, told: str, files: dict[str, Path], refused: Callable, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "message"), RECIPES, ids=[recipe for recipe, _ in RECIPES])
+def test_a_wrong_recipe(recipe: str, message: str, files: dict[str, Path], refused: Callable, tmp_path: Path) -> None:
     for letter, name in {": A": "a", ": B": "b", ": L": "lora", "[B]": "b"}.items():
         path = f": {files[name]}" if letter[0] == ":" else f"[{files[name]}]"
         recipe = recipe.replace(letter, path)
     (tmp_path / "recipe.yaml").write_text(recipe)
-    assert told in refused(["merge=recipe", "file=recipe.yaml", "out=x"])
+    assert message in refused(["merge=recipe", "file=recipe.yaml", "out=x"])
 
 
 def test_a_number_that_the_recipe_does_not_have(files: dict[str, Path], refused: Callable, tmp_path: Path) -> None:
     steps = f"steps: {{x: {{method: slerp, a: {files['a']}, b: {files['b']}, alpha: '${{numbers.alpha}}'}}}}"
     (tmp_path / "recipe.yaml").write_text(f"numbers: {{alpha: 0.1}}\n{steps}")
-    told = refused(["merge=recipe", "file=recipe.yaml", "out=x", "+numbers.alhpa=0.3"])
-    assert "numbers.alhpa: recipe.yaml has no such number; did you mean 'alpha'?" in told
+    message = refused(["merge=recipe", "file=recipe.yaml", "out=x", "+numbers.alhpa=0.3"])
+    assert "numbers.alhpa: recipe.yaml has no such number; did you mean 'alpha'?" in message
 
 
 def test_a_recipe_that_is_not_there(refused: Callable) -> None:

@@ -69,8 +69,8 @@ def test_every_tensor_is_forgotten_once_where_memory_is_short(
     list(merge(step, str(tmp_path / "forgotten")))
     views = [view for one in (a, b, c) for view in open_source("in", str(one)).checkpoint.weights.values()]
     assert sorted(gone, key=str) == sorted({view.stored for view in views}, key=str)
-    kept, anew = (read(tmp_path / name) for name in ("kept", "forgotten"))
-    assert all(torch.equal(kept[name], anew[name]) for name in kept)
+    kept, reread = (read(tmp_path / name) for name in ("kept", "forgotten"))
+    assert all(torch.equal(kept[name], reread[name]) for name in kept)
 
 
 def test_nothing_is_forgotten_where_memory_holds_all(
@@ -116,11 +116,11 @@ def test_a_hash_is_little_ahead_of_what_was_read(
     sha256 = MappedFile.sha256
 
     def note(mapped: MappedFile, on_progress: Callable[[int], object]) -> str:
-        def told(end: int) -> None:
+        def note_progress(end: int) -> None:
             lead.append(end - next(file.num_released for file in files if file.mapped is mapped))
             on_progress(end)
 
-        return sha256(mapped, told)
+        return sha256(mapped, note_progress)
 
     monkeypatch.setattr(MappedFile, "sha256", note)
     source = open_source("a", str(model("a")))
@@ -130,7 +130,7 @@ def test_a_hash_is_little_ahead_of_what_was_read(
             found.release(weight)
         assert all(len(found.hash_of(file)) == 64 for file in source.files)
     assert max(lead) <= 4 * 2**12
-    assert max(file.num_hashed for file in files) > 8 * 2**12, "the files are too small to tell"
+    assert max(file.num_hashed for file in files) > 8 * 2**12, "the files are too small for this test"
 
 
 def test_after_an_error_no_hash_goes_on(

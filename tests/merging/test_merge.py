@@ -109,11 +109,11 @@ def test_the_recipe_and_the_hashes_are_in_the_file(model: Model, as_file: Callab
     out = run(methods.weighted_sum, {"a": a, "b": as_file(b)}, tmp_path / "out.safetensors", {"alpha": 0.25})
     with safe_open(out, framework="pt") as file:
         metadata = file.metadata()
-    told = json.loads(metadata["sdft.merge"])
+    recorded = json.loads(metadata["sdft.merge"])
     expected = {"method": "weighted_sum", "a": "a", "b": "b.safetensors", "alpha": 0.25}
-    assert told["steps"] == {"merged": expected}
-    assert told["inputs"]["a"][UNET] == hashlib.sha256((a / UNET).read_bytes()).hexdigest()
-    assert told["inputs"]["b.safetensors"] == {"b.safetensors": digests(b.with_suffix(".safetensors"))["."]}
+    assert recorded["steps"] == {"merged": expected}
+    assert recorded["inputs"]["a"][UNET] == hashlib.sha256((a / UNET).read_bytes()).hexdigest()
+    assert recorded["inputs"]["b.safetensors"] == {"b.safetensors": digests(b.with_suffix(".safetensors"))["."]}
     assert metadata["modelspec.merged_from"] == "a, b.safetensors"
 
 
@@ -212,8 +212,8 @@ def test_a_dry_run_reads_headers_alone(model: Model, tmp_path: Path) -> None:
 
 def test_nan_is_refused_and_leaves_nothing(model: Model, tmp_path: Path) -> None:
     a, b = model("a", 0), model("b", 1, **{"unet/conv_in.bias": torch.tensor([float("nan")] * 6)})
-    told = rf"unet/conv_in.bias: b={b} is damaged, it holds NaN or infinity there; nothing is written"
-    with pytest.raises(UserError, match=told):
+    message = rf"unet/conv_in.bias: b={b} is damaged, it holds NaN or infinity there; nothing is written"
+    with pytest.raises(UserError, match=message):
         run(methods.weighted_sum, {"a": a, "b": b}, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
@@ -275,8 +275,8 @@ def test_every_weight_that_does_not_fit_is_named(model: Model, tmp_path: Path) -
     b = model("b", 1, **{"unet/conv_in.bias": torch.ones(7)})
     with pytest.raises(UserError) as caught:
         run(methods.weighted_sum, {"a": a, "b": b}, tmp_path / "out")
-    told, *lines = str(caught.value).splitlines()
-    assert told == "the inputs differ in 2 weights, so they cannot be merged:"
+    first, *lines = str(caught.value).splitlines()
+    assert first == "the inputs differ in 2 weights, so they cannot be merged:"
     assert lines == [
         f"  only in a={a}: unet/conv_norm_out.bias",
         f"  unet/conv_in.bias: [6] in a={a}, [7] in b={b}",
@@ -291,9 +291,9 @@ def test_the_command(
     monkeypatch.setattr(sys, "argv", ["sdft.merging", *words])
     main()
     assert torch.allclose(read(tmp_path / "out")[LONG], torch.lerp(tensors_of(0)[LONG], tensors_of(1)[LONG], 0.25))
-    told = capsys.readouterr().out
-    assert "alpha=0.25" in told
-    assert f"python eval.py subjects='{{a: {a}, b: {b}, merged: {tmp_path / 'out'}}}'" in told
+    printed = capsys.readouterr().out
+    assert "alpha=0.25" in printed
+    assert f"python eval.py subjects='{{a: {a}, b: {b}, merged: {tmp_path / 'out'}}}'" in printed
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2

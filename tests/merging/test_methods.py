@@ -252,7 +252,7 @@ def test_a_turn_is_orthogonal_and_no_other_comes_nearer() -> None:
     assert np.allclose(q.numpy(), u @ v, atol=1e-4)
 
 
-def test_every_method_says_what_it_takes_and_gives() -> None:
+def test_every_method_annotates_its_arguments_and_result() -> None:
     assert signature_of(methods.add).inputs["delta"].kind == Kind.DELTA
     assert signature_of(methods.difference).result == Kind.DELTA
     assert all(signature_of(method).inputs for method in METHODS.values())

@@ -1,4 +1,4 @@
-"""What runs leave goes into merges, what merges leave goes on: run folders, the way between two, extracted LoRAs."""
+"""Outputs of runs are merged, and merges are trained further: run folders, the way between two, extracted LoRAs."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_an_extracted_lora_draws_the_tuned_models_pictures(tmp_path: Path) -> No
 
 
 def test_a_full_fine_tune_as_a_lora_draws_nearly_its_pictures(tmp_path: Path) -> None:
-    """nano's whole UNet learns to paint greys: of full rank everywhere, and in biases and norms, which a LoRA lacks."""
+    """nano's UNet is trained on grey images: of full rank everywhere, and in biases and norms, which a LoRA lacks."""
     prompts = ["a photo of a cat", "a castle at night"]
     model = pretrained("nano")
     base = drawn(model, prompts)

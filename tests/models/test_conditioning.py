@@ -1,4 +1,4 @@
-"""What the UNet is told in training is what diffusers tells it in sampling: context, pooled vector, sizes and crops."""
+"""The UNet's conditioning in training is that of diffusers in sampling: context, pooled vector, sizes and crops."""
 
 from __future__ import annotations
 
@@ -122,18 +122,18 @@ def test_a_dropped_caption_is_the_absent_negative_prompt(empty_prompt: str) -> N
 
 @torch.no_grad()
 @pytest.mark.parametrize("empty_prompt", ["zeros", "empty"])
-def test_one_encoder_can_be_told_nothing(empty_prompt: str) -> None:
+def test_one_encoder_can_have_the_empty_prompt(empty_prompt: str) -> None:
     """Of the 128 channels of the context the first gives 48; the second gives the others and the pooled vector."""
     model = pretrained("nano", empty_prompt=empty_prompt)
     batch = fake_batch([(64, 64, 0, 0, 64, 64)] * 2)
-    said, nothing = model.condition(batch), model.condition(fake_batch([(64, 64, 0, 0, 64, 64)] * 2, dropped=(0, 1)))
+    encoded, nothing = model.condition(batch), model.condition(fake_batch([(64, 64, 0, 0, 64, 64)] * 2, dropped=(0, 1)))
     batch.dropped_BE = torch.tensor([[True, False], [False, True]])
     cond = model.condition(batch)
-    first = torch.cat([nothing.context_BLD[0, :, :48], said.context_BLD[0, :, 48:]], dim=-1)
-    second = torch.cat([said.context_BLD[1, :, :48], nothing.context_BLD[1, :, 48:]], dim=-1)
+    first = torch.cat([nothing.context_BLD[0, :, :48], encoded.context_BLD[0, :, 48:]], dim=-1)
+    second = torch.cat([encoded.context_BLD[1, :, :48], nothing.context_BLD[1, :, 48:]], dim=-1)
     torch.testing.assert_close(cond.context_BLD, torch.stack([first, second]), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(cond.pooled_BP, torch.stack([said.pooled_BP[0], nothing.pooled_BP[1]]))
-    assert not torch.equal(said.context_BLD, nothing.context_BLD)
+    torch.testing.assert_close(cond.pooled_BP, torch.stack([encoded.pooled_BP[0], nothing.pooled_BP[1]]))
+    assert not torch.equal(encoded.context_BLD, nothing.context_BLD)
 
 
 def test_the_two_encoders_are_padded_differently(nano: SDXL) -> None:

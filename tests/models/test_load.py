@@ -79,13 +79,13 @@ def test_all_that_does_not_fit_is_named_and_nothing_is_loaded(single: Path, tmp_
     save_file(tensors, tmp_path / "bad.safetensors")
     with pytest.raises(UserError) as raised:
         pretrained(str(tmp_path / "bad.safetensors"))
-    said = str(raised.value)
-    assert "6 weights do not fit" in said
-    assert "missing: unet/down_blocks.1.attentions.0.proj_in.bias" in said
+    message = str(raised.value)
+    assert "6 weights do not fit" in message
+    assert "missing: unet/down_blocks.1.attentions.0.proj_in.bias" in message
     for x in "qkv":
-        assert f"missing: text_encoder_2/text_model.encoder.layers.0.self_attn.{x}_proj.bias" in said
-    assert f"unexpected: {PREFIXES['unet']}extra.weight" in said
-    assert "of another shape: vae/decoder.conv_out.weight is [3, 16, 3, 3], must be [3, 32, 3, 3]" in said
+        assert f"missing: text_encoder_2/text_model.encoder.layers.0.self_attn.{x}_proj.bias" in message
+    assert f"unexpected: {PREFIXES['unet']}extra.weight" in message
+    assert "of another shape: vae/decoder.conv_out.weight is [3, 16, 3, 3], must be [3, 32, 3, 3]" in message
 
 
 def test_a_folder_is_read_as_strictly(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_folder_is_read_as_strictly(tmp_path: Path) -> None:
 
 
 def test_encoder_1_is_read_under_both_of_its_names(tmp_path: Path) -> None:
-    """Folders on the Hub say `text_model.`; what transformers 5 saves does not."""
+    """Keys of folders on the Hub start with `text_model.`; those that transformers 5 saves do not."""
     shutil.copytree(NANO, tmp_path / "model")
     file = tmp_path / "model" / "text_encoder" / "model.safetensors"
     tensors = {name.removeprefix("text_model."): tensor for name, tensor in load_file(file).items()}

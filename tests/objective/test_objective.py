@@ -1,4 +1,4 @@
-"""The numbers of the objective: schedule, weights, timestep laws, and one step against a plain recomputation."""
+"""The objective: noise schedule, weights, timestep distributions, and one step against a plain recomputation."""
 
 from __future__ import annotations
 
@@ -295,8 +295,8 @@ def noised(
 
 def plain_loss(model: SDXL, unet, batch: Batch, objective: Denoising) -> torch.Tensor:
     """The loss of a batch in which one caption is dropped, with no line of sdft but the seeds of its streams."""
-    law = objective.timesteps
-    settings = (4, objective.offset_noise, law.low, law.high, objective.zero_terminal_snr)
+    timesteps = objective.timesteps
+    settings = (4, objective.offset_noise, timesteps.low, timesteps.high, objective.zero_terminal_snr)
     z_t, t, eps, a, s, z0, snr = noised(model, batch, *settings)
     hidden = []
     for tok, encoder in ((model.tokenizer, model.text_encoder), (model.tokenizer_2, model.text_encoder_2)):

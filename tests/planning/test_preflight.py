@@ -1,4 +1,4 @@
-"""dry_run=true: what a run would be and need, worked out by hand or against the same step on real numbers."""
+"""dry_run=true: the memory and FLOPs of a run, against values computed by hand or measured in a real step."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def setting(tiny_model, tiny_source):
     return build
 
 
-def test_the_ledger_counts_what_lives_and_what_is_multiplied() -> None:
+def test_the_tracker_counts_live_bytes_and_flops() -> None:
     known = torch.nn.Linear(4, 4)
     with AllocationTracker(known) as ledger:
         a = torch.zeros(256)  # 1024 bytes
@@ -74,14 +74,14 @@ def test_weights_gradients_states_and_average_by_hand(setting) -> None:
     ids = 2 * 77 * 8  # the one buffer of each encoder
     assert found.weights == whole + ids
     assert (found.gradients, found.states, found.average) == (unet, 2 * unet, unet)
-    divided = memory_needs(*setting(Full()), PLAIN.__class__(**{**PLAIN.__dict__, "num_shards": 2}), num_averages=1)
-    assert divided.states == unet
-    assert divided.step == found.step, "activations are not divided"
+    sharded = memory_needs(*setting(Full()), PLAIN.__class__(**{**PLAIN.__dict__, "num_shards": 2}), num_averages=1)
+    assert sharded.states == unet
+    assert sharded.step == found.step, "activations are not sharded"
 
 
 @pytest.mark.parametrize("tuning", [Full, partial(Adapter, rank=2)], ids=["full", "lora"])
-def test_the_played_step_needs_what_the_real_one_does(tuning, setting) -> None:
-    played = memory_needs(*setting(tuning()), PLAIN, num_averages=0)
+def test_the_traced_step_needs_what_the_real_one_does(tuning, setting) -> None:
+    traced = memory_needs(*setting(tuning()), PLAIN, num_averages=0)
     module, data = setting(tuning(), on_meta=False)
     for _, parameter in trainable_parameters(module.model):
         parameter.grad = torch.zeros_like(parameter)
@@ -92,8 +92,8 @@ def test_the_played_step_needs_what_the_real_one_does(tuning, setting) -> None:
         loss = report.per_sample_B.mean()
         del report
         loss.backward()
-    assert played.step == pytest.approx(ledger.peak, rel=0.05)
-    assert played.flops == pytest.approx(ledger.flops, rel=0.02)
+    assert traced.step == pytest.approx(ledger.peak, rel=0.05)
+    assert traced.flops == pytest.approx(ledger.flops, rel=0.02)
 
 
 def test_checkpointing_trades_flops_for_memory(setting) -> None:
@@ -102,12 +102,12 @@ def test_checkpointing_trades_flops_for_memory(setting) -> None:
     assert recomputed.flops > plain.flops
 
 
-def test_what_does_not_fit_is_refused_with_what_helps(setting) -> None:
+def test_a_run_that_does_not_fit_is_an_error_with_remedies(setting) -> None:
     module, data = setting(Full())
-    with pytest.raises(UserError, match=r"needs 1\.\d GiB on each GPU and there are 1\.0; set ") as said:
+    with pytest.raises(UserError, match=r"needs 1\.\d GiB on each GPU and there are 1\.0; set ") as raised:
         Preflight(memory=1.0, tflops=1.0)(module, data, PLAIN, 1)
     remedies = ["model.gradient_checkpointing=true", "text_encoder: bf16, text_encoder_2: bf16", "data.batch_size=1"]
-    assert all(remedy in str(said.value) for remedy in [*remedies, "tuning=lora_unet", "strategy=fsdp"])
+    assert all(remedy in str(raised.value) for remedy in [*remedies, "tuning=lora_unet", "strategy=fsdp"])
 
 
 def test_a_step_larger_than_the_data_is_refused(setting) -> None:
@@ -124,13 +124,13 @@ def dry(monkeypatch, capsys, *words: str) -> str:
     return capsys.readouterr().out
 
 
-def test_a_dry_run_tells_and_leaves_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    said = dry(monkeypatch, capsys, "experiment=dreamy_style", "trainer.devices=2", "trainer.accelerator=cpu")
-    assert "trains unet: 292,864 of 7,862,891 parameters (3.72%)" in said
-    assert "effective batch 32 (16 x 1 accumulated x 2 devices), 240 steps = 160.0 passes over 48 images" in said
-    assert "memory of each device" in said
-    assert "time of the run" in said
+    printed = dry(monkeypatch, capsys, "experiment=dreamy_style", "trainer.devices=2", "trainer.accelerator=cpu")
+    assert "trains unet: 292,864 of 7,862,891 parameters (3.72%)" in printed
+    assert "effective batch 32 (16 x 1 accumulated x 2 devices), 240 steps = 160.0 passes over 48 images" in printed
+    assert "memory of each device" in printed
+    assert "time of the run" in printed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -139,18 +139,18 @@ def test_sdxl_is_planned_without_its_weights(tmp_path: Path, monkeypatch, capsys
     """The real UNet has 2,567,463,684 parameters; a forward pass at 1024 px is about 6 TFLOP."""
     monkeypatch.chdir(tmp_path)
     words = ["model=sdxl", "data=toy", "size=1024", "preflight.memory=24", "preflight.tflops=800"]
-    said = dry(monkeypatch, capsys, *words)
-    (unet,) = [line for line in said.splitlines() if line.startswith("  unet ")]
+    printed = dry(monkeypatch, capsys, *words)
+    (unet,) = [line for line in printed.splitlines() if line.startswith("  unet ")]
     adapters = int(unet.split(",", 3)[-1].split("trainable")[0].strip().replace(",", "").split()[-1])
     assert int(unet.split()[1].replace(",", "")) - adapters == 2_567_463_684
     assert list(tmp_path.iterdir()) == []
-    (time,) = [line for line in said.splitlines() if "time of a step" in line]
+    (time,) = [line for line in printed.splitlines() if "time of a step" in line]
     assert 4 * 18 < float(time.split(" TFLOP at")[0].split("= ")[1]) < 4 * 26, "4 accumulated, recomputed"
 
 
 def test_the_jobs_of_a_sweep_are_listed(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    said = dry(monkeypatch, capsys, "-m", "rank=4,8", "seed=0,1")
-    assert "job 2: dry_run=True rank=8 seed=0" in said
-    assert "sbatch --array=0-3" in said
+    printed = dry(monkeypatch, capsys, "-m", "rank=4,8", "seed=0,1")
+    assert "job 2: dry_run=True rank=8 seed=0" in printed
+    assert "sbatch --array=0-3" in printed
     assert list(tmp_path.iterdir()) == []

@@ -70,7 +70,7 @@ def test_every_sampler_finds_what_a_perfect_model_knows(name: str, prediction: s
     assert largest_difference(pictures, np.repeat(known, 2, axis=0)) <= 3
 
 
-def test_a_sampler_that_cannot_take_so_many_steps_says_so(model: SDXL) -> None:
+def test_too_many_steps_for_a_sampler_are_an_error(model: SDXL) -> None:
     with pytest.raises(UserError, match=r"sampler\.steps=2000: lcm cannot do that"):
         generate(model, PROMPTS[:1], [0], Sampler("lcm", 2000), SIZE_HW)
 
@@ -135,10 +135,10 @@ def test_the_model_is_left_as_it_was(tiny_model) -> None:
     ],
 )
 def test_parity_with_the_pipeline_of_diffusers(name: str, settings: dict, empty_prompt: str, tiny_model) -> None:
-    """Law 4: from the same noise, the same picture within one step of a byte; at least 99 % of them are equal.
+    """From the same noise, the same picture within one step of a byte; at least 99 % of them are equal.
 
-    Without a negative prompt diffusers takes zeros when the model says so (`force_zeros_for_empty_prompt`), and the
-    encoded empty string otherwise: our `zeros` and `empty`.
+    Without a negative prompt diffusers takes zeros with `force_zeros_for_empty_prompt` in its config, and the encoded
+    empty string otherwise: our `zeros` and `empty`.
     """
     model, sampler, seeds = tiny_model(empty_prompt=empty_prompt), Sampler(name, 5, **settings), [3, 8]
     ours = generate(model, PROMPTS[:2], seeds, sampler, SIZE_HW)

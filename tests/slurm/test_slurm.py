@@ -35,7 +35,7 @@ WHY_NOT = (
     else "" if os.geteuid() == 0 else "the emulated nodes are started by root"
 )  # fmt: skip
 LIMIT = 600
-"""Seconds for all jobs together, which take about a hundred: a job that hangs is told of, with its log."""
+"""Seconds for all jobs together, which take about a hundred: a job that hangs is reported, with its log."""
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(LIMIT + 120), pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
 
 ONE_NODE, MANY_NODES, STOP, ARRAY, SUBMITIT = (
@@ -99,7 +99,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stories(slurm: None, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
-    """What the tests are about, told by their jobs side by side."""
+    """The results of the jobs that the tests check, which run at the same time."""
     end = time.monotonic() + LIMIT
     with ThreadPoolExecutor() as pool:
         yield {
@@ -120,7 +120,7 @@ class Job:
 
     @property
     def state(self) -> dict[str, str]:
-        return dict(re.findall(r"(\w+)=(\S+)", told("scontrol", "show", "job", self.number)))
+        return dict(re.findall(r"(\w+)=(\S+)", output_of("scontrol", "show", "job", self.number)))
 
     def ended(self) -> bool:
         return self.state["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
@@ -136,8 +136,8 @@ class Job:
         assert self.state["JobState"] == "COMPLETED", self.log
 
 
-def told(*words: object, **environment: str) -> str:
-    """What a command of SLURM says."""
+def output_of(*words: object, **environment: str) -> str:
+    """The standard output of a command of SLURM."""
     command = [str(word) for word in words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, check=False)
     assert done.returncode == 0, f"{words}: {done.stderr}"
@@ -151,7 +151,7 @@ def submitted(
     command = shlex.split(written.replace("model=sdxl", "model=nano"))
     script = next(place for place, word in enumerate(command) if word.endswith(".sbatch"))
     command[script:script] = [f"--output={folder}/log", *ON_CPU, *options]
-    number = told(*command, *SMALL, *words, **environment).split()[-1]
+    number = output_of(*command, *SMALL, *words, **environment).split()[-1]
     return Job(number, folder / "log", end)
 
 
@@ -164,12 +164,12 @@ def last(run_dir: Path) -> Path:
 
 
 def warned(folder: Path, pictures: Path, end: float) -> Job:
-    """Two nodes; stopped by hand as the page says."""
+    """Two nodes; stopped by hand as in docs/cluster.md."""
     words = [STAY % 0, f"run_dir={folder}/run"]
     options = ["--nodes=2", "--ntasks-per-node=1"]
     job = submitted(MANY_NODES.replace("DIR", str(pictures)), folder, end, words, options)
     job.wait_for(last(folder / "run").is_file)
-    told(*shlex.split(STOP.replace("JOBID", job.number)))
+    output_of(*shlex.split(STOP.replace("JOBID", job.number)))
     job.wait_to_complete()
     return job
 
@@ -186,11 +186,11 @@ def failing_node(folder: Path, pictures: Path, end: float) -> tuple[Job, list[st
     words, written = [STAY % 1, f"run_dir={folder}/run"], ONE_NODE.replace("DIR", str(pictures))
     job = submitted(written, folder, end, words, ["--partition=fragile"], PYTHON=str(deaf))
     job.wait_for((folder / "began").is_file)
-    told(*shlex.split(STOP.replace("JOBID", job.number)))
+    output_of(*shlex.split(STOP.replace("JOBID", job.number)))
     job.wait_for(last(folder / "run").is_file)
     node = job.state["BatchHost"]
     for how in ("drain", "down"):  # its daemon is well, and would have it back at once
-        told("scontrol", "update", f"nodename={node}", f"state={how}", "reason=test")
+        output_of("scontrol", "update", f"nodename={node}", f"state={how}", "reason=test")
     job.wait_to_complete()
     return job, [node, job.state["BatchHost"]]
 
@@ -200,7 +200,7 @@ def cancelled(folder: Path, pictures: Path, end: float) -> Job:
     words = [f"run_dir={folder}/run", "trainer.max_steps=100000"]
     job = submitted(ONE_NODE.replace("DIR", str(pictures)), folder, end, words)
     job.wait_for(last(folder / "run").is_file)
-    told("scancel", job.number)
+    output_of("scancel", job.number)
     job.wait_for(job.ended)
     return job
 

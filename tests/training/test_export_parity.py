@@ -96,12 +96,12 @@ def test_the_files_say_what_they_are(tmp_path: Path) -> None:
     written, _ = export(trained(tuning), tmp_path)
     for name in ("lora", "lora_kohya"):
         with safe_open(written[name], framework="pt") as file:
-            said = file.metadata()
-        assert said["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
-        assert said["modelspec.trigger_phrase"] == "blorp"
-        assert said["ss_base_model_version"] == "sdxl_base_v1-0"
-        assert (said["ss_network_dim"], said["ss_network_alpha"]) == ("4", "2")
-        assert said["ss_network_module"] == "networks.lora"
+            metadata = file.metadata()
+        assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+        assert metadata["modelspec.trigger_phrase"] == "blorp"
+        assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+        assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2")
+        assert metadata["ss_network_module"] == "networks.lora"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""A save that fails: the checkpoint of before stays, and the message says where and how much room is missing."""
+"""A save that fails: the previous checkpoint stays, and the message has the path and the missing space."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_a_disk_that_is_full_at_any_byte_leaves_the_file_of_before(size: int, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     write_state({**STATE, "step": 6}, path)
-    with full_disk(size), pytest.raises(UserError) as told:
+    with full_disk(size), pytest.raises(UserError) as raised:
         write_state(STATE, path)
     assert read_state(path)["step"] == 6
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"], "nothing half written stays"
     for words in (str(path), "It needs 1.2 MB", "are free", "last.ckpt is intact", "resume="):
-        assert words in str(told.value)
+        assert words in str(raised.value)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Nothing silent: a loss or gradient that is no number stops the run, and its samples are named."""
+"""A loss or gradient that is NaN or infinite stops the run, and its samples are named."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def test_a_broken_loss_stops_before_the_step_and_names_its_sample(
     model.encode_moments = encode_moments
     with pytest.raises(UserError, match=rf"the loss became NaN or infinite at step \d with {spoilt}; .*resume="):
         fit(model, data, tmp_path)
-    told = json.loads((tmp_path / "bad_samples.json").read_text())
-    assert told["wrong"] == "loss"
-    assert [sample["key"] for sample in told["samples"] if sample["loss"] == "nan"] == [spoilt]
+    report = json.loads((tmp_path / "bad_samples.json").read_text())
+    assert report["wrong"] == "loss"
+    assert [sample["key"] for sample in report["samples"] if sample["loss"] == "nan"] == [spoilt]
     last = tmp_path / "checkpoints" / "last.ckpt"
-    if told["step"]:
+    if report["step"]:
         saved = torch.load(last, weights_only=True)
-        assert saved["global_step"] == told["step"]
+        assert saved["global_step"] == report["step"]
         assert all(torch.equal(saved["state_dict"][f"model.{name}"], p) for name, p in fit.weights.items())
     assert all(torch.isfinite(p).all() for p in fit.weights.values())
 
@@ -69,7 +69,7 @@ def test_a_broken_loss_stops_before_the_step_and_names_its_sample(
 def test_a_broken_gradient_stops_before_the_step_and_names_the_samples_of_it(
     tiny_model, tiny_source, tmp_path: Path
 ) -> None:
-    """An infinite weight of samples is found in the gradient: their losses are told without it."""
+    """An infinite weight of samples is found in the gradient: their losses are reported without it."""
 
     class Heavy(tiny_source):
         def __getitem__(self, index: int):
@@ -81,8 +81,8 @@ def test_a_broken_gradient_stops_before_the_step_and_names_the_samples_of_it(
     before = {name: p.detach().clone() for name, p in model.unet.named_parameters(prefix="unet")}
     with pytest.raises(UserError, match=r"the gradient became NaN or infinite at step 0 with .* and 2 more; "):
         fit(model, data, tmp_path)
-    told = json.loads((tmp_path / "bad_samples.json").read_text())
-    assert len(told["samples"]) == 10 == MOST_NAMED + 2  # two batches of five
+    report = json.loads((tmp_path / "bad_samples.json").read_text())
+    assert len(report["samples"]) == 10 == MOST_NAMED + 2  # two batches of five
     assert all(torch.equal(before[name], p) for name, p in fit.weights.items())
     assert not (tmp_path / "checkpoints").exists()
 
@@ -95,20 +95,20 @@ def slips(optimizer, num_steps: int) -> LambdaLR:
 def test_a_run_that_diverges_is_stopped_at_the_same_step_also_when_it_was_resumed(
     tiny_model, tiny_source, tmp_path: Path
 ) -> None:
-    told = {}
+    messages = {}
     for name, resume in (("straight", None), ("resumed", tmp_path / "straight" / "checkpoints" / "step_000006.ckpt")):
         data = Images(tiny_source(6), tiny_source(2, "held out"), batch_size=2, size=32, seed=3)
         with pytest.raises(UserError) as stopped:
             fit(tiny_model(), data, tmp_path / name, 40, slips, resume)
-        told[name] = str(stopped.value).replace(name, "")
+        messages[name] = str(stopped.value).replace(name, "")
         saved = torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)
         assert all(torch.equal(saved["state_dict"][f"model.{key}"], p) for key, p in fit.weights.items())
         assert all(p.isfinite().all() for p in fit.weights.values())
         assert saved["global_step"] == json.loads((tmp_path / name / "bad_samples.json").read_text())["step"] == 7
-    assert told["straight"] == told["resumed"]
+    assert messages["straight"] == messages["resumed"]
     pattern = r"the (loss|gradient) diverged to (\S+), (\d+) times the median of the last \d+, at step \d+ with noise.*"
-    found = re.match(pattern + "raise callbacks.guard.divergence", told["straight"])
-    assert found, told["straight"]
+    found = re.match(pattern + "raise callbacks.guard.divergence", messages["straight"])
+    assert found, messages["straight"]
     assert int(found[3]) >= 100
 
 

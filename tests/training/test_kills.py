@@ -1,4 +1,4 @@
-"""Law 2: a run that is killed and started again ends with the same bits as one that was never killed."""
+"""A run that is killed and started again ends with the same bits as one that was never killed."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def train_py(words: list[str], run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_the_same_command_goes_on_after_a_warning_and_a_kill(tmp_path: Path) -> None:
-    """`train.py` itself, signalled from outside once it has saved; the command says `resume=auto` from the start."""
+def test_the_same_command_resumes_after_a_warning_and_a_kill(tmp_path: Path) -> None:
+    """`train.py` itself, signalled from outside once it has saved; the command has `resume=auto` from the start."""
     words = ["trainer.max_steps=40", "trainer.validate_every=20", "callbacks.last.every=5", "verdict=none"]
     words += ["~callbacks.previews", "logger=csv", "trainer.progress_bar=false", "resume=auto", "data.batch_size=2"]
     words += ["data.train.num_scenes=8", "data.validation.num_scenes=2"]

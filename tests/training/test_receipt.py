@@ -1,4 +1,4 @@
-"""receipt.json: enough to make a run again, and to say why another one came out differently."""
+"""receipt.json: enough to repeat a run, and to explain why another one has different results."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def test_a_run_is_made_again_from_its_receipt(tmp_path: Path, monkeypatch, capsy
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, "reproduce=first", "run_dir=third", "seed=1")
     assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert "the weights of lora, lora_kohya differ from the receipt" in said
-    assert "config.seed: 0 -> 1" in said
-    assert "run_dir" not in said
+    printed = capsys.readouterr().err
+    assert "the weights of lora, lora_kohya differ from the receipt" in printed
+    assert "config.seed: 0 -> 1" in printed
+    assert "run_dir" not in printed
 
 
 def test_what_differs_is_named() -> None:
@@ -54,9 +54,9 @@ def test_what_differs_is_named() -> None:
 
 
 def test_a_metric_that_differs_is_reported_though_the_weights_are_the_same() -> None:
-    said = receipt.compared(FILE, {**FILE, "figures": {"loss": 0.25}, "threads": 4})
-    assert said.startswith("identical: lora, every weight; but metrics differ: loss: 0.5 -> 0.25")
-    assert "threads: 2 -> 4" in said
+    printed = receipt.compared(FILE, {**FILE, "figures": {"loss": 0.25}, "threads": 4})
+    assert printed.startswith("identical: lora, every weight; but metrics differ: loss: 0.5 -> 0.25")
+    assert "threads: 2 -> 4" in printed
 
 
 def test_the_folder_of_a_run_is_no_difference() -> None:

@@ -1,4 +1,4 @@
-"""Sweeps: the table at their end, and that an interrupted one goes on without doing anything twice."""
+"""Sweeps: the table at their end, and that an interrupted one continues without repeating a job."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def sweep(monkeypatch, *words: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_search_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_an_interrupted_search_continues(tmp_path: Path, monkeypatch, capsys) -> None:
     """The second command asks for the same three jobs, and runs the one that has no result."""
     pytest.importorskip("optuna", reason="the extra `sweep` is not installed")
     search = ["hydra/sweeper=search", "hydra.sweeper.n_trials=3", "hydra.sweeper.direction=minimize", "rank=2,4"]
@@ -98,8 +98,8 @@ def test_a_search_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch, 
     kept = [(job / "lora.safetensors").stat().st_mtime_ns for job in jobs]
     capsys.readouterr()
     sweep(monkeypatch, *search, "hydra.sweep.dir=swept")
-    said = capsys.readouterr().out
-    assert said.count("is finished") == 2
+    printed = capsys.readouterr().out
+    assert printed.count("is finished") == 2
     now = [(job / "lora.safetensors").stat().st_mtime_ns for job in jobs]
     assert (now[0], now[1]) == (kept[0], kept[1])
     assert now[2] > kept[2]
@@ -144,7 +144,7 @@ def test_jobs_are_ranked_by_the_metric_of_the_sweep(tmp_path: Path) -> None:
 
 
 def test_a_sweep_without_its_metric_is_ranked_by_the_validation_loss(tmp_path: Path) -> None:
-    """Three held-out images give no style gain: the table says by what it ranks instead, and why."""
+    """Three held-out images give no style gain: the table has the metric that ranks instead, and the reason."""
     for number, loss in enumerate([0.3, 0.1, 0.2]):
         summary = {"style_gain": None, "style_gain_note": "not measured: 3 held-out images, needs 4"}
         job(tmp_path / str(number), [f"rank={number}"], summary | {"val/eps_mse": loss, "train_seconds": 1.0})

@@ -1,4 +1,4 @@
-"""A run of Weights & Biases goes on under its id after a requeue, and only then."""
+"""A run of Weights & Biases continues under its id after a requeue, and only then."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_id_of_a_run_is_kept_in_its_folder(tmp_path: Path) -> None:
     assert (tmp_path / "wandb_id.txt").read_text() == other
 
 
-def test_what_comes_after_a_requeue_is_told_under_the_same_id(tmp_path: Path) -> None:
+def test_metrics_after_a_requeue_are_logged_under_the_same_id(tmp_path: Path) -> None:
     """Offline, for real: two parts on disk, which `wandb sync RUN_FOLDER/wandb/offline-run-*` takes in order."""
     for step in range(2):
         logger = wandb_logger(str(tmp_path), "run", mode="offline", resume="auto")
@@ -34,11 +34,11 @@ def test_what_comes_after_a_requeue_is_told_under_the_same_id(tmp_path: Path) ->
     assert all((part / f"run-{kept}.wandb").stat().st_size for part in parts)
 
 
-@pytest.mark.parametrize("said", [{}, {"WANDB_MODE": "offline"}])
-def test_without_a_key_it_is_offline_and_silent(tmp_path: Path, said: dict[str, str]) -> None:
-    """As a stranger meets it, by hand and by make; in a process of its own, as W&B looks only once."""
+@pytest.mark.parametrize("variables", [{}, {"WANDB_MODE": "offline"}])
+def test_without_a_key_it_is_offline_and_silent(tmp_path: Path, variables: dict[str, str]) -> None:
+    """As on a fresh machine, by hand and by make; in a separate process, since W&B reads its settings once."""
     script = "import sys, sdft.training.callbacks.tracking as t; t.wandb_logger(sys.argv[1], 'x').experiment"
-    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")} | said
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")} | variables
     env["HOME"] = str(tmp_path)
     command = [sys.executable, "-c", script, str(tmp_path / "run")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The one training step: it learns, accumulates, saves what learns, and resumes to the same bits."""
+"""The training step: it reduces the loss, accumulates, saves the trainable parameters, and resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ALL_PARTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 def test_exactly_one_training_step_is_defined() -> None:
-    """Law 3: every mode trains through the same step."""
+    """Every mode trains through the same step."""
     files = [*(ROOT / "sdft").rglob("*.py"), *ROOT.glob("*.py")]
     steps = [
         f"{file.relative_to(ROOT)}:{node.lineno}"
@@ -64,7 +64,7 @@ def test_one_picture_can_be_learned_by_heart(prediction: str, tiny_model, tiny_b
     assert min(losses[-20:]) < 0.05 * losses[0]
 
 
-def test_a_sample_weighs_what_its_source_says(tiny_model, tiny_batch) -> None:
+def test_a_sample_has_the_weight_of_its_source(tiny_model, tiny_batch) -> None:
     """The step is the mean of weight times loss: with weights (2, 0) that is the first sample's loss."""
     module = Finetuning(tiny_model(), Full(), Denoising(), partial(adamw, lr=1e-3), constant, seed=0)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_sample_weighs_what_its_source_says(tiny_model, tiny_batch) -> None:
     assert float(plain) != pytest.approx(float(first), rel=1e-3)
 
 
-def test_a_dropped_caption_says_nothing(tiny_model, tiny_batch) -> None:
+def test_a_dropped_caption_has_no_effect(tiny_model, tiny_batch) -> None:
     module = Finetuning(tiny_model(), Full(), Denoising(), partial(adamw, lr=1e-3), constant, seed=0)
     with torch.no_grad():
         losses = [
@@ -91,7 +91,7 @@ def test_a_dropped_caption_says_nothing(tiny_model, tiny_batch) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
 def test_the_adapters_that_a_run_starts_from_follow_from_its_seed(method: str, tiny_model) -> None:
-    """Law 1: what torch's own generator was used for before does not matter, and another seed gives others."""
+    """The state of torch's global generator does not matter; another seed gives other adapters."""
     starts = []
     for noise, seed in ((1, 0), (2, 0), (1, 5)):
         torch.manual_seed(noise)
@@ -104,8 +104,8 @@ def test_the_adapters_that_a_run_starts_from_follow_from_its_seed(method: str, t
 @pytest.mark.parametrize(
     ("prediction", "zero_snr"), [("epsilon", False), ("v_prediction", False), ("v_prediction", True)]
 )
-def test_pictures_are_drawn_the_way_the_model_is_trained(prediction: str, zero_snr: bool, tiny_model) -> None:
-    """A model that learns v and is sampled as epsilon draws nonsense, in previews, verdicts and exports."""
+def test_images_are_sampled_with_the_prediction_type_of_training(prediction: str, zero_snr: bool, tiny_model) -> None:
+    """A model trained on v and sampled as epsilon generates noise, in previews, verdicts and exports."""
     objective = Denoising(prediction, zero_terminal_snr=zero_snr)
     module = Finetuning(tiny_model(), Full(), objective, adamw, constant, seed=0)
     for name in SCHEDULERS:
@@ -121,14 +121,14 @@ def test_pictures_are_drawn_the_way_the_model_is_trained(prediction: str, zero_s
 
 
 def test_validation_compares_runs_of_different_objectives(tiny_model, tiny_source, tmp_path: Path) -> None:
-    """Law 7: the triples (image, timestep, noise) of `val/eps_mse` do not follow the run's law of timesteps."""
-    figures = []
+    """The triples (image, timestep, noise) of `val/eps_mse` do not depend on the run's timestep distribution."""
+    losses = []
     for timesteps in (UniformTimesteps(), UniformTimesteps(0.0, 0.1)):
         module = Finetuning(tiny_model(), Full(), Denoising(timesteps=timesteps), adamw, constant, seed=0)
         data = images(tiny_source(2), tiny_source(4, "held out"), cache="off")
-        (told,) = settings(tmp_path, 1).validate(module, data, verbose=False)
-        figures.append(told["val/eps_mse"])
-    assert figures[0] == pytest.approx(figures[1], rel=1e-5)
+        (metrics,) = settings(tmp_path, 1).validate(module, data, verbose=False)
+        losses.append(metrics["val/eps_mse"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 class Killed(Exception):
@@ -203,7 +203,7 @@ def test_accumulation_is_a_larger_batch(tiny_model, tiny_source, tmp_path: Path)
 
 @pytest.mark.parametrize("tuning", ["full", "lora_unet_te_words"])
 def test_checkpoints_hold_only_what_learns(tuning: str, tiny_model, tiny_source, tmp_path: Path) -> None:
-    """The rest comes from `model.weights` again; optimiser and average have one entry a learning tensor."""
+    """The rest comes from `model.weights` again; optimiser and average have one entry per trainable tensor."""
     words = {"<sks>": "red cat"}
     chosen = Full() if tuning == "full" else Adapter(rank=2, parts=ALL_PARTS, new_words=words)
     module = Finetuning(tiny_model(), chosen, Denoising(), partial(adamw, lr=1e-3), constant, seed=0)
@@ -218,7 +218,7 @@ def test_checkpoints_hold_only_what_learns(tuning: str, tiny_model, tiny_source,
 
 @pytest.mark.parametrize("tuning", ["full", "lora_unet_te_words", slow("loha"), slow("lokr")])
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(tuning: str, tiny_model, tiny_source, tmp_path: Path) -> None:
-    """Law 2: killed in the fifth of six steps, resumed from the third, with everything on that has a state.
+    """Killed in the fifth of six steps, resumed from the third, with everything on that has a state.
 
     An average, caption dropout, flips, accumulation, a decaying rate, validation in between, and a permutation of the
     pictures that ends inside the run.
@@ -251,7 +251,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(tuning: str, tiny_mode
     with pytest.raises(Killed):
         fit(tmp_path / "killed", 1, KillAt(4))
     assert read(tmp_path / "killed")["global_step"] == 3
-    # Whatever chance says at the start of the second process, the checkpoint decides.
+    # Whatever the initial weights of the second process, the checkpoint's are used.
     checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
     resumed, resumed_average, resumed_losses = fit(tmp_path / "killed", 2, resume=checkpoint)
 

@@ -103,7 +103,7 @@ def test_a_mask_does_not_depend_on_the_batch() -> None:
 
 @pytest.mark.parametrize("options", [{"parts": ALL_PARTS}, {"method": "dora", "layers": "conv"}], ids=["lora", "dora"])
 def test_micro_batches_of_any_size_are_the_same_step(options: dict, tiny_model, tiny_batch) -> None:
-    """Law 1: 1 x 4, 2 x 2 and 4 x 1 give the same loss and gradients up to float rounding, and dropout is on."""
+    """1 x 4, 2 x 2 and 4 x 1 give the same loss and gradients up to float rounding, and dropout is on."""
     module, batch = module_with(tiny_model(), 0.4, **options), tiny_batch(num=4, visits=[0, 1, 2, 3])
     loss, whole = gradients(module, batch, (4,))
     scale = max(float(g.abs().max()) for g in whole.values())

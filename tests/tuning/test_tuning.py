@@ -1,4 +1,4 @@
-"""Which weights learn, and that nothing else moves; the way back to the base; new words."""
+"""Which weights are trained, and that no others change; the way back to the base; new words."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def should_learn(tuning: str, name: str) -> bool:
+def should_train(tuning: str, name: str) -> bool:
     """What each tuning promises to change, from the parameter's name alone."""
     unused = name.startswith((LAST_LAYER, "text_encoder.final_layer_norm"))
     return {
@@ -81,15 +81,15 @@ def should_learn(tuning: str, name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", TUNINGS)
-def test_exactly_what_should_learn_changes(name: str, tiny_model, tiny_batch) -> None:
-    """After two real steps every learning tensor has other bits, and every other tensor the same."""
+def test_exactly_the_trainable_parameters_change(name: str, tiny_model, tiny_batch) -> None:
+    """After two real steps every trainable tensor has other bits, and every other tensor the same."""
     module = finetuning(tiny_model(), TUNINGS[name]())
     before = snapshot(module.model)
     gradients = take_steps(module, tiny_batch(captions=CAPTIONS, visits=[0, 3]))
     after = snapshot(module.model)
 
     changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert changed == {key for key, _ in module.model.named_parameters() if should_learn(name, key)}
+    assert changed == {key for key, _ in module.model.named_parameters() if should_train(name, key)}
     assert changed == {key for key, _ in trainable_parameters(module.model)}
     assert not any(key.startswith((LAST_LAYER, "text_encoder.final_layer_norm", "vae.")) for key in changed)
     touched = {key for step in gradients for key, gradient in step.items() if gradient.abs().max() > 0}
@@ -108,7 +108,7 @@ def test_lora_a_gets_its_first_gradient_on_the_second_step(name: str, tiny_model
     assert all(first[key].any() for key in first if "lora_B" in key)
 
 
-def test_full_text_encoders_learn_through_the_pooled_vector_too(tiny_model, tiny_batch) -> None:
+def test_full_text_encoders_have_gradients_through_the_pooled_vector_too(tiny_model, tiny_batch) -> None:
     """Encoder 2's last layer and projection reach the UNet only through the pooled vector."""
     module = finetuning(tiny_model(), Full(ALL_PARTS))
     (gradients,) = take_steps(module, tiny_batch(), num_steps=1)
@@ -214,15 +214,15 @@ def test_no_adapter_is_ever_left_out_of_a_step(tiny_model, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"method": "loha", "dropout": 0.1}, r"tuning\.dropout=0\.1: loha has no input to drop"),
         ({"method": "lokr", "dropout": 0.1}, r"tuning\.dropout=0\.1: lokr has no input to drop"),
         ({"layers": "conv", "parts": ["text_encoder"]}, r"tuning\.layers=conv: only the UNet has convolutions"),
     ],
 )
-def test_combinations_that_mean_nothing_are_refused(options: dict, told: str) -> None:
-    with pytest.raises(UserError, match=told):
+def test_combinations_that_mean_nothing_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         Adapter(rank=2, **options)
 
 
@@ -296,7 +296,7 @@ class TestLearningRates:
             partial(Adapter, rank=2, parts=ALL_PARTS, lr_scale={"words": 2.0}),
         ],
     )
-    def test_a_rate_for_what_does_not_learn_is_refused(self, build: Callable) -> None:
+    def test_a_learning_rate_for_frozen_parts_is_refused(self, build: Callable) -> None:
         with pytest.raises(UserError, match=r"tuning.lr_scale names \['(text_encoder|unett|words)'\]"):
             build()
 
@@ -333,7 +333,7 @@ class TestNewWords:
             assert rows.shape == (2, width)
             torch.testing.assert_close(rows[0], (table[ids[0]] + table[ids[1]] + table[ids[2]]) / 3)
 
-    def test_rows_learn_and_the_table_does_not(self, tiny_model, tiny_batch) -> None:
+    def test_rows_are_trained_and_the_table_is_not(self, tiny_model, tiny_batch) -> None:
         """Only the first word occurs in the captions: without weight decay only its row moves."""
         model = tiny_model()
         module = finetuning(model, Adapter(rank=2, parts=ALL_PARTS, new_words=WORDS), weight_decay=0.0)
@@ -347,7 +347,7 @@ class TestNewWords:
             assert torch.equal(encoder.get_input_embeddings().table.weight, table)
 
     def test_the_pooled_vector_is_read_at_the_first_eos_behind_a_new_word(self, tiny_model, tmp_path: Path) -> None:
-        """SDXL's own config says eos_token_id=2, which makes transformers read the largest id: the new word's."""
+        """SDXL's own config has eos_token_id=2, which makes transformers read the largest id: the new word's."""
         write_folder(tiny_model(), tmp_path / "model")
         for encoder in ("text_encoder", "text_encoder_2"):
             config = tmp_path / "model" / encoder / "config.json"

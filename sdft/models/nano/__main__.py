@@ -44,18 +44,18 @@ def main(cfg: DictConfig) -> None:
     tokenizer(VOCABULARY, "<|endoftext|>").save_pretrained(weights / "clip")
 
     model = pretrained(str(weights))
-    figures = build(cfg.autoencoder)(model.vae, contextlib.nullcontext, out)
+    metrics = build(cfg.autoencoder)(model.vae, contextlib.nullcontext, out)
     (out / BEFORE_AFTER).rename(out / "vae.png")
-    figures |= build(cfg.judge)(CLIPModel.from_pretrained(weights / "clip"), contextlib.nullcontext, out)
-    figures["recognised"] = recognised(model, build(cfg.sampler), weights, out, cfg.num_images, cfg.size)
-    figures["megabytes"] = sum(file.stat().st_size for file in weights.rglob("*") if file.is_file()) / 1e6
-    (out / "MODEL_CARD.md").write_text(card(figures, training(cfg), cfg.num_images), encoding="utf-8")
-    for name, value in figures.items():
+    metrics |= build(cfg.judge)(CLIPModel.from_pretrained(weights / "clip"), contextlib.nullcontext, out)
+    metrics["recognised"] = recognised(model, build(cfg.sampler), weights, out, cfg.num_images, cfg.size)
+    metrics["megabytes"] = sum(file.stat().st_size for file in weights.rglob("*") if file.is_file()) / 1e6
+    (out / "MODEL_CARD.md").write_text(card(metrics, training(cfg), cfg.num_images), encoding="utf-8")
+    for name, value in metrics.items():
         print(f"  {name:22} {value:.3f}")
 
 
 def recognised(model: SDXL, sampler: Sampler, weights: Path, out: Path, num_images: int, size: int) -> float:
-    """The share of images of held-out prompts whose subject the judge names; writes `samples.png`."""
+    """The fraction of images of held-out prompts whose subject the judge recognises; writes `samples.png`."""
     scenes = ToyWorld(["plain"], num_images, "test")
     prompts = [scenes.scene(index).caption for index in range(num_images)]
     precision = autocast_precision(default_precision(on_gpu=False))
@@ -67,12 +67,12 @@ def recognised(model: SDXL, sampler: Sampler, weights: Path, out: Path, num_imag
 
 
 def training(cfg: DictConfig) -> dict[str, dict[str, Any]]:
-    """The summaries of the runs, where they are there."""
+    """The summaries of the runs that exist."""
     found = {name: read_summary(Path(cfg[name])) for name in ("vae", "base", "clip")}
     return {name: summary for name, summary in found.items() if summary is not None}
 
 
-def card(figures: dict[str, float], runs: dict[str, dict[str, Any]], num_images: int) -> str:
+def card(metrics: dict[str, float], runs: dict[str, dict[str, Any]], num_images: int) -> str:
     """The model card."""
     trained = "\n".join(
         f"| {name} | `experiment=nano_{name}` | {run['num_trained_parameters'] / 1e6:.2f} M | {run['num_steps']:,} | "
@@ -80,32 +80,33 @@ def card(figures: dict[str, float], runs: dict[str, dict[str, Any]], num_images:
         for name, run in runs.items()
     )
     looks = ("plain", "photo", "dreamy", "technomant")
-    by_look = "\n".join(f"| {x} | {figures[f'psnr_{x}']:.1f} | {figures[f'accuracy_{x}']:.1%} |" for x in looks)
+    by_look = "\n".join(f"| {x} | {metrics[f'psnr_{x}']:.1f} | {metrics[f'accuracy_{x}']:.1%} |" for x in looks)
     return f"""# nano
 
-SDXL's architecture in small, with the same classes and keys, for pictures of 64 x 64 pixels of one procedural world.
-It exists so that everything in this project runs on a laptop with no download. It draws nothing but that world.
+A small model with SDXL's architecture, classes and keys, for images of 64 x 64 pixels of procedural scenes. With it,
+everything in this project runs on a laptop without downloads. It generates only images of these scenes.
 
-![Pictures of held-out prompts](samples.png)
+![Images of held-out prompts](samples.png)
 
-Made by `make nano`, from nothing, on two CPU cores. Data: the toy world of `sdft/data/toy`, training split, drawn on
-the fly; the UNet and its encoders saw only the plain look, the VAE and the judge all four. Licence: Apache-2.0.
+Trained by `make nano` from random weights, on two CPU cores. Data: the toy world of `sdft/data/toy`, training split,
+generated during training; the UNet and the text encoders were trained on the plain look only, the VAE and the judge on
+all four. Licence: Apache-2.0.
 
-| part | made by | learned | steps | minutes |
+| part | trained by | trained parameters | steps | minutes |
 |---|---|---|---|---|
 {trained}
 
-Measured on the shipped fp16 weights ({figures["megabytes"]:.1f} MB in all), on scenes of the test split:
+Measured on the shipped fp16 weights ({metrics["megabytes"]:.1f} MB in all), on scenes of the test split:
 
-- the judge recognises the subject in **{figures["recognised"]:.1%}** of {num_images} pictures of held-out prompts
+- the judge recognises the subject in **{metrics["recognised"]:.1%}** of {num_images} images of held-out prompts
   (25 Euler steps, CFG 5);
-- the judge itself is right on **{figures["accuracy"]:.1%}** of held-out renderings.
+- the accuracy of the judge is **{metrics["accuracy"]:.1%}** on held-out scenes.
 
 | look | VAE, mean PSNR in dB | judge |
 |---|---|---|
 {by_look}
 
-Known limits: 82 words of English, one subject a picture, 64 pixels. Text outside its vocabulary reads as noise.
+Known limits: a vocabulary of 82 English words, one subject per image, 64 pixels. Other words have no meaning to it.
 """
 
 

@@ -1,4 +1,4 @@
-"""nano: SDXL's architecture in small, untrained.
+"""nano: a small model with SDXL's architecture, untrained.
 
 The classes of diffusers and transformers and the topology are SDXL's, so that every weight key is one of SDXL's.
 Widths, padding tokens and the VAE factor differ on purpose, so that tests notice when two of them are confused.

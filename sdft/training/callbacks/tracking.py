@@ -89,5 +89,5 @@ def log_comparison(logger: Any, results: Any, folder: Path) -> None:
         table.add_data(picture.subject, *settings, shown, *(picture.figures.get(name) for name in metrics))
     logger.experiment.log({"pictures": table, "grid": wandb.Image(str(folder / "grid.png"))})
     for subject, own in results.figures.items():
-        logger.experiment.summary.update({f"{subject}/{name}": figure.value for name, figure in own.items()})
+        logger.experiment.summary.update({f"{subject}/{name}": estimate.value for name, estimate in own.items()})
     logger.experiment.finish()
