@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from checks import slow
 from small_runs import WRONG, Run, finish, start
 
 from sdft.formats.training_checkpoint import read_state
@@ -25,7 +26,7 @@ class Spoil(L.Callback):
             batch.moments_BCHW[0] = float("nan")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", slow("fsdp")])
 def test_a_nan_on_one_rank_stops_both(strategy: str, tmp_path: Path) -> None:
     run = Run(tmp_path, "full", strategy, save_every=2, callbacks=[Spoil(3, rank=1)])
     assert finish(start(run, 2)) == [WRONG, WRONG]

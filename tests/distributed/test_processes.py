@@ -39,6 +39,7 @@ def ranks(*words: str) -> list[tuple[list[str], dict[str, str]]]:
     ]
 
 
+@pytest.mark.slow
 def test_each_job_of_a_sweep_has_its_own_processes(python: WarmPython, tmp_path: Path) -> None:
     """Lightning starts the second process; the first job fails in both, the second is none of its business."""
     sweep = ["-m", "strategy=ddp", "optimizer.lr=1e30,1e-3", "metric=val/eps_mse", f"hydra.sweep.dir={tmp_path}/swept"]

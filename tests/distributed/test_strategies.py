@@ -107,7 +107,7 @@ def test_the_same_fifty_losses_on_one_process_on_two_and_by_accumulation(tmp_pat
     [
         slow("full", {"strategy": "ddp", "accumulate": 2, "bucket_step": 16, "callbacks": [Sent(), Bytes()]}),
         ("lora_unet", {"strategy": "ddp", "cache": "disk", "callbacks": [Sent(), Bytes()]}),
-        (
+        slow(
             "full",
             {"strategy": "fsdp", "accumulate": 2, "bucket_step": 16, "recompute": True, "cache": "disk"}
             | {"callbacks": [Held(), Bytes()]},
@@ -148,6 +148,7 @@ def test_bf16_is_gathered_in_bf16_and_learns_in_fp32(tmp_path: Path) -> None:
     assert {weight.dtype for weight in many["weights"].values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_under_any_strategy_and_number_of_processes(tmp_path: Path) -> None:
     """Two shards, killed; one process that accumulates, killed; two copies: as one process without a stop."""
     settings = {"tuning": "lora_unet_te", "max_steps": 9}

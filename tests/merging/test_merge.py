@@ -243,6 +243,7 @@ def test_a_disk_that_is_full_is_found_before_the_work(model: Model, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_kill_9_leaves_nothing_under_the_final_name(model: Model, tmp_path: Path) -> None:
     wide = {"unet/add_embedding.linear_1.weight": torch.randn(1500, 1500)}  # turning it takes seconds
     a, b = model("a", 0, **wide), model("b", 1, **wide)

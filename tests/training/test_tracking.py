@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from checks import slow
 
 from sdft.training.callbacks.tracking import wandb_logger
 
@@ -34,7 +35,7 @@ def test_metrics_after_a_requeue_are_logged_under_the_same_id(tmp_path: Path) ->
     assert all((part / f"run-{kept}.wandb").stat().st_size for part in parts)
 
 
-@pytest.mark.parametrize("variables", [{}, {"WANDB_MODE": "offline"}])
+@pytest.mark.parametrize("variables", [{}, slow({"WANDB_MODE": "offline"})])
 def test_without_a_key_it_is_offline_and_silent(tmp_path: Path, variables: dict[str, str]) -> None:
     """As on a fresh machine, by hand and by make; in a separate process, since W&B reads its settings once."""
     script = "import sys, sdft.training.callbacks.tracking as t; t.wandb_logger(sys.argv[1], 'x').experiment"
