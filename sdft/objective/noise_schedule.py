@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -39,7 +37,14 @@ class NoiseSchedule:
         return tuple(x[t].float().to(t_B.device)[:, None, None, None] for x in (self.a, self.s))
 
 
-@lru_cache
+_CACHED: dict[tuple[bool, NoiseConfig], NoiseSchedule] = {}
+
+
 def noise_schedule(zero_terminal_snr: bool, config: NoiseConfig) -> NoiseSchedule:
-    """The schedule of a model family, computed once."""
-    return NoiseSchedule(zero_terminal_snr, config)
+    """The schedule of a model family, computed once; not cached if its tensors are fake, as in a dry run."""
+    found = _CACHED.get((zero_terminal_snr, config))
+    if found is None:
+        found = NoiseSchedule(zero_terminal_snr, config)
+        if type(found.a) is Tensor:
+            _CACHED[zero_terminal_snr, config] = found
+    return found

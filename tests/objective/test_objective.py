@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call
 
 from sdft.batch import Batch
@@ -18,11 +19,12 @@ from sdft.errors import UserError
 from sdft.models.sdxl import SDXL
 from sdft.module import Finetuning
 from sdft.objective.denoising import Denoising
-from sdft.objective.noise_schedule import NoiseSchedule
+from sdft.objective.noise_schedule import NoiseSchedule, noise_schedule
 from sdft.objective.timesteps import LogitNormalTimesteps, UniformTimesteps
 from sdft.objective.weighting import Debiased, MinSNR, Uniform
 from sdft.optimizers.optimizers import adamw
 from sdft.optimizers.schedules import constant
+from sdft.protocols import NoiseConfig
 from sdft.rng import Draws, seed_of
 from sdft.tuning.adapter import Adapter
 from sdft.tuning.full import Full
@@ -359,3 +361,12 @@ def singles(batch: Batch) -> list[Batch]:
                 setattr(one, name, value[i : i + 1])
         parts.append(one)
     return parts
+
+
+def test_a_schedule_of_a_dry_run_is_not_cached() -> None:
+    """After a dry run in the same process, as from Python, training must not get tensors without data."""
+    config = NoiseConfig(num_timesteps=17)
+    with FakeTensorMode():
+        assert isinstance(noise_schedule(False, config).a, FakeTensor)
+    assert type(noise_schedule(False, config).a) is torch.Tensor
+    assert noise_schedule(False, config) is noise_schedule(False, config)
