@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 import sdft.config.command as config
+from sdft.config.trust import read_yaml, refuse_untrusted, refuse_untrusted_overrides, trusted_by
 from sdft.distributed.processes import ProcessInfo
 from sdft.errors import UserError
 from sdft.evaluation.run import CompareResult, find_device
@@ -117,7 +118,9 @@ def load_model(
     """
     source, chosen = str(model), str(model)
     if (recorded := Path(source).expanduser() / ".hydra" / "config.yaml").is_file():
-        chosen = str(OmegaConf.to_container(OmegaConf.load(recorded), resolve=True)["model"].get("weights"))  # type: ignore
+        model_node = dict((read_yaml(recorded) or {}).get("model") or {})
+        refuse_untrusted({"model": {"weights": model_node.get("weights")}}, str(recorded))
+        chosen = str(model_node.get("weights"))
     chosen_options = [f"model={'nano' if chosen == 'nano' else 'sdxl'}", f"model.weights={_value(chosen)}"]
     if dtype is not None:
         parts_given = ("unet", "text_encoder", "text_encoder_2")
@@ -235,11 +238,15 @@ def _training_config(given: DictConfig | Sequence[str]) -> tuple[DictConfig, lis
     if file not in (None, "null") and (recorded := receipt.read(str(file)))["overrides"] is None:
         old = recorded["config"]
         run_dir = named.pop("run_dir", None) or str(compose("train", [f"name={_value(old['name'])}"]).run_dir)
+        named.pop("trust", None)
         if named:
             raise UserError(f"reproduce={file}: goes with run_dir only, not with {', '.join(named)}")
+        refuse_untrusted(old, f"reproduce={file}", trusted_by(words))
         text = json.dumps(old).replace(json.dumps(old["run_dir"])[1:-1], json.dumps(run_dir)[1:-1])
         return OmegaConf.create(json.loads(text) | {"reproduce": str(file)}), None
-    words = receipt.recalled(words)
+    given_words, words = words, receipt.recalled(words)
+    recorded_words = words[: len(words) - len(given_words)]
+    refuse_untrusted_overrides(recorded_words, "reproduce: the receipt", trusted_by(given_words))
     if not any(re.match(r"~?logger\b", word) for word in words):
         words = ["logger=csv", *words]
     return compose("train", words), words

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 import sdft
 from sdft.config.check import locate
 from sdft.config.keys import ConfigError
-from sdft.config.moved import current_name, read_config
+from sdft.config.moved import current_name
+from sdft.config.trust import read_config
 from sdft.evaluation.run import rebuild
 from sdft.formats.training_checkpoint import read_state
 from sdft.training import receipt

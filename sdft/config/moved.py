@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from sdft.config.keys import ConfigError
 
 MOVED = {
     "sdft.callbacks.exports": "sdft.training.callbacks.export",
@@ -49,24 +42,10 @@ def current_name(target: str) -> str:
     return target
 
 
-def read_config(path: Path) -> DictConfig:
-    """The composed config of an earlier run, such as its `.hydra/config.yaml`, with today's names.
-
-    Raises ConfigError if the file is missing or is not a config.
-    """
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OSError, yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as the config of a run ({str(error).splitlines()[0]})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: is not the config of a run")
-    return OmegaConf.create(_renamed(content))
-
-
-def _renamed(node: Any, key: object = None) -> Any:
+def rename_targets(node: Any, key: object = None) -> Any:
     """A copy of a tree with today's name of every `_target_`."""
     if isinstance(node, dict):
-        return {key: _renamed(value, key) for key, value in node.items()}
+        return {key: rename_targets(value, key) for key, value in node.items()}
     if isinstance(node, list):
-        return [_renamed(value) for value in node]
+        return [rename_targets(value) for value in node]
     return current_name(node) if key == "_target_" and isinstance(node, str) else node

@@ -63,6 +63,7 @@ class Comparison:
     front: metrics of the trade-off. The first two that were measured are used: what to keep, then what to gain.
     logger: W&B, if the tables should be logged there.
     name: of the comparison, on its page and in W&B.
+    trust: packages whose classes the configs of run folders may name, besides those of sdft.
     run_dir: folder for all output; with the same folder, only missing images are generated.
     """
 
@@ -87,6 +88,7 @@ class Comparison:
         front: Sequence[str] = ("adherence", "style_distance"),
         logger: Mapping[str, Any] | None = None,
         name: str = "comparison",
+        trust: str | Sequence[str] = (),
     ):
         if (subjects is None) == (sweep is None):
             raise UserError("say what to compare: subjects='{base: nano, mine: RUN_FOLDER}', or sweep=MULTIRUN_DIR")
@@ -95,6 +97,7 @@ class Comparison:
         self.axes, self.compete, self.seeds, self.size = axes or Axes(), list(compete), seeds, size
         self.baseline, self.judge, self.front, self.name = baseline, judge, list(front), name
         self.metrics, self.logger = dict(metrics or {}), dict(logger or {})
+        self.trust = [trust] if isinstance(trust, str) else list(trust)
         self.given = {"reference": reference, "training": training, "held_out": held_out}
 
     def read_subjects(self) -> list[Subject]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from sdft.config.command import build
-from sdft.config.moved import read_config
+from sdft.config.trust import read_config
 from sdft.distributed.processes import ProcessInfo
 from sdft.errors import UserError
 from sdft.evaluation.comparison import Comparison, generate_images, measure, recommend
@@ -72,7 +73,8 @@ def compare(cfg: DictConfig, report: Report) -> CompareResult | None:
     baseline = next(c.variant for c in wanted if c.subject.name == (comparison.baseline or subjects[0].name))
     inputs = comparison.read_inputs()
     measures, left_out = comparison.available_metrics(inputs)
-    models = SubjectLoader(comparison.model, cfg.model.get("weights"), find_device(), rebuild)
+    of_runs = partial(rebuild, trust=comparison.trust)
+    models = SubjectLoader(comparison.model, cfg.model.get("weights"), find_device(), of_runs)
     generated = generate_images(comparison, subjects, models, place)
     if place.rank > 0:
         return None
@@ -114,12 +116,15 @@ def sweep_subjects(cfg: DictConfig, jobs: Sequence[Job]) -> list[Subject]:
     return [*base, *job_subjects(jobs)]
 
 
-def rebuild(run: Path) -> DiffusionModel:
-    """The model of a run as at its first step, with its adapters and new words attached."""
+def rebuild(run: Path, trust: Sequence[str] = ()) -> DiffusionModel:
+    """The model of a run as at its first step, with its adapters and new words attached.
+
+    trust: packages whose classes the config of the run may name. Raises UserError if it names others.
+    """
     config = run / ".hydra" / "config.yaml"
     if not config.is_file():
         raise UserError(f"{config} is missing: without it the run's checkpoints cannot be opened")
-    cfg = read_config(config)
+    cfg = read_config(config, trust)
     OmegaConf.resolve(cfg)
     model, objective = build(cfg.model), build(cfg.objective)
     model.set_prediction_type(objective.prediction, objective.zero_terminal_snr)

@@ -12,11 +12,11 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sdft.config.command import build, check
+from sdft.config.trust import as_packages, read_yaml, refuse_package, refuse_untrusted
 from sdft.errors import UserError, did_you_mean
 from sdft.merging.annotations import signature_of
 from sdft.merging.recipe import METHODS, Step, import_method
@@ -45,7 +45,10 @@ def merge(cfg: DictConfig, report: Report) -> MergeResult:
         lines.append(line)
         report(line)
 
-    steps = read_recipe(Path(cfg.file), cfg.numbers) if "file" in cfg else {"merged": chosen_step(cfg)}
+    if "file" in cfg:
+        steps = read_recipe(Path(cfg.file), cfg.numbers, as_packages(cfg.trust))
+    else:
+        steps = {"merged": chosen_step(cfg)}
     for line in build(cfg.write)(steps):
         keep(line)
     if cfg.dry_run:
@@ -69,26 +72,28 @@ def chosen_step(cfg: DictConfig) -> Step:
     return Step(method.func, inputs, method.keywords)
 
 
-def read_recipe(file: Path, numbers: Mapping[str, Any]) -> dict[str, Step]:
-    """The steps of a recipe file, with `numbers` in place of its own. Raises UserError that names what is wrong."""
+def read_recipe(file: Path, numbers: Mapping[str, Any], trust: Sequence[str] = ()) -> dict[str, Step]:
+    """The steps of a recipe file, with `numbers` in place of its own. Raises UserError that names what is wrong.
+
+    trust: packages whose methods the recipe may name.
+    """
+    content = read_yaml(file, f"file={file}")
+    refuse_untrusted(content, f"file={file}", trust)
     try:
-        recipe = OmegaConf.load(file)
-        content: Any = OmegaConf.to_container(recipe)
         if not isinstance(content, dict) or not isinstance(content.get("steps"), dict):
             raise UserError(f"file={file}: has no `steps:`, each with a method, its inputs and numbers")
         if unknown := [key for key in content if key not in ("steps", "numbers")]:
             raise UserError(f"file={file}: unknown key '{unknown[0]}'; a recipe has steps and numbers")
+        recipe = OmegaConf.create(content)
         own = content.get("numbers") or {}
         for key, number in numbers.items():
             if key not in own:
                 raise UserError(f"numbers.{key}: {file.name} has no such number{did_you_mean(key, own)}")
             OmegaConf.update(recipe, f"numbers.{key}", number)
         resolved: Any = OmegaConf.to_container(recipe, resolve=True)
-    except OSError as error:
-        raise UserError(f"file={file}: cannot be read ({error.strerror}); pass a recipe, file=RECIPE.yaml") from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
         raise UserError(f"file={file}: {' '.join(str(error).split())}") from error
-    return {str(name): read_step(str(name), dict(step or {})) for name, step in resolved["steps"].items()}
+    return {str(name): read_step(str(name), dict(step or {}), trust) for name, step in resolved["steps"].items()}
 
 
 def refuse_bad_inputs(prefix: str, inputs: Mapping[str, Any]) -> None:
@@ -98,9 +103,11 @@ def refuse_bad_inputs(prefix: str, inputs: Mapping[str, Any]) -> None:
             raise UserError(f"{prefix}{key}={given}: must be nano, a folder, a file or a step, or a list of them")
 
 
-def read_step(name: str, content: dict[str, Any]) -> Step:
-    """One step of a recipe file; its method is the name of a built-in one, or `module.function`."""
+def read_step(name: str, content: dict[str, Any], trust: Sequence[str] = ()) -> Step:
+    """One step of a recipe file; its method is built in, or `module.function` of a trusted package."""
     label = content.pop("method", None)
+    if "." in str(label):
+        refuse_package(label, "the recipe", f"{name}.method", trust)
     method = import_method(label) if "." in str(label) else METHODS.get(label)
     if method is None:
         guess = did_you_mean(label, METHODS) or f"; methods are {', '.join(METHODS)}, or module.function"

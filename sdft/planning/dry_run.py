@@ -9,6 +9,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig
 
 from sdft.config.command import build
+from sdft.data.sources.shards import COMMANDS_RUN
 from sdft.distributed.processes import num_processes
 from sdft.hardware import default_precision, num_gpus
 from sdft.protocols import WeightAverage, strategy_hooks
@@ -29,7 +30,12 @@ def forecast(cfg: DictConfig) -> list[str]:
     from sdft.module import Finetuning
     from sdft.planning.footprint import MetaBuild
 
-    data, tuning, objective, _, _ = (build(cfg[name]) for name in ("data", "tuning", "objective", "verdict", "export"))
+    token = COMMANDS_RUN.set(False)
+    try:
+        parts = [build(cfg[name]) for name in ("data", "tuning", "objective", "verdict", "export")]
+    finally:
+        COMMANDS_RUN.reset(token)
+    data, tuning, objective, *_ = parts
     model = model_on_meta(cfg.model)
     with MetaBuild():
         module = Finetuning(model, tuning, objective, build(cfg.optimizer), build(cfg.lr_schedule), cfg.seed)

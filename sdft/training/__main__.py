@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sdft.config.command import build, command, tries_all
+from sdft.config.trust import refuse_untrusted_overrides, trusted_by
 from sdft.distributed.processes import ProcessInfo
 from sdft.errors import UserError
 from sdft.planning.dry_run import print_plan
@@ -18,7 +20,15 @@ from sdft.training.run import finetune, num_devices, unmeasured
 from sdft.training.sweep import finished, print_table, run_apart
 
 
-@command("train", finish_sweep=print_table, print_plan=print_plan, recall=receipt.recalled)
+def recall(overrides: Sequence[str]) -> list[str]:
+    """The overrides of a command, after those of `reproduce=RECEIPT`, in which nothing may run code."""
+    found = receipt.recalled(overrides)
+    recorded = found[: len(found) - len(overrides)]
+    refuse_untrusted_overrides(recorded, "reproduce: the receipt", trusted_by(overrides))
+    return found
+
+
+@command("train", finish_sweep=print_table, print_plan=print_plan, recall=recall)
 def main(cfg: DictConfig) -> float | None:
     """One run, from config to weights, images and `summary.json`; returns the metric that sweeps rank by."""
     job = HydraConfig.get()

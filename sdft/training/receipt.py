@@ -28,7 +28,7 @@ PACKAGES = ("accelerate", "diffusers", "hydra-core", "lightning", "numpy", "peft
             "transformers")  # fmt: skip
 MADE_FROM = ("config", "git", "versions", "hardware", "threads", "data", "base_weights")
 """Entries that can make two runs differ."""
-OF_THE_RUN = ("run_dir", "dry_run", "reproduce")
+OF_THE_RUN = ("run_dir", "dry_run", "reproduce", "trust")
 """Config keys without influence on the result."""
 
 

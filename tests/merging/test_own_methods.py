@@ -175,7 +175,12 @@ def test_a_recipe_file_names_it_by_module_and_function(
 ) -> None:
     step = f"method: test_own_methods.larger, a: {model('a', 0)}, b: {model('b', 1)}, alpha: 1.0"
     recipe = tmp_path / "recipe.yaml"
-    overrides = "merge=recipe", f"file={recipe}", f"out={tmp_path / 'out'}"
+    untrusted = "merge=recipe", f"file={recipe}", f"out={tmp_path / 'out'}"
+    recipe.write_text(f"steps: {{mine: {{{step}, power: 1.0}}}}")
+    with pytest.raises(SystemExit):
+        command(*untrusted)
+    assert "add trust=test_own_methods" in capsys.readouterr().err
+    overrides = (*untrusted, "trust=test_own_methods")
     for wrong, message in {
         "power: -1.0": "mine.power=-1.0: must be greater than 0",
         "pwer: 1.0": "mine.pwer: test_own_methods.larger has no such argument; did you mean 'power'?",

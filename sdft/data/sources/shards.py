@@ -11,6 +11,7 @@ import os
 import subprocess
 import tarfile
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -29,6 +30,8 @@ from sdft.errors import UserError
 from sdft.types import Fraction, NonNegative
 
 INDEX_SUFFIX = ".index.jsonl"
+COMMANDS_RUN = ContextVar("COMMANDS_RUN", default=True)
+"""Whether `pipe:` shards run their commands; false in a dry run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +153,8 @@ def local(url: str, cache_dir: str | None) -> Path:
     path = folder / f"{hashlib.blake2b(url.encode(), digest_size=12).hexdigest()}.tar"
     if path.is_file():
         return path
+    if not COMMANDS_RUN.get():
+        raise UserError(f"data.shards={url}: dry_run=true runs no commands, and its output is not in {cache_dir} yet")
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     try:

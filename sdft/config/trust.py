@@ -1,0 +1,194 @@
+"""Configs that come from files: what they may name, so that a file from a stranger runs nothing.
+
+Run folders, receipts, sweeps and recipes are passed between people. The command line is trusted, and so are the config
+folders that it names. A config that is read from a file may name only the targets of `conf/`, optimizers of torch,
+schedulers of diffusers, and classes of the packages in `trust=`; it may not run commands, open pickles or read the
+environment unless `trust=commands`.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sdft.config.command import CONF_DIR, ConfigError
+from sdft.config.keys import items, join
+from sdft.config.moved import current_name, rename_targets
+from sdft.errors import UserError
+
+COMMANDS = "commands"
+"""The word in `trust=` that allows `pipe:` shards, pickles and interpolations that call resolvers."""
+MAX_VALUES = 100_000
+"""Of a file, aliases expanded: more is an alias bomb."""
+KINDS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
+PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in KINDS}
+HARMLESS = re.compile(r"\$\{(now:[^$}]*|oc\.select:[^$}]*|[.\w\[\]]+)\}")
+"""Interpolations of other keys, with a default or without, and of the time."""
+
+
+def read_config(file: Path, trust: Sequence[str] = ()) -> DictConfig:
+    """The config of a run, such as its `.hydra/config.yaml`, with today's names of classes.
+
+    Raises ConfigError if it cannot be read, is not a config, or has anything that is not trusted.
+    """
+    content = read_yaml(file)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: is not the config of a run")
+    content = rename_targets(content)
+    refuse_untrusted(content, str(file), trust)
+    return OmegaConf.create(content)
+
+
+def read_yaml(file: Path, where: str = "") -> Any:
+    """The content of a YAML file as plain values, interpolations not resolved.
+
+    where: how messages name the file, by default its path.
+    Raises ConfigError if it cannot be read, and for tags and aliases that expand beyond MAX_VALUES.
+    """
+    where = where or str(file)
+    try:
+        text = file.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if _num_values(node, {}) > MAX_VALUES:
+            raise ConfigError(f"{where}: has aliases that expand to more than {MAX_VALUES:,} values; do not use it")
+        return OmegaConf.to_container(OmegaConf.create(text), resolve=False) if node is not None else None
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        reason = error.strerror or reason if isinstance(error, OSError) else reason
+        raise ConfigError(f"{where}: cannot be read ({reason})") from error
+
+
+def _num_values(node: Any, known: dict[int, int]) -> int:
+    """How many values a YAML node expands to. Raises ConfigError for a tag, or for an alias inside of itself."""
+    if node is None:
+        return 0
+    if id(node) in known:
+        return known[id(node)]
+    if node.tag not in PLAIN_TAGS:
+        raise yaml.YAMLError(f"the tag {node.tag} in line {node.start_mark.line + 1} is not allowed")
+    known[id(node)] = MAX_VALUES + 1  # of an alias inside of itself
+    children = node.value if isinstance(node.value, list) else []
+    flat = [one for child in children for one in (child if isinstance(child, tuple) else [child])]
+    known[id(node)] = 1 + sum(_num_values(child, known) for child in flat)
+    return known[id(node)]
+
+
+def as_packages(trust: str | Sequence[str] | None) -> list[str]:
+    """The value of `trust=` as a list."""
+    return [trust] if isinstance(trust, str) else [str(name) for name in trust or ()]
+
+
+def trusted_by(overrides: Sequence[str]) -> list[str]:
+    """The packages in `trust=` of a command line."""
+    found: list[str] = []
+    for text in overrides:
+        if text.startswith("trust="):
+            found = as_packages(_parsed(text, "the command line").value())
+    return found
+
+
+def refuse_untrusted_overrides(overrides: Sequence[str], where: str, trust: Sequence[str] = ()) -> None:
+    """Raise ConfigError for a recorded override that is not trusted; see `refuse_untrusted`."""
+    for text in overrides:
+        override = _parsed(text, where)
+        key = override.key_or_group
+        if key.partition("/")[0].partition(".")[0] == "hydra":
+            raise ConfigError(f"{where} sets {key}: settings of Hydra are not taken from a file; pass them yourself")
+        tree: Any = override.value()
+        for part in reversed(key.split(".")):
+            tree = {part: tree}
+        refuse_untrusted(tree, where, trust)
+
+
+def _parsed(text: object, where: str) -> Any:
+    try:
+        return OverridesParser.create().parse_override(str(text))
+    except HydraException as error:
+        raise ConfigError(f"{where}: '{text}' is not an override") from error
+
+
+def refuse_untrusted(tree: Any, where: str, trust: Sequence[str] = ()) -> None:
+    """Raise ConfigError for anything in a config from a file that could run code or read the environment.
+
+    where: the file, for messages. trust: names of packages whose classes are allowed, and `commands`.
+    """
+    for key, value in _walk(tree, ""):
+        if isinstance(value, str) and COMMANDS not in trust:
+            if "pipe:" in value:
+                raise ConfigError(f"{where}: {key} runs a command ({value}); trust={COMMANDS} allows it")
+            if "${" in HARMLESS.sub("", value):
+                raise ConfigError(f"{where}: {key}={value}: this interpolation is not allowed without trust={COMMANDS}")
+        if key.rpartition(".")[2] == "allow_pickle" and value not in (False, None) and COMMANDS not in trust:
+            raise ConfigError(f"{where}: {key} opens a pickle, which can run code; trust={COMMANDS} allows it")
+        if key.rpartition(".")[2] == "_target_":
+            _refuse_target(value, where, key, trust)
+        if isinstance(value, str) and "." in value and key.rpartition(".")[2] in ("path", "name"):
+            _refuse_path(key, value, tree, where, trust)
+
+
+def _walk(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    for key, value in items(tree):
+        yield join(path, key), value
+        yield from _walk(value, join(path, key))
+
+
+def _refuse_target(name: Any, where: str, key: str, trust: Sequence[str]) -> None:
+    if not isinstance(name, str) or not (current_name(name) in named_in_conf()[0] or is_library_class(name)):
+        refuse_package(name, where, key, trust)
+
+
+def _refuse_path(key: str, value: str, tree: Any, where: str, trust: Sequence[str]) -> None:
+    """Of `hydra.utils.get_object` and of samplers, whose strings are imported; other paths and names are only data."""
+    owner = tree
+    for part in key.split(".")[:-1]:
+        owner = dict(items(owner)).get(int(part) if part.isdigit() and isinstance(owner, list) else part)
+    target = owner.get("_target_") if isinstance(owner, dict) else None
+    imports = key.endswith("sampler.name") or target in ("hydra.utils.get_object", "sdft.sampling.samplers.Sampler")
+    if imports and value not in named_in_conf()[1] and not is_library_class(value):
+        refuse_package(value, where, key, trust)
+
+
+def refuse_package(name: Any, where: str, key: str, trust: Sequence[str]) -> None:
+    """Raise ConfigError for a dotted name whose package is not in `trust`."""
+    package = str(name).partition(".")[0]
+    if not isinstance(name, str) or package not in trust:
+        raise ConfigError(
+            f"{where}: {key}={name} is not part of sdft. Only if you trust the origin of this file and the package "
+            f"'{package}', add trust={package}"
+        )
+
+
+@functools.cache
+def named_in_conf() -> tuple[frozenset[str], frozenset[str]]:
+    """The targets in `conf/`, and the paths of `hydra.utils.get_object` there."""
+    text = "\n".join(file.read_text(encoding="utf-8") for file in sorted(CONF_DIR.rglob("*.yaml")))
+    found = (frozenset(re.findall(rf"\b{key}:\s*([\w.]+)", text)) for key in ("_target_", "path"))
+    targets, paths = found
+    return targets, paths
+
+
+def is_library_class(name: str) -> bool:
+    """Whether a dotted name is an optimizer of `torch.optim` or a scheduler of diffusers."""
+    package, _, attribute = name.rpartition(".")
+    if package == "torch.optim":
+        import torch
+
+        found = getattr(torch.optim, attribute, None)
+        return isinstance(found, type) and issubclass(found, torch.optim.Optimizer)
+    if package == "diffusers":
+        from sdft.sampling.samplers import find_scheduler
+
+        try:
+            return isinstance(find_scheduler(name)[0], type)
+        except UserError:
+            return False
+    return False
