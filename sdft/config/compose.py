@@ -156,7 +156,7 @@ class Composer:
             axes[key] = ends or [job[0] for job in split([override], None)[0]]
         first = {key: axis[0] for key, axis in axes.items()}
         jobs = dict.fromkeys(tuple((first | {key: value}).values()) for key in axes for value in axes[key])
-        return [list(job) for job in jobs]
+        return [list(job) for job in jobs or [()]]
 
     def fill_open_dicts(self, overrides: Sequence[str]) -> list[str]:
         """The overrides with `key={...}` as `++key={...}` if the key is declared as `{}`, for the user to fill.

@@ -147,6 +147,18 @@ def test_compose_gives_the_values_without_hydra(conf: Path) -> None:
     assert "hydra" not in cfg
 
 
+@pytest.mark.parametrize("words", [["tags={a: 1, b: {c: x}}"], ["model=sdxl", "tags={a: 1, b: {c: x}}"]])
+def test_a_dict_that_is_declared_empty_is_filled(conf: Path, words: list[str]) -> None:
+    assert compose("train", words, conf).tags == {"a": 1, "b": {"c": "x"}}
+
+
+def test_a_dict_that_an_experiment_has_filled_is_not_replaced(conf: Path) -> None:
+    (conf / "experiment/tagged.yaml").write_text("# @package _global_\ntags: {theirs: 1}")
+    message = "tags has entries already (theirs, from experiment/tagged.yaml): ++tags=... adds to them"
+    assert refusal(conf, "experiment=tagged", "tags={mine: 2}") == message
+    assert compose("train", ["experiment=tagged", "++tags={mine: 2}"], conf).tags == {"theirs": 1, "mine": 2}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 import train
+from sdft.config.command import CONF_DIR, compose
 from sdft.errors import UserError
 from sdft.training import receipt
 from sdft.training.sweep import finished, print_table, this_command
@@ -29,6 +31,8 @@ SMALL = [
     "metric=val/eps_mse",
 ]
 """A run of a few seconds."""
+OPTIONS = {"mine": "optimizer/adamw.yaml", "listed": "objective/weighting/min_snr.yaml"}
+"""Copied under another name into a folder outside."""
 
 
 def job(folder: Path, words: list[str], summary: dict | None, metric: str = "style_gain", error: str = "") -> None:
@@ -132,6 +136,35 @@ def test_a_program_is_started_again_as_it_was_started(monkeypatch: pytest.Monkey
     assert this_command() == [sys.executable, "/env/bin/sdft-train"]
     program.__spec__ = importlib.machinery.ModuleSpec("sdft.training.__main__", None)
     assert this_command() == [sys.executable, "-m", "sdft.training.__main__"]
+
+
+def test_a_job_of_several_processes_finds_the_folders_of_the_sweep(tmp_path: Path, monkeypatch) -> None:
+    """The separate command of each job has the sweep's --config-dir and hydra.searchpath, and composes its config."""
+    places = {"mine": "optimizer/mine", "listed": "objective/weighting/listed"}
+    for place, option in places.items():
+        (tmp_path / place / option).parent.mkdir(parents=True)
+        (tmp_path / place / f"{option}.yaml").write_text((CONF_DIR / OPTIONS[place]).read_text())
+    mine, listed = f"--config-dir={tmp_path / 'mine'}", f"hydra.searchpath=[file://{tmp_path / 'listed'}]"
+    chosen = ["optimizer=mine", "objective/weighting=listed"]
+    started: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess:
+        started.append(command)
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr("sdft.training.__main__.num_devices", lambda trainer: 2)
+    with pytest.raises(SystemExit):
+        sweep(monkeypatch, "--config-dir", str(tmp_path / "mine"), listed, *chosen, "rank=2,4", "hydra.sweep.dir=swept")
+    assert len(started) == 2
+    for number, rank in enumerate(("rank=2", "rank=4")):
+        words = started[number][len(this_command()) :]
+        assert {"--config-name=train", mine, listed, rank, f"hydra.job.num={number}", *chosen} <= set(words)
+        assert f"hydra.run.dir='{tmp_path / 'swept' / str(number)}'" in words
+        assert not [word for word in words if word in ("-m", "--multirun") or word.startswith("hydra.mode=")]
+        cfg = compose("train", [w for w in words if not w.startswith("--")], config_dirs=[tmp_path / "mine"])
+        assert cfg.rank == number * 2 + 2
 
 
 def test_jobs_are_ranked_by_the_metric_of_the_sweep(tmp_path: Path) -> None:
