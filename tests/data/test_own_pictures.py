@@ -52,6 +52,7 @@ def run(command, monkeypatch, capsys, *words: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.slow
 def test_own_pictures_are_looked_at_cached_and_learned(tmp_path: Path, monkeypatch, capsys) -> None:
     root = write_pictures(tmp_path / "pictures")
     common = [f"data.root={root}", "size=64", "data.bucket_step=16"]

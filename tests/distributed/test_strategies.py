@@ -140,6 +140,7 @@ def assert_near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
     assert apart < 1e-4
 
 
+@pytest.mark.slow
 def test_bf16_is_gathered_in_bf16_and_learns_in_fp32(tmp_path: Path) -> None:
     settings = {"tuning": "lora_unet", "precision": "bf16-mixed", "max_steps": 3}
     one = result(Run(tmp_path / "one", batch_size=4, **settings))

@@ -94,6 +94,7 @@ def test_an_extracted_lora_draws_the_tuned_models_pictures(tmp_path: Path) -> No
     assert np.abs(back - tuned).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_full_fine_tune_as_a_lora_draws_nearly_its_pictures(tmp_path: Path) -> None:
     """nano's UNet is trained on grey images: of full rank everywhere, and in biases and norms, which a LoRA lacks."""
     prompts = ["a photo of a cat", "a castle at night"]

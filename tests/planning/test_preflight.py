@@ -96,6 +96,7 @@ def test_the_traced_step_needs_what_the_real_one_does(tuning, setting) -> None:
     assert traced.flops == pytest.approx(ledger.flops, rel=0.02)
 
 
+@pytest.mark.slow
 def test_checkpointing_trades_flops_for_memory(setting) -> None:
     plain, recomputed = (memory_needs(*setting(Full(), checkpointing=c), PLAIN, 0) for c in (False, True))
     assert recomputed.step < plain.step
