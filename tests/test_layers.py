@@ -53,7 +53,7 @@ SIDEWAYS = {
 }
 """Packages of one layer do not import each other, except these."""
 
-RESTRICTED = {
+RESERVED = {
     "hydra": ("layer 4",),
     "omegaconf": ("layer 4",),
     "yaml": ("layer 4",),
@@ -124,8 +124,8 @@ def complaints(module: str, source: str) -> list[str]:
                 found.append(f"{module} (layer {layer_of(module)}) imports {imported} (layer {layer_of(imported)})")
         elif layer_of(module) == BASICS and top not in FOR_BASICS:
             found.append(f"{module} (layer 0) imports {top}")
-        elif top in RESTRICTED and not any(inside(module, f) or f == f"layer {layer_of(module)}" for f in RESTRICTED[top]):
-            found.append(f"{module} imports {top}, which is for {', '.join(RESTRICTED[top]) or 'no one'}")
+        elif top in RESERVED and not any(inside(module, f) or f == f"layer {layer_of(module)}" for f in RESERVED[top]):
+            found.append(f"{module} imports {top}, which is for {', '.join(RESERVED[top]) or 'no one'}")
     return found
 
 
@@ -178,5 +178,5 @@ def test_a_right_import_is_not(module: str, source: str) -> None:
 
 def test_every_named_part_of_the_table_is_spelt_right() -> None:
     """A prefix that matches nothing would guard nothing."""
-    named = {owner for owners in RESTRICTED.values() for owner in owners if owner.startswith("sdft")}
+    named = {owner for owners in RESERVED.values() for owner in owners if owner.startswith("sdft")}
     assert {*LAYERS, *named} <= MODULES
