@@ -121,7 +121,7 @@ def refuse_untrusted(tree: Any, where: str, trust: Sequence[str] = ()) -> None:
 
     where: the file, for messages. trust: names of packages whose classes are allowed, and `commands`.
     """
-    for key, value in _walk(tree, ""):
+    for key, value, owner in _walk(tree, ""):
         if isinstance(value, str) and COMMANDS not in trust:
             if "pipe:" in value:
                 raise ConfigError(f"{where}: {key} runs a command ({value}); trust={COMMANDS} allows it")
@@ -132,12 +132,13 @@ def refuse_untrusted(tree: Any, where: str, trust: Sequence[str] = ()) -> None:
         if key.rpartition(".")[2] == "_target_":
             _refuse_target(value, where, key, trust)
         if isinstance(value, str) and "." in value and key.rpartition(".")[2] in ("path", "name"):
-            _refuse_path(key, value, tree, where, trust)
+            _refuse_path(key, value, owner, where, trust)
 
 
-def _walk(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+def _walk(tree: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value, dict or list that has it) of everything in a tree."""
     for key, value in items(tree):
-        yield join(path, key), value
+        yield join(path, key), value, tree
         yield from _walk(value, join(path, key))
 
 
@@ -146,12 +147,9 @@ def _refuse_target(name: Any, where: str, key: str, trust: Sequence[str]) -> Non
         refuse_package(name, where, key, trust)
 
 
-def _refuse_path(key: str, value: str, tree: Any, where: str, trust: Sequence[str]) -> None:
+def _refuse_path(key: str, value: str, owner: Any, where: str, trust: Sequence[str]) -> None:
     """Of `hydra.utils.get_object` and of samplers, whose strings are imported; other paths and names are only data."""
-    owner = tree
-    for part in key.split(".")[:-1]:
-        owner = dict(items(owner)).get(int(part) if part.isdigit() and isinstance(owner, list) else part)
-    target = owner.get("_target_") if isinstance(owner, dict) else None
+    target = current_name(str(owner.get("_target_"))) if isinstance(owner, dict) else None
     imports = key.endswith("sampler.name") or target in ("hydra.utils.get_object", "sdft.sampling.samplers.Sampler")
     if imports and value not in named_in_conf()[1] and not is_library_class(value):
         refuse_package(value, where, key, trust)

@@ -65,6 +65,8 @@ VALUES = {
     "prompts": ["${hydra:job.name}"],
     "model.allow_pickle": True,
     "sampler.name": "os.system",
+    "other": {"with.dots": [{"_target_": "sdft.sampling.Sampler", "name": "os.system"}]},
+    "words": {"_target_": "hydra.utils.get_object", "path": "os.system"},
     "verdict.sampler.name": "subprocess.run",
 }
 
@@ -113,6 +115,7 @@ def test_a_run_folder_runs_no_command_and_reads_no_environment(key: str, tmp_pat
         "+callbacks.x={_target_: os.system, command: touch the_attack_ran}",
         "++model._target_=torch.load",
         *(f"{key}='{value}'" for key, value in VALUES.items() if isinstance(value, str)),
+        "+words={_target_: hydra.utils.get_object, path: os.system}",
         "hydra.searchpath=[file:///tmp]",
         "hydra/launcher=slurm",
         "+hydra.callbacks.x._target_=os.system",
