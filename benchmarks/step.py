@@ -64,9 +64,11 @@ def steps() -> tuple[list[float], list[float]]:
 def bare() -> Iterator[None]:
     """Steps of a plain loop over the same model, loss, optimiser and average."""
     from sdft.data.dataset import BatchOrder, collate
+    from sdft.hardware import default_precision
     from sdft.rng import Draws
     from sdft.tuning.parameters import trainable_parameters
 
+    in_bf16 = default_precision(on_gpu=False) == "bf16-mixed"  # as trainer.precision=auto
     cfg = compose("train", ["experiment=dreamy_style"])
     data, tuning, objective = (build(cfg[name]) for name in ("data", "tuning", "objective"))
     model = build(cfg.model)
@@ -78,7 +80,7 @@ def bare() -> Iterator[None]:
     model.train()
     for items in BatchOrder(len(data.train_set.source.keys), data.batch_size, 0, 0, NUM_STEPS):
         batch = collate([data.train_set[item] for item in items])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
             report = objective(model, batch, Draws(0, batch.keys, batch.visits))
             loss = (report.per_sample_B * batch.loss_weight_B).mean()
         optimizer.zero_grad()
