@@ -71,6 +71,7 @@ class Run:
     validate_every: int = 4
     keep: int = 1
     precision: str = "32-true"
+    accelerator: Literal["cpu", "gpu"] = "cpu"
     resume: Path | None = None
     caption_dropout: float = 0.4
     bucket_step: int | None = None
@@ -199,7 +200,7 @@ def train(run: Run) -> dict[str, Any]:
         accumulate_grad_batches=run.accumulate,
         gradient_clip_val=run.clip,
         precision=run.precision,
-        accelerator="cpu",
+        accelerator=run.accelerator,
         devices=int(os.environ.get("WORLD_SIZE", "1")),
         progress_bar=False,
         strategy=strategies[run.strategy](),
@@ -217,7 +218,7 @@ def train(run: Run) -> dict[str, Any]:
     fit.fit(module, data, ckpt_path=run.resume, weights_only=False)
     if run.strategy in ("fsdp", "hybrid"):
         module = fit.strategy.gather(module, new_module)
-    weights = {name: p.detach().clone() for name, p in trainable_parameters(module.model)} if fit.is_global_zero else {}
+    weights = {name: p.detach().cpu().clone() for name, p in trainable_parameters(module.model)} if fit.is_global_zero else {}
     validation = {name: float(value) for name, value in fit.callback_metrics.items() if name.startswith("val/")}
     if run.export and fit.is_global_zero:
         Export().write(module, run.folder, {"title": "run", "prediction": "epsilon", "size_hw": (32, 32), "words": ()})

@@ -9,10 +9,11 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
+from annotated_types import Ge
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -45,11 +46,11 @@ def ddp() -> Strategy:
     return TrainableDDP(gradient_as_bucket_view=True)
 
 
-def fsdp(shard_ranks: Count | None = None) -> Strategy:
-    """FSDP2: weights, gradients, optimizer states and average are sharded among the devices.
+def fsdp(shard_ranks: Annotated[int, Ge(2)] | None = None) -> Strategy:
+    """FSDP2: weights, gradients, optimizer states and average are sharded among the devices; nothing is on one device.
 
-    shard_ranks: devices that share one copy; all if None. As many as a node has keeps the gathering of weights inside
-        the nodes, so that only gradients travel between them (hybrid sharding).
+    shard_ranks: devices that share one copy, at least 2; all if None. As many as a node has keeps the gathering of
+        weights inside the nodes, so that only gradients travel between them (hybrid sharding).
     """
     return FSDP2(shard_ranks)
 
@@ -87,7 +88,8 @@ class FSDP2(StrategyHooks, ModelParallelStrategy):
     Lightning's own sharded checkpoints resume only under FSDP, and on as many processes as saved them.
     """
 
-    mesh: DeviceMesh
+    mesh: DeviceMesh | None = None
+    """of the processes; None where there is one, and nothing is sharded"""
 
     def __init__(self, shard_ranks: int | None):
         super().__init__()
@@ -99,7 +101,7 @@ class FSDP2(StrategyHooks, ModelParallelStrategy):
         return True
 
     def num_shards(self, world_size: int) -> int:
-        return self.shard_ranks or world_size
+        return 1 if world_size == 1 else self.shard_ranks or world_size
 
     def shard(self, modules: Iterable[nn.Module]) -> None:
         """Shard the weights of `modules`, each repeated block in them as a separate unit."""
@@ -147,10 +149,10 @@ class FSDP2(StrategyHooks, ModelParallelStrategy):
         """Snapshot the state and write it in a thread; of several copies of the model, the first one is written."""
         self.wait_for_saves()
         path, token = self.broadcast((str(filepath), secrets.token_hex(4)))
-        number, count = self.mesh.get_local_rank(-1), self.mesh.size(-1)
+        number, count, copy = (0, 1, 0) if self.mesh is None else place_in(self.mesh)
         # The token: a file left by a killed run is never mistaken for one of this save.
         files = [f"step_{checkpoint['global_step']:06d}.{token}.rank_{n}_of_{count}" for n in range(count)]
-        own = files[number] if self.mesh.ndim == 1 or self.mesh.get_local_rank(0) == 0 else None
+        own = files[number] if copy == 0 else None
         outline, slices = snapshot(checkpoint)
         self._saving = BackgroundSave(Path(path), files, own, slices, outline if self.is_global_zero else None)
         # Lightning requeues the job as soon as a save of this name returns.
@@ -222,6 +224,11 @@ class FSDP2(StrategyHooks, ModelParallelStrategy):
             }
             groups = [group | known(ONE_KERNEL, group) for group in saved["param_groups"]]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def place_in(mesh: DeviceMesh) -> tuple[int, int, int]:
+    """(shard of this process, number of shards, copy of the model that it belongs to)."""
+    return mesh.get_local_rank(-1), mesh.size(-1), mesh.get_local_rank(0) if mesh.ndim > 1 else 0
 
 
 def known(options: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
