@@ -142,8 +142,8 @@ def module_of(args: argparse.Namespace, model):
     return Finetuning(model, tuning_of(args.mode), objective, partial(adamw, lr=1e-5), constant, seed=0)
 
 
-def ours(args: argparse.Namespace, device: torch.device) -> tuple[Any, float]:
-    """The model, and the seconds of a step as `train.py` makes it."""
+def ours(args: argparse.Namespace, device: torch.device) -> tuple[Any, Clock]:
+    """The model, and the clock of its steps as `train.py` makes them."""
     import lightning as L
     from lightning.pytorch.loggers import CSVLogger
 
@@ -169,11 +169,11 @@ def ours(args: argparse.Namespace, device: torch.device) -> tuple[Any, float]:
             run_dir=folder,
         )
         fit.fit(module_of(args, model), data_of(args))
-    return model.to(device), clock.seconds
+    return model.to(device), clock
 
 
-def plain(args: argparse.Namespace, device: torch.device) -> tuple[Any, float]:
-    """The model, and the seconds of the same step in the way of the public example scripts."""
+def plain(args: argparse.Namespace, device: torch.device) -> tuple[Any, Clock]:
+    """The model, and the clock of the same steps in the way of the public example scripts."""
     model = build_model(args, device)
     tuning_of(args.mode).attach(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -202,7 +202,7 @@ def plain(args: argparse.Namespace, device: torch.device) -> tuple[Any, float]:
         with torch.no_grad():
             torch._foreach_lerp_(average, parameters, 0.001)
         clock.step_done()
-    return model, clock.seconds
+    return model, clock
 
 
 def fake_latents(args: argparse.Namespace, model, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,17 +215,23 @@ def fake_latents(args: argparse.Namespace, model, device: torch.device) -> tuple
 
 
 class Clock:
-    """Times a block of steps after a warm-up, with the device idle at both ends; profiles a few steps if asked."""
+    """Times a block of steps after a warm-up, with the device idle at both ends; profiles a few steps if asked.
+
+    start_gib: peak memory up to the end of the warm-up, with the encoding of images; later peaks are those of steps.
+    """
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         self.num_measured, self.device, self.file = args.steps, device, args.profile
         self.num_steps = WARM_UP + args.steps + (PROFILED if self.file else 0)
-        self.done, self.seconds = 0, float("nan")
+        self.done, self.seconds, self.start_gib = 0, float("nan"), float("nan")
 
     def step_done(self) -> None:
         """To be called after each step."""
         self.done += 1
         if self.done == WARM_UP:
+            if self.device.type == "cuda":
+                self.start_gib = torch.cuda.max_memory_allocated() / 2**30
+                torch.cuda.reset_peak_memory_stats()
             self._begun = self._now()
         if self.done == WARM_UP + self.num_measured:
             self.seconds = (self._now() - self._begun) / self.num_measured
@@ -284,16 +290,17 @@ def one(args: argparse.Namespace) -> dict[str, float]:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.init()
-    model, seconds = (plain if args.variant == PLAIN else ours)(args, device)
+    model, clock = (plain if args.variant == PLAIN else ours)(args, device)
     memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else float("nan")
     reserved = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else float("nan")
     model.unet._compiled_call_impl = None  # compiled kernels hide their FLOPs
-    share = flops_of_a_step(args, model, device) / seconds / matmul_rate(device)
+    share = flops_of_a_step(args, model, device) / clock.seconds / matmul_rate(device)
     return {
-        "images_per_s": args.batch_size / seconds,
+        "images_per_s": args.batch_size / clock.seconds,
         "share_of_matmul": share,
         "memory_gib": memory,
         "reserved_gib": reserved,
+        "start_gib": clock.start_gib,
     }
 
 
@@ -350,8 +357,9 @@ def main() -> None:
         raise SystemExit("error: SDXL at full size needs a GPU; --model nano runs on any device")
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{args.model}, {args.size} px, cached latents, {where}, torch {torch.__version__}; {args.steps} steps")
-    print("| mode | batch | | images/s | x plain loop | of the matmul rate | peak GiB | reserved | forecast |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    measures = ("images/s", "x plain loop", "of the matmul rate", "peak GiB", "reserved", "forecast", "peak at the start")
+    print(f"| mode | batch | | {' | '.join(measures)} |")
+    print("|---" * (3 + len(measures)) + "|")
     cases = [{"mode": mode, "batch_size": size} for mode in args.modes for size in args.batch_sizes]
     with ThreadPoolExecutor(4) as pool:
         forecasts = [pool.submit(partial(line, args, "sdft", "--forecast", **case)) for case in cases]
@@ -373,12 +381,12 @@ def row(
     """One row of the table."""
     first = f"| {case['mode']} | {case['batch_size']} | {name} |"
     if isinstance(values, str):
-        print(first, f"{values} | | | | | |", flush=True)
+        print(first, f"{values} | | | | | | |", flush=True)
         return
     ratio = f"{values['images_per_s'] / bare['images_per_s']:.2f}" if isinstance(bare, dict) else ""
     forecast_gib = planned.result() if planned else {}
     text = f"{forecast_gib.get('forecast_gib', float('nan')):.1f}" if isinstance(forecast_gib, dict) else forecast_gib
-    memory = f"{values['memory_gib']:.1f} | {values['reserved_gib']:.1f} | {text}"
+    memory = f"{values['memory_gib']:.1f} | {values['reserved_gib']:.1f} | {text} | {values['start_gib']:.1f}"
     print(first, f"{values['images_per_s']:.2f} | {ratio} | {values['share_of_matmul']:.0%} | {memory} |", flush=True)
 
 

@@ -218,7 +218,8 @@ def train(run: Run) -> dict[str, Any]:
     fit.fit(module, data, ckpt_path=run.resume, weights_only=False)
     if run.strategy in ("fsdp", "hybrid"):
         module = fit.strategy.gather(module, new_module)
-    weights = {name: p.detach().cpu().clone() for name, p in trainable_parameters(module.model)} if fit.is_global_zero else {}
+    trained = trainable_parameters(module.model) if fit.is_global_zero else ()
+    weights = {name: p.detach().cpu().clone() for name, p in trained}
     validation = {name: float(value) for name, value in fit.callback_metrics.items() if name.startswith("val/")}
     if run.export and fit.is_global_zero:
         Export().write(module, run.folder, {"title": "run", "prediction": "epsilon", "size_hw": (32, 32), "words": ()})

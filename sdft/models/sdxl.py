@@ -28,6 +28,8 @@ UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", 
 CONV_LAYERS = ("conv1", "conv2", "downsamplers.0.conv", "upsamplers.0.conv")
 ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 ENCODER_ADAPTERS = {"attention": ENCODER_LAYERS[:4], "all": ENCODER_LAYERS, "conv": ENCODER_LAYERS}
+VAE_PIXELS = 2**20
+"""Pixels that pass through the VAE at a time: one image of 1024 x 1024, some GiB in fp32."""
 ENCODER_SHARDS = ("embeddings", "encoder", "final_layer_norm", "text_projection")
 """Submodules of a text encoder that are sharded: transformers checks the exact class of the encoder itself, which FSDP
 would change."""
@@ -154,9 +156,12 @@ class SDXL(DiffusionModel):
     @on_device("vae")
     def encode_moments(self, pixels_BCHW: Tensor) -> Tensor:
         """Posterior mean and log variance, stacked on C, in fp32: the VAE overflows in fp16."""
+        moments = []
         with torch.no_grad(), torch.autocast(pixels_BCHW.device.type, enabled=False):
-            posterior = self.vae.encode(pixels_BCHW.to(self.vae.device, self.vae.dtype)).latent_dist
-        return torch.cat([posterior.mean, posterior.logvar], dim=1).float()
+            for part_BCHW in pixels_BCHW.split(num_at_once(pixels_BCHW.shape[-2:])):
+                posterior = self.vae.encode(part_BCHW.to(self.vae.device, self.vae.dtype)).latent_dist
+                moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).float())
+        return torch.cat(moments)
 
     def encode_images(self, batch: Batch, eps_BCHW: Tensor | None = None) -> Tensor:
         """z0_BCHW: a posterior sample with standard normal `eps`, or its mean if None, scaled to unit variance."""
@@ -235,9 +240,21 @@ class SDXL(DiffusionModel):
     @on_device("vae")
     def decode(self, z_BCHW: Tensor) -> Tensor:
         shift = self.vae.config.shift_factor or 0.0
+        images = []
         with torch.no_grad(), torch.autocast(z_BCHW.device.type, enabled=False):
-            z = z_BCHW.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor + shift
-            return self.vae.decode(z).sample.float().clamp(-1, 1)
+            h, w = z_BCHW.shape[-2:]
+            for part_BCHW in z_BCHW.split(num_at_once((h * self.vae_factor, w * self.vae_factor))):
+                z = part_BCHW.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor + shift
+                images.append(self.vae.decode(z).sample.float().clamp(-1, 1))
+        return torch.cat(images)
+
+
+def num_at_once(size_hw: Sequence[int]) -> int:
+    """Images that the VAE encodes or decodes at a time, so that memory does not grow with the batch.
+
+    Not diffusers' `enable_slicing`, which takes one at a time whatever their size: slow for small images.
+    """
+    return max(1, VAE_PIXELS // (size_hw[0] * size_hw[1]))
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], num_chunks: int = 1) -> Tensor:

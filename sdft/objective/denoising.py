@@ -58,12 +58,12 @@ class Denoising(Objective):
         z0 = model.encode_images(batch, draws.normal("posterior", shape).to(model.device))
         cond = model.condition(batch)
         eps = self._noise(draws, shape).to(z0)
-        t_B = self.timesteps(draws.uniform("timestep"), len(schedule)).to(z0.device)
-        a, s = schedule.at(t_B)
-        prediction = model.denoise(a * z0 + s * eps, t_B, cond)
+        t_B = self.timesteps(draws.uniform("timestep"), len(schedule))
+        a, s = schedule.at(t_B, z0.device)
+        prediction = model.denoise(a * z0 + s * eps, t_B.to(z0.device), cond)
         target = eps if self.prediction == "epsilon" else a * eps - s * z0
         mse_B = (prediction - target).square().mean(dim=(1, 2, 3))
-        weight_B = self.weighting(schedule.snr[t_B.cpu()], self.prediction).float().to(mse_B)
+        weight_B = self.weighting(schedule.snr[t_B], self.prediction).float().to(mse_B)
         # An error d in v is an error a d in eps: eps = a v + s z_t.
         eps_mse_B = mse_B if self.prediction == "epsilon" else mse_B * a.flatten().square()
         return LossReport(weight_B * mse_B, {"eps_mse": eps_mse_B})

@@ -31,10 +31,9 @@ class NoiseSchedule:
     def __len__(self) -> int:
         return len(self.a)
 
-    def at(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, s) of each timestep, B x 1 x 1 x 1, fp32."""
-        t = t_B.cpu()
-        return tuple(x[t].float().to(t_B.device)[:, None, None, None] for x in (self.a, self.s))
+    def at(self, t_B: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """(a, s) of each timestep of the CPU tensor `t_B`: B x 1 x 1 x 1, fp32, on `device`."""
+        return tuple(x[t_B].float().to(device)[:, None, None, None] for x in (self.a, self.s))
 
 
 _CACHED: dict[tuple[bool, NoiseConfig], NoiseSchedule] = {}

@@ -41,6 +41,7 @@ def trainer(
     num_nodes: Count = 1,
     log_every: Count = 10,
     progress_bar: bool = True,
+    deterministic: bool | Literal["warn"] = True,
     strategy: Any = "auto",
     callbacks: Sequence[L.Callback] = (),
     loggers: Sequence[Any] = (),
@@ -55,8 +56,13 @@ def trainer(
     precision: `auto` is bf16-mixed where the device computes bf16 natively (see `sdft.hardware.default_precision`).
     devices, num_nodes: processes per node, and nodes.
     log_every: optimizer steps between logged values.
+    deterministic: on a GPU, use only kernels that give the same bits each time (`torch.use_deterministic_algorithms`).
+        Without them a repeated or resumed run ends with other weights. `warn` warns of operations that have no such
+        kernel instead of ending with an error. Kernels of a CPU always give the same bits here.
     """
     progress_bar = progress_bar and are_shown()
+    on_gpu = num_gpus(accelerator) > 0
+    torch.utils.deterministic.fill_uninitialized_memory = False  # Costs time, and nothing reads such memory.
     if not torch.cuda.is_available():
         # This switch also disables the CPU kernel, whose backward pass took a third of nano's step.
         torch.backends.cuda.enable_flash_sdp(False)
@@ -66,7 +72,7 @@ def trainer(
         val_check_interval=min(validate_every, max_steps) * accumulate_grad_batches,
         accumulate_grad_batches=accumulate_grad_batches,
         gradient_clip_val=gradient_clip_val or None,
-        precision=default_precision(num_gpus(accelerator) > 0) if precision == "auto" else precision,
+        precision=default_precision(on_gpu) if precision == "auto" else precision,
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
@@ -80,6 +86,7 @@ def trainer(
         callbacks=[*callbacks, *([Progress()] if progress_bar else [])],
         logger=list(loggers),
         use_distributed_sampler=False,
+        deterministic=deterministic if on_gpu else None,
         default_root_dir=run_dir,
     )
 

@@ -210,6 +210,17 @@ def test_shards_that_do_not_fit_the_devices_are_refused(tmp_path: Path) -> None:
     assert "shard_ranks=2: 3 devices" in (run.folder / "error_0.txt").read_text()
 
 
+def test_shards_on_one_device_end_like_a_run_without(tmp_path: Path) -> None:
+    """It saves, exports and ends; with one device there is nothing to shard."""
+    options = {"tuning": "full", "export": True, "max_steps": 3}
+    expected = result(Run(tmp_path / "one", **options))
+    sharded = result(Run(tmp_path / "fsdp", strategy="fsdp", **options))
+    assert sharded["weights"].keys() == expected["weights"].keys()
+    for name, weight in sharded["weights"].items():
+        torch.testing.assert_close(weight, expected["weights"][name], rtol=1e-3, atol=1e-5)
+    assert (tmp_path / "fsdp/checkpoints/last.ckpt").exists()
+
+
 def test_several_devices_are_copies_where_nothing_is_said() -> None:
     assert auto("cpu", 1, 1) == auto("cpu", "auto", 1) == "auto"
     assert isinstance(auto("cpu", 2, 1), TrainableDDP)

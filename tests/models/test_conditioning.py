@@ -12,7 +12,7 @@ from sdft.batch import Batch, Conditioning
 from sdft.data.images import plan_crop
 from sdft.formats.diffusers_folder import SDXL_PARTS
 from sdft.models.load import pretrained
-from sdft.models.sdxl import SDXL, tokenize
+from sdft.models.sdxl import SDXL, num_at_once, tokenize
 from sdft.sampling.generate import generate
 from sdft.sampling.samplers import Sampler
 
@@ -44,6 +44,21 @@ def fake_batch(time_ids: list[tuple[int, ...]], dropped: tuple[int, ...] = ()) -
         loss_weight_B=torch.ones(2),
         pixels_BCHW=torch.zeros(2, 3, 64, 64),
     )
+
+
+def test_the_vae_takes_a_few_images_at_a_time(nano: SDXL, monkeypatch) -> None:
+    """As many as have VAE_PIXELS pixels, so that memory does not grow with the batch; the results are the same."""
+    assert num_at_once((1024, 1024)) == num_at_once((2048, 1024)) == 1
+    assert num_at_once((512, 512)) == 4
+    pixels = torch.rand(5, 3, 64, 32) * 2 - 1
+    moments, taken = nano.encode_moments(pixels), []
+    images = nano.decode(moments.chunk(2, dim=1)[0])
+    monkeypatch.setattr("sdft.models.sdxl.VAE_PIXELS", 2 * 64 * 32)
+    for network in (nano.vae.encoder, nano.vae.decoder):
+        network.register_forward_pre_hook(lambda _, args: taken.append(len(args[0])))
+    torch.testing.assert_close(nano.encode_moments(pixels), moments)
+    torch.testing.assert_close(nano.decode(moments.chunk(2, dim=1)[0]), images)
+    assert taken == [2, 2, 1, 2, 2, 1]
 
 
 @pytest.mark.parametrize(

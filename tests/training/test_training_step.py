@@ -180,6 +180,16 @@ def read(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)
 
 
+@pytest.mark.parametrize(("on_gpu", "asked", "used"), [(1, True, True), (1, False, False), (0, True, None)])
+def test_a_gpu_uses_kernels_that_give_the_same_bits(on_gpu, asked, used, monkeypatch) -> None:
+    """Those of a CPU always do; torch's switch would forbid some that are."""
+    seen = {}
+    monkeypatch.setattr("sdft.training.trainer.num_gpus", lambda _: on_gpu)
+    monkeypatch.setattr("lightning.Trainer", lambda **given: seen.update(given))
+    trainer(max_steps=1, deterministic=asked)
+    assert seen["deterministic"] is used
+
+
 def test_accumulation_is_a_larger_batch(tiny_model, tiny_source, tmp_path: Path) -> None:
     """2 x 4 and 8 x 1: the same samples, so the same mean loss and, up to float rounding, the same weights."""
     weights, losses = [], []
