@@ -357,7 +357,7 @@ def main() -> None:
         raise SystemExit("error: SDXL at full size needs a GPU; --model nano runs on any device")
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{args.model}, {args.size} px, cached latents, {where}, torch {torch.__version__}; {args.steps} steps")
-    measures = ("images/s", "x plain loop", "of the matmul rate", "peak GiB", "reserved", "forecast", "peak at the start")
+    measures = ("images/s", "x plain loop", "of the matmul rate", "peak GiB", "reserved", "forecast", "at the start")
     print(f"| mode | batch | | {' | '.join(measures)} |")
     print("|---" * (3 + len(measures)) + "|")
     cases = [{"mode": mode, "batch_size": size} for mode in args.modes for size in args.batch_sizes]
