@@ -28,6 +28,7 @@ from PIL import Image
 import sdft.config.command as config
 from sdft.config.trust import read_yaml, refuse_untrusted, refuse_untrusted_overrides, trusted_by
 from sdft.distributed.processes import ProcessInfo
+from sdft.distributed.run_lock import run_lock
 from sdft.errors import UserError
 from sdft.evaluation.run import CompareResult, find_device
 from sdft.evaluation.run import compare as run_comparison
@@ -40,6 +41,7 @@ from sdft.protocols import DiffusionModel
 from sdft.sampling.generate import generate
 from sdft.sampling.samplers import Sampler
 from sdft.training import receipt
+from sdft.training.callbacks.preemption import EXIT_CODES
 from sdft.training.run import FinetuneResult, num_devices
 from sdft.training.run import finetune as run_training
 from sdft.types import Precision
@@ -84,13 +86,14 @@ def finetune(cfg: DictConfig | Sequence[str] = (), *, verbose: bool = False, pro
         cfg.run_dir = str(Path(cfg.run_dir).expanduser().absolute())
         folder = Path(cfg.run_dir) / ".hydra"
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, folder / "config.yaml")
-        OmegaConf.save(OmegaConf.create(overrides or []), folder / "overrides.yaml")
         try:
-            result = run_training(cfg, overrides, _reporter(verbose))
+            with run_lock(folder.parent):
+                OmegaConf.save(cfg, folder / "config.yaml")
+                OmegaConf.save(OmegaConf.create(overrides or []), folder / "overrides.yaml")
+                result = run_training(cfg, overrides, _reporter(verbose))
         except SystemExit as stop:
-            # Lightning exits after Ctrl-C, and the preemption callback after SIGUSR1.
-            if stop.code == 1:
+            # Lightning exits with 1 after Ctrl-C, and the preemption callback with the code of a signal.
+            if stop.code in (1, EXIT_CODES[signal.SIGINT]):
                 raise KeyboardInterrupt from None
             raise UserError(f"stopped early by a signal; resume=auto run_dir={cfg.run_dir} continues") from None
     assert result is not None, "one process"
@@ -209,8 +212,11 @@ def compare(
     cfg = compose("eval", [*overrides, *(f"{key}={_value(value)}" for key, value in given.items())])
     with _quiet(progress), _state_restored():
         config.check(cfg)
-        cfg.run_dir = str(Path(cfg.run_dir).expanduser().absolute())
-        result = run_comparison(cfg, _reporter(verbose))
+        folder = Path(cfg.run_dir).expanduser().absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        cfg.run_dir = str(folder)
+        with run_lock(folder):
+            result = run_comparison(cfg, _reporter(verbose))
     if result is None:
         raise UserError("compare runs in one process; for several, use the command sdft-eval")
     return result

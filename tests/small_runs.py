@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -41,6 +42,7 @@ from sdft.tuning.adapter import Adapter
 from sdft.tuning.full import Full
 from sdft.tuning.parameters import trainable_parameters
 
+ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 TUNINGS = {
     "full": Full,
@@ -285,3 +287,14 @@ def assert_same_end(a: Run, b: Run, ours: dict[str, Any], theirs: dict[str, Any]
     for name in ("state_dict", "optimizer_states", "lr_schedulers", "Images"):
         assert_equal(read_state(a.last)[name], read_state(b.last)[name], name)
     assert_equal(read_state(a.last)["callbacks"]["EMA"], read_state(b.last)["callbacks"]["EMA"], "EMA")
+
+
+def train_py(words: list[str], run: Run) -> None:
+    """The command `python train.py WORDS`, in a process that has its imports already."""
+    torch.set_num_threads(1)
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    sys.argv = ["train.py", *words, f"run_dir={run.folder}"]
+    import sdft.training.__main__ as train
+
+    train.main()

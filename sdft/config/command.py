@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from sdft.config.check import check, locate, resolve
 from sdft.config.compose import Composer, basic_sweeper, composer, get_args_parser
+from sdft.config.exits import exit_for, hidden, hide_environment, unbreakable_streams
 from sdft.config.keys import ConfigError
-from sdft.distributed.processes import ProcessInfo, exit_with_error
+from sdft.distributed.processes import ProcessInfo
+from sdft.distributed.run_lock import run_lock
 from sdft.errors import UserError
 
 __all__ = ["CONF_DIR", "ConfigError", "build", "check", "command", "compose", "quoted", "tries_all"]
@@ -68,6 +71,7 @@ class Plan(NamedTuple):
     sweep_dir: Path | None = None
     dry_run: Sequence[DictConfig] = ()  # the configs of the jobs
     jobs: Sequence[list[str]] = ()  # the overrides of the jobs of a sweep
+    run_dir: Path | None = None  # of the one job, if it has a folder of its own
 
 
 @dataclass(frozen=True)
@@ -92,27 +96,39 @@ class command:
             # Last, as `python -m` has it first: packages of the user beside the folder of the command.
             sys.path += [folder for folder in [os.getcwd()] if folder not in sys.path]
             given = sys.argv
-            try:
-                args, unknown = get_args_parser().parse_known_intermixed_args()
-                if unknown:
-                    name = unknown[0].lstrip("-").replace("-", "_").partition("=")[0]
-                    raise ConfigError(f"'{unknown[0]}' is not a flag; settings are written {name}=value")
-                flags = [word for word in given if word not in (*args.overrides, "-m", "--multirun")]
-                plan = self._plan(args, function)
-                if plan.dry_run and self.print_plan is not None:
-                    return self.print_plan(plan.dry_run, plan.jobs)
-                sys.argv = [*flags, *plan.overrides]  # in the order that Hydra's parser needs
+            folders: list[Path] = []
+            with unbreakable_streams():
                 try:
-                    hydra.main(str(Path(self.conf_dir).absolute()), self.root, version_base="1.3")(_job(function))()
+                    self._run(function, folders)
+                except (Exception, KeyboardInterrupt) as error:
+                    exit_for(error, next(iter(folders), None))
                 finally:
-                    if plan.sweep_dir is not None and self.finish_sweep is not None and ProcessInfo.current().rank == 0:
-                        self.finish_sweep(plan.sweep_dir)
-            except UserError as error:
-                exit_with_error(error)
-            finally:
-                sys.argv = given
+                    sys.argv = given
 
         return main
+
+    def _run(self, function: Function, folders: list[Path]) -> None:
+        """Plan and run the command of `sys.argv`. folders: receives the folder of the run, once it is known."""
+        args, unknown = get_args_parser().parse_known_intermixed_args()
+        if unknown:
+            name = unknown[0].lstrip("-").replace("-", "_").partition("=")[0]
+            raise ConfigError(f"'{unknown[0]}' is not a flag; settings are written {name}=value")
+        if args.resolve and not args.cfg:
+            raise ConfigError("--resolve goes with --cfg: --cfg job --resolve prints the config of the job")
+        flags = [word for word in sys.argv if word not in (*args.overrides, "-m", "--multirun")]
+        plan = self._plan(args, function)
+        if plan.dry_run and self.print_plan is not None:
+            return self.print_plan(plan.dry_run, plan.jobs)
+        folders += [folder for folder in (plan.run_dir, plan.sweep_dir) if folder is not None]
+        sys.argv = [*flags, *plan.overrides]  # in the order that Hydra's parser needs
+        run = hydra.main(str(Path(self.conf_dir).absolute()), self.root, version_base="1.3")(_job(function))
+        try:
+            # The lock comes before Hydra, which writes into the folder.
+            with run_lock(plan.run_dir) if plan.run_dir is not None else nullcontext():
+                run()
+        finally:
+            if plan.sweep_dir is not None and self.finish_sweep is not None and ProcessInfo.current().rank == 0:
+                self.finish_sweep(plan.sweep_dir)
 
     def _plan(self, args: Any, function: Function) -> Plan:
         overrides = self.recall(args.overrides)
@@ -125,11 +141,14 @@ class command:
             overrides = opened.fill_open_dicts(overrides)
             if not args.multirun and "hydra.mode=MULTIRUN" not in overrides:
                 cfg, job = opened.load(overrides)
+                hide_environment(cfg)
                 if args.cfg:
                     return Plan(overrides)
                 if job.mode != RunMode.MULTIRUN:
                     check(cfg)
-                    return Plan(overrides, dry_run=[cfg] if cfg.get("dry_run") else [])
+                    if cfg.get("dry_run"):
+                        return Plan(overrides, dry_run=[cfg])
+                    return Plan(overrides, run_dir=_folder(job) if "run_dir" in cfg else None)
             return _plan_sweep(opened, overrides)
 
 
@@ -145,6 +164,7 @@ def _plan_sweep(opened: Composer, overrides: Sequence[str]) -> Plan:
     for number, job in enumerate(jobs, 1):
         try:
             configs.append(opened.load([*fixed, *job])[0])
+            hide_environment(configs[-1])
             check(configs[-1])
         except ConfigError as error:
             raise ConfigError(f"job {number} of {len(jobs)} ({' '.join(job)}): {error}") from None
@@ -160,7 +180,14 @@ def _plan_sweep(opened: Composer, overrides: Sequence[str]) -> Plan:
         return Plan([*overrides, "hydra.mode=MULTIRUN", f"hydra.sweep.dir={quoted(sweep_dir)}"], sweep_dir)
     if not is_grid or num >= len(jobs):
         raise ConfigError(f"hydra.job.num={num}: the grid has {len(jobs)} jobs, numbered from 0")
-    return Plan([*fixed, *jobs[num], f"hydra.run.dir={quoted(run_dir)}"], sweep_dir)
+    return Plan([*fixed, *jobs[num], f"hydra.run.dir={quoted(run_dir)}"], sweep_dir, run_dir=run_dir)
+
+
+def _folder(job: DictConfig) -> Path:
+    """The folder of a run, with its parents, as Hydra makes it."""
+    folder = Path(str(job.run.dir)).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def tries_all(sweeper: DictConfig) -> bool:
@@ -180,14 +207,12 @@ def _job(function: Function) -> Function:
             problem.unlink(missing_ok=True)
         try:
             check(cfg)
-            return function(cfg)
+            with run_lock(Path(job.runtime.output_dir)) if "run_dir" in cfg else nullcontext():
+                return function(cfg)
         except Exception as error:
             if not OmegaConf.is_missing(job.job, "num"):
-                problem.write_text(f"{error or type(error).__name__}\n", encoding="utf-8")
-            # In a sweep the other jobs still run, and Hydra raises the first error after them.
-            if isinstance(error, UserError) and job.mode != RunMode.MULTIRUN:
-                exit_with_error(error)
-            raise
+                problem.write_text(f"{hidden(str(error)) or type(error).__name__}\n", encoding="utf-8")
+            raise  # in a sweep, Hydra raises the first error after the other jobs
 
     return run
 

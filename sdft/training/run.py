@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from sdft.config.command import build
+from sdft.config.exits import foreseen, hidden, hide_environment
 from sdft.distributed.processes import num_processes
 from sdft.errors import UserError
 from sdft.formats.run_folder import SUMMARY
 from sdft.hardware import autocast_precision
 from sdft.protocols import PartialVerdict, strategy_hooks
 from sdft.training import receipt
+from sdft.training.callbacks.preemption import resume_command
 
 Report = Callable[[str], Any]
 """Receives the lines that a command prints."""
@@ -55,6 +59,7 @@ def finetune(cfg: DictConfig, overrides: Sequence[str] | None, report: Report) -
     overrides: what the config was composed with, for the receipt; None if unknown.
     Raises UserError for all that the user can mend.
     """
+    hide_environment(cfg)
     if cfg.reproduce:
         torch.set_num_threads(receipt.read(cfg.reproduce)["threads"])  # sums of floats depend on it
     # The cheap parts first: a wrong number or an empty folder is reported before any weights are read.
@@ -111,7 +116,7 @@ def begin_receipt(cfg: DictConfig, overrides: Sequence[str] | None, model, data,
     """What the run is made from, written before it starts: the code may change while it runs."""
     if trainer.global_rank:
         return {}
-    config = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    config = hidden(OmegaConf.to_container(cfg, resolve=True))
     record = receipt.begun(config, overrides, model, data, trainer.world_size)
     write_json(Path(cfg.run_dir) / receipt.NAME, record)
     return record
@@ -144,7 +149,8 @@ def conclude(
 
     run_dir = Path(cfg.run_dir)
     module.eval()
-    artifacts, errors = export(module, run_dir, cfg.name, cfg.size, partial(build, cfg.model))
+    with finishable(run_dir):
+        artifacts, errors = export(module, run_dir, cfg.name, cfg.size, partial(build, cfg.model))
     base = partial(module.tuning.base, module.model)
     metrics = verdict(module.model, base, run_dir, autocast_precision(trainer.precision)) if verdict else {}
     if (run_dir / BEFORE_AFTER).is_file():
@@ -169,6 +175,20 @@ def conclude(
     if cfg.reproduce:
         report(receipt.compared(receipt.read(cfg.reproduce), record))
     return FinetuneResult(run_dir, summary, record)
+
+
+@contextmanager
+def finishable(run_dir: Path) -> Iterator[None]:
+    """Adds to an error of the disk, while the weights are written, how to write them without training again."""
+    try:
+        yield
+    except Exception as error:
+        known = foreseen(error)
+        if known is None or not (isinstance(error, OSError) or isinstance(error.__cause__, OSError)):
+            raise
+        last = run_dir / "checkpoints" / "last.ckpt"
+        again = resume_command(sys.argv, run_dir)
+        raise UserError(f"{known}. {last} is intact; this exports it without training again: {again}") from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -202,4 +222,4 @@ def log_run(trainer, cfg: DictConfig) -> None:
     """Log the config to every logger."""
     from sdft.training.callbacks import tracking
 
-    tracking.log_run(trainer, cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True)))
+    tracking.log_run(trainer, hidden(OmegaConf.to_container(cfg, resolve=True)))

@@ -24,5 +24,5 @@ class Stay(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step == self.after and int(os.environ.get("SLURM_RESTART_COUNT", 0)) == self.restarts:
             (preempt,) = (callback for callback in trainer.callbacks if isinstance(callback, Preempt))
-            while not preempt.warned:
+            while preempt.received is None:
                 time.sleep(0.05)

@@ -5,22 +5,18 @@ from __future__ import annotations
 import os
 import random
 import signal
-import sys
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from checks import assert_equal, slow
 from safetensors.torch import load_file
-from small_runs import EVERYTHING, KillAt, Run, assert_same_end, finish, result, start
+from small_runs import EVERYTHING, KillAt, Run, assert_same_end, finish, result, start, train_py
 
 from sdft.formats.training_checkpoint import read_state
 from sdft.training.callbacks.preemption import REQUEUE
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def killed_and_resumed(folder: Path, kills: list[KillAt], **options: Any) -> dict[str, Any]:
@@ -65,17 +61,6 @@ def test_the_last_ones_stay_where_that_is_asked(tmp_path: Path) -> None:
     assert kept == {"last.ckpt": 8, "step_000006.ckpt": 6, "step_000008.ckpt": 8, "best.ckpt": kept["best.ckpt"]}
 
 
-def train_py(words: list[str], run: Run) -> None:
-    """The command `python train.py WORDS`, in a process that has its imports already."""
-    torch.set_num_threads(1)
-    os.chdir(ROOT)
-    sys.path.insert(0, str(ROOT))
-    sys.argv = ["train.py", *words, f"run_dir={run.folder}"]
-    import sdft.training.__main__ as train
-
-    train.main()
-
-
 @pytest.mark.slow
 def test_the_same_command_resumes_after_a_warning_and_a_kill(tmp_path: Path) -> None:
     """`train.py` itself, signalled from outside once it has saved; the command has `resume=auto` from the start."""
@@ -85,7 +70,8 @@ def test_the_same_command_resumes_after_a_warning_and_a_kill(tmp_path: Path) -> 
     command = partial(train_py, words)
     straight, stopped = Run(tmp_path / "straight"), Run(tmp_path / "stopped")
     assert finish(start(straight, function=command)) == [0]
-    for number, status, after in ((signal.SIGUSR1, REQUEUE, 5), (signal.SIGKILL, -9, 15)):
+    ends = [(signal.SIGUSR1, REQUEUE, 5), (signal.SIGKILL, -9, 10), (signal.SIGTERM, 143, 15), (signal.SIGINT, 130, 25)]
+    for number, status, after in ends:
         (process,) = start(stopped, function=command)
         while process.exitcode is None and not (
             stopped.last.is_file() and read_state(stopped.last)["global_step"] >= after
