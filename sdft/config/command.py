@@ -212,6 +212,8 @@ def _job(function: Function) -> Function:
         except Exception as error:
             if not OmegaConf.is_missing(job.job, "num"):
                 problem.write_text(f"{hidden(str(error)) or type(error).__name__}\n", encoding="utf-8")
+            if job.mode != RunMode.MULTIRUN:
+                exit_for(error, Path(job.runtime.output_dir) if "run_dir" in cfg else None)
             raise  # in a sweep, Hydra raises the first error after the other jobs
 
     return run

@@ -17,6 +17,7 @@ import re
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,10 +29,10 @@ from omegaconf import DictConfig, OmegaConf
 from sdft.config.keys import items
 from sdft.distributed.processes import ProcessInfo, exit_with_error
 from sdft.errors import UserError
+from sdft.formats.output import no_room
 
 TRACEBACK = "traceback.txt"
 """In the run folder, or in a temporary one if there is none."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 _secrets: dict[str, str] = {}
@@ -71,15 +72,23 @@ class Unbreakable:
 
 @contextmanager
 def unbreakable_streams() -> Iterator[None]:
-    """Standard output and error survive a closed pipe inside of the context."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (Unbreakable(stream) for stream in before)  # type: ignore[assignment]
+    """Standard output and error survive a closed pipe inside of the context; our warnings are one line each."""
+    before = sys.stdout, sys.stderr, warnings.formatwarning
+    sys.stdout, sys.stderr = (Unbreakable(stream) for stream in before[:2])  # type: ignore[assignment]
+    warnings.formatwarning = _formatted
     try:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr, warnings.formatwarning = before
+
+
+def _formatted(message: Any, category: type, filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning of this project without the line of code that it came from, which says nothing to a user."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def hide_environment(cfg: DictConfig) -> None:
@@ -120,8 +129,7 @@ def foreseen(error: BaseException) -> UserError | None:
         )
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error):
         return UserError("this machine has too little memory; set a smaller batch_size or size")
-    # Libraries that write (torch, safetensors) put the system's words into errors of their own.
-    if (isinstance(error, OSError) and error.errno in FULL) or "(os error 28)" in str(error):
+    if no_room(error):
         return UserError(f"the disk is full{_of_file(error)}: free some space, and run the same command again")
     if isinstance(error, OSError) and error.errno in REFUSED:
         return UserError(f"{error.strerror}{_of_file(error)}: name another place, or change its permissions")

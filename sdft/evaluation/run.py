@@ -75,6 +75,8 @@ def compare(cfg: DictConfig, report: Report) -> CompareResult | None:
     measures, left_out = comparison.available_metrics(inputs)
     of_runs = partial(rebuild, trust=comparison.trust)
     models = SubjectLoader(comparison.model, cfg.model.get("weights"), find_device(), of_runs)
+    for subject in subjects:
+        models.check(subject)
     generated = generate_images(comparison, subjects, models, place)
     if place.rank > 0:
         return None

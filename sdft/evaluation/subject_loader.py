@@ -22,6 +22,9 @@ from sdft.formats.adapter import applied_lora, read_words
 from sdft.formats.lora_file import read_lora
 from sdft.formats.lora_layer import LoraFile
 from sdft.formats.lora_stack import stack_loras
+from sdft.formats.metadata import says_zero_terminal_snr, stated_prediction
+from sdft.formats.model_checkpoint import refuse_incomplete
+from sdft.formats.safetensors_io import refuse_nonfinite
 from sdft.formats.training_checkpoint import read_state
 from sdft.models.load import find_checkpoint
 from sdft.protocols import DiffusionModel
@@ -51,6 +54,29 @@ class SubjectLoader:
     def base(self) -> DiffusionModel:
         """The model to which LoRAs are applied."""
         return self._load().to(self.device).eval()
+
+    def check(self, subject: Subject) -> None:
+        """Read the files of a subject once. Raises UserError for one that is damaged, or has NaN in its weights.
+
+        A comparison checks all subjects before it generates the first image, which may take hours.
+        """
+        for files in subject.adapters:
+            if files.lora is not None:
+                read_lora(files.lora, subject.key)
+            if files.words is not None:
+                read_words(files.words, subject.key)
+        if subject.weights not in (None, self.base_weights):
+            options = self._load.keywords if isinstance(self._load, partial) else {}
+            chosen = options.get("variant"), options.get("allow_pickle", False)
+            try:
+                checkpoint = find_checkpoint(str(subject.weights), *chosen)
+                if options.get("vae") is None:
+                    refuse_incomplete(subject.key, checkpoint)
+                with checkpoint.opened() as read:
+                    for weight in checkpoint.weights:
+                        refuse_nonfinite(subject.key, weight, read(weight))
+            except UserError as error:
+                raise UserError(str(error).replace("model.weights", f"subjects.{subject.name}")) from error
 
     @contextmanager
     def open(self, subject: Subject, scale: float = 1.0, step: int = FINAL) -> Iterator[DiffusionModel]:
@@ -147,9 +173,8 @@ def trained_prediction_type(model: DiffusionModel, loras: Sequence[LoraFile], ke
 
 def prediction_of(lora: LoraFile) -> tuple[str, bool] | None:
     """(v_prediction, zero terminal SNR) of a LoRA whose metadata says so; None for others, which fit any base model."""
-    metadata = lora.metadata
-    is_v = metadata.get("modelspec.prediction_type") == "v" or metadata.get("ss_v_parameterization") == "True"
-    return ("v_prediction", metadata.get("ss_zero_terminal_snr") == "True") if is_v else None
+    is_v = stated_prediction(lora.metadata) == "v_prediction"
+    return ("v_prediction", says_zero_terminal_snr(lora.metadata)) if is_v else None
 
 
 @lru_cache

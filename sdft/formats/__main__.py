@@ -15,14 +15,15 @@ from sdft.models.load import CONFIGS, SDXL_BASE, SDXL_ID, find_folder
 @command("formats")
 def main(cfg: DictConfig) -> None:
     """Convert, and print the path of the result."""
-    for key in ("allow_pickle", "overwrite"):
+    switches = ("allow_pickle", "overwrite", "skip_unknown")
+    for key in switches:
         if not isinstance(cfg[key], bool):
             raise UserError(f"{key}={cfg[key]}: must be true or false")
     source = Path(str(cfg["in"])).expanduser()
     # Only a folder needs tokenizers; otherwise the shipped configs of SDXL, which give the shapes, are enough.
     incomplete = cfg.to == "folder" and not source.is_dir()
     config = SDXL_BASE if cfg.config == SDXL_ID and not incomplete else find_folder("config", cfg.config, CONFIGS)
-    out = convert(str(cfg["in"]), str(cfg.out), cfg.to, config, cfg.dtype, cfg.allow_pickle, cfg.overwrite)
+    out = convert(str(cfg["in"]), str(cfg.out), cfg.to, config, cfg.dtype, *(cfg[key] for key in switches))
     print(f"{out}: {cfg['in']} as {cfg.to}")
 
 

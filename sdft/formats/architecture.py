@@ -14,6 +14,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdft.errors import UserError
+from sdft.formats.json_file import read_json
 from sdft.formats.keys import PREFIXES, hub_name
 from sdft.formats.model_checkpoint import Checkpoint
 
@@ -24,15 +25,18 @@ MAX_LISTED = 400
 
 def empty_network(part: str, config: Path) -> nn.Module:
     """The network that the config.json in the folder `config` describes, its parameters on the meta device."""
-    with init_empty_weights(include_buffers=False):
-        if part in ("unet", "vae"):
-            diffuser = UNet2DConditionModel if part == "unet" else AutoencoderKL
-            content = diffuser.load_config(config)
-            content.pop("_name_or_path", None)  # a path on the machine where it was saved
-            network = diffuser.from_config(content)
-        else:
-            encoder = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
-            network = encoder(CLIPTextConfig.from_pretrained(config))
+    content = read_json(config / "config.json")
+    content.pop("_name_or_path", None)  # a path on the machine where it was saved
+    try:
+        with init_empty_weights(include_buffers=False):
+            if part in ("unet", "vae"):
+                network = (UNet2DConditionModel if part == "unet" else AutoencoderKL).from_config(content)
+            else:
+                encoder = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
+                network = encoder(CLIPTextConfig.from_dict(content))
+    except Exception as error:  # of any kind: it is from the network's constructor, whose arguments the file has
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{config / 'config.json'}: does not describe a {part} ({reason}); get it again") from error
     return network.eval()
 
 
@@ -56,6 +60,9 @@ def refuse_misfit(where: str, checkpoint: Checkpoint, networks: Mapping[str, nn.
         for name, shape in expected.items()
         if name in found and tuple(found[name]) != shape
     ]
+    without = sorted({name.split("/")[0] for name in expected} - {name.split("/")[0] for name in found})
+    if without == ["vae"]:
+        raise UserError(f"{where}: has no VAE; pass model.vae=, a folder, a file or a hub id that has one")
     if problems:
         what = f"{len(problems)} weights do not fit the model, so nothing is loaded"
         raise UserError(f"{where}: {what}:\n{listed(problems)}")

@@ -11,7 +11,7 @@ from sdft.formats.architecture import PARTS, empty_network, refuse_misfit
 from sdft.formats.diffusers_folder import copy_as_folder
 from sdft.formats.lora_file import is_lora, read_lora, read_names, write_lora_file
 from sdft.formats.model_checkpoint import PICKLES, open_checkpoint
-from sdft.formats.safetensors_io import atomic_output
+from sdft.formats.output import atomic_output
 from sdft.formats.single_file import write_single_file
 from sdft.progress import tqdm
 from sdft.types import DTYPES
@@ -28,12 +28,16 @@ def convert(
     dtype: str | None = None,
     allow_pickle: bool = False,
     overwrite: bool = False,
+    skip_unknown: bool = False,
 ) -> Path:
     """Write `source` as `out` in the format `to`; returns its path.
 
     to: `folder` (diffusers) or `single_file` (LDM) for a model; `kohya` or `diffusers` for a LoRA.
     config: the folder with the configs and tokenizers that a single file lacks; not used if `source` is a folder.
-    dtype: fp32, bf16 or fp16, of the written weights; None keeps the dtype of each.
+    dtype: fp32, bf16 or fp16, of the written weights; None keeps the dtype of each, and makes fp16 of 8-bit floats.
+    skip_unknown: leave out the tensors of a LoRA file that cannot be read, with a warning.
+
+    Raises UserError for anything that cannot be read or written; nothing is written then.
     """
     if to not in (*MODEL_FORMATS, *LORA_FORMATS):
         raise UserError(f"to={to}: must be one of {', '.join((*MODEL_FORMATS, *LORA_FORMATS))}")
@@ -41,10 +45,12 @@ def convert(
         raise UserError(f"dtype={dtype}: must be one of fp32, bf16, fp16, or null to keep each weight's own")
     path, target = Path(source).expanduser(), Path(out).expanduser().absolute()
     refuse_target(target, to, path)
+    if not path.exists():
+        raise UserError(f"in={source}: there is no such file or folder")
     number = DTYPES[dtype] if dtype else None
-    with atomic_output(target, overwrite=overwrite) as written:
+    with atomic_output(target, "out", overwrite) as written:
         if holds_lora(source, path):
-            convert_lora(source, path, written, to, number)
+            convert_lora(source, path, written, to, number, skip_unknown)
         elif to in LORA_FORMATS:
             raise UserError(f"to={to}: is a format of LoRA files, and in={source} is a whole model")
         else:
@@ -84,9 +90,11 @@ def convert_model(
             write_single_file(checkpoint, written, dtype, bar=bar)
 
 
-def convert_lora(source: str, path: Path, written: Path, to: str, dtype: torch.dtype | None) -> None:
+def convert_lora(
+    source: str, path: Path, written: Path, to: str, dtype: torch.dtype | None, skip_unknown: bool = False
+) -> None:
     """Convert a LoRA file."""
     if to in MODEL_FORMATS:
         raise UserError(f"to={to}: in={source} is a LoRA; pass to=kohya or to=diffusers, or bake it by merging")
-    lora = read_lora(path, f"in={source}")
+    lora = read_lora(path, f"in={source}", skip_unknown)
     write_lora_file(lora, written, "kohya" if to == "kohya" else "diffusers", dtype, lora.metadata)

@@ -8,15 +8,17 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from sdft.formats.json_file import read_json
 from sdft.formats.keys import PREFIXES, hub_name
 from sdft.formats.model_checkpoint import INDEX, LOGIT_SCALE_KEY, Checkpoint
-from sdft.formats.safetensors_io import DTYPE_NAMES, TensorInfo, atomic_output, write_tensors
+from sdft.formats.output import atomic_output
+from sdft.formats.safetensors_io import DTYPE_NAMES, TensorInfo, write_tensors
 from sdft.progress import tqdm
 from sdft.protocols import DiffusionModel
 
@@ -27,6 +29,9 @@ FILES = {
     "text_encoder": "model.safetensors",
     "text_encoder_2": "model.safetensors",
 }
+RESCALED = "rescale_betas_zero_snr"
+INPAINTING = 9
+"""Input channels of a UNet that also gets a mask and the masked image."""
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.msgpack", "*.onnx*", "*.index.json")
 
 
@@ -78,8 +83,9 @@ def copy_all_but_weights(checkpoint: Checkpoint, folder: Path, config: Path) -> 
     shutil.copy2(config / INDEX, folder)
     for part in SDXL_PARTS:
         shutil.copytree(config / part, folder / part, ignore=shutil.ignore_patterns(*WEIGHT_FILES))
-    if not checkpoint.is_folder:
+    if not checkpoint.is_folder or checkpoint.told is not None:
         write_prediction_type(folder / "scheduler" / "scheduler_config.json", checkpoint)
+    write_input_channels(folder, checkpoint)
 
 
 def part_metadata(part: str, checkpoint: Checkpoint) -> dict[str, str]:
@@ -98,11 +104,31 @@ def part_reader(read: Callable[[str], Tensor], part: str) -> Callable[[str], Ten
 
 def write_prediction_type(file: Path, checkpoint: Checkpoint) -> None:
     """Write the prediction type and zero terminal SNR of a checkpoint into a scheduler config."""
-    config: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
-    config["prediction_type"] = checkpoint.prediction or "epsilon"
-    if checkpoint.zero_terminal_snr:
-        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    config, (prediction, zero_snr) = read_json(file), checkpoint.predicts
+    if prediction == config.get("prediction_type", "epsilon") and zero_snr == bool(config.get(RESCALED)):
+        return
+    config["prediction_type"] = prediction
+    if zero_snr:
+        config |= {RESCALED: True, "timestep_spacing": "trailing"}
+    elif config.pop(RESCALED, False):
+        config["timestep_spacing"] = "leading"  # as in SDXL
+    write_json(file, config)
+
+
+def write_input_channels(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write into the UNet's config how many channels its weights take: 9 in inpainting models, 4 in others."""
+    view = checkpoint.weights.get("unet/conv_in.weight")
+    file, index = folder / "unet" / "config.json", folder / INDEX
+    if view is None or (config := read_json(file)).get("in_channels", 4) == view.shape[1]:
+        return
+    write_json(file, config | {"in_channels": view.shape[1]})
+    if view.shape[1] == INPAINTING:
+        write_json(index, read_json(index) | {"_class_name": "StableDiffusionXLInpaintPipeline"})
+
+
+def write_json(file: Path, content: Mapping[str, object]) -> None:
+    """Write a config as diffusers does."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:

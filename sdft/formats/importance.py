@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sdft.formats.keys import hub_name
 from sdft.formats.model_checkpoint import Checkpoint, WeightView
-from sdft.formats.safetensors_io import atomic_output, read_header, tensor_info, write_tensors
+from sdft.formats.output import atomic_output
+from sdft.formats.safetensors_io import read_header, tensor_info, write_tensors
 
 FILE = "importance.safetensors"
 METADATA_KEY = "sdft.importance"

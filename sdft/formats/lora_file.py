@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from math import sqrt
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from sdft.errors import UserError
 from sdft.formats import lora_keys
 from sdft.formats.lora_layer import DORA, DOWN, TENSORS, UP, Layer, LoraFile, kohya_magnitude, most_common
-from sdft.formats.safetensors_io import atomic_output, read_header, tensor_info, write_tensors
+from sdft.formats.output import atomic_output
+from sdft.formats.safetensors_io import read_header, refuse_nonfinite, tensor_info, write_tensors
 
 Layout = Literal["kohya", "diffusers"]
 
@@ -38,33 +40,58 @@ SUFFIXES = {name: name for name in (*TENSORS, ALPHA)} | {
 """Key suffixes in files -> kohya's name of the tensor."""
 ADAPTER_METADATA = "lora_adapter_metadata"
 """The metadata key where diffusers keeps the peft configuration of each part, as JSON."""
+OTHER_KINDS = {
+    r"(^|\.)(bundle_emb|emb_params|string_to_param|string_to_token)(\.|$)": "embeddings of new words",
+    r"\.(w_norm|b_norm)$": "trained norms of LyCORIS",
+    r"\.diff(_b)?$": "whole weights or biases (diff) of LyCORIS",
+    r"\.(oft_blocks|oft_diag|oft_R(\.\w+)*\.weight|oft_r|boft_\w+)$": "OFT or BOFT",
+    r"\.(a1|a2|b1|b2)\.weight$": "GLoRA",
+    r"\.(on_input|ia3_l)$": "IA3",
+    r"\.scale$": "scales",
+}
+"""Patterns of names -> what they are, of adapters that are not read."""
+MAX_NAMED = 5
+UNET_MODULES = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_emb", "add_emb")
+"""Files of a UNet alone name its modules without `unet.`."""
 
 
 def is_lora(names: Iterable[str]) -> bool:
-    """Whether a file with these tensors is a LoRA, of any kind and for any model."""
-    return any(suffix not in (None, ALPHA) for _, suffix in map(split_key, names))
+    """Whether a file with these tensors is a LoRA or another adapter, of any kind and for any model."""
+    return any(suffix not in (None, ALPHA) or _other_kind(module) for module, suffix in map(split_key, names))
 
 
-def read_lora(path: Path, key: str) -> LoraFile:
-    """The LoRA in a file of any known layout; the tensors are memory-mapped.
+def read_lora(path: Path, key: str, skip_unknown: bool = False) -> LoraFile:
+    """The LoRA in a file of any known layout; the tensors are memory-mapped, except 8-bit floats, which become fp16.
 
-    Raises UserError, which starts with `key`, and lists everything that is wrong.
+    skip_unknown: warn of tensors that cannot be read instead of refusing the file.
+    Raises UserError, which starts with `key`, and says what is wrong.
     """
     names, metadata = read_names(key, path)
     if not is_lora(names):
         raise UserError(f"{key}: {path.name} is not a LoRA; none of its {len(names)} tensors belongs to one")
-    refuse_unknown(names, key, path)
+    unknown = unknown_tensors(names, key, path)
+    if unknown:
+        problem = f"{key}: {path.name} has {len(unknown)} tensors that cannot be read: {_summary(unknown)}"
+        if len(unknown) == len(names):
+            raise UserError(problem)
+        if not skip_unknown:
+            raise UserError(f"{problem}. python -m sdft.formats skip_unknown=true writes a file of the others")
+        warnings.warn(f"{problem}; they are left out", stacklevel=2)
+    names = [name for name in names if name not in unknown]
     alphas = _alphas_from_metadata(metadata, key)
     layers: dict[str, dict[str, Tensor]] = {}
     with safe_open(path, framework="pt") as file:
         for name in names:
             module, suffix = split_key(name)
-            assert suffix is not None  # refuse_unknown has listed those without
+            assert suffix is not None  # unknown_tensors has those without
             layer = lora_keys.layer_of(module)
             tensors, tensor = layers.setdefault(layer, {}), SUFFIXES[suffix]
             if tensor in tensors:
                 raise UserError(f"{key}: {path.name} has {tensor} of {layer} twice, once as {name}")
-            tensors[tensor] = file.get_tensor(name)
+            value = file.get_tensor(name)
+            value = value.to(torch.float16) if value.is_floating_point() and value.itemsize == 1 else value
+            refuse_nonfinite(f"{key}: {path.name}", name, value)
+            tensors[tensor] = value
     found, wrong = {}, []
     for name, tensors in layers.items():
         try:
@@ -72,7 +99,7 @@ def read_lora(path: Path, key: str) -> LoraFile:
         except ValueError as error:
             wrong.append(f"{name} {error}")
     if wrong:
-        problems = "; ".join(wrong)
+        problems = "; ".join(wrong[:MAX_NAMED]) + "; ..." * (len(wrong) > MAX_NAMED)
         raise UserError(f"{key}: {path.name} is damaged in {len(wrong)} of its {len(layers)} layers: {problems}")
     kept = {name: value for name, value in metadata.items() if name not in (ADAPTER_METADATA, "format")}
     return LoraFile(found, kept)
@@ -163,6 +190,11 @@ def read_names(key: str, path: Path) -> tuple[list[str], dict[str, str]]:
 
 def split_key(name: str) -> tuple[str, str | None]:
     """The module and the suffix of a tensor's key; the suffix is None if it is not a LoRA's."""
+    # As peft saves an adapter of its own name: base_model.model.X.lora_A.default.weight.
+    name = re.sub(r"\.(lora_[AB]|lora_magnitude_vector)\.(?!weight$)\w+(\.weight|$)", r".\1\2", name)
+    name = name.removeprefix("base_model.model.")
+    if name.startswith(UNET_MODULES):
+        name = f"unet.{name}"
     # Until mid-2023, diffusers kept LoRAs in the attention processors.
     name = re.sub(r"\.processor\.(\w+)_lora\.", r".\1.lora.", name).replace(".to_out.lora.", ".to_out.0.lora.")
     for suffix in SUFFIXES:
@@ -171,23 +203,45 @@ def split_key(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def refuse_unknown(names: list[str], key: str, path: Path) -> None:
-    """Raise UserError that lists every tensor without a layer in SDXL, or names the model that the LoRA is for."""
-    unknown = []
+def unknown_tensors(names: Sequence[str], key: str, path: Path) -> dict[str, str]:
+    """Tensors that belong to no layer of SDXL's LoRAs -> what they are. Raises UserError for LoRAs of other models."""
+    unknown, weights = {}, set()
     for name in names:
         module, suffix = split_key(name)
+        if kind := _other_kind(name):
+            unknown[name] = kind
+            continue
         if model := lora_keys.other_model(name):
             raise UserError(f"{key}: {path.name} is a LoRA for {model} ({name}); it does not fit SDXL")
         try:
-            lora_keys.layer_of(module)
+            layer = lora_keys.layer_of(module)
         except KeyError:
-            unknown.append(module)
+            unknown[name] = "layers that SDXL does not have"
             continue
         if suffix is None:
-            unknown.append(name)
-    if unknown:
-        listed = sorted(set(unknown))
-        raise UserError(f"{key}: {path.name} has layers that SDXL does not have: {', '.join(listed)}")
+            unknown[name] = "tensors of an unknown kind"
+        elif suffix != ALPHA:
+            weights.add(layer)
+    for name in names:
+        module, suffix = split_key(name)
+        if name not in unknown and suffix == ALPHA and lora_keys.layer_of(module) not in weights:
+            unknown[name] = "alphas without weights"
+    return unknown
+
+
+def _other_kind(name: str) -> str | None:
+    return next((kind for pattern, kind in OTHER_KINDS.items() if re.search(pattern, name)), None)
+
+
+def _summary(unknown: Mapping[str, str]) -> str:
+    """How many tensors there are of each kind, with the first ones of it."""
+    by_kind: dict[str, list[str]] = {}
+    for name, kind in unknown.items():
+        by_kind.setdefault(kind, []).append(name)
+    return "; ".join(
+        f"{len(found)} {kind} ({', '.join(sorted(found)[:MAX_NAMED])}{', ...' * (len(found) > MAX_NAMED)})"
+        for kind, found in by_kind.items()
+    )
 
 
 def _layer(name: str, tensors: dict[str, Tensor], alphas: Callable[[str, int | None], float]) -> Layer:
@@ -199,6 +253,8 @@ def _layer(name: str, tensors: dict[str, Tensor], alphas: Callable[[str, int | N
     if not lora_keys.is_convolution(name):
         tensors = {suffix: t.flatten(1) if t.dim() == 4 else t for suffix, t in tensors.items()}
     if DORA in tensors and DOWN in tensors:
+        if tensors[DORA].dim() == 2 and len(tensors[DORA]) == 1 and UP in tensors and len(tensors[UP]) > 1:
+            raise ValueError("is a DoRA with norms of columns (dora_scale [1, in]), and norms of rows can be read")
         tensors[DORA] = kohya_magnitude(tensors[DORA], tensors[DOWN])
     layer = Layer(tensors, 0.0 if alpha is None else float(alpha))
     layer.delta_shape  # noqa: B018  raises ValueError if the tensors do not fit together
@@ -208,20 +264,21 @@ def _layer(name: str, tensors: dict[str, Tensor], alphas: Callable[[str, int | N
 def _alphas_from_metadata(metadata: Mapping[str, str], key: str) -> Callable[[str, int | None], float]:
     """(layer, rank) -> alpha of a layer that has no alpha tensor: from diffusers' metadata, else its rank."""
     try:
-        stated = json.loads(metadata.get(ADAPTER_METADATA) or "{}")
-    except json.JSONDecodeError as error:
-        raise UserError(f"{key}: its {ADAPTER_METADATA} is not valid JSON ({error})") from error
-
-    patterns = {}
-    for part in lora_keys.PARTS:
-        named = stated.get(f"{part}.alpha_pattern") or {}
-        patterns[part] = [(re.compile(rf"(.*\.)?({name})$"), alpha) for name, alpha in named.items()]
+        stated = dict(json.loads(metadata.get(ADAPTER_METADATA) or "{}"))
+        patterns = {part: dict(stated.get(f"{part}.alpha_pattern") or {}) for part in lora_keys.PARTS}
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{key}: its {ADAPTER_METADATA} is not what diffusers writes ({error})") from error
+    alphas = [stated.get(f"{part}.lora_alpha", 1) for part in lora_keys.PARTS]
+    for alpha in (*alphas, *(alpha for named in patterns.values() for alpha in named.values())):
+        if not isinstance(alpha, int | float) or not isfinite(alpha):
+            raise UserError(f"{key}: its {ADAPTER_METADATA} has an alpha that is no number: {str(alpha)[:40]}")
 
     def alpha_of(layer: str, rank: int | None) -> float:
         part, _, module = layer.partition("/")
         if rank is None or f"{part}.lora_alpha" not in stated:
             return float(rank or 1)
-        alpha = next((alpha for name, alpha in patterns[part] if name.match(module)), stated[f"{part}.lora_alpha"])
+        named = (alpha for name, alpha in patterns[part].items() if f".{module}".endswith(f".{name}"))
+        alpha = next(named, stated[f"{part}.lora_alpha"])
         return float(alpha * sqrt(rank) if stated.get(f"{part}.use_rslora") else alpha)
 
     return alpha_of

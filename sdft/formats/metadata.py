@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from sdft.formats.safetensors_io import HASH_KEY
 
 ARCHITECTURE = "stable-diffusion-xl-v1-base"
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 BASE_MODEL_VERSION = "sdxl_base_v1-0"
+PREDICTION_TYPE = "modelspec.prediction_type"
+ZERO_TERMINAL_SNR = "ss_zero_terminal_snr"
+"""kohya's key; without it, images of such a LoRA come out grey."""
 
 
 def model_metadata(
@@ -33,18 +36,23 @@ def model_metadata(
         "modelspec.title": title,
         "modelspec.resolution": f"{w}x{h}",
         "modelspec.date": date(),
-        "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
+        PREDICTION_TYPE: "v" if prediction == "v_prediction" else "epsilon",
         HASH_KEY: "",
         **phrase,
     }
 
 
 def lora_metadata(
-    title: str, prediction: str = "epsilon", size_hw: tuple[int, int] = (1024, 1024), words: Iterable[str] = ()
+    title: str,
+    prediction: str = "epsilon",
+    size_hw: tuple[int, int] = (1024, 1024),
+    words: Iterable[str] = (),
+    zero_terminal_snr: bool = False,
 ) -> dict[str, str]:
     """Metadata of a LoRA file, without rank and alpha (`lora_layer.network_metadata`)."""
     general = model_metadata(title, prediction, size_hw, words)
     v = {"ss_v2": "False", "ss_v_parameterization": "True"} if prediction == "v_prediction" else {}
+    v |= {ZERO_TERMINAL_SNR: "True"} if zero_terminal_snr else {}
     return {
         **general,
         "modelspec.architecture": f"{ARCHITECTURE}/lora",
@@ -53,6 +61,19 @@ def lora_metadata(
         "ss_resolution": f"({size_hw[1]}, {size_hw[0]})",
         **v,
     }
+
+
+def stated_prediction(metadata: Mapping[str, str]) -> str | None:
+    """The prediction type that a file's metadata states, `epsilon` or `v_prediction`; None if it states none."""
+    stated = metadata.get(PREDICTION_TYPE, "").lower()
+    if stated in ("v", "v_prediction", "v-prediction") or metadata.get("ss_v_parameterization") == "True":
+        return "v_prediction"
+    return "epsilon" if stated == "epsilon" else None
+
+
+def says_zero_terminal_snr(metadata: Mapping[str, str]) -> bool:
+    """Whether a LoRA's metadata says that it was trained with zero terminal SNR, by kohya's key."""
+    return metadata.get(ZERO_TERMINAL_SNR) == "True"
 
 
 def date() -> str:

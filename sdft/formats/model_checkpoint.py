@@ -6,21 +6,25 @@ reads headers only; weights are read one by one.
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from sdft.errors import UserError
+from sdft.formats.json_file import read_json
 from sdft.formats.keys import PREFIXES, KeyMapping, hub_name, mapping_for_single_key
+from sdft.formats.metadata import stated_prediction
 from sdft.formats.other_architectures import refuse_other_architecture
 from sdft.formats.safetensors_io import DTYPE_NAMES, DTYPES, StoredTensor, TensorInfo, read_header
 
@@ -28,6 +32,15 @@ INDEX = "model_index.json"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 IGNORED_TENSORS = ("position_ids", "denoiser.sigmas", "v_pred", "ztsnr")
 """Tensors, or last parts of their names, that are not weights: buffers and markers."""
+EXTRAS = re.compile(
+    r"model_ema\..*|(model\.)?(betas|log_betas|alphas_cumprod.*|sqrt_.*|log_one_minus_.*|posterior_.*|lvlb_weights|logvar)"
+    r"|conditioner\.embedders\.0\.(transformer\.)?text_projection(\.weight)?|first_stage_model\.loss\..*"
+    r"|(global_step|epoch|iteration|optimizer_states|lr_schedulers|callbacks|state_dict)(\..*)?"
+)
+"""What trainers and other programs leave in checkpoints beside the weights: averages, noise schedules, a projection of
+the first text encoder that SDXL does not use, the loss of the VAE. It is left out."""
+ALIKE = re.compile(r"\.(?:transformer_blocks|layers)\.(\d+)\.")
+"""Modules that are numbered from 0 without a gap, all with the same weights."""
 OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 LOGIT_SCALE = "conditioner.embedders.1.model.logit_scale"
 LOGIT_SCALE_KEY = "logit_scale"
@@ -45,6 +58,17 @@ class WeightView(TensorInfo):
     """Which of the weights of the stored tensor."""
 
 
+class Predicts(NamedTuple):
+    """What a model predicts, and on which noise schedule."""
+
+    type: str
+    """`epsilon` or `v_prediction`."""
+    zero_terminal_snr: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.type} with zero terminal SNR" if self.zero_terminal_snr else self.type
+
+
 @dataclass
 class Checkpoint:
     """The weights of the model at `root`, by `part/name`."""
@@ -60,6 +84,8 @@ class Checkpoint:
     scale: StoredTensor | None = None
     """CLIP's `logit_scale` in single files; images do not depend on it."""
     pickled: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    told: Predicts | None = None
+    """What the model predicts, where that is decided rather than read, as in a merge."""
 
     @property
     def is_folder(self) -> bool:
@@ -82,19 +108,25 @@ class Checkpoint:
     @property
     def prediction(self) -> str | None:
         """The prediction type, `epsilon` or `v_prediction`; None if the checkpoint does not state it."""
+        if self.told is not None:
+            return self.told.type
         if self.is_folder:
             return scheduler_config(self.root).get("prediction_type", "epsilon")
-        stated = self.metadata.get("modelspec.prediction_type", "").lower()
-        if "v_pred" in self.marks or stated in ("v", "v_prediction", "v-prediction"):
-            return "v_prediction"
-        return "epsilon" if stated == "epsilon" else None
+        return "v_prediction" if "v_pred" in self.marks else stated_prediction(self.metadata)
 
     @property
     def zero_terminal_snr(self) -> bool:
         """Whether the noise schedule has zero terminal SNR."""
+        if self.told is not None:
+            return self.told.zero_terminal_snr
         if self.is_folder:
             return bool(scheduler_config(self.root).get("rescale_betas_zero_snr"))
         return "ztsnr" in self.marks
+
+    @property
+    def predicts(self) -> Predicts:
+        """What it predicts; epsilon if it does not say."""
+        return Predicts(self.prediction or "epsilon", self.zero_terminal_snr)
 
     def logit_scale(self) -> Tensor | None:
         """CLIP's `logit_scale`, or None if the checkpoint lacks it."""
@@ -186,19 +218,21 @@ def open_vae(key: str, path: Path) -> Checkpoint:
 def scheduler_config(folder: Path) -> dict:
     """The scheduler config of a folder; empty if there is none."""
     file = folder / "scheduler" / "scheduler_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def _folder(where: str, root: Path, variant: str | None) -> Checkpoint:
     if not (root / INDEX).is_file():
         run = f"; pass {root / 'model'}" if (root / "model" / INDEX).is_file() else ""
         raise UserError(f"{where}: the folder has no {INDEX}, so it is not a diffusers model{run}")
-    index = json.loads((root / INDEX).read_text(encoding="utf-8"))
+    index = read_json(root / INDEX, f"{where}: {INDEX}")
     if "StableDiffusionXL" not in str(index.get("_class_name")):
         raise UserError(f"{where}: is a {index.get('_class_name')}, not Stable Diffusion XL")
     checkpoint = Checkpoint(root, {}, [], {})
     for part in PREFIXES:
-        for file in part_files(where, root / part, variant):
+        files = part_files(where, root / part, variant)
+        refuse_missing_shards(where, files)
+        for file in files:
             stored, metadata = read_header(where, file)
             checkpoint.metadata |= metadata
             for tensor in stored:
@@ -212,6 +246,45 @@ def _folder(where: str, root: Path, variant: str | None) -> Checkpoint:
     checkpoint.num_vae_levels = _count_vae_levels(checkpoint.weights)
     refuse_quantized(where, checkpoint)
     return checkpoint
+
+
+def refuse_missing_shards(where: str, files: Sequence[Path]) -> None:
+    """Raise UserError if one of the shards of a part is missing: `...-00001-of-00002.safetensors`, or in the index."""
+    expected = set()
+    for file in files:
+        if match := re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", file.name):
+            count = int(match[2])
+            expected |= {f"{match[1]}-{number:05}-of-{match[2]}.safetensors" for number in range(1, count + 1)}
+    missing = sorted(expected - {file.name for file in files})
+    if missing:
+        part, named = files[0].parent.name, ", ".join(missing[:5])
+        raise UserError(f"{where}: {part} lacks {named}, so its weights are incomplete; get it again")
+
+
+def refuse_incomplete(where: str, checkpoint: Checkpoint) -> None:
+    """Raise UserError if a checkpoint lacks a part, or a layer that its neighbours have.
+
+    For readers that have no config to compare all names and shapes with (`architecture.refuse_misfit`).
+    """
+    names = set(checkpoint.weights)
+    without = [part for part in PREFIXES if not any(name.startswith(f"{part}/") for name in names)]
+    if without:
+        raise UserError(f"{where}: has no {' and no '.join(without)}; pass a checkpoint with all parts of SDXL")
+    leaves: dict[str, dict[int, set[str]]] = {}
+    for name in names:
+        for match in ALIKE.finditer(name):
+            blocks = leaves.setdefault(name[: match.start(1)], {})
+            blocks.setdefault(int(match[1]), set()).add(name[match.end() :])
+    missing = []
+    for prefix, blocks in leaves.items():
+        if 2 * len(blocks) > max(blocks) + 1:  # an excerpt of a few layers is another thing
+            missing += [f"{prefix}{number}" for number in range(max(blocks)) if number not in blocks]
+        count = Counter(leaf for own in blocks.values() for leaf in own)
+        every = {leaf for leaf, number in count.items() if 2 * number > len(blocks)}
+        missing += [f"{prefix}{number}.{leaf}" for number, own in blocks.items() for leaf in sorted(every - own)]
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{where}: is incomplete, it lacks {min(missing)}{others}; get it again")
 
 
 def part_files(where: str, folder: Path, variant: str | None = None) -> list[Path]:
@@ -248,7 +321,13 @@ def _single_file(where: str, root: Path, stored: list[StoredTensor], metadata: d
     refuse_other_architecture(where, names)
     levels = _count_vae_levels(names)
     checkpoint = Checkpoint(root, {}, [], dict(metadata), frozenset(names) & {"v_pred", "ztsnr"}, levels)
+    extras = [name for name in names if EXTRAS.fullmatch(name)]
+    if extras:
+        others = f" and {len(extras) - 1} more" if len(extras) > 1 else ""
+        warnings.warn(f"{where}: leaves out what is not a weight of SDXL: {extras[0]}{others}", stacklevel=2)
     for tensor in stored:
+        if EXTRAS.fullmatch(tensor.name):
+            continue
         if tensor.name == LOGIT_SCALE:
             checkpoint.scale = tensor
             continue

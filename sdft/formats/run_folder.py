@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sdft.errors import UserError
+from sdft.formats.json_file import read_json
 
 SUMMARY = "summary.json"
 
@@ -32,7 +34,7 @@ class RunOutputs:
 def read_summary(run: Path) -> dict[str, Any] | None:
     """The content of summary.json: metrics and artifacts. None if the run did not finish."""
     file = run / SUMMARY
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return read_json(file) if file.is_file() else None
 
 
 def read_run_outputs(run: Path) -> RunOutputs | None:
@@ -40,4 +42,7 @@ def read_run_outputs(run: Path) -> RunOutputs | None:
     summary = read_summary(run)
     if summary is None:
         return None
-    return RunOutputs(summary, {kind: run / Path(path).name for kind, path in summary.get("artifacts", {}).items()})
+    artifacts = summary.get("artifacts") or {}
+    if not isinstance(artifacts, dict) or not all(isinstance(path, str) for path in artifacts.values()):
+        raise UserError(f"{run / SUMMARY}: its artifacts are not names and paths; it was not written by train.py")
+    return RunOutputs(summary, {kind: run / Path(path).name for kind, path in artifacts.items()})

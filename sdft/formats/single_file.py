@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdft.formats.keys import PREFIXES, KeyMapping, mapping_for_weight
-from sdft.formats.metadata import model_metadata
+from sdft.formats.metadata import PREDICTION_TYPE, model_metadata
 from sdft.formats.model_checkpoint import LOGIT_SCALE, LOGIT_SCALE_KEY, Checkpoint
 from sdft.formats.safetensors_io import DTYPE_NAMES, DTYPES, ITEM_SIZES, TensorInfo, tensor_info, write_tensors
 from sdft.progress import tqdm
@@ -81,7 +81,7 @@ def marks(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def file_metadata(checkpoint: Checkpoint) -> dict[str, str]:
     """The metadata of the checkpoint, with defaults for what it lacks."""
-    defaults = model_metadata(checkpoint.root.stem, checkpoint.prediction or "epsilon")
-    return defaults | {
-        name: value for name, value in checkpoint.metadata.items() if name != LOGIT_SCALE_KEY and "hash" not in name
-    }
+    defaults = model_metadata(checkpoint.root.stem, checkpoint.predicts.type)
+    own = {name: value for name, value in checkpoint.metadata.items() if name != LOGIT_SCALE_KEY and "hash" not in name}
+    predicted = {PREDICTION_TYPE: defaults[PREDICTION_TYPE]} if checkpoint.told is not None else {}
+    return defaults | own | predicted

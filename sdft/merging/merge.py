@@ -6,6 +6,7 @@ Knows the order of the work: check, then hash and compute in parallel, write, re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +17,9 @@ from sdft import __version__
 from sdft.errors import UserError
 from sdft.formats.lora_layer import network_metadata
 from sdft.formats.metadata import lora_metadata
-from sdft.formats.model_checkpoint import INDEX, Checkpoint
-from sdft.formats.safetensors_io import HASH_KEY, atomic_output
+from sdft.formats.model_checkpoint import INDEX, Checkpoint, Predicts
+from sdft.formats.output import atomic_output, full_disk_reported, refuse_to_replace
+from sdft.formats.safetensors_io import HASH_KEY
 from sdft.merging.annotations import Density, Kind
 from sdft.merging.blocks import plot_blocks
 from sdft.merging.compute import MergedWeight, nonfinite_message
@@ -28,10 +30,10 @@ from sdft.merging.model_output import (
     OutputFile,
     plan_lines,
     plan_outputs,
-    reporting_full_disk,
     to_json,
     write_outputs,
 )
+from sdft.merging.prediction import Prediction, predicts
 from sdft.merging.recipe import Recipe, Step, method_name, open_recipe
 from sdft.merging.sources import Source
 from sdft.progress import tqdm
@@ -55,6 +57,7 @@ def merge(
     threads: Count = 2,
     overwrite: bool = False,
     dry_run: bool = False,
+    prediction: Prediction | None = None,
 ) -> Iterator[str]:
     """Write the result of a recipe to `out`. A generator: it works while it is iterated, and yields lines of a report.
 
@@ -68,6 +71,7 @@ def merge(
     threads: number of threads; the written bytes do not depend on it.
     overwrite: replace what is at `out`.
     dry_run: read headers only, and report what would be written.
+    prediction: what the result predicts. By default what the inputs do, which must be the same.
 
     The same recipe gives the same bytes; the metadata holds the recipe and the SHA-256 of all input files.
     Raises UserError, before any weight is read, for everything that is wrong in arguments and headers.
@@ -75,6 +79,7 @@ def merge(
     recipe = open_recipe(steps)
     target = Path(out).expanduser().absolute()
     is_lora = recipe.kind(recipe.result) == Kind.DELTA
+    predicted = predicts(recipe, prediction)
     to = format_of(to, target, is_lora)
     refuse_size_options(is_lora, rank, energy)
     refuse_target(target, to, recipe.sources, overwrite)
@@ -83,9 +88,10 @@ def merge(
             yield from (f"  {name}  {list(shape)}" for name, shape in output_layers(recipe).items())
             yield f"{target}: a LoRA of up to {len(output_layers(recipe))} layers, as {to}"
             return
-        yield from report_lines(write_lora(recipe, target, to, dtype or "fp16", rank, energy, threads, overwrite))
+        found = write_lora(recipe, target, to, dtype or "fp16", rank, energy, threads, overwrite, predicted)
+        yield from report_lines(found)
     else:
-        like = recipe.models[0].checkpoint
+        like = replace(recipe.models[0].checkpoint, told=predicted)
         outputs = plan_outputs(like, to, DTYPES[dtype] if dtype else None)
         if dry_run:
             yield from plan_lines(outputs)
@@ -126,11 +132,8 @@ def refuse_target(target: Path, to: str, sources: Mapping[str, Source], overwrit
         root, resolved = source.root.resolve(), target.resolve()
         if resolved.is_relative_to(root) or root.is_relative_to(resolved):
             raise UserError(f"out={target}: contains the input {source.where} or is inside it; choose another path")
-    if not target.exists():
-        return
-    if not overwrite:
-        raise UserError(f"out={target}: exists already; pass overwrite=true to replace it")
-    if not ((target / INDEX).is_file() if to == "folder" else target.is_file()):
+    refuse_to_replace(target, "out", overwrite)
+    if target.exists() and not ((target / INDEX).is_file() if to == "folder" else target.is_file()):
         raise UserError(f"out={target}: is not a model, so it is not overwritten")
 
 
@@ -157,8 +160,7 @@ def write_model(
     to_write = sum(output.num_bytes for output in outputs)
     total = to_write + sum(map(file_bytes, recipe.sources.values()))
     with (
-        reporting_full_disk(target, to_write),
-        atomic_output(target, overwrite=overwrite) as written,
+        atomic_output(target, "out", overwrite, to_write) as written,
         tqdm(total=total, desc="merging", unit="B", unit_scale=True, leave=False) as bar,
         open_inputs(recipe.sources, bar, to_write) as inputs,
     ):
@@ -186,10 +188,11 @@ def write_lora(
     energy: float | None,
     threads: int,
     overwrite: bool,
+    predicted: Predicts | None,
 ) -> ExtractedLora:
     """Compute and write a LoRA."""
     with (
-        atomic_output(target, overwrite=overwrite) as written,
+        atomic_output(target, "out", overwrite) as written,
         tqdm(desc="hashing", unit="B", unit_scale=True, leave=False) as read,
         tqdm(total=len(output_layers(recipe)), desc="layers", leave=False) as bar,
         open_inputs(recipe.sources, read) as inputs,
@@ -199,10 +202,14 @@ def write_lora(
             raise UserError("the result is zero in every layer of a LoRA, so there is nothing to write")
         errors = {name: round(share, 6) for name, share in sorted(found.errors.items())}
         # Without hash and date: the hash would be of other bytes, and a date would differ between equal runs.
-        general = {key: value for key, value in lora_metadata(target.stem).items() if key not in (HASH_KEY, DATE)}
+        described = lora_metadata(target.stem)
+        if predicted is not None:
+            prediction, zero_snr = predicted
+            described = lora_metadata(target.stem, prediction, zero_terminal_snr=zero_snr)
+        general = {key: value for key, value in described.items() if key not in (HASH_KEY, DATE)}
         own = network_metadata(found.lora) | metadata(recipe, inputs.hash_of) | {"sdft.missed": to_json(errors)}
         size = sum(tensor.nbytes for layer in found.layers.values() for tensor in layer.tensors.values())
-        with reporting_full_disk(target, size):
+        with full_disk_reported(target, "out", size):
             write_lora_file(found.lora, written, to, general | own)
     return found
 

@@ -5,13 +5,11 @@ Knows the layout of both model formats. Must not depend on how the numbers are c
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -116,29 +114,6 @@ def write_outputs(
         for output, descriptor in zip(outputs, files, strict=True):
             os.pwrite(descriptor, header_bytes(output.entries, output.order, output.metadata | more), 0)
             os.fsync(descriptor)
-
-
-@contextmanager
-def reporting_full_disk(target: Path, num_bytes: int) -> Iterator[None]:
-    """Turns a full disk while `target` is written inside the `with` into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        free = shutil.disk_usage(existing_parent(target)).free
-        sizes = f"needs {format_size(num_bytes)}, {format_size(free)} are free there"
-        raise UserError(f"out={target}: {sizes} ({error.strerror}); make room or choose another path") from error
-
-
-def existing_parent(path: Path) -> Path:
-    """The nearest parent folder of a path that exists."""
-    return next(parent for parent in path.parents if parent.is_dir())
-
-
-def format_size(num_bytes: int) -> str:
-    """A size in GiB or MiB."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def run_in_threads(jobs: Sequence[Callable[[], None]], threads: int) -> None:

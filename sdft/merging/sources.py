@@ -14,12 +14,16 @@ from torch import Tensor
 
 from sdft.errors import UserError
 from sdft.formats.importance import open_importance
+from sdft.formats.keys import PREFIXES
 from sdft.formats.lora_file import is_lora, read_lora, read_names
 from sdft.formats.lora_layer import DORA, Layer, LoraFile
-from sdft.formats.model_checkpoint import Checkpoint, open_checkpoint
+from sdft.formats.model_checkpoint import Checkpoint, open_checkpoint, refuse_incomplete
 from sdft.formats.run_folder import RunOutputs, read_run_outputs
 from sdft.merging.annotations import Kind
 from sdft.models.nano import WEIGHTS as NANO
+
+HALF_OF_SDXL = 840
+"""Weights of the UNet; smaller ones are models for tests, of any number of layers."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,22 @@ def open_source(key: str, source: str) -> Source:
     if checkpoint.unknown:
         count, first = len(checkpoint.unknown), checkpoint.unknown[0]
         raise UserError(f"{where}: has {count} tensors that SDXL does not have, for example {first}")
+    refuse_incomplete(where, checkpoint)
+    if sum(name.startswith("unet/") for name in checkpoint.weights) >= HALF_OF_SDXL:
+        refuse_missing_weights(where, checkpoint)
     return Model(where, checkpoint)
+
+
+def refuse_missing_weights(where: str, checkpoint: Checkpoint) -> None:
+    """Raise UserError if a checkpoint of SDXL's size lacks some of its weights."""
+    from sdft.formats.architecture import empty_network, parameter_names  # imports diffusers, which takes seconds
+    from sdft.models.load import SDXL_BASE
+
+    networks = {part: empty_network(part, SDXL_BASE / part) for part in PREFIXES}
+    expected = [weight for part, network in networks.items() for weight in parameter_names(part, network)]
+    if missing := [weight for weight in expected if weight not in checkpoint.weights]:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{where}: is incomplete, it lacks {missing[0]}{others}; get it again")
 
 
 def run_weights(where: str, outputs: RunOutputs) -> Path:
@@ -131,9 +150,6 @@ def refuse_mismatch(models: Sequence[Model], adapters: Sequence[Adapter], import
             for name in a
             if name in b and a[name].shape != b[name].shape
         ]
-        ours, theirs = first.checkpoint.prediction, other.checkpoint.prediction
-        if ours and theirs and ours != theirs:
-            raise UserError(f"{first.where} predicts {ours} and {other.where} {theirs}: they cannot be merged")
     shapes = {name: view.shape for name, view in first.checkpoint.weights.items()}
     for adapter in adapters:
         problems += adapter_mismatches(adapter, shapes, first.where)

@@ -6,7 +6,6 @@ copy of them.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,9 @@ from transformers import CLIPTokenizer
 
 from sdft.errors import UserError
 from sdft.formats.architecture import PARTS, empty_network, parameter_names, refuse_misfit
+from sdft.formats.json_file import read_json
 from sdft.formats.model_checkpoint import INDEX, PICKLES, Checkpoint, open_checkpoint, open_vae
+from sdft.formats.safetensors_io import refuse_nonfinite
 from sdft.models.attention import Attention, set_attention
 from sdft.models.nano import WEIGHTS as NANO
 from sdft.models.sdxl import SDXL, EmptyPrompt
@@ -189,10 +190,11 @@ def load_networks(
     with checkpoint.opened() as read:
         for part, network in networks.items():
             # Weights that have the dtype already stay memory-mapped.
-            state = {
-                name: read(weight).to(dtypes[part]).contiguous()
-                for weight, name in parameter_names(part, network).items()
-            }
+            state = {}
+            for weight, name in parameter_names(part, network).items():
+                tensor = read(weight)
+                refuse_nonfinite(where, weight, tensor)
+                state[name] = tensor.to(dtypes[part]).contiguous()
             network.load_state_dict(state, strict=False, assign=True)
     return networks
 
@@ -209,7 +211,7 @@ def load_vae(source: str, config: Path, dtype: torch.dtype) -> nn.Module:
 
 def recorded_empty_prompt(folder: Path) -> EmptyPrompt:
     """`force_zeros_for_empty_prompt` of the model's index; zeros by default, as in SDXL."""
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = read_json(folder / INDEX)
     return "zeros" if index.get("force_zeros_for_empty_prompt", True) else "empty"
 
 

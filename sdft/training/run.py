@@ -19,6 +19,7 @@ from sdft.config.command import build
 from sdft.config.exits import foreseen, hidden, hide_environment
 from sdft.distributed.processes import num_processes
 from sdft.errors import UserError
+from sdft.formats.output import no_room, refuse_to_replace
 from sdft.formats.run_folder import SUMMARY
 from sdft.hardware import autocast_precision
 from sdft.protocols import PartialVerdict, strategy_hooks
@@ -68,6 +69,7 @@ def finetune(cfg: DictConfig, overrides: Sequence[str] | None, report: Report) -
     )
     optimizer, lr_schedule = build(cfg.optimizer), build(cfg.lr_schedule)
     checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir))
+    refuse_to_replace(Path(cfg.run_dir) / "model", overwrite=True)
     trainer = build(
         cfg.trainer,
         callbacks=[build(callback) for callback in cfg.callbacks.values()],
@@ -183,8 +185,8 @@ def finishable(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        known = foreseen(error)
-        if known is None or not (isinstance(error, OSError) or isinstance(error.__cause__, OSError)):
+        known, cause = foreseen(error), error.__cause__ if isinstance(error, UserError) else error
+        if known is None or cause is None or not (isinstance(cause, OSError) or no_room(cause)):
             raise
         last = run_dir / "checkpoints" / "last.ckpt"
         again = resume_command(sys.argv, run_dir)

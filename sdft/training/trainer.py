@@ -35,7 +35,7 @@ def trainer(
     validate_every: Count = 100,
     accumulate_grad_batches: Count = 1,
     gradient_clip_val: NonNegative = 1.0,
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "bf16-true"] = "auto",
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
     devices: int | Literal["auto"] = "auto",
     num_nodes: Count = 1,

@@ -160,11 +160,11 @@ class TestFolder:
         assert pretrained(str(tmp_path / "model")).empty_prompt == empty_prompt
 
     def test_it_replaces_an_older_folder_whole(self, tiny_model, tmp_path: Path) -> None:
-        (tmp_path / "model").mkdir()
-        (tmp_path / "model" / "left over").write_text("from another run")
+        (tmp_path / "model" / "unet").mkdir(parents=True)
+        (tmp_path / "model" / "unet" / "diffusion_pytorch_model-00002-of-00002.safetensors").write_text("another run's")
         model = tiny_model(seed=3)
         write_folder(model, tmp_path / "model")
-        assert not (tmp_path / "model" / "left over").exists()
+        assert [file.name for file in (tmp_path / "model" / "unet").glob("*00002*")] == []
         assert [file.name for file in tmp_path.iterdir()] == ["model"]
         assert_same_bits(pretrained(str(tmp_path / "model")), model)
 

@@ -204,11 +204,13 @@ BAD = {
     "Flux": ({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (2, 4)}, "is a LoRA for Flux"),
     "unknown modules": (
         {"lora_unet_what.lora_down.weight": (2, 4), "unet.nowhere.to_q.lora_A.weight": (2, 4), DOWN: (2, 4)},
-        "has layers that SDXL does not have: lora_unet_what, unet.nowhere.to_q$",
+        r"has 2 tensors that cannot be read: 2 layers that SDXL does not have \(lora_unet_what.lora_down.weight, "
+        r"unet.nowhere.to_q.lora_A.weight\). python -m sdft.formats skip_unknown=true writes a file of the others$",
     ),
     "an unknown tensor": (
         {DOWN: (2, 4), UP: (4, 2), f"{KOHYA_QUERY}.diff": (4, 4)},
-        f"has layers that SDXL does not have: {KOHYA_QUERY}.diff$",
+        r"has 1 tensors that cannot be read: 1 whole weights or biases \(diff\) of LyCORIS "
+        rf"\({KOHYA_QUERY}.diff\). python -m sdft.formats skip_unknown",
     ),
     "no up": ({DOWN: (2, 4)}, f"damaged in 1 of its 1 layers: {NAMED} has no lora_up.weight$"),
     "no down": ({UP: (4, 2)}, f"{NAMED} has no lora_down.weight$"),
@@ -218,7 +220,7 @@ BAD = {
     "two alphas": ({DOWN: (2, 4), UP: (4, 2), f"{KOHYA_QUERY}.alpha": (2,)}, "has an alpha of 2 numbers$"),
     "magnitudes of columns": (
         {DOWN: (2, 4), UP: (6, 2), f"{KOHYA_QUERY}.dora_scale": (1, 4)},
-        r"contradict each other \(dora_scale \[1, 4\]",
+        r"is a DoRA with norms of columns \(dora_scale \[1, in\]\), and norms of rows can be read$",
     ),
     "DoRA on a LoHa": (
         {f"{KOHYA_QUERY}.hada_w{i}_{x}": (4, 4) for i in (1, 2) for x in "ab"} | {f"{KOHYA_QUERY}.dora_scale": (4, 1)},

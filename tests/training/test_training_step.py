@@ -169,6 +169,7 @@ def settings(folder: Path, max_steps: int, *callbacks: L.Callback, **options) ->
         max_steps=max_steps,
         accelerator="cpu",
         devices=1,
+        precision="32-true",  # auto is bf16 on CPUs that compute it
         progress_bar=False,
         callbacks=[*callbacks, last_checkpoint(str(folder), every=3)],
         run_dir=str(folder),

@@ -19,7 +19,7 @@ from sdft.formats.lora_file import write_lora_file
 from sdft.formats.lora_layer import network_metadata
 from sdft.formats.metadata import lora_metadata, model_metadata
 from sdft.formats.model_checkpoint import open_checkpoint
-from sdft.formats.safetensors_io import atomic_output
+from sdft.formats.output import atomic_output
 from sdft.formats.single_file import write_single_file
 from sdft.protocols import DiffusionModel
 from sdft.types import DTYPES, Positive
@@ -97,9 +97,8 @@ class Export:
 def write_adapter(module: L.LightningModule, folder: Path, described: dict[str, Any]) -> dict[str, Path]:
     """The adapter in diffusers' naming, if diffusers can represent it, and in kohya's; the embeddings of new words."""
     lora, written = lora_from_model(module.model), {}
-    metadata = lora_metadata(**described) | network_metadata(lora)
-    if module.objective.zero_terminal_snr:
-        metadata["ss_zero_terminal_snr"] = "True"  # kohya's key; without it, images come out grey
+    zero_snr = bool(module.objective.zero_terminal_snr)
+    metadata = lora_metadata(**described, zero_terminal_snr=zero_snr) | network_metadata(lora)
     if not lora.not_in_diffusers:
         written["lora"] = folder / "lora.safetensors"
         write_lora_file(lora, written["lora"], "diffusers", torch.float16, metadata)
