@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import InterpolationKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from sdft.config.keys import MARKS, ConfigError, flatten, items, join
+from sdft.config.keys import MARKS, ConfigError, flatten, items, join, leaf
 from sdft.errors import closest, did_you_mean
 
 STRICT = ConfigDict(arbitrary_types_allowed=True, strict=True, allow_inf_nan=False)
@@ -178,6 +178,19 @@ def _written_at(cfg: DictConfig, key: str) -> str:
     raw = OmegaConf.to_container(owner, resolve=False) if isinstance(owner, DictConfig) else {}
     link = re.fullmatch(r"\$\{([\w.]+)\}", str(dict(items(raw)).get(last)))
     return _written_at(cfg, link[1]) if link else key
+
+
+def users_key(cfg: DictConfig, message: str) -> str:
+    """A message of a constructor with the key that the user wrote: `lora=` for `delta=`, with `{delta: ${lora}}`."""
+    found = re.match(r"([a-z_][\w.]*)(?=[=: ])", message)
+    raw = flatten(OmegaConf.to_container(cfg, resolve=False))
+    if found is None or (found[1] in raw and not str(raw[found[1]]).startswith("${")):
+        return message
+    for key, value in raw.items():
+        link = re.fullmatch(r"\$\{([\w.]+)\}", str(value))
+        if link and leaf(key) == leaf(found[1]) and link[1] in raw:
+            return f"{_written_at(cfg, link[1])}{message[found.end() :]}"
+    return message
 
 
 def _complaint(key: str, value: Any, problems: list[Any], name: str) -> str:

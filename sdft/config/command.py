@@ -19,10 +19,11 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from sdft.config.check import check, locate, resolve
+from sdft.config.check import check, locate, resolve, users_key
 from sdft.config.compose import Composer, basic_sweeper, composer, get_args_parser
 from sdft.config.exits import exit_for, hidden, hide_environment, unbreakable_streams
 from sdft.config.keys import ConfigError
+from sdft.config.run_folder import refuse_folder, refuse_name
 from sdft.distributed.processes import ProcessInfo
 from sdft.distributed.run_lock import run_lock
 from sdft.errors import UserError
@@ -146,6 +147,7 @@ class command:
                     return Plan(overrides)
                 if job.mode != RunMode.MULTIRUN:
                     check(cfg)
+                    refuse_places(cfg, "run_dir", cfg.get("run_dir"))
                     if cfg.get("dry_run"):
                         return Plan(overrides, dry_run=[cfg])
                     return Plan(overrides, run_dir=_folder(job) if "run_dir" in cfg else None)
@@ -166,6 +168,7 @@ def _plan_sweep(opened: Composer, overrides: Sequence[str]) -> Plan:
             configs.append(opened.load([*fixed, *job])[0])
             hide_environment(configs[-1])
             check(configs[-1])
+            refuse_places(configs[-1], "hydra.sweep.dir", sweep.sweep.dir)
         except ConfigError as error:
             raise ConfigError(f"job {number} of {len(jobs)} ({' '.join(job)}): {error}") from None
     with opened.explained(parsed):
@@ -181,6 +184,14 @@ def _plan_sweep(opened: Composer, overrides: Sequence[str]) -> Plan:
     if not is_grid or num >= len(jobs):
         raise ConfigError(f"hydra.job.num={num}: the grid has {len(jobs)} jobs, numbered from 0")
     return Plan([*fixed, *jobs[num], f"hydra.run.dir={quoted(run_dir)}"], sweep_dir, run_dir=run_dir)
+
+
+def refuse_places(cfg: DictConfig, key: str, folder: Any) -> None:
+    """Raise ConfigError for a name or folder that a run cannot have, if the command makes runs."""
+    if "run_dir" in cfg:
+        refuse_folder(key, folder)
+    if "name" in cfg:
+        refuse_name(cfg.name)
 
 
 def _folder(job: DictConfig) -> Path:
@@ -210,11 +221,13 @@ def _job(function: Function) -> Function:
             with run_lock(Path(job.runtime.output_dir)) if "run_dir" in cfg else nullcontext():
                 return function(cfg)
         except Exception as error:
+            if isinstance(error, UserError):
+                error = UserError(users_key(cfg, str(error))).with_traceback(error.__traceback__)
             if not OmegaConf.is_missing(job.job, "num"):
                 problem.write_text(f"{hidden(str(error)) or type(error).__name__}\n", encoding="utf-8")
             if job.mode != RunMode.MULTIRUN:
                 exit_for(error, Path(job.runtime.output_dir) if "run_dir" in cfg else None)
-            raise  # in a sweep, Hydra raises the first error after the other jobs
+            raise error  # in a sweep, Hydra raises the first error after the other jobs
 
     return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -16,7 +17,6 @@ from sdft.config.command import build, command
 from sdft.data.contact_sheet import ContactSheet
 from sdft.data.dataset import ImageDataset
 from sdft.data.sharding import write_shards
-from sdft.data.sources import ToyWorld
 from sdft.data.summary import summarize
 from sdft.errors import UserError
 from sdft.progress import tqdm
@@ -80,15 +80,18 @@ def shard(cfg: DictConfig) -> None:
 @command("data_toy")
 def toy(cfg: DictConfig) -> None:
     """Write toy scenes as PNG files with their captions beside them."""
-    out = Path(cfg.out)
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"out={out}: the folder is not empty; name a new one")
+    out, world = Path(cfg.out), build(cfg.world)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out={out}: is not an empty folder; name a new one")
     out.mkdir(parents=True, exist_ok=True)
-    world = ToyWorld([cfg.look], cfg.count, cfg.split, cfg.caption, cfg.size)
-    for index in tqdm(range(cfg.count), unit="image"):
-        sample = world[index]
-        Image.fromarray(sample.image_HWC).save(out / f"{index:05d}.png")
-        (out / f"{index:05d}.txt").write_text(sample.caption + "\n", encoding="utf-8")
+    try:
+        for index in tqdm(range(cfg.count), unit="image"):
+            sample = world[index]
+            Image.fromarray(sample.image_HWC).save(out / f"{index:05d}.png")
+            (out / f"{index:05d}.txt").write_text(sample.caption + "\n", encoding="utf-8")
+    except OSError:
+        shutil.rmtree(out, ignore_errors=True)  # it was empty before
+        raise
     print(f"{cfg.count} images in {out}")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import Formatter
 
 import torch
 
@@ -96,12 +97,20 @@ def stream(draws: Draws, purpose: str) -> torch.Generator:
 
 
 def checked_template(key: str, template: str, *fields: str) -> str:
-    """The template. Raises UserError if it has other fields than `{caption}` and `fields`."""
+    """The template. Raises UserError if it has other fields than `{caption}` and `fields`.
+
+    Attributes, indices, conversions and format specifications are refused: they read what is inside of Python's
+    objects, or make a caption of a billion spaces.
+    """
+    known = ("caption", *fields)
     try:
-        template.format(caption="", **{field: "" for field in fields})
-    except (KeyError, IndexError, ValueError, AttributeError) as error:
-        known = ", ".join(f"{{{field}}}" for field in ("caption", *fields))
-        raise UserError(f"{key}={template!r}: its fields can be {known} ({error!r})") from error
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"{key}={template!r}: {error}; a brace of the text itself is written twice") from error
+    for _, field, spec, conversion in parts:
+        if field is not None and (field not in known or spec or conversion):
+            listed = ", ".join(f"{{{name}}}" for name in known)
+            raise UserError(f"{key}={template!r}: its fields can be {listed}, and nothing else in the braces")
     return template
 
 

@@ -30,7 +30,7 @@ from sdft.data.source import Source
 from sdft.data.sources import Folder, HuggingFace, Shards
 from sdft.errors import UserError
 from sdft.progress import tqdm
-from sdft.types import Count, Fraction, Index
+from sdft.types import BatchSize, Fraction, NumWorkers, Seed, Side
 
 NUM_PREFETCHED = 4
 """Batches whose cached entries are prefetched: one is too few to keep a disk busy."""
@@ -63,15 +63,15 @@ class Images(L.LightningDataModule):
         self,
         train: Source,
         validation: Source,
-        batch_size: Count,
-        size: Count,
-        seed: int = 0,
+        batch_size: BatchSize,
+        size: Side,
+        seed: Seed = 0,
         crop: Crop = "center",
         flip: bool = False,
         caption_dropout: Fraction = 0.0,
         cache: Literal["ram", "disk", "off"] = "ram",
-        num_workers: Index = 0,
-        bucket_step: Count | None = None,
+        num_workers: NumWorkers = 0,
+        bucket_step: Side | None = None,
         cache_dir: str | None = None,
         unreadable: OnUnreadable = "error",
         encoder_dropout: tuple[Fraction, Fraction] | None = None,

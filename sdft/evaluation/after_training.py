@@ -28,7 +28,7 @@ from sdft.models.nano.build import tokenizer
 from sdft.protocols import DiffusionModel
 from sdft.sampling.generate import generate
 from sdft.sampling.samplers import Sampler
-from sdft.types import Count, Precision
+from sdft.types import Count, Precision, Side
 
 Base = Callable[[], AbstractContextManager]
 """Context manager in which the model is the base model."""
@@ -54,7 +54,7 @@ class StyleEvaluation:
         reference: Source,
         prompts: Sequence[str],
         sampler: Sampler,
-        size: Count,
+        size: Side,
         num_images: Count = 64,
         judge: str | None = None,
         caption: str = "{caption}",

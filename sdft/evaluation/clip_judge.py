@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from sdft.errors import UserError
-from sdft.types import Count
+from sdft.types import BatchSize
 
 Images = np.ndarray | Sequence[np.ndarray]
 """uint8 RGB, N x H x W x 3 or a sequence of H x W x 3."""
@@ -37,7 +37,7 @@ class Judge:
         classes: Sequence[str] | None = None,
         processor: CLIPImageProcessorPil | None = None,
         prompt: str = "a picture of {noun}",
-        batch_size: Count = 64,
+        batch_size: BatchSize = 64,
     ):
         self.clip, self.tokenizer, self.prompt, self.batch_size = clip.eval(), tokenizer, prompt, batch_size
         self.classes = None if classes is None else tuple(classes)

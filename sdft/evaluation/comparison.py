@@ -37,7 +37,7 @@ from sdft.evaluation.verdicts import verdicts
 from sdft.models.load import NANO
 from sdft.protocols import DiffusionModel
 from sdft.sampling.samplers import Sampler
-from sdft.types import Count
+from sdft.types import NumScenes
 
 
 class Comparison:
@@ -77,7 +77,7 @@ class Comparison:
         sweep: str | None = None,
         axes: Axes | None = None,
         compete: Sequence[Axis] = (),
-        seeds: Count = 1,
+        seeds: NumScenes = 1,
         size: Size = 64,
         baseline: str | None = None,
         judge: str | None = None,

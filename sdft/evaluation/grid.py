@@ -8,20 +8,22 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import MinLen
+from annotated_types import MaxLen, MinLen
 
 from sdft.errors import UserError
 from sdft.evaluation.results import Value
 from sdft.evaluation.subjects import FINAL, Subject
 from sdft.sampling.samplers import Sampler, find_scheduler
-from sdft.types import Count, Fraction, Index, NonNegative
+from sdft.types import Fraction, Index, NonNegative, SamplerSteps, Side
 
 Axis = Literal["sampler", "cfg", "steps", "rescale", "negative", "size", "scale", "step"]
-Size = Count | Annotated[Sequence[Count], MinLen(2)]
+Size = Side | Annotated[Sequence[Side], MinLen(2), MaxLen(2)]
 """Side of a square in pixels, or [height, width]."""
+MAX_IMAGES = 1_000_000
 
 
 class Axes:
@@ -40,7 +42,7 @@ class Axes:
         self,
         sampler: Sequence[str] | None = None,
         cfg: Sequence[NonNegative] | None = None,
-        steps: Sequence[Count] | None = None,
+        steps: Sequence[SamplerSteps] | None = None,
         rescale: Sequence[Fraction] | None = None,
         negative: Sequence[str] | None = None,
         size: Sequence[Size] | None = None,
@@ -130,6 +132,9 @@ def build_grid(
     for name in compete:
         if len(values[name]) < 2:
             raise UserError(f"compete={list(compete)}: axes.{name} has fewer than two values; give some")
+    count = len(subjects) * len(prompts) * len(seeds) * prod(map(len, values.values()))
+    if count > MAX_IMAGES:
+        raise UserError(f"{count:,} images of subjects, axes, prompts and seeds are too many; lower seeds= or the axes")
     shown = [name for name in values if len(values[name]) > 1]
     found = []
     for subject in subjects:

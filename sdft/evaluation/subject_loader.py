@@ -25,7 +25,7 @@ from sdft.formats.lora_stack import stack_loras
 from sdft.formats.metadata import says_zero_terminal_snr, stated_prediction
 from sdft.formats.model_checkpoint import refuse_incomplete
 from sdft.formats.safetensors_io import refuse_nonfinite
-from sdft.formats.training_checkpoint import read_state
+from sdft.formats.training_checkpoint import read_state, refuse_foreign
 from sdft.models.load import find_checkpoint
 from sdft.protocols import DiffusionModel
 from sdft.tuning.parameters import copy_parameters, trainable_parameters
@@ -139,6 +139,7 @@ class SubjectLoader:
             self._other = subject.run, self._rebuild(subject.run).to(self.device).eval()
         model, path = self._other[1], subject.checkpoints[step]
         state = read_state(path)
+        refuse_foreign(state, path)
         averages = [callback["average"] for callback in state["callbacks"].values() if "average" in callback]
         trained = {} if averages else state["state_dict"]
         weights = averages[0] if averages else {name.removeprefix("model."): value for name, value in trained.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pickle
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -44,12 +45,16 @@ def read_state(path: Path) -> dict[str, Any]:
 
     Raises UserError if a file is missing, truncated or altered.
     """
-    state = _load_verified(path, path)
-    names = state.pop(SLICE_FILES, None)
-    if names is None:
-        return state
-    slices = [_load_verified(slices_folder(path) / name, path)["slices"] for name in names]
-    return _attach_slices(state, zip(*slices, strict=True))
+    try:
+        return _read(path)
+    except _Unreadable as error:
+        raise UserError(_read_error_message(path, str(error))) from error
+
+
+def refuse_foreign(state: Any, path: Path) -> None:
+    """Raise UserError if a state, read from `path`, is not that of a run of this project."""
+    if lacking := _lacking(state):
+        raise UserError(_read_error_message(path, f"{path} is not a checkpoint of a run (it lacks {lacking})"))
 
 
 def link_state(path: Path, other: Path) -> None:
@@ -128,18 +133,51 @@ def _write(state: Mapping[str, Any], file: Path, path: Path) -> None:
         raise UserError(_write_error_message(file, path, cause, num_bytes(state))) from error
 
 
-def _load_verified(file: Path, path: Path) -> dict[str, Any]:
-    """The content of one of the files of the checkpoint `path`."""
+class _Unreadable(Exception):
+    """A checkpoint that cannot be read; the message says which file, and why."""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    state = _load_verified(path)
+    names = state.pop(SLICE_FILES, None) if isinstance(state, dict) else None
+    if names is None:
+        return state
+    try:
+        slices = [_load_verified(slices_folder(path) / Path(name).name)["slices"] for name in names]
+        return _attach_slices(state, zip(*slices, strict=True))
+    except (TypeError, KeyError, ValueError, StopIteration) as error:
+        raise _Unreadable(f"{path} and its slices do not fit together") from error
+
+
+def _load_verified(file: Path) -> dict[str, Any]:
+    """The content of one of the files of a checkpoint."""
     try:
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()  # torch does not verify the checksums that it writes
         if damaged is None:
             return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(_read_error_message(path, f"{file} is missing")) from error
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        raise UserError(_read_error_message(path, f"{file} is damaged ({error})")) from error
-    raise UserError(_read_error_message(path, f"{file} is damaged (its entry {damaged} was altered)"))
+        raise _Unreadable(f"{file} is missing") from error
+    except pickle.UnpicklingError as error:
+        raise _Unreadable(f"{file} holds more than tensors and numbers, so it is not opened") from error
+    except Exception as error:  # of any kind: zipfile and torch raise many for files that others wrote
+        raise _Unreadable(f"{file} is damaged ({' '.join(str(error).split())[:200]})") from error
+    raise _Unreadable(f"{file} is damaged (its entry {damaged} was altered)")
+
+
+def _lacking(state: Any) -> str:
+    """What a state lacks to be that of a run."""
+    wanted = {"state_dict": Mapping, "global_step": int, "callbacks": Mapping, "loops": Mapping}
+    has = state if isinstance(state, Mapping) else {}
+    return ", ".join(key for key, kind in wanted.items() if not isinstance(has.get(key), kind))
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether a run can resume from a checkpoint."""
+    try:
+        return not _lacking(_read(path))
+    except _Unreadable:
+        return False
 
 
 def _attach_slices(state: Any, slices: Iterator[Sequence[Tensor]]) -> Any:
@@ -199,6 +237,6 @@ def _megabytes(count: int) -> str:
 
 
 def _read_error_message(path: Path, why: str) -> str:
-    others = sorted(other.name for other in path.parent.glob("*.ckpt") if other != path)
-    instead = f"resume={path.parent / others[-1]}" if others else "no resume"
-    return f"resume: {why}; start again with {instead}"
+    others = sorted((other for other in path.parent.glob("*.ckpt") if other != path), reverse=True)
+    sound = next(filter(_is_sound, others), None)
+    return f"resume: {why}; start again with {f'resume={sound}' if sound else 'no resume'}"

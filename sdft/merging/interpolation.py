@@ -16,7 +16,7 @@ from sdft.merging.annotations import Kind
 from sdft.merging.merge import merge
 from sdft.merging.recipe import Step
 from sdft.merging.sources import open_source
-from sdft.types import Count, Fraction
+from sdft.types import Fraction, NumThreads
 
 
 def interpolate(
@@ -26,7 +26,7 @@ def interpolate(
     alphas: Annotated[Sequence[Fraction], MinLen(1)] = (0.25, 0.5, 0.75),
     base: str = "nano",
     config: str = "nano",
-    threads: Count = 2,
+    threads: NumThreads = 2,
 ) -> Iterator[tuple[str, str]]:
     """Yields (name, path) of a, of each weighted sum and of b; a model is written when the iteration reaches it.
 

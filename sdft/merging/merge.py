@@ -37,7 +37,7 @@ from sdft.merging.prediction import Prediction, predicts
 from sdft.merging.recipe import Recipe, Step, method_name, open_recipe
 from sdft.merging.sources import Source
 from sdft.progress import tqdm
-from sdft.types import DTYPES, Count
+from sdft.types import DTYPES, NumThreads, Rank
 
 Format = Literal["folder", "single_file", "kohya", "diffusers"]
 MODEL_FORMATS, LORA_FORMATS = ("folder", "single_file"), ("kohya", "diffusers")
@@ -51,10 +51,10 @@ def merge(
     out: str,
     to: Format | None = None,
     dtype: Literal["fp32", "bf16", "fp16"] | None = None,
-    rank: Count | None = None,
+    rank: Rank | None = None,
     energy: Density | None = None,
     config: str = "stabilityai/stable-diffusion-xl-base-1.0",
-    threads: Count = 2,
+    threads: NumThreads = 2,
     overwrite: bool = False,
     dry_run: bool = False,
     prediction: Prediction | None = None,

@@ -12,7 +12,7 @@ import torch
 from sdft.errors import UserError, did_you_mean
 from sdft.objective.noise_schedule import NoiseSchedule
 from sdft.protocols import DiffusionModel
-from sdft.types import Count, Fraction, NonNegative
+from sdft.types import BatchSize, Fraction, NonNegative, SamplerSteps
 
 DPMPP, DPMPP_SDE, KARRAS = {"algorithm_type": "dpmsolver++"}, {"algorithm_type": "sde-dpmsolver++"}, "use_karras_sigmas"
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,11 +52,11 @@ class Sampler:
     def __init__(
         self,
         name: str = "euler",
-        steps: Count = 25,
+        steps: SamplerSteps = 25,
         cfg: NonNegative = 5.0,
         negative: str = "",
         rescale: Fraction = 0.0,
-        batch_size: Count = 8,
+        batch_size: BatchSize = 8,
     ):
         self._factory, self._options = find_scheduler(name)
         self.name, self.steps, self.cfg, self.negative = name, steps, cfg, negative

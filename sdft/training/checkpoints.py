@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import CheckpointIO
 
 from sdft.errors import UserError
-from sdft.formats.training_checkpoint import link_state, read_state, remove_state, write_state
+from sdft.formats.training_checkpoint import link_state, read_state, refuse_foreign, remove_state, write_state
 from sdft.protocols import strategy_hooks
 from sdft.types import Count
 
@@ -82,7 +82,10 @@ class RunFiles(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return read_state(Path(path))
+        state = read_state(Path(path))
+        if not Path(path).name.startswith("."):  # in which launchers of Lightning bring weights back
+            refuse_foreign(state, Path(path))
+        return state
 
     def remove_checkpoint(self, path: str | Path) -> None:
         remove_state(Path(path))

@@ -21,6 +21,7 @@ from torch import nn
 
 from sdft.data.cache import digest, fingerprint
 from sdft.errors import UserError
+from sdft.formats.json_file import read_json
 from sdft.formats.safetensors_io import read_header
 
 NAME = "receipt.json"
@@ -28,6 +29,18 @@ PACKAGES = ("accelerate", "diffusers", "hydra-core", "lightning", "numpy", "peft
             "transformers")  # fmt: skip
 MADE_FROM = ("config", "git", "versions", "hardware", "threads", "data", "base_weights")
 """Entries that can make two runs differ."""
+KINDS: dict[str, Any] = {
+    "config": dict,
+    "git": dict,
+    "versions": dict,
+    "hardware": dict,
+    "threads": int,
+    "data": str,
+    "base_weights": str | list | dict | None,
+    "outputs": dict,
+    "figures": dict,
+}
+"""Entries of the receipt of a finished run, and what they are."""
 OF_THE_RUN = ("run_dir", "dry_run", "reproduce", "trust")
 """Config keys without influence on the result."""
 
@@ -58,12 +71,24 @@ def finished(receipt: dict, artifacts: Mapping[str, Path], summary: Mapping[str,
 
 def read(path: str | Path) -> dict:
     """Read a receipt. Raises UserError if there is none, or if its run did not finish."""
+    receipt = _read(path)
+    wrong = [key for key, kind in KINDS.items() if not isinstance(receipt.get(key), kind)]
+    if wrong or not isinstance(receipt["config"].get("run_dir"), str) or not 1 <= receipt["threads"] <= 1024:
+        what = f"{', '.join(wrong) or 'config.run_dir or threads'} is missing, or of another kind"
+        raise UserError(f"reproduce={path}: is no receipt of sdft ({what}); pass the {NAME} of a run")
+    return receipt
+
+
+def _read(path: str | Path) -> dict:
+    """A receipt of which only the overrides are known to be what they must be."""
     file = Path(path).expanduser()
     file = file / NAME if file.is_dir() else file
-    try:
-        receipt = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"reproduce={path}: cannot be read ({error}); pass the {NAME} of a run") from error
+    if not file.is_file():
+        raise UserError(f"reproduce={path}: there is no such file; pass the {NAME} of a run")
+    receipt = read_json(file, f"reproduce={path}")
+    words = receipt.get("overrides")
+    if not isinstance(words, list | None) or not all(isinstance(word, str) for word in words or ()):
+        raise UserError(f"reproduce={path}: is no receipt of sdft (its overrides are no list of texts)")
     if "outputs" not in receipt:
         raise UserError(f"reproduce={path}: this run did not finish, so there is nothing to compare with")
     return receipt
@@ -73,7 +98,7 @@ def recalled(words: Sequence[str]) -> list[str]:
     """The overrides of a command; with `reproduce=RECEIPT`, those of the receipt's run come first."""
     for word in words:
         if word.startswith("reproduce=") and (path := word.partition("=")[2]) not in ("", "null"):
-            recorded = read(path)["overrides"]
+            recorded = _read(path).get("overrides")
             if recorded is None:
                 raise UserError(
                     f"reproduce={path}: this run was started from Python with a config and no overrides; repeat it "

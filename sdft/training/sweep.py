@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -13,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sdft.config.command import ERROR, quoted
+from sdft.config.trust import read_yaml
 from sdft.errors import UserError
+from sdft.formats.json_file import read_json
 from sdft.formats.run_folder import read_summary
 from sdft.training import receipt
 
@@ -34,10 +33,11 @@ def finished(job: Path, overrides: list[str]) -> dict | None:
     summary, file = read_summary(job), job / receipt.NAME
     if summary is None or not file.is_file():
         return None
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_json(file)
     if "outputs" not in before:
         return None
-    now, then = ([w for w in words if not w.startswith("resume=")] for words in (overrides, before["overrides"] or []))
+    recorded = before.get("overrides") or []
+    now, then = ([w for w in map(str, words) if not w.startswith("resume=")] for words in (overrides, recorded))
     if now != then:
         raise UserError(
             f"hydra.sweep.dir: {job} has a finished job of another sweep ({' '.join(then)}); a larger grid "
@@ -103,13 +103,17 @@ def jobs_of(sweep_dir: Path) -> list[tuple[Path, dict[str, str], dict]]:
     """Folder, overrides and summary of each job, in order; the summary of an unfinished job is empty."""
     found = []
     for job in sorted((job for job in sweep_dir.glob("*") if (job / ".hydra").is_dir()), key=_order):
-        words = yaml.safe_load((job / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
-        found.append((job, dict(word.split("=", 1) for word in words), read_summary(job) or {}))
+        file = job / ".hydra" / "overrides.yaml"
+        words = read_yaml(file) or []
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise UserError(f"{file}: is not the list of a job's overrides; move {job} out of the sweep")
+        found.append((job, dict(word.partition("=")[::2] for word in words), read_summary(job) or {}))
     return found
 
 
 def _row(job: Path, overrides: dict[str, str], summary: dict) -> dict:
-    metric = (yaml.safe_load((job / ".hydra" / "config.yaml").read_text(encoding="utf-8")) or {}).get("metric")
+    config = read_yaml(job / ".hydra" / "config.yaml")
+    metric = config.get("metric") if isinstance(config, dict) else None
     row = {"overrides": overrides, "folder": job.name, "metric": metric} | summary
     if not summary and (job / ERROR).is_file():
         row["error"] = (job / ERROR).read_text(encoding="utf-8").strip()
@@ -135,10 +139,10 @@ def _ranking(rows: Sequence[dict]) -> tuple[str, str]:
 def _rank(metric: str, row: dict) -> float:
     """Sorts the best first, and jobs without the metric last."""
     value = row.get(metric)
-    if value is None:
+    if not isinstance(value, int | float):
         return math.inf
     return value if LOWER_IS_BETTER.fullmatch(metric) else -value
 
 
 def _formatted(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"
+    return "-" if not isinstance(value, int | float) else f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"

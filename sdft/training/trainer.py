@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,10 +12,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from sdft.errors import UserError
 from sdft.hardware import default_precision, num_gpus
 from sdft.progress import are_shown
 from sdft.training.checkpoints import RunFiles
-from sdft.types import Count, NonNegative
+from sdft.types import Count, Devices, NonNegative, NumNodes
 
 # Raised inside Lightning 2.6 by torch 2.13 at every step; goes with the Lightning release that drops LeafSpec.
 warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
@@ -30,6 +32,10 @@ for noise in (
     warnings.filterwarnings("ignore", message=noise)
 
 
+LAUNCHERS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "NODE_RANK", "GROUP_RANK", "MASTER_ADDR")
+"""Environment variables of which torchrun, srun or the user's own script sets one."""
+
+
 def trainer(
     max_steps: Count,
     validate_every: Count = 100,
@@ -37,8 +43,8 @@ def trainer(
     gradient_clip_val: NonNegative = 1.0,
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto",
     accelerator: Literal["auto", "cpu", "gpu"] = "auto",
-    devices: int | Literal["auto"] = "auto",
-    num_nodes: Count = 1,
+    devices: Devices = "auto",
+    num_nodes: NumNodes = 1,
     log_every: Count = 10,
     progress_bar: bool = True,
     deterministic: bool | Literal["warn"] = True,
@@ -60,6 +66,7 @@ def trainer(
         Without them a repeated or resumed run ends with other weights. `warn` warns of operations that have no such
         kernel instead of ending with an error. Kernels of a CPU always give the same bits here.
     """
+    refuse_missing_devices(accelerator, devices, num_nodes)
     progress_bar = progress_bar and are_shown()
     on_gpu = num_gpus(accelerator) > 0
     torch.utils.deterministic.fill_uninitialized_memory = False  # Costs time, and nothing reads such memory.
@@ -89,6 +96,23 @@ def trainer(
         deterministic=deterministic if on_gpu else None,
         default_root_dir=run_dir,
     )
+
+
+def refuse_missing_devices(accelerator: str, devices: Devices, num_nodes: int) -> None:
+    """Raise UserError for GPUs that this machine lacks, and for other machines that nobody starts.
+
+    Lightning would wait for these for ever.
+    """
+    found = num_gpus(accelerator)
+    if accelerator == "gpu" and not found:
+        raise UserError("trainer.accelerator=gpu: there is no GPU here that torch can use; set auto or cpu")
+    if found and isinstance(devices, int) and devices > found:
+        raise UserError(f"trainer.devices={devices}: this machine has {found}; set a lower number, or auto")
+    if num_nodes > 1 and not any(name in os.environ for name in LAUNCHERS):
+        raise UserError(
+            f"trainer.num_nodes={num_nodes}: a launcher, srun or torchrun, starts the processes of several machines "
+            "(docs/cluster.md), and none did"
+        )
 
 
 class Progress(TQDMProgressBar):

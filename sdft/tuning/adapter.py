@@ -18,7 +18,7 @@ from sdft.protocols import DiffusionModel, Tuning
 from sdft.rng import Draws
 from sdft.tuning.dropout import SampleDropout, SampleSeeds
 from sdft.tuning.parameters import WORDS, parameter_groups
-from sdft.types import Count, NonNegative, Positive
+from sdft.types import NonNegative, Positive, Rank
 
 LYCORIS = {"loha": LoHaConfig, "lokr": LoKrConfig}
 ADAPTER = "default"
@@ -48,7 +48,7 @@ class Adapter(Tuning):
 
     def __init__(
         self,
-        rank: Count,
+        rank: Rank,
         alpha: Positive | None = None,
         parts: Sequence[Part] = ("unet",),
         layers: Literal["all", "attention", "conv"] = "all",

@@ -403,11 +403,15 @@ def test_a_command_prints_a_user_error_as_one_message(run) -> None:
     assert done.stderr == "error: 13 is unlucky: pass seed=14\n"
 
 
-def test_a_command_shows_a_bug_in_full(run) -> None:
+def test_a_command_tells_of_a_bug_in_three_lines(run, monkeypatch) -> None:
     done, _ = run("seed=14")
     assert done.returncode == 1
-    assert "Traceback" in done.stderr
-    assert "RuntimeError: a bug" in done.stderr
+    what, where, how = done.stderr.splitlines()[-3:]
+    assert what == "error: RuntimeError: a bug"
+    assert "Traceback" in Path(where.split("its traceback is in ")[1].split(";")[0]).read_text()
+    assert "report it" in how
+    monkeypatch.setenv("SDFT_DEBUG", "1")
+    assert "Traceback (most recent call last)" in run("seed=14")[0].stderr
 
 
 def test_a_command_sweeps_and_finishes(run, conf: Path) -> None:

@@ -139,7 +139,8 @@ def test_a_receipt_runs_nothing(override: str, dry_run: bool, tmp_path: Path, mo
 def test_a_receipt_from_python_runs_nothing(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = {"name": "x", "run_dir": "runs/x", "model": {"_target_": "os.system", "command": f"touch {MARK}"}}
-    (tmp_path / "receipt.json").write_text(json.dumps({"overrides": None, "config": config, "outputs": {}}))
+    record = {"git": {}, "versions": {}, "hardware": {}, "outputs": {}, "figures": {}, "threads": 2, "data": "x"}
+    (tmp_path / "receipt.json").write_text(json.dumps({"overrides": None, "config": config, **record}))
     with pytest.raises(UserError, match=r"model\._target_=os\.system is not part of sdft"):
         sdft.finetune(["reproduce=receipt.json"])
     assert not (tmp_path / MARK).exists()

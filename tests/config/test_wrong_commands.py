@@ -46,7 +46,7 @@ CASES = [
     ("data=folder data.root=/does/not/exist", "data.root", "no such folder"),
     ("data=folder data.root={empty}", "data.root", "at least 2"),
     ("data=folder data.root={uncaptioned}", "data.root", "data.default_caption"),
-    ("data=folder data.root={uncaptioned} data.default_caption=x caption='{{captoin}}'", "data.caption", "{caption}"),
+    ("data=folder data.root={uncaptioned} data.default_caption=x caption='{{captoin}}'", "caption=", "{caption}"),
     ("strategy=fsdp trainer.strategy.shard_ranks=1", "trainer.strategy.shard_ranks", "greater than or equal to 2"),
     ("trainer.deterministic=perhaps", "trainer.deterministic", "warn"),
     ("data.batch_size=0", "data.batch_size", "greater than or equal to 1"),

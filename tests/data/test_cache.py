@@ -185,7 +185,8 @@ class TestRuns:
         def fit(cache: str, parts: tuple[str, ...]) -> tuple[float, bool]:
             data = images(root, tmp_path / "c", cache=cache, caption_dropout=0.3, flip=True)
             module = Finetuning(tiny_model(), Adapter(rank=2, parts=parts), Denoising(), adamw_1e3, constant, seed=0)
-            run = trainer(max_steps=1, accelerator="cpu", devices=1, progress_bar=False, run_dir=str(tmp_path))
+            options = {"accelerator": "cpu", "devices": 1, "precision": "32-true", "progress_bar": False}
+            run = trainer(max_steps=1, run_dir=str(tmp_path), **options)
             run.fit(module, data)
             return float(run.callback_metrics["train/loss"]), data.train_set.text_embeddings is not None
 

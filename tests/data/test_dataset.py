@@ -251,9 +251,18 @@ class TestFolder:
         with pytest.raises(UserError, match="no such folder"):
             Folder(str(tmp_path / "nowhere"), "train")
 
-    @pytest.mark.parametrize("template", ["{subject}", "{0}", "{caption", "{}"])
-    def test_a_wrong_caption_template_is_told(self, template: str, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"data\.caption=.* its fields can be \{caption\}"):
+    @pytest.mark.parametrize(
+        ("template", "problem"),
+        [
+            *((text, r"its fields can be \{caption\}, and nothing else") for text in ("{subject}", "{0}", "{}")),
+            *((text, r"its fields can be") for text in ("{caption.__class__}", "{caption[0]}", "{caption!r}")),
+            ("{caption:>9999999999}", "its fields can be"),
+            ("{caption", "expected '}' before end of string; a brace of the text itself is written twice"),
+            ("caption}", "encountered in format string; a brace of the text itself is written twice"),
+        ],
+    )
+    def test_a_wrong_caption_template_is_told(self, template: str, problem: str, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match=rf"data\.caption=.*{problem}"):
             Folder(str(tmp_path), "train", caption=template)
 
     def test_transparency_lies_on_white_and_exif_turns_the_picture(self, tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def test_slices_are_put_together_when_they_are_asked_for(tmp_path: Path) -> None
 def test_a_damaged_slice_is_named(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     write_in_slices(path, 7, NAMES)
-    write_state({"step": 6}, tmp_path / "step_000006.ckpt")
+    whole = {"state_dict": {}, "global_step": 6, "callbacks": {}, "loops": {}}
+    write_state(whole, tmp_path / "step_000006.ckpt")
     file = slices_folder(path) / "two"
     content = bytearray(file.read_bytes())
     content[content.index(WEIGHTS["a"][2:].numpy().tobytes())] ^= 1

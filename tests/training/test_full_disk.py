@@ -78,7 +78,10 @@ def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     write_state(STATE, path)
-    write_state(STATE, tmp_path / "step_000006.ckpt")
+    whole = {"state_dict": STATE["weights"], "global_step": 6, "callbacks": {}, "loops": {}}
+    write_state(whole, tmp_path / "step_000006.ckpt")
+    write_state(STATE, tmp_path / "step_000007.ckpt")  # of another program
+    (tmp_path / "step_000008.ckpt").write_bytes(b"text" * 99)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     damaged = {"cut": content[: len(content) // 2], "empty": b"", "flipped": content, "no checkpoint": b"text" * 99}

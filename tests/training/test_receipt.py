@@ -90,7 +90,16 @@ def test_the_hash_of_the_data_follows_pictures_captions_and_order(tiny_source) -
     assert len(hashes) == 3
 
 
-@pytest.mark.parametrize(("content", "problem"), [(None, "cannot be read"), ("{}", "did not finish")])
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "there is no such file"),
+        ("{}", "did not finish"),
+        ("[]", "must hold a JSON object, and holds a list"),
+        ("\x00\x01", "is not valid JSON"),
+        ('{"overrides": 3, "outputs": {}}', "its overrides are no list of texts"),
+    ],
+)
 def test_a_receipt_that_is_none_is_refused(content: str | None, problem: str, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / receipt.NAME).write_text(content)

@@ -7,6 +7,7 @@ several captions; `weights` has their relative probabilities.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,7 @@ from typing import Any
 
 from sdft.data.captions import checked_texts
 from sdft.errors import UserError
+from sdft.types import LARGEST
 
 NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 CAPTION_COLUMNS = ("text", "caption", "captions")
@@ -61,7 +63,7 @@ def texts_of(row: Mapping[str, Any]) -> WeightedTexts:
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise ValueError("has a caption that is neither text nor a list of texts")
     weights = row.get("weights") or ()
-    numbers = isinstance(weights, list | tuple) and all(isinstance(w, int | float) and w > 0 for w in weights)
+    numbers = isinstance(weights, list | tuple) and all(isinstance(w, int | float) and 0 < w < LARGEST for w in weights)
     if not numbers or (weights and len(weights) != len(texts)):
         raise ValueError("has weights that are not one positive number for each caption")
     return checked_texts(texts), tuple(float(w) for w in weights)
@@ -78,19 +80,34 @@ def rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     except UnicodeDecodeError as error:
         raise UserError(f"data.root: {table} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
     if table.suffix == ".csv":
-        for number, row in enumerate(csv.DictReader(text.splitlines(keepends=True)), 2):
-            yield f"{table} line {number}", row
+        yield from csv_rows(table, text)
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    # Lines end with \n alone: other separators, such as U+2028, may be in a caption.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield f"{table} line {number}", json_row(table, number, line)
+
+
+def csv_rows(table: Path, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(name of the row for messages, row) of a CSV table."""
+    reader, line = csv.DictReader(io.StringIO(text, newline=""), strict=True), 1
+    try:
+        if "file_name" not in (reader.fieldnames or ()):
+            raise UserError(f"data.root: {table} has no column file_name in its first line; write file_name,text")
+        line = reader.line_num + 1
+        for row in reader:
+            yield f"{table} line {line}", row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        reason = "a quote that is not closed" if "unexpected end of data" in str(error) else str(error)
+        raise UserError(f"data.root: {table}, in the row of line {line}: {reason}; repair the table") from error
 
 
 def json_row(table: Path, number: int, line: str) -> Mapping[str, Any]:
     """One line of a JSON table."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"data.root: {table} line {number} is not JSON ({error}); repair or remove it") from error
     if not isinstance(row, dict):
         raise UserError(f'data.root: {table} line {number} is no JSON object; write {{"file_name": ..., "text": ...}}')

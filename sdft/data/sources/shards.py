@@ -6,8 +6,10 @@ A shard is indexed once, which makes samples accessible by index: runs shuffle a
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import re
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -30,6 +32,7 @@ from sdft.errors import UserError
 from sdft.types import Fraction, NonNegative
 
 INDEX_SUFFIX = ".index.jsonl"
+MAX_SHARDS = 100_000
 COMMANDS_RUN = ContextVar("COMMANDS_RUN", default=True)
 """Whether `pipe:` shards run their commands; false in a dry run."""
 
@@ -134,10 +137,19 @@ def expand(shards: str) -> list[str]:
     """The paths and commands of a brace pattern."""
     from braceexpand import braceexpand
 
+    for low, high, step in re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}", shards):
+        if abs(int(high) - int(low)) // max(abs(int(step or 1)), 1) >= MAX_SHARDS:
+            pattern = f"{{{low}..{high}}}"
+            raise UserError(f"data.shards: {pattern} are more than {MAX_SHARDS:,} shards; name those that exist")
     try:
-        return [url for pattern in shards.split("::") for url in braceexpand(pattern)]
-    except ValueError as error:
-        raise UserError(f"data.shards={shards}: an unclosed brace ({error})") from error
+        urls = (url for pattern in shards.split("::") for url in braceexpand(pattern))
+        found = list(itertools.islice(urls, MAX_SHARDS + 1))
+    except (ValueError, RecursionError) as error:
+        reason = "braces in braces too deep" if isinstance(error, RecursionError) else f"an unclosed brace ({error})"
+        raise UserError(f"data.shards={shards[:200]}: {reason}") from error
+    if len(found) > MAX_SHARDS:
+        raise UserError(f"data.shards={shards[:200]}: are more than {MAX_SHARDS:,} shards; name those that exist")
+    return found
 
 
 def local(url: str, cache_dir: str | None) -> Path:

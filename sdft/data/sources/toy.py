@@ -11,7 +11,7 @@ from sdft.data.captions import checked_template
 from sdft.data.source import Sample
 from sdft.data.toy.rendering import render
 from sdft.data.toy.scenes import sample_scene, split_index
-from sdft.types import Count, NonNegative
+from sdft.types import NonNegative, NumScenes, Seed, Side
 
 Look = Literal["plain", "photo", "dreamy", "technomant"]
 
@@ -31,13 +31,13 @@ class ToyWorld:
     def __init__(
         self,
         looks: Sequence[Look],
-        num_scenes: Count,
+        num_scenes: NumScenes,
         split: Literal["train", "validation", "test"],
         caption: str = "{caption}",
-        size: Count = 64,
-        world_seed: int = 0,
+        size: Side = 64,
+        world_seed: Seed = 0,
         loss_weight: NonNegative = 1.0,
-        original_sides: Sequence[Count] | None = None,
+        original_sides: Sequence[Side] | None = None,
     ):
         self.original_sides = tuple(original_sides or (size,))
         self.looks, self.num_scenes, self.split, self.size = tuple(looks), num_scenes, split, size

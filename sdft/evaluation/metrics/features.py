@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from sdft.errors import UserError
 from sdft.evaluation.clip_judge import Images
-from sdft.types import Count
+from sdft.types import BatchSize, Count
 
 
 class Thumbnails:
@@ -37,7 +37,7 @@ class Vision:
     batch_size: images per forward pass.
     """
 
-    def __init__(self, source: str, batch_size: Count = 32):
+    def __init__(self, source: str, batch_size: BatchSize = 32):
         self.source, self.batch_size = source, batch_size
 
     @cached_property

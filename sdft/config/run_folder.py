@@ -1,0 +1,42 @@
+"""The folder and the name of a run, checked before anything is written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sdft.config.keys import ConfigError
+
+MAX_NAME, MAX_PATH = 200, 3500
+"""Bytes. File systems allow 255 and 4096, and the files in the folder need some of them."""
+
+
+def refuse_name(name: object) -> None:
+    """Raise ConfigError for a name of a run that is no name of a file."""
+    text = str(name)
+    if not text or text in (".", "..") or any(char in "/\\" or not char.isprintable() for char in text):
+        raise ConfigError(f"name={text!r}: is part of file names: use letters, digits, dots, dashes and underscores")
+    if len(os.fsencode(text)) > MAX_NAME:
+        raise ConfigError(f"name={text[:30]}...: is longer than {MAX_NAME} bytes, too long for file names")
+
+
+def refuse_folder(key: str, folder: object) -> None:
+    """Raise ConfigError if a run cannot have this folder: no path, too long, a file, or not writable.
+
+    key: of the option that names it.
+    """
+    text = "" if folder is None else str(folder)
+    where = f"{key}={text[:60]}{'...' * (len(text) > 60)}"
+    if not text.strip():
+        raise ConfigError(f"{key} is empty: name a folder, or leave {key}= out")
+    if "\0" in text:
+        raise ConfigError(f"{key}={text!r}: has a character that no path can have")
+    path = Path(text).expanduser().absolute()
+    if len(os.fsencode(path)) > MAX_PATH or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise ConfigError(f"{where}: is too long for a path; choose a shorter one")
+    nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+    if not nearest.is_dir():
+        what = "is a file" if nearest == path else f"{nearest} is a file"
+        raise ConfigError(f"{where}: {what}, not a folder; choose another one")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"{where}: {nearest} cannot be written to; choose another place, or change its permissions")
