@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 import sdft.config.command as config
-from sdft.config.trust import read_yaml, refuse_untrusted, refuse_untrusted_overrides, trusted_by
+from sdft.config.trust import line_of_key, read_yaml, refuse_untrusted, refuse_untrusted_overrides, trusted_by
 from sdft.distributed.processes import ProcessInfo
 from sdft.distributed.run_lock import run_lock
 from sdft.errors import UserError
@@ -122,7 +122,8 @@ def load_model(
     source, chosen = str(model), str(model)
     if (recorded := Path(source).expanduser() / ".hydra" / "config.yaml").is_file():
         model_node = dict((read_yaml(recorded) or {}).get("model") or {})
-        refuse_untrusted({"model": {"weights": model_node.get("weights")}}, str(recorded))
+        weights = {"model": {"weights": model_node.get("weights")}}
+        refuse_untrusted(weights, str(recorded), line_of=partial(line_of_key, recorded))
         chosen = str(model_node.get("weights"))
     chosen_options = [f"model={'nano' if chosen == 'nano' else 'sdxl'}", f"model.weights={_value(chosen)}"]
     if dtype is not None:
@@ -252,7 +253,8 @@ def _training_config(given: DictConfig | Sequence[str]) -> tuple[DictConfig, lis
         return OmegaConf.create(json.loads(text) | {"reproduce": str(file)}), None
     given_words, words = words, receipt.recalled(words)
     recorded_words = words[: len(words) - len(given_words)]
-    refuse_untrusted_overrides(recorded_words, "reproduce: the receipt", trusted_by(given_words))
+    if path := receipt.file_in(given_words):
+        refuse_untrusted_overrides(recorded_words, path, trusted_by(given_words))
     if not any(re.match(r"~?logger\b", word) for word in words):
         words = ["logger=csv", *words]
     return compose("train", words), words

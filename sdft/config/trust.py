@@ -9,8 +9,10 @@ environment unless `trust=commands`.
 from __future__ import annotations
 
 import functools
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ def read_config(file: Path, trust: Sequence[str] = ()) -> DictConfig:
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: is not the config of a run")
     content = rename_targets(content)
-    refuse_untrusted(content, str(file), trust)
+    refuse_untrusted(content, str(file), trust, partial(line_of_key, file))
     return OmegaConf.create(content)
 
 
@@ -60,11 +62,36 @@ def read_yaml(file: Path, where: str = "") -> Any:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         if _num_values(node, {}) > MAX_VALUES:
             raise ConfigError(f"{where}: has aliases that expand to more than {MAX_VALUES:,} values; do not use it")
-        return OmegaConf.to_container(OmegaConf.create(text), resolve=False) if node is not None else None
-    except (OSError, yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
+        if not isinstance(node, yaml.CollectionNode):
+            return yaml.safe_load(text)
+        return OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         reason = error.strerror or reason if isinstance(error, OSError) else reason
         raise ConfigError(f"{where}: cannot be read ({reason})") from error
+
+
+def line_of_key(file: Path, key: str) -> int | None:
+    """The line of a YAML file in which a dotted key is set, counted from 1; None if it has no such key."""
+    node, line = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), None
+    while key:
+        children = node.value if isinstance(node, yaml.CollectionNode) else []
+        pairs = children if isinstance(node, yaml.MappingNode) else enumerate(children)
+        for name, child in pairs:
+            text = str(name.value if isinstance(name, yaml.Node) else name)
+            if key == text or key.startswith(f"{text}."):
+                start = name if isinstance(name, yaml.Node) else child
+                node, line, key = child, start.start_mark.line + 1, key[len(text) + 1 :]
+                break
+        else:
+            return line
+    return line
+
+
+def line_of_override(file: Path, text: str) -> int | None:
+    """The line of a receipt in which an override is recorded, counted from 1."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return next((number for number, line in enumerate(lines, 1) if json.dumps(text) in line), None)
 
 
 def _num_values(node: Any, known: dict[int, int]) -> int:
@@ -96,9 +123,11 @@ def trusted_by(overrides: Sequence[str]) -> list[str]:
     return found
 
 
-def refuse_untrusted_overrides(overrides: Sequence[str], where: str, trust: Sequence[str] = ()) -> None:
-    """Raise ConfigError for a recorded override that is not trusted; see `refuse_untrusted`."""
+def refuse_untrusted_overrides(overrides: Sequence[str], file: Path, trust: Sequence[str] = ()) -> None:
+    """Raise ConfigError for an override recorded in a receipt that is not trusted; see `refuse_untrusted`."""
     for text in overrides:
+        line = line_of_override(file, text)
+        where = f"reproduce: {file}" + (f", line {line}" if line else "")
         override = _parsed(text, where)
         key = override.key_or_group
         if key.partition("/")[0].partition(".")[0] == "hydra":
@@ -116,23 +145,33 @@ def _parsed(text: object, where: str) -> Any:
         raise ConfigError(f"{where}: '{text}' is not an override") from error
 
 
-def refuse_untrusted(tree: Any, where: str, trust: Sequence[str] = ()) -> None:
+def refuse_untrusted(
+    tree: Any, file: str, trust: Sequence[str] = (), line_of: Callable[[str], int | None] = lambda key: None
+) -> None:
     """Raise ConfigError for anything in a config from a file that could run code or read the environment.
 
-    where: the file, for messages. trust: names of packages whose classes are allowed, and `commands`.
+    file, line_of: where a key is set, for messages. trust: names of packages whose classes are allowed, and `commands`.
     """
     for key, value, owner in _walk(tree, ""):
-        if isinstance(value, str) and COMMANDS not in trust:
-            if "pipe:" in value:
-                raise ConfigError(f"{where}: {key} runs a command ({value}); trust={COMMANDS} allows it")
-            if "${" in HARMLESS.sub("", value):
-                raise ConfigError(f"{where}: {key}={value}: this interpolation is not allowed without trust={COMMANDS}")
-        if key.rpartition(".")[2] == "allow_pickle" and value not in (False, None) and COMMANDS not in trust:
-            raise ConfigError(f"{where}: {key} opens a pickle, which can run code; trust={COMMANDS} allows it")
-        if key.rpartition(".")[2] == "_target_":
-            _refuse_target(value, where, key, trust)
-        if isinstance(value, str) and "." in value and key.rpartition(".")[2] in ("path", "name"):
-            _refuse_path(key, value, owner, where, trust)
+        try:
+            _refuse_value(key, value, owner, file, trust)
+        except ConfigError as error:
+            line = line_of(key)
+            raise ConfigError(str(error).replace(f"{file}:", f"{file}, line {line}:", 1) if line else error) from error
+
+
+def _refuse_value(key: str, value: Any, owner: Any, where: str, trust: Sequence[str]) -> None:
+    if isinstance(value, str) and COMMANDS not in trust:
+        if "pipe:" in value:
+            raise ConfigError(f"{where}: {key} runs a command ({value}); trust={COMMANDS} allows it")
+        if "${" in HARMLESS.sub("", value):
+            raise ConfigError(f"{where}: {key}={value}: this interpolation is not allowed without trust={COMMANDS}")
+    if key.rpartition(".")[2] == "allow_pickle" and value not in (False, None) and COMMANDS not in trust:
+        raise ConfigError(f"{where}: {key} opens a pickle, which can run code; trust={COMMANDS} allows it")
+    if key.rpartition(".")[2] == "_target_":
+        _refuse_target(value, where, key, trust)
+    if isinstance(value, str) and "." in value and key.rpartition(".")[2] in ("path", "name"):
+        _refuse_path(key, value, owner, where, trust)
 
 
 def _walk(tree: Any, path: str) -> Iterator[tuple[str, Any, Any]]:

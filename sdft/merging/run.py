@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sdft.config.command import build, check
-from sdft.config.trust import as_packages, read_yaml, refuse_package, refuse_untrusted
+from sdft.config.trust import as_packages, line_of_key, read_yaml, refuse_package, refuse_untrusted
 from sdft.errors import UserError, did_you_mean
 from sdft.merging.annotations import signature_of
 from sdft.merging.recipe import METHODS, Step, import_method
@@ -78,7 +78,7 @@ def read_recipe(file: Path, numbers: Mapping[str, Any], trust: Sequence[str] = (
     trust: packages whose methods the recipe may name.
     """
     content = read_yaml(file, f"file={file}")
-    refuse_untrusted(content, f"file={file}", trust)
+    refuse_untrusted(content, f"file={file}", trust, partial(line_of_key, file))
     try:
         if not isinstance(content, dict) or not isinstance(content.get("steps"), dict):
             raise UserError(f"file={file}: has no `steps:`, each with a method, its inputs and numbers")
@@ -93,7 +93,13 @@ def read_recipe(file: Path, numbers: Mapping[str, Any], trust: Sequence[str] = (
         resolved: Any = OmegaConf.to_container(recipe, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"file={file}: {' '.join(str(error).split())}") from error
-    return {str(name): read_step(str(name), dict(step or {}), trust) for name, step in resolved["steps"].items()}
+    if wrong := [name for name, step in resolved["steps"].items() if not isinstance(step, dict)]:
+        raise UserError(f"file={file}: steps.{wrong[0]} is no step; write a method, its inputs and numbers below it")
+    for name, step in resolved["steps"].items():
+        if "." in str(label := step.get("method")):
+            key = f"steps.{name}.method"
+            refuse_package(label, f"file={file}, line {line_of_key(file, key)}", key, trust)
+    return {str(name): read_step(str(name), dict(step)) for name, step in resolved["steps"].items()}
 
 
 def refuse_bad_inputs(prefix: str, inputs: Mapping[str, Any]) -> None:
@@ -103,11 +109,9 @@ def refuse_bad_inputs(prefix: str, inputs: Mapping[str, Any]) -> None:
             raise UserError(f"{prefix}{key}={given}: must be nano, a folder, a file or a step, or a list of them")
 
 
-def read_step(name: str, content: dict[str, Any], trust: Sequence[str] = ()) -> Step:
+def read_step(name: str, content: dict[str, Any]) -> Step:
     """One step of a recipe file; its method is built in, or `module.function` of a trusted package."""
     label = content.pop("method", None)
-    if "." in str(label):
-        refuse_package(label, "the recipe", f"{name}.method", trust)
     method = import_method(label) if "." in str(label) else METHODS.get(label)
     if method is None:
         guess = did_you_mean(label, METHODS) or f"; methods are {', '.join(METHODS)}, or module.function"

@@ -23,8 +23,8 @@ from sdft.training.sweep import finished, print_table, run_apart
 def recall(overrides: Sequence[str]) -> list[str]:
     """The overrides of a command, after those of `reproduce=RECEIPT`, in which nothing may run code."""
     found = receipt.recalled(overrides)
-    recorded = found[: len(found) - len(overrides)]
-    refuse_untrusted_overrides(recorded, "reproduce: the receipt", trusted_by(overrides))
+    if file := receipt.file_in(overrides):
+        refuse_untrusted_overrides(found[: len(found) - len(overrides)], file, trusted_by(overrides))
     return found
 
 

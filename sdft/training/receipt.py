@@ -94,6 +94,15 @@ def _read(path: str | Path) -> dict:
     return receipt
 
 
+def file_in(words: Sequence[str]) -> Path | None:
+    """The receipt that `reproduce=` of a command names."""
+    for word in words:
+        if word.startswith("reproduce=") and (path := word.partition("=")[2]) not in ("", "null"):
+            file = Path(path).expanduser()
+            return file / NAME if file.is_dir() else file
+    return None
+
+
 def recalled(words: Sequence[str]) -> list[str]:
     """The overrides of a command; with `reproduce=RECEIPT`, those of the receipt's run come first."""
     for word in words:

@@ -16,6 +16,7 @@ import sdft.training.__main__ as train
 from sdft.config.command import compose
 from sdft.config.keys import ConfigError
 from sdft.config.trust import (
+    line_of_key,
     read_config,
     read_yaml,
     refuse_untrusted,
@@ -94,7 +95,7 @@ def test_a_run_folder_names_only_what_sdft_has(part: str, target: object, tmp_pa
     monkeypatch.chdir(tmp_path)
     node = {"_target_": target, "_args_": [f"touch {MARK}"]}
     run = run_with(tmp_path / "run", {part: {"x": node} if part == "callbacks" else node})
-    with pytest.raises(ConfigError, match=r"_target_=.* is not part of sdft.* trust="):
+    with pytest.raises(ConfigError, match=r"config\.yaml, line \d+: .*_target_=.* is not part of sdft.* trust="):
         rebuild(run)
     assert not (tmp_path / MARK).exists()
 
@@ -103,7 +104,7 @@ def test_a_run_folder_names_only_what_sdft_has(part: str, target: object, tmp_pa
 def test_a_run_folder_runs_no_command_and_reads_no_environment(key: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = run_with(tmp_path / "run", at(key, VALUES[key]))
-    with pytest.raises(ConfigError, match=r"\.hydra/config\.yaml: .*trust="):
+    with pytest.raises(ConfigError, match=r"\.hydra/config\.yaml, line \d+: .*trust="):
         rebuild(run)
     assert not (tmp_path / MARK).exists()
 
@@ -132,7 +133,7 @@ def test_a_receipt_runs_nothing(override: str, dry_run: bool, tmp_path: Path, mo
     with pytest.raises(SystemExit) as stopped:
         train.main()
     assert stopped.value.code == 2
-    assert capsys.readouterr().err.startswith("error: reproduce: the receipt")
+    assert capsys.readouterr().err.startswith("error: reproduce: receipt.json, line 1")
     assert [file.name for file in tmp_path.iterdir()] == ["receipt.json"]
 
 
@@ -222,7 +223,7 @@ CHOICES = [
 def test_every_option_of_sdft_is_trusted(overrides: list[str]) -> None:
     cfg = compose("train", overrides)
     refuse_untrusted(OmegaConf.to_container(cfg, resolve=False), "here")
-    refuse_untrusted_overrides(overrides, "here")
+    refuse_untrusted_overrides(overrides, Path("here"))
 
 
 def test_the_command_line_says_whom_to_trust() -> None:
@@ -246,3 +247,16 @@ def test_a_dry_run_runs_no_command_of_the_command_line_either(tmp_path: Path, mo
         train.main()
     assert "dry_run=true runs no commands" in capsys.readouterr().err
     assert not (tmp_path / MARK).exists()
+
+
+def test_a_refusal_names_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("# a comment\nmodel:\n  a: 1\n  parts:\n    - b: 2\n    - _target_: os.system\n      c.d: {e: 1}\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml, line 6: model\.parts\.1\._target_=os\.system is not part"):
+        read_config(file)
+    lines = {"model": 2, "model.parts.1.c.d.e": 7, "model.parts.0.b": 5, "nowhere": None, "model.a.x": 3}
+    assert {key: line_of_key(file, key) for key in lines} == lines
+    receipt = tmp_path / "receipt.json"
+    receipt.write_text(json.dumps({"overrides": ["rank=4", "+x={_target_: os.system}"]}, indent=2))
+    with pytest.raises(ConfigError, match=r"reproduce: .*receipt\.json, line 4: x\._target_=os\.system"):
+        refuse_untrusted_overrides(["rank=4", "+x={_target_: os.system}"], receipt)

@@ -33,7 +33,7 @@ LINES = [
     ("a={a} b={lacking}", "only in a={a}: unet/conv_in.bias"),
     ("a={a} b={misshapen}", "unet/conv_in.bias: [6] in a={a}, [7] in b={misshapen}"),
     ("a={a} b={lora}", "b={lora}: is a delta, and weighted_sum needs a weight"),
-    ("merge=bake base={a} lora={b}", "delta={b}: is a weight, and add needs a delta"),
+    ("merge=bake base={a} lora={b}", "lora={b}: is a weight, and add needs a delta"),
     ("merge=bake base={a} lora={misfit}", "a delta of 8 x 8 in delta={misfit}"),
     ("merge=lora_sum loras=[{dora}] rank=2 out=x.safetensors", "is a DoRA, whose change depends on the model"),
     ("merge=extract a={a} b={b} out=x.safetensors", "rank is not set: the result is a LoRA"),
