@@ -112,7 +112,7 @@ def refuse_bad_inputs(prefix: str, inputs: Mapping[str, Any]) -> None:
 def read_step(name: str, content: dict[str, Any]) -> Step:
     """One step of a recipe file; its method is built in, or `module.function` of a trusted package."""
     label = content.pop("method", None)
-    method = import_method(label) if "." in str(label) else METHODS.get(label)
+    method = import_method(label) if "." in str(label) else METHODS.get(str(label))
     if method is None:
         guess = did_you_mean(label, METHODS) or f"; methods are {', '.join(METHODS)}, or module.function"
         raise UserError(f"{name}.method={label}: there is no such method{guess}")
