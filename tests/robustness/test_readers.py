@@ -1,4 +1,4 @@
-"""A few of the files of `readers.py`, always the same ones; `python tests/robustness/readers.py KIND` tries many more."""
+"""A few of the files of `readers.py`, always the same ones."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+
 from robustness.readers import READERS, outcome
 
 
