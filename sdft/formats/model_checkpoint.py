@@ -269,7 +269,8 @@ def refuse_incomplete(where: str, checkpoint: Checkpoint) -> None:
     names = set(checkpoint.weights)
     without = [part for part in PREFIXES if not any(name.startswith(f"{part}/") for name in names)]
     if without:
-        raise UserError(f"{where}: has no {' and no '.join(without)}; pass a checkpoint with all parts of SDXL")
+        named = " and no ".join(part.replace("vae", "VAE").replace("unet", "UNet") for part in without)
+        raise UserError(f"{where}: has no {named}; pass a checkpoint with all parts of SDXL")
     leaves: dict[str, dict[int, set[str]]] = {}
     for name in names:
         for match in ALIKE.finditer(name):

@@ -3,7 +3,7 @@
     PYTHONPATH=tests python tests/robustness/tries.py [--kind KIND] [--only WORDS]
 
 Prints a table kind x tries x held, and what did not hold. Each try runs in a process of its own. It holds if it ends
-within its time, with exit code 0 or 2 (and the one that it must have), at most 12 lines of error without a traceback,
+within its time, with exit code 0 or 2 (and the one that it must have), at most 25 lines of error without a traceback,
 the words that its message must have, and if no attack left its mark.
 """
 
@@ -40,7 +40,8 @@ from robustness.readers import LAYER, LORAS, TARS
 ROOT = Path(__file__).resolve().parents[2]
 OLD_RUN = ROOT / "tests" / "fixtures" / "run_of_version_0_1"
 SECONDS = 90
-MAX_LINES = 12
+MAX_LINES = 25
+"""Lists of weights that do not fit have one line each."""
 MARK = "the_attack_ran"
 TRAIN, EVAL = [str(ROOT / "train.py")], [str(ROOT / "eval.py")]
 MERGE, FORMATS = ["-m", "sdft.merging"], ["-m", "sdft.formats"]
