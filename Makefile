@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 WANDB_MODE=$${WANDB_MODE:-offline} $(VENV)/bin/python
 
-.PHONY: train test test-slow test-slurm test-all coverage lint docs nano setup
+.PHONY: train test test-slow test-slurm test-long test-all coverage lint docs nano setup
 
 train: setup
 	$(RUN) train.py experiment=dreamy_style
@@ -13,16 +13,21 @@ PYTEST := $(RUN) -m pytest -n $${WORKERS:-3} --dist worksteal
 
 # The fast tests, in a few minutes.
 test: setup
-	$(PYTEST) -m "not slow and not slurm and not gpu"
+	$(PYTEST) -m "not slow and not long and not slurm and not gpu"
 
 # The tests that `make test` leaves out: more kills, processes, modes and commands.
 test-slow: setup
-	$(PYTEST) -m "slow and not slurm and not gpu"
+	$(PYTEST) -m "slow and not long and not slurm and not gpu"
 
 test-all: test test-slow test-slurm
 
+# Over a thousand commands and files that go wrong, and half an hour of fuzzing for each reader of strangers' files.
+test-long: setup
+	$(PYTEST) -m "long and not slurm and not gpu"
+	for reader in lora shards recipes; do PYTHONPATH=tests $(RUN) tests/robustness/readers.py $$reader || exit 1; done
+
 coverage: setup
-	$(PYTEST) -m "not slurm and not gpu" --cov --cov-report=term:skip-covered --cov-report=html
+	$(PYTEST) -m "not long and not slurm and not gpu" --cov --cov-report=term:skip-covered --cov-report=html
 
 # Needs root and Debian's slurm-wlm and munge: emulates SLURM nodes on this machine, which end with the tests.
 test-slurm: setup

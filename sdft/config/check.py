@@ -157,7 +157,8 @@ def _check_value(cfg: DictConfig, key: str, value: Any, adapter: TypeAdapter[Any
                 with flag_override(cfg, ["struct", "readonly"], False):
                     OmegaConf.update(cfg, place, float(wrong))
                 return check(cfg)
-        raise ConfigError(_complaint(_written_at(cfg, key), value, error.errors(), name)) from None
+        key, wrong = _wrong_part(_written_at(cfg, key), value, error.errors()[0]["loc"])
+        raise ConfigError(_complaint(_written_at(cfg, key), wrong, error.errors(), name)) from None
     if dataclasses.is_dataclass(result) and isinstance(value, dict):
         raise ConfigError(f"{key}: needs a _target_ that builds a {type(result).__name__} ({name})")
 
@@ -175,8 +176,8 @@ def _written_at(cfg: DictConfig, key: str) -> str:
     """The key that a value was written under: with `method: {alpha: ${alpha}}`, `alpha` for `method.alpha`."""
     outer, _, last = key.rpartition(".")
     owner = OmegaConf.select(cfg, outer) if outer else cfg
-    raw = OmegaConf.to_container(owner, resolve=False) if isinstance(owner, DictConfig) else {}
-    link = re.fullmatch(r"\$\{([\w.]+)\}", str(dict(items(raw)).get(last)))
+    raw = OmegaConf.to_container(owner, resolve=False) if isinstance(owner, DictConfig | ListConfig) else {}
+    link = re.fullmatch(r"\$\{([\w.]+)\}", str({str(name): value for name, value in items(raw)}.get(last)))
     return _written_at(cfg, link[1]) if link else key
 
 
@@ -193,8 +194,7 @@ def users_key(cfg: DictConfig, message: str) -> str:
     return message
 
 
-def _complaint(key: str, value: Any, problems: list[Any], name: str) -> str:
-    key, wrong = _wrong_part(key, value, problems[0]["loc"])
+def _complaint(key: str, wrong: Any, problems: list[Any], name: str) -> str:
     reasons: dict[str, None] = {}
     for problem in problems:
         text = re.sub(r"^\w+ should", "must", problem["msg"]).replace("a valid array", "a list")

@@ -23,7 +23,7 @@ from sdft.config.check import check, locate, resolve, users_key
 from sdft.config.compose import Composer, basic_sweeper, composer, get_args_parser
 from sdft.config.exits import exit_for, hidden, hide_environment, unbreakable_streams
 from sdft.config.keys import ConfigError
-from sdft.config.run_folder import refuse_folder, refuse_name
+from sdft.config.run_folder import refuse_folder, refuse_name, refuse_path
 from sdft.distributed.processes import ProcessInfo
 from sdft.distributed.run_lock import run_lock
 from sdft.errors import UserError
@@ -190,6 +190,8 @@ def refuse_places(cfg: DictConfig, key: str, folder: Any) -> None:
     """Raise ConfigError for a name or folder that a run cannot have, if the command makes runs."""
     if "run_dir" in cfg:
         refuse_folder(key, folder)
+    if "out" in cfg:
+        refuse_path("out", cfg.out)
     if "name" in cfg:
         refuse_name(cfg.name)
 

@@ -33,7 +33,8 @@ from sdft.formats.output import no_room
 
 TRACEBACK = "traceback.txt"
 """In the run folder, or in a temporary one if there is none."""
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
+           errno.ENOENT, errno.EEXIST)  # fmt: skip
 
 _secrets: dict[str, str] = {}
 """Value of an environment variable that a config reads -> the interpolation that reads it."""

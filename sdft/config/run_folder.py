@@ -20,20 +20,28 @@ def refuse_name(name: object) -> None:
         raise ConfigError(f"name={text[:30]}...: is longer than {MAX_NAME} bytes, too long for file names")
 
 
-def refuse_folder(key: str, folder: object) -> None:
-    """Raise ConfigError if a run cannot have this folder: no path, too long, a file, or not writable.
+def refuse_path(key: str, path: object) -> None:
+    """Raise ConfigError if nothing can be written to this path: it is empty, too long or no path.
 
     key: of the option that names it.
     """
-    text = "" if folder is None else str(folder)
-    where = f"{key}={text[:60]}{'...' * (len(text) > 60)}"
+    text = "" if path is None else str(path)
     if not text.strip():
-        raise ConfigError(f"{key} is empty: name a folder, or leave {key}= out")
+        raise ConfigError(f"{key} is empty: name a place to write to")
+    try:
+        parts = [len(os.fsencode(part)) for part in Path(text).expanduser().absolute().parts]
+    except (ValueError, RuntimeError, UnicodeEncodeError) as error:
+        raise ConfigError(f"{key}={text[:60]!r}: is not a path ({error})") from error
     if "\0" in text:
         raise ConfigError(f"{key}={text!r}: has a character that no path can have")
-    path = Path(text).expanduser().absolute()
-    if len(os.fsencode(path)) > MAX_PATH or any(len(os.fsencode(part)) > 255 for part in path.parts):
-        raise ConfigError(f"{where}: is too long for a path; choose a shorter one")
+    if sum(parts) + len(parts) > MAX_PATH or max(parts) > 255:
+        raise ConfigError(f"{key}={text[:60]}...: is too long for a path; choose a shorter one")
+
+
+def refuse_folder(key: str, folder: object) -> None:
+    """Raise ConfigError if a run cannot have this folder: no path, a file, or not writable."""
+    refuse_path(key, folder)
+    where, path = f"{key}={folder}", Path(str(folder)).expanduser().absolute()
     nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     if not nearest.is_dir():
         what = "is a file" if nearest == path else f"{nearest} is a file"

@@ -20,6 +20,8 @@ def main(cfg: DictConfig) -> None:
         if not isinstance(cfg[key], bool):
             raise UserError(f"{key}={cfg[key]}: must be true or false")
     source = Path(str(cfg["in"])).expanduser()
+    if not source.exists() and str(source) != "nano":
+        raise UserError(f"in={cfg['in']}: there is no such file or folder")
     # Only a folder needs tokenizers; otherwise the shipped configs of SDXL, which give the shapes, are enough.
     incomplete = cfg.to == "folder" and not source.is_dir()
     config = SDXL_BASE if cfg.config == SDXL_ID and not incomplete else find_folder("config", cfg.config, CONFIGS)

@@ -91,10 +91,28 @@ def outcome(one: Try, python: WarmPython) -> str:
         return "" if one.says in done.stderr + done.stdout else f"does not say {one.says!r}: {' | '.join(lines)[:300]}"
 
 
-# ---------------------------------------------------------------------------------------------------------- options
-
-VALUES = ["0", "-1", "-0.5", "1.5", "1e400", "nan", "-inf", "99999999999999999999", "1e-400", "text", "''", "[]", "{}", "true",
-          "null", "0x10", "[1,2]", "\u0663", "1e9", "100000000"]  # fmt: skip
+VALUES = [
+    "0",
+    "-1",
+    "-0.5",
+    "1.5",
+    "1e400",
+    "nan",
+    "-inf",
+    "99999999999999999999",
+    "1e-400",
+    "text",
+    "''",
+    "[]",
+    "{}",
+    "true",
+    "null",
+    "0x10",
+    "[1,2]",
+    "\u0663",
+    "1e9",
+    "100000000",
+]
 
 
 def options() -> Iterator[Try]:
@@ -129,7 +147,7 @@ def options() -> Iterator[Try]:
         "caption='{caption:>9999999999}'": "nothing else in the braces",
         "caption='{0}'": "nothing else in the braces",
         "caption='{caption'": "a brace of the text itself is written twice",
-        "data=webdataset data.shards={0..999999999999}.tar": "more than 100,000 shards",
+        "data=webdataset data.shards='{0..999999999999}.tar'": "more than 100,000 shards",
         "data=folder data.root=nowhere": "data.root=nowhere",
         "resume=nowhere": "resume=nowhere",
         "experiment=dreamy": "did you mean 'dreamy_style'",
@@ -138,7 +156,7 @@ def options() -> Iterator[Try]:
         "--resolve": "--resolve goes with --cfg",
         "--fast": "is not a flag",
     }.items():
-        given = [word for word in SHORT if not word.startswith("run_dir=") or not words.startswith("run_dir")]
+        given = [word for word in SHORT if not word.startswith(("data.", "run_dir=" if "run_dir" in words else "-"))]
         yield Try("options by hand", words, [*TRAIN, *given, *words.split(" ")], says=says)
 
 
@@ -152,10 +170,7 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-# ------------------------------------------------------------------------------------------------------------ models
-
-
-def nano_file(folder: Path) -> Path:
+def nano_file() -> Path:
     """nano as a single file, made once."""
     if not (path := Path(tempfile.gettempdir()) / f"sdft_tries_nano_{os.getuid()}.safetensors").is_file():
         from sdft.formats.model_checkpoint import open_checkpoint
@@ -181,7 +196,7 @@ def with_header(header: Any, rest: bytes) -> bytes:
 def changed(content: bytes, change: Callable[[dict[str, Any], str], Any]) -> bytes:
     """A safetensors file after `change` of its header, called with the name of a tensor."""
     header, rest = header_of(content)
-    change(header, [name for name in header if name != "__metadata__"][3])
+    change(header, [name for name in header if name != "__metadata__"][:4][-1])
     return with_header(header, rest)
 
 
@@ -246,7 +261,7 @@ def models() -> Iterator[Try]:
     }
     for damage, change in DAMAGES.items():
         for verb, words in verbs.items():
-            make = partial(write, "m.safetensors", lambda change=change: change(nano_file(Path()).read_bytes()))
+            make = partial(write, "m.safetensors", lambda change=change: change(nano_file().read_bytes()))
             yield Try("model files", f"{damage}, {verb}", words, make, says="m.safetensors")
     for name, tensors, says in [
         ("NaN", {"nan": True}, "NaN or infinite"),
@@ -267,7 +282,7 @@ def models() -> Iterator[Try]:
 
 
 def altered(folder: Path, drop: str = "\0", nan: bool = False) -> None:
-    tensors = {name: t for name, t in load_file(nano_file(folder)).items() if not name.startswith(drop)}
+    tensors = {name: t for name, t in load_file(nano_file()).items() if not name.startswith(drop)}
     if nan:
         tensors["model.diffusion_model.out.2.bias"] = torch.full_like(
             tensors["model.diffusion_model.out.2.bias"], torch.nan
@@ -311,7 +326,11 @@ def loras() -> Iterator[Try]:
             )
 
 
-# --------------------------------------------------------------------------------------- run folders, receipts, recipes
+def alias(number: int) -> str:
+    """Nine times the alias before."""
+    before, own = chr(97 + number), chr(98 + number)
+    return f"{own}: &{own} [{','.join([f'*{before}'] * 9)}]\n"
+
 
 TEXTS = {
     "empty": "",
@@ -323,7 +342,7 @@ TEXTS = {
     "no YAML": "a: [1\nb: }",
     "a tab": "a:\n\t- b",
     "a tag": "a: !!python/object/apply:os.system [touch the_attack_ran]\n",
-    "an alias bomb": "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{','.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9)),
+    "an alias bomb": "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(map(alias, range(9))),
     "an alias of itself": "a: &a [*a]\n",
     "nested 10,000 deep": "a: " + "[" * 10_000,
     "binary": "\0\1\2\3\x7f\x80",
@@ -331,7 +350,7 @@ TEXTS = {
     "an interpolation of nothing": "a: ${nowhere}\n",
     "the environment": "a: ${oc.env:HOME}\n",
     "a number of 10,000 digits": "a: " + "9" * 10_000,
-}  # fmt: skip
+}
 JSONS = {
     "empty": "",
     "a list": "[1, 2]",
@@ -359,6 +378,8 @@ def text(file: str, content: str, folder: Path) -> None:
 def old_run(folder: Path, **files: str | bytes | None) -> None:
     """The run of a fixture, with some files replaced (`__` stands for `/`), or removed."""
     shutil.copytree(OLD_RUN, folder / "old")
+    shutil.copy(OLD_RUN / "lora.safetensors", folder / "old" / "lora_kohya.safetensors")
+    (folder / "old" / "before_after.png").write_bytes(png())
     for name, content in files.items():
         path = folder / "old" / name.replace("__", "/")
         if content is None:
@@ -371,7 +392,8 @@ def old_sweep(folder: Path, **files: str | bytes | None) -> None:
     old_run(folder, **files)
     (folder / "sweep").mkdir()
     shutil.move(folder / "old", folder / "sweep" / "0")
-    shutil.copytree(OLD_RUN, folder / "sweep" / "1")
+    old_run(folder)
+    shutil.move(folder / "old", folder / "sweep" / "1")
 
 
 def files_of_runs() -> Iterator[Try]:
@@ -390,12 +412,27 @@ def files_of_runs() -> Iterator[Try]:
         words = [*compare, "axes.step=all"]
         code = 2 if what not in ("the environment",) else None
         yield Try("run folders", f"config: {what}", words, partial(old_run, **changes), code=code)
-        yield Try("sweeps", f"config: {what}", [*EVAL, *ONE_IMAGE, "sweep=sweep", "axes.step=all"],
-                  partial(old_sweep, **changes), code=None)  # fmt: skip
-        yield Try("sweeps", f"overrides: {what}", [*EVAL, *ONE_IMAGE, "sweep=sweep"],
-                  partial(old_sweep, **{".hydra__overrides.yaml": content}), code=None)  # fmt: skip
-        yield Try("recipes", what, [*MERGE, "merge=recipe", "file=r.yaml", "out=o.safetensors"],
-                  partial(text, "r.yaml", content), says="file=r.yaml")  # fmt: skip
+        yield Try(
+            "sweeps",
+            f"config: {what}",
+            [*EVAL, *ONE_IMAGE, "sweep=sweep", "axes.step=all"],
+            partial(old_sweep, **changes),
+            code=None,
+        )
+        yield Try(
+            "sweeps",
+            f"overrides: {what}",
+            [*EVAL, *ONE_IMAGE, "sweep=sweep"],
+            partial(old_sweep, **{".hydra__overrides.yaml": content}),
+            code=None,
+        )
+        yield Try(
+            "recipes",
+            what,
+            [*MERGE, "merge=recipe", "file=r.yaml", "out=o.safetensors"],
+            partial(text, "r.yaml", content),
+            says="file=r.yaml",
+        )
     for what, content in {
         "steps that are a list": "steps: [a, b]",
         "a step that is text": "steps: {a: b}",
@@ -406,7 +443,7 @@ def files_of_runs() -> Iterator[Try]:
         "a method of another package": "steps: {a: {method: os.system, a: nano}}",
         "inputs that are numbers": "steps: {a: {method: weighted_sum, a: 1, b: 2}}",
         "a circle of steps": "steps: {a: {method: weighted_sum, a: b, b: b}, b: {method: weighted_sum, a: a, b: a}}",
-        "two results": "steps: {a: {method: weighted_sum, a: nano, b: nano}, b: {method: weighted_sum, a: nano, b: nano}}",
+        "two results": "steps: {a: {method: linear, models: [nano]}, b: {method: linear, models: [nano]}}",
         "alpha that is text": "steps: {a: {method: weighted_sum, a: nano, b: nano, alpha: much}}",
         "alpha of 2": "steps: {a: {method: weighted_sum, a: nano, b: nano, alpha: 2}}",
         "a file that is missing": "steps: {a: {method: weighted_sum, a: x.safetensors, b: nano}}",
@@ -464,9 +501,6 @@ def checkpoints() -> Iterator[Try]:
             yield Try("checkpoints", f"{what}, compare", words, make, code=None)
 
 
-# ------------------------------------------------------------------------------------------------------- data and places
-
-
 def picture(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (64, 64), "red").save(path)
@@ -521,11 +555,15 @@ def data() -> Iterator[Try]:
         "the same name twice": lambda folder: tar_with(folder, ("a.png", png()), ("a.png", png()), ("a.txt", b"x")),
         "no captions": lambda folder: tar_with(folder, ("a.png", png()), ("b.png", png())),
         "no pictures": lambda folder: tar_with(folder, ("a.txt", b"x"), ("b.txt", b"x")),
-        "a broken picture": lambda folder: tar_with(folder, *(p for k in "ab" for p in ((f"{k}.png", b"x"), (f"{k}.txt", b"x")))),
+        "a broken picture": lambda folder: tar_with(
+            folder, *(p for k in "ab" for p in ((f"{k}.png", b"x"), (f"{k}.txt", b"x")))
+        ),
         "one sample": lambda folder: tar_with(folder, ("a.png", png()), ("a.txt", b"x")),
-        "JSON that is none": lambda folder: tar_with(folder, ("a.png", png()), ("a.json", b"{"), ("b.png", png()), ("b.json", b"[]")),
+        "JSON that is none": lambda folder: tar_with(
+            folder, ("a.png", png()), ("a.json", b"{"), ("b.png", png()), ("b.json", b"[]")
+        ),
         "text that is no UTF-8": lambda folder: tar_with(folder, ("a.png", png()), ("a.txt", b"\xff\xfe\x00")),
-    }  # fmt: skip
+    }
     for what, make in shards.items():
         yield Try("shards", what, [*TRAIN, *SHORT[:-2], "data=webdataset", "data.shards=x.tar"], make, says="x.tar")
     for pattern in (
@@ -592,9 +630,16 @@ def data() -> Iterator[Try]:
     }.items():
         yield Try("captions and tables", f"folder: {what}", [*TRAIN, *SHORT[:-2], *folder_words], prepare)
     for words, says in {
-        "look=nope": "look=nope", "count=0": "count=0", "count=-1": "count=-1", "count=99999999999": "count=99999999999",
-        "size=0": "size=0", "size=99999999": "size=99999999", "split=x": "split=x", "caption={x}": "caption=", "out=": "out",
-    }.items():  # fmt: skip
+        "look=nope": "look=nope",
+        "count=0": "count=0",
+        "count=-1": "count=-1",
+        "count=99999999999": "count=99999999999",
+        "size=0": "size=0",
+        "size=99999999": "size=99999999",
+        "split=x": "split=x",
+        "caption={x}": "caption=",
+        "out=": "out",
+    }.items():
         yield Try(
             "captions and tables",
             f"toy {words}",
@@ -630,13 +675,25 @@ def places() -> Iterator[Try]:
         "shard": ["-m", "sdft.data", "shard", "root=d", "out={}"],
         "check": ["-m", "sdft.data", "check", "data.root=d", "size=64", "out={}"],
     }
-    for what, place in {"a file": "f", "below a file": "f/x", "300 letters": long, "below 300 letters": f"{long}/x",
-                        "5,000 letters": "/".join(["y" * 99] * 50), "/proc": "/proc/x", "empty": "''"}.items():  # fmt: skip
+    for what, place in {
+        "a file": "f",
+        "below a file": "f/x",
+        "300 letters": long,
+        "below 300 letters": f"{long}/x",
+        "5,000 letters": "/".join(["y" * 99] * 50),
+        "/proc": "/proc/x",
+        "empty": "''",
+    }.items():
         for verb, words in verbs.items():
             if verb != "convert":
                 yield Try("places to write", f"{verb}, {what}", [word.format(place) for word in words], a_file)
-    yield Try("places to write", "merge, a model with notes", [*MERGE, "a=nano", "b=nano", "out=m", "overwrite=true", "config=nano"],
-              a_model_with_notes, says="notes.txt")  # fmt: skip
+    yield Try(
+        "places to write",
+        "merge, a model with notes",
+        [*MERGE, "a=nano", "b=nano", "out=m", "overwrite=true", "config=nano"],
+        a_model_with_notes,
+        says="notes.txt",
+    )
     yield Try(
         "places to write",
         "convert, a missing input",
@@ -649,8 +706,17 @@ def places() -> Iterator[Try]:
 
 def attacks() -> Iterator[Try]:
     """Through every file that people pass to each other; the mark is a file that the attack would make."""
-    targets = ["os.system", "subprocess.getoutput", "builtins.exec", "builtins.eval", "pathlib.Path.touch", "torch.load",
-               "hydra.utils.get_method", "importlib.import_module", "my_attack.go"]  # fmt: skip
+    targets = [
+        "os.system",
+        "subprocess.getoutput",
+        "builtins.exec",
+        "builtins.eval",
+        "pathlib.Path.touch",
+        "torch.load",
+        "hydra.utils.get_method",
+        "importlib.import_module",
+        "my_attack.go",
+    ]
 
     def attack_module(folder: Path) -> None:
         (folder / "my_attack.py").write_text(
@@ -690,8 +756,13 @@ def attacks() -> Iterator[Try]:
                 partial(receipt, override=override),
                 says="trust=",
             )
-        yield Try("attacks", f"recipe: {target}", [*MERGE, "merge=recipe", "file=r.yaml", "out=o.safetensors"],
-                  partial(recipe, method=target), says="trust=")  # fmt: skip
+        yield Try(
+            "attacks",
+            f"recipe: {target}",
+            [*MERGE, "merge=recipe", "file=r.yaml", "out=o.safetensors"],
+            partial(recipe, method=target),
+            says="trust=",
+        )
     for what, override in {
         "pipe": f"data.shards='pipe:touch {MARK}'",
         "the environment": "name='${oc.env:HOME}'",
@@ -699,8 +770,12 @@ def attacks() -> Iterator[Try]:
         "Hydra": "hydra.searchpath=[file:///tmp]",
     }.items():
         for dry in ("true", "false"):
-            yield Try("attacks", f"receipt, dry_run={dry}: {what}", [*TRAIN, "reproduce=receipt.json", f"dry_run={dry}"],
-                      partial(receipt, override=override))  # fmt: skip
+            yield Try(
+                "attacks",
+                f"receipt, dry_run={dry}: {what}",
+                [*TRAIN, "reproduce=receipt.json", f"dry_run={dry}"],
+                partial(receipt, override=override),
+            )
     evil = {"m.ckpt": pickle.dumps(Evil()), "m.safetensors": pickle.dumps(Evil()), "m.bin": saved({"x": Evil()})}
     for file, content in evil.items():
         for verb, words in {
@@ -729,7 +804,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only tries with these words in their name")
     asked = parser.parse_args()
     tries = [one for one in all_tries() if asked.kind in one.kind and asked.only in one.name]
-    nano_file(Path())
+    nano_file()
     held: dict[str, list[bool]] = {}
     with (
         WarmPython(HF_HUB_OFFLINE="1", WANDB_MODE="offline", OMP_NUM_THREADS="1") as python,
