@@ -246,6 +246,8 @@ def _summary(unknown: Mapping[str, str]) -> str:
 
 def _layer(name: str, tensors: dict[str, Tensor], alphas: Callable[[str, int | None], float]) -> Layer:
     """A layer from a file's tensors, checked, in kohya's shapes."""
+    if wrong := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise ValueError(f"has {wrong[0]} of {tensors[wrong[0]].dtype}, and must have floats")
     alpha = tensors.pop(ALPHA, None)
     if alpha is not None and alpha.numel() != 1:
         raise ValueError(f"has an alpha of {alpha.numel()} numbers")

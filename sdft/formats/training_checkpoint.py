@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sdft.errors import UserError
 
+VERSION = "pytorch-lightning_version"
 SLICE_FILES = "slice_files"
 """The key of a state for the names of its slice files."""
 
@@ -167,7 +168,7 @@ def _load_verified(file: Path) -> dict[str, Any]:
 
 def _lacking(state: Any) -> str:
     """What a state lacks to be that of a run."""
-    wanted = {"state_dict": Mapping, "global_step": int, "callbacks": Mapping, "loops": Mapping}
+    wanted = {"state_dict": Mapping, "global_step": int, "callbacks": Mapping, "loops": Mapping, VERSION: str}
     has = state if isinstance(state, Mapping) else {}
     return ", ".join(key for key, kind in wanted.items() if not isinstance(has.get(key), kind))
 

@@ -20,6 +20,7 @@ from small_runs import WRONG, FullFrom, KillAt, Run, assert_same_end, finish, re
 from sdft.errors import UserError
 from sdft.formats.training_checkpoint import (
     SLICE_FILES,
+    VERSION,
     link_state,
     read_state,
     remove_state,
@@ -59,7 +60,7 @@ def test_slices_are_put_together_when_they_are_asked_for(tmp_path: Path) -> None
 def test_a_damaged_slice_is_named(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     write_in_slices(path, 7, NAMES)
-    whole = {"state_dict": {}, "global_step": 6, "callbacks": {}, "loops": {}}
+    whole = {"state_dict": {}, "global_step": 6, "callbacks": {}, "loops": {}, VERSION: "2.6"}
     write_state(whole, tmp_path / "step_000006.ckpt")
     file = slices_folder(path) / "two"
     content = bytearray(file.read_bytes())

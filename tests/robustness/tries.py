@@ -379,6 +379,7 @@ def old_run(folder: Path, **files: str | bytes | None) -> None:
     """The run of a fixture, with some files replaced (`__` stands for `/`), or removed."""
     shutil.copytree(OLD_RUN, folder / "old")
     shutil.copy(OLD_RUN / "lora.safetensors", folder / "old" / "lora_kohya.safetensors")
+    shutil.copy(OLD_RUN / "checkpoints" / "last.ckpt", folder / "old" / "checkpoints" / "step_000002.ckpt")
     (folder / "old" / "before_after.png").write_bytes(png())
     for name, content in files.items():
         path = folder / "old" / name.replace("__", "/")
@@ -455,7 +456,7 @@ def files_of_runs() -> Iterator[Try]:
             [*MERGE, "merge=recipe", "file=r.yaml", "out=o.safetensors"],
             partial(text, "r.yaml", content),
         )
-    for name in ("lora.safetensors", "summary.json", ".hydra__config.yaml", "checkpoints__last.ckpt"):
+    for name in ("lora.safetensors", "summary.json", ".hydra__config.yaml", "checkpoints__step_000002.ckpt"):
         yield Try(
             "run folders", f"without {name}", [*compare, "axes.step=all"], partial(old_run, **{name: None}), code=None
         )
@@ -496,7 +497,7 @@ def checkpoints() -> Iterator[Try]:
             partial(write, "x.ckpt", lambda c=content: c),
         )
         if what != "of another tuning":
-            make = partial(old_run, **{"checkpoints__last.ckpt": content})
+            make = partial(old_run, **{"checkpoints__step_000002.ckpt": content})
             words = [*EVAL, *ONE_IMAGE, "subjects={it: old}", "axes.step=all"]
             yield Try("checkpoints", f"{what}, compare", words, make, code=None)
 

@@ -14,7 +14,7 @@ from checks import full_disk
 from small_runs import WRONG, FullFrom, Run, finish, start
 
 from sdft.errors import UserError
-from sdft.formats.training_checkpoint import num_bytes, read_state, write_state
+from sdft.formats.training_checkpoint import VERSION, num_bytes, read_state, write_state
 
 STATE = {"weights": {"a": torch.arange(300_000.0), "b": torch.ones(100)}, "step": 7}
 SIZE = 4 * 300_100
@@ -78,7 +78,7 @@ def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_named(damage: str, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     write_state(STATE, path)
-    whole = {"state_dict": STATE["weights"], "global_step": 6, "callbacks": {}, "loops": {}}
+    whole = {"state_dict": STATE["weights"], "global_step": 6, "callbacks": {}, "loops": {}, VERSION: "2.6"}
     write_state(whole, tmp_path / "step_000006.ckpt")
     write_state(STATE, tmp_path / "step_000007.ckpt")  # of another program
     (tmp_path / "step_000008.ckpt").write_bytes(b"text" * 99)
