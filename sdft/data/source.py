@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -38,6 +38,7 @@ class Sample:
         return self.image.pixels() if isinstance(self.image, StoredImage) else self.image
 
 
+@runtime_checkable  # so that the config check tells a number or a path from a source
 class Source(Protocol):
     """Captioned images by index.
 

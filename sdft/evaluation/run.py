@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 
+from sdft.config.check import check
 from sdft.config.command import build
+from sdft.config.keys import ConfigError
 from sdft.config.trust import read_config
 from sdft.distributed.processes import ProcessInfo
 from sdft.errors import UserError
@@ -28,6 +31,8 @@ from sdft.evaluation.tables import terminal_table, write_contact_sheet, write_ta
 from sdft.protocols import DiffusionModel
 from sdft.training.sweep import jobs_of
 
+PARTS_OF_A_RUN = ("model", "objective", "tuning")
+"""What a run's config must have, so that its checkpoints can be opened."""
 Report = Callable[[str], Any]
 """Receives the lines that a command prints."""
 
@@ -127,7 +132,16 @@ def rebuild(run: Path, trust: Sequence[str] = ()) -> DiffusionModel:
     if not config.is_file():
         raise UserError(f"{config} is missing: without it the run's checkpoints cannot be opened")
     cfg = read_config(config, trust)
-    OmegaConf.resolve(cfg)
+    try:
+        OmegaConf.resolve(cfg)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{config}: {' '.join(str(error).split())[:300]}; it is not the config of a run") from error
+    if missing := [name for name in PARTS_OF_A_RUN if "_target_" not in (cfg.get(name) or {})]:
+        raise UserError(f"{config}: has no {' and no '.join(missing)}; it is not the config of a run")
+    try:
+        check(OmegaConf.create({name: cfg[name] for name in PARTS_OF_A_RUN}))
+    except ConfigError as error:
+        raise UserError(f"{config}: {error}") from error
     model, objective = build(cfg.model), build(cfg.objective)
     model.set_prediction_type(objective.prediction, objective.zero_terminal_snr)
     build(cfg.tuning).attach(model)

@@ -18,6 +18,7 @@ from sdft.evaluation.grid import Axes, GridCell, build_grid
 from sdft.evaluation.image_cache import ImageCache, write_image
 from sdft.evaluation.subject_loader import SubjectLoader, model_digest
 from sdft.evaluation.subjects import Subject, read_subjects
+from sdft.formats.training_checkpoint import VERSION
 from sdft.models.nano import WEIGHTS as NANO
 from sdft.models.sdxl import SDXL
 from sdft.sampling.samplers import Sampler
@@ -199,7 +200,8 @@ def test_checkpoints_of_a_run_are_opened_on_one_model(tiny_model, tmp_path: Path
     for step, callbacks in ((50, {"EMA": {"average": {k: v + 1 for k, v in trained.items()}}}), (100, {})):
         state = {f"model.{name}": value + 2 for name, value in trained.items()}
         file = tmp_path / "checkpoints" / f"step_{step:06d}.ckpt"
-        torch.save({"state_dict": state, "callbacks": callbacks, "global_step": step}, file)
+        whole = {"callbacks": callbacks, "global_step": step, "loops": {}, VERSION: "2.6"}
+        torch.save({"state_dict": state, **whole}, file)
     run = Subject("run", str(tmp_path), run=tmp_path, num_steps=150)
     models = SubjectLoader(lambda weights="nano": tiny_model(), "nano", torch.device("cpu"), rebuild)
     assert run.steps == (50, 100, 150)
@@ -209,7 +211,7 @@ def test_checkpoints_of_a_run_are_opened_on_one_model(tiny_model, tmp_path: Path
                 assert torch.equal(p, trained[name] + added)
     assert len(opened) == 2, "one for this test, one for all checkpoints"
     assert models.identity(run, 1.0, 50) != models.identity(run, 1.0, 100)
-    torch.save({"state_dict": {}, "callbacks": {}}, tmp_path / "checkpoints" / "step_000120.ckpt")
+    torch.save({**whole, "state_dict": {}, "callbacks": {}}, tmp_path / "checkpoints" / "step_000120.ckpt")
     message = r"subjects\.run=.*step_000120\.ckpt holds other parameters"
     with pytest.raises(UserError, match=message), models.open(run, step=120):
         pass

@@ -78,9 +78,12 @@ def test_a_full_disk_leaves_the_old_one(tmp_path: Path) -> None:
     out = tmp_path / "x.safetensors"
     out.write_text("old")
     message = r"out=.*needs 2\.0 MiB, .* free there \(File too large\); make room .*; what was there before is intact"
-    with full_disk(1000), pytest.raises(UserError, match=message):
-        with atomic_output(out, "out", overwrite=True, num_bytes=2**21) as written:
-            written.write_bytes(bytes(2**21))
+    with (
+        full_disk(1000),
+        pytest.raises(UserError, match=message),
+        atomic_output(out, "out", overwrite=True, num_bytes=2**21) as written,
+    ):
+        written.write_bytes(bytes(2**21))
     assert out.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
 

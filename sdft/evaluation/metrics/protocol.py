@@ -19,7 +19,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class Extractor(Protocol):
     def __call__(self, images: Images) -> Tensor: ...
 
 
+@runtime_checkable
 class Metric(Protocol):
     """Measures the images of one subject at a time; every subject is measured, the baseline included.
 
