@@ -5,6 +5,7 @@ They fork from a server that has everything imported and has never computed: a s
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import resource
@@ -291,10 +292,14 @@ def assert_same_end(a: Run, b: Run, ours: dict[str, Any], theirs: dict[str, Any]
 
 def train_py(words: list[str], run: Run) -> None:
     """The command `python train.py WORDS`, in a process that has its imports already."""
+    command_py("sdft.training", [*words, f"run_dir={run.folder}"], run)
+
+
+def command_py(module: str, words: list[str], run: Run) -> None:
+    """The command `python -m MODULE WORDS`, in a process that has its imports already."""
     torch.set_num_threads(1)
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    sys.argv = ["train.py", *words, f"run_dir={run.folder}"]
-    import sdft.training.__main__ as train
-
-    train.main()
+    main = importlib.import_module(f"{module}.__main__")
+    sys.argv = [str(main.__file__), *words]
+    main.main()

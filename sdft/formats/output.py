@@ -6,8 +6,10 @@ Replaces only what a model's layout has. Must not depend on what is written.
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,8 @@ INSIDE = re.compile(
 DESKTOP = (".DS_Store", "Thumbs.db", "desktop.ini")
 """What file managers leave in folders."""
 MAX_NAMED = 5
+WRITING = ".writing-"
+"""The start of the name of a folder in which something is written, beside its place."""
 
 
 @contextmanager
@@ -44,7 +48,9 @@ def atomic_output(
     refuse_to_replace(target, key, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-")
+        remove_leftovers(target.parent)
+        prefix = f"{WRITING}{socket.gethostname()}-{os.getpid()}-"
+        temporary = tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix)
     except OSError as error:
         raise UserError(f"{where}: cannot be written ({error.strerror}); choose another path") from error
     with temporary as folder:
@@ -70,6 +76,14 @@ def full_disk_reported(target: Path, key: str = "", num_bytes: int | None = None
         kept = "; what was there before is intact" if target.exists() else ""
         message = f"{where}: {needed}{free} ({problem}); make room or choose another path{kept}"
         raise UserError(message) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes of this machine that were killed have half written in a folder."""
+    for path in folder.glob(f"{WRITING}{socket.gethostname()}-*"):
+        pid = path.name.removeprefix(f"{WRITING}{socket.gethostname()}-").partition("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def no_room(error: BaseException) -> str | None:

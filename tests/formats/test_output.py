@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,16 @@ def test_other_errors_come_through(tmp_path: Path) -> None:
     with pytest.raises(KeyError), atomic_output(tmp_path / "x", "out"):
         raise KeyError("x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    host = socket.gethostname()
+    names = [f".writing-{host}-{pid}-x" for pid in (2**22 + 5, os.getpid())] + [f".writing-elsewhere-{2**22 + 5}-x"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    with atomic_output(tmp_path / "new", "out") as written:
+        written.write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "new"])
 
 
 def test_the_words_of_a_full_disk() -> None:
