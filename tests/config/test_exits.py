@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from checks import full_disk
 from omegaconf import OmegaConf
+from PIL import Image
 from warm import WarmPython
 
 from sdft.config import exits
@@ -136,3 +139,24 @@ def test_a_closed_pipe_does_not_stop_training(tmp_path: Path) -> None:
     errors = (tmp_path / "err").read_text()
     assert "Traceback" not in errors
     assert "BrokenPipe" not in errors
+
+
+@pytest.mark.parametrize("words", [["toy", "count=2", "out=new"], ["check", "data.root=d", "size=64", "out=new"]])
+def test_a_full_disk_while_data_is_written_is_one_line(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import sdft.data.__main__ as data
+
+    monkeypatch.chdir(tmp_path)
+    Image.effect_noise((64, 64), 90).save(tmp_path / "a.png")
+    (tmp_path / "d").mkdir()
+    for name in "abc":
+        shutil.copy(tmp_path / "a.png", tmp_path / "d" / f"{name}.png")
+        (tmp_path / "d" / f"{name}.txt").write_text("noise")
+    monkeypatch.setattr(sys, "argv", ["sdft-data", *words])
+    with full_disk(500), pytest.raises(SystemExit) as stop:
+        data.main()
+    assert stop.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
+    assert line.startswith("error: the disk is full")
+    assert [file for file in (tmp_path / "new").rglob("*") if file.stat().st_size] == []

@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_runs import Run, finish, start, train_py
 
 from sdft.distributed import run_lock as module
 from sdft.distributed.run_lock import NAME, refuse_if_locked, run_lock
@@ -154,3 +156,46 @@ def test_of_many_that_start_together_one_runs(tmp_path: Path) -> None:
     assert sorted(results.get(timeout=20) for _ in processes) == ["left"] * 5 + ["ran"]
     for process in processes:
         process.join()
+
+
+WORDS = [
+    *("trainer.max_steps=500", "trainer.validate_every=500", "verdict=none", "~callbacks.previews", "logger=csv"),
+    *("trainer.progress_bar=false", "data.batch_size=2", "data.train.num_scenes=4", "data.validation.num_scenes=2"),
+]
+
+
+def train_here(node: str | None, run: Run) -> None:
+    """`train.py` with what it prints in `NODE.txt`; as on another machine without common locks, if a node is named."""
+    if node is not None:
+        module.socket.gethostname = lambda: node  # type: ignore[attr-defined]
+        module._boot = lambda: f"boot of {node}"
+
+        def unsupported(*_: Any) -> None:
+            raise OSError(95, "Operation not supported")
+
+        module.fcntl.flock = unsupported
+    file = os.open(run.folder / f"{node or os.getpid()}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    train_py(WORDS, run)
+
+
+@pytest.mark.parametrize("nodes", [(None, None), ("node1", "node2")])
+def test_of_two_trainings_in_one_folder_one_trains_and_the_other_leaves(nodes: tuple, tmp_path: Path) -> None:
+    """On one machine, and on two nodes that only share the files."""
+    run = Run(tmp_path)
+    (first,) = start(run, function=partial(train_here, nodes[0]))
+    try:
+        until = time.monotonic() + 60
+        while not list(tmp_path.glob("metrics.csv")) and time.monotonic() < until:
+            time.sleep(0.1)
+        config = (tmp_path / ".hydra" / "overrides.yaml").read_text()
+        (second,) = start(run, function=partial(train_here, nodes[1]))
+        assert finish([second], 60) == [2]
+        printed = (tmp_path / f"{nodes[1] or second.pid}.txt").read_text()
+        assert f"process {first.pid} on {nodes[0] or module.socket.gethostname()}, since 20" in printed
+        assert first.is_alive(), "it goes on"
+        assert (tmp_path / ".hydra" / "overrides.yaml").read_text() == config
+    finally:
+        first.kill()
+        first.join()

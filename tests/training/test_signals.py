@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
 import signal
 import time
 from functools import partial
@@ -115,6 +117,29 @@ def stopping(*_: Any, **__: Any) -> None:
     """An evaluation after training that is told to stop."""
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(5)
+
+
+class FullAtTheEnd(L.Callback):
+    """When all steps are done, no file can grow past some bytes."""
+
+    def on_fit_end(self, *_: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+
+def test_an_export_on_a_full_disk_is_finished_later_without_training_again(tmp_path: Path) -> None:
+    status, printed = trained(tmp_path, "+callbacks.full={_target_: test_signals.FullAtTheEnd}")
+    assert status == 2, printed
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    (line,) = (line for line in printed.splitlines() if line.startswith("error"))
+    assert re.search(rf"{tmp_path}/lora\.safetensors: .* are free there \(File too large\); make room", line)
+    assert f"{last} is intact; this exports it without training again: python " in line
+    assert line.endswith(f"run_dir={tmp_path} resume=auto")
+    assert not (tmp_path / "lora.safetensors").exists()
+    saved = last.read_bytes()
+    status, printed = trained(tmp_path, "resume=auto")
+    assert status == 0, printed
+    assert (tmp_path / "lora.safetensors").is_file()
+    assert last.read_bytes() == saved, "nothing was trained"
 
 
 COMMANDS = {
