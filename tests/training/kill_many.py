@@ -71,14 +71,20 @@ def shown(what: str, seen: Counter) -> Counter:
     return seen
 
 
-def signalled(process: Any, seen: Counter) -> None:
-    """Every fifth signal is a SIGTERM, which a process may answer in its own way; the others are SIGKILL."""
+def signalled(process: Any, seen: Counter) -> bool:
+    """Whether a signal ended the process; it may have ended just before.
+
+    Every fifth one is a SIGTERM, which a process may answer in its own way; the others are SIGKILL.
+    """
     number = signal.SIGKILL if (seen["kills"] + 1) % 5 else signal.SIGTERM
     os.kill(process.pid, number)
     (status,) = finish([process])
-    assert status in ((-9,) if number == signal.SIGKILL else (-15, 143, 0)), status
+    if status == 0:
+        return False
+    assert status in ((-9,) if number == signal.SIGKILL else (-15, 143)), status
     seen["kills"] += 1
     seen["terminated"] += number == signal.SIGTERM
+    return True
 
 
 def kill(folder: Path, mode: str, num_kills: int, chance: random.Random) -> Counter:
@@ -96,10 +102,9 @@ def kill(folder: Path, mode: str, num_kills: int, chance: random.Random) -> Coun
             started = time.time()
             (process,) = start(run)
             process.join(chance.uniform(0.1, 1.0) * seconds if seen["kills"] < num_kills else None)
-            if process.exitcode is not None:
+            if process.exitcode is not None or not signalled(process, seen):
                 seconds = min(seconds, time.time() - started)
                 break
-            signalled(process, seen)
             half_written = run.folder.glob("checkpoints/.*.partial")
             seen["torn"] += any(file.stat().st_mtime > started for file in half_written)
             seen["early"] += not run.last.is_file()
@@ -129,9 +134,8 @@ def kill_command(folder: Path, name: str, num_kills: int, chance: random.Random)
         while True:
             process = started(place)
             process.join(chance.uniform(0.1, 1.0) * seconds if seen["kills"] < num_kills else None)
-            if process.exitcode is not None:
+            if process.exitcode is not None or not signalled(process, seen):
                 break
-            signalled(process, seen)
             seen["torn"] += any(place.rglob(".*partial*")) or any(place.rglob(".writing-*"))
             seen["early"] += not digests(place, pattern)
             print(f"{name}: kill {seen['kills']}", file=sys.stderr, flush=True)
