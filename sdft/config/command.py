@@ -220,8 +220,7 @@ def _job(function: Function) -> Function:
             problem.unlink(missing_ok=True)
         try:
             check(cfg)
-            with run_lock(Path(job.runtime.output_dir)) if "run_dir" in cfg else nullcontext():
-                return function(cfg)
+            return function(cfg)
         except Exception as error:
             if isinstance(error, UserError):
                 error = UserError(users_key(cfg, str(error))).with_traceback(error.__traceback__)

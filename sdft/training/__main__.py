@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from sdft.config.command import build, command, tries_all
 from sdft.config.trust import refuse_untrusted_overrides, trusted_by
 from sdft.distributed.processes import ProcessInfo
+from sdft.distributed.run_lock import run_lock
 from sdft.errors import UserError
 from sdft.planning.dry_run import print_plan
 from sdft.training import receipt
@@ -45,7 +46,8 @@ def main(cfg: DictConfig) -> float | None:
     searches = not tries_all(job.sweeper)
     if searches and (why := unmeasured(build(cfg.verdict) if cfg.verdict else None).get(cfg.metric)):
         raise UserError(f"metric={cfg.metric}: a search has nothing to go by: {why}")
-    result = finetune(cfg, list(job.overrides.task), partial(print, flush=True))
+    with run_lock(Path(cfg.run_dir)):  # of a job of a sweep; a single run has it already
+        result = finetune(cfg, list(job.overrides.task), partial(print, flush=True))
     if result is None:
         return None
     if cfg.metric not in result.summary and searches:

@@ -47,6 +47,34 @@ CASES = [
     ("data=folder data.root={empty}", "data.root", "at least 2"),
     ("data=folder data.root={uncaptioned}", "data.root", "data.default_caption"),
     ("data=folder data.root={uncaptioned} data.default_caption=x caption='{{captoin}}'", "caption=", "{caption}"),
+    ("size=100000000", "size=100000000", "less than or equal to 16384"),
+    ("size=0", "size=0", "greater than or equal to 1"),
+    ("data.batch_size=100000000", "data.batch_size", "less than or equal to 65536"),
+    ("rank=99999999", "rank", "less than or equal to 4096"),
+    ("trainer.max_steps=99999999999", "trainer.max_steps", "less than or equal to 1000000000"),
+    ("optimizer.lr=1e300", "optimizer.lr", "less than or equal to 1000000000000000"),
+    ("data.num_workers=100000", "data.num_workers", "less than or equal to 1024"),
+    ("data.train.num_scenes=99999999", "data.train.num_scenes", "less than or equal to 1000000"),
+    ("seed=99999999999999999999", "seed", "less than or equal to"),
+    ("trainer.devices=0", "trainer.devices", "greater than or equal to 1"),
+    ("trainer.devices=-2", "trainer.devices", "-1"),
+    ("trainer.devices=1000000", "trainer.devices", "less than or equal to 1024"),
+    ("trainer.precision=bf16-true", "trainer.precision", "bf16-mixed"),
+    ("trainer.num_nodes=2 trainer.devices=1", "trainer.num_nodes", "srun or torchrun"),
+    ("data=webdataset data.shards='{{0..999999999999}}.tar'", "data.shards", "more than 100,000 shards"),
+    ("data=webdataset data.shards='{{a..z}}{{0..9999}}.tar'", "data.shards", "more than 100,000 shards"),
+    ("data=webdataset data.shards='{{0..5.tar'", "data.shards", "unclosed brace"),
+    ("caption='{{caption.__class__}}'", "caption=", "nothing else in the braces"),
+    ("name=../../x", "name=", "digits"),
+    ("name=''", "name=", "digits"),
+    ("run_dir=", "run_dir", "empty"),
+    ("run_dir={empty}/../file.txt", "run_dir", "is a file"),
+    ("run_dir={empty}/../file.txt/x", "run_dir", "file.txt is a file"),
+    (f"run_dir={'x' * 300}", "run_dir", "too long"),
+    (f"name={'x' * 300}", "name", "too long"),
+    ("verdict.reference=3", "verdict.reference", "built by a _target_"),
+    ("data=folder data.root={unclosed}", "metadata.csv, in the row of line 3", "a quote that is not closed"),
+    ("data=folder data.root={nameless}", "metadata.csv", "no column file_name"),
     ("strategy=fsdp trainer.strategy.shard_ranks=1", "trainer.strategy.shard_ranks", "greater than or equal to 2"),
     ("trainer.deterministic=perhaps", "trainer.deterministic", "warn"),
     ("data.batch_size=0", "data.batch_size", "greater than or equal to 1"),
@@ -67,12 +95,17 @@ CASES = [
 
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, str]:
-    """An empty folder, and one with pictures but no captions."""
+    """An empty folder, folders with pictures and no captions or a bad table, and a file."""
+    tables = {"uncaptioned": None, "unclosed": 'file_name,text\na.png,a\nb.png,"b\nc.png,c\n', "nameless": "a,b\n1,2\n"}
     (tmp_path / "empty").mkdir()
-    (tmp_path / "uncaptioned").mkdir()
-    for name in ("a", "b", "c"):
-        Image.new("RGB", (80, 64), "red").save(tmp_path / "uncaptioned" / f"{name}.png")
-    return {name: str(tmp_path / name) for name in ("empty", "uncaptioned")}
+    (tmp_path / "file.txt").write_text("mine")
+    for folder, table in tables.items():
+        (tmp_path / folder).mkdir()
+        for name in ("a", "b", "c"):
+            Image.new("RGB", (80, 64), "red").save(tmp_path / folder / f"{name}.png")
+        if table:
+            (tmp_path / folder / "metadata.csv").write_text(table)
+    return {name: str(tmp_path / name) for name in ("empty", *tables)}
 
 
 @pytest.mark.parametrize(("line", "key", "remedy"), CASES, ids=[line for line, _, _ in CASES])
@@ -86,7 +119,8 @@ def test_a_wrong_command_line_names_the_key_and_the_remedy(
     monkeypatch.chdir(tmp_path)
     known = "tuning.lr_scale={" in line or "tuning.new_words={" in line
     words = [line] if known else line.format(**folders).split()
-    monkeypatch.setattr(sys, "argv", ["train.py", f"run_dir={tmp_path / 'run'}", *words])
+    words = words if "run_dir=" in line else [f"run_dir={tmp_path / 'run'}", *words]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
     with pytest.raises(SystemExit) as stopped:
         train.main()
     assert stopped.value.code == 2
