@@ -1,4 +1,4 @@
-"""A hundred kills from outside, at random times, a fifth of them by SIGTERM; prints a table.
+"""A hundred kills from outside, at random times, a quarter of them by SIGTERM; prints a table.
 
     PYTHONPATH=tests python tests/training/kill_many.py [HOW_MANY]
 
@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from small_runs import EVERYTHING, Run, assert_same_end, command_py, finish, result, start
 
 from sdft.formats.training_checkpoint import read_state
@@ -28,6 +30,7 @@ from sdft.training.callbacks.preemption import Preempt
 
 SETTINGS = {"max_steps": 16, "save_every": 2, "validate_every": 6}
 IMAGES = ["subjects={base: nano, half: nano}", "prompts=[a cat,a dog,a castle,a car]", "seeds=4", "sampler.steps=4"]
+ENTRIES = "*.safetensors"
 COMMANDS: dict[str, tuple[str, list[str], str]] = {
     "eval": ("sdft.evaluation", [*IMAGES, "sampler.batch_size=1", "size=32", "run_dir=OUT"], "pictures/*.png"),
     "merge": (
@@ -35,7 +38,7 @@ COMMANDS: dict[str, tuple[str, list[str], str]] = {
         ["a=nano", "b=nano", "alpha=0.3", "out=OUT/merged", "overwrite=true", "config=nano"],
         "**/*",
     ),
-    "cache": ("sdft.data", ["cache", "data=toy", "style=dreamy", "out=OUT", "size=64"], "**/*"),
+    "cache": ("sdft.data", ["cache", "data=toy", "style=dreamy", "out=OUT", "size=64"], ENTRIES),
 }
 """Command -> its module, its words (OUT is its folder), and the files that must have the same bytes in the end."""
 
@@ -74,9 +77,9 @@ def shown(what: str, seen: Counter) -> Counter:
 def signalled(process: Any, seen: Counter) -> bool:
     """Whether a signal ended the process; it may have ended just before.
 
-    Every fifth one is a SIGTERM, which a process may answer in its own way; the others are SIGKILL.
+    Every fourth one is a SIGTERM, which a process may answer in its own way; the others are SIGKILL.
     """
-    number = signal.SIGKILL if (seen["kills"] + 1) % 5 else signal.SIGTERM
+    number = signal.SIGKILL if (seen["kills"] + 1) % 4 else signal.SIGTERM
     os.kill(process.pid, number)
     (status,) = finish([process])
     if status == 0:
@@ -147,7 +150,13 @@ def kill_command(folder: Path, name: str, num_kills: int, chance: random.Random)
 
 
 def digests(folder: Path, pattern: str) -> dict[str, str]:
-    """The files that belong to the result, and the hash of each."""
+    """The files that belong to the result, and the hash of each; of a cache, its entries, in whatever files."""
+    if pattern == ENTRIES:
+        entries: dict[str, str] = {}
+        for file in folder.glob(pattern):
+            for address, tensor in load_file(file).items():
+                entries[address] = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+        return entries
     files = [file for file in folder.glob(pattern) if file.is_file() and file.name != "result_0.pt"]
     kept = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in kept}
