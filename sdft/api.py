@@ -41,7 +41,6 @@ from sdft.protocols import DiffusionModel
 from sdft.sampling.generate import generate
 from sdft.sampling.samplers import Sampler
 from sdft.training import receipt
-from sdft.training.callbacks.preemption import EXIT_CODES
 from sdft.training.run import FinetuneResult, num_devices
 from sdft.training.run import finetune as run_training
 from sdft.types import Precision
@@ -92,8 +91,8 @@ def finetune(cfg: DictConfig | Sequence[str] = (), *, verbose: bool = False, pro
                 OmegaConf.save(OmegaConf.create(overrides or []), folder / "overrides.yaml")
                 result = run_training(cfg, overrides, _reporter(verbose))
         except SystemExit as stop:
-            # Lightning exits with 1 after Ctrl-C, and the preemption callback with the code of a signal.
-            if stop.code in (1, EXIT_CODES[signal.SIGINT]):
+            # Lightning exits with 1 after Ctrl-C, and the preemption callback with 130.
+            if stop.code in (1, 130):
                 raise KeyboardInterrupt from None
             raise UserError(f"stopped early by a signal; resume=auto run_dir={cfg.run_dir} continues") from None
     assert result is not None, "one process"

@@ -24,7 +24,6 @@ from sdft.formats.run_folder import SUMMARY
 from sdft.hardware import autocast_precision
 from sdft.protocols import PartialVerdict, strategy_hooks
 from sdft.training import receipt
-from sdft.training.callbacks.preemption import resume_command
 
 Report = Callable[[str], Any]
 """Receives the lines that a command prints."""
@@ -182,6 +181,8 @@ def conclude(
 @contextmanager
 def finishable(run_dir: Path) -> Iterator[None]:
     """Adds to an error of the disk, while the weights are written, how to write them without training again."""
+    from sdft.training.callbacks.preemption import resume_command  # imports Lightning, which takes seconds
+
     try:
         yield
     except Exception as error:

@@ -7,7 +7,9 @@ import random
 import pytest
 from warm import WarmPython
 
-from robustness.tries import Try, all_tries, nano_file, outcome
+from robustness.attempt import Try, outcome
+from robustness.inputs import nano_file
+from robustness.tries import all_tries
 
 TRIES = all_tries()
 SOME = random.Random(1)

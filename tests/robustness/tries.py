@@ -4,92 +4,60 @@
 
 Prints a table kind x tries x held, and what did not hold. Each try runs in a process of its own. It holds if it ends
 within its time, with exit code 0 or 2 (and the one that it must have), at most 25 lines of error without a traceback,
-the words that its message must have, and if no attack left its mark.
+the words that its message must have, if no attack left its mark or reached the terminal, and if the files that were
+there before are as they were.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import json
-import os
 import pickle
 import random
 import shutil
-import subprocess
 import sys
 import tarfile
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from omegaconf import OmegaConf
-from PIL import Image
 from safetensors.torch import load_file, save, save_file
 from warm import WarmPython
 
+from robustness.attacks import attacks, attacks_by_other_doors, control_sequences
+from robustness.attempt import (
+    EVAL,
+    FORMATS,
+    MERGE,
+    OLD_RUN,
+    ONE_IMAGE,
+    SHORT,
+    TRAIN,
+    Try,
+    outcome,
+)
+from robustness.inputs import (
+    DAMAGES,
+    JSONS,
+    TEXTS,
+    Evil,
+    nano_file,
+    old_run,
+    old_sweep,
+    picture,
+    pictures,
+    png,
+    saved,
+    special,
+    tar_with,
+    text,
+    write,
+    zipped,
+)
 from robustness.readers import LAYER, LORAS, TARS
-
-ROOT = Path(__file__).resolve().parents[2]
-OLD_RUN = ROOT / "tests" / "fixtures" / "run_of_version_0_1"
-SECONDS = 90
-MAX_LINES = 25
-"""Lists of weights that do not fit have one line each."""
-MARK = "the_attack_ran"
-TRAIN, EVAL = [str(ROOT / "train.py")], [str(ROOT / "eval.py")]
-MERGE, FORMATS = ["-m", "sdft.merging"], ["-m", "sdft.formats"]
-SHORT = ["trainer.max_steps=1", "verdict=none", "~callbacks.previews", "logger=csv", "run_dir=run"]
-SHORT += ["trainer.progress_bar=false", "data.train.num_scenes=4", "data.validation.num_scenes=2"]
-ONE_IMAGE = ["prompts=[cat]", "seeds=1", "sampler.steps=1", "run_dir=compared", "size=32"]
-
-
-@dataclass(frozen=True)
-class Try:
-    """One command, and what must come of it."""
-
-    kind: str
-    name: str
-    words: Sequence[str]
-    prepare: Callable[[Path], Any] = lambda folder: None
-    """Makes the files in the folder in which the command is called."""
-    code: int | None = 2
-    """The exit code; None if the command may be done as well as refused."""
-    says: str = ""
-    """What the message has in it."""
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-def outcome(one: Try, python: WarmPython) -> str:
-    """What did not hold; empty if all did."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        one.prepare(folder)
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", **one.environment}
-        command = ["timeout", "-s", "KILL", str(SECONDS), python.executable, *one.words]
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace")
-        errors = done.stderr.split("\r")[-1]
-        lines = [line for line in errors.splitlines() if line.strip()]
-        if done.returncode in (-9, 137):
-            return f"took more than {SECONDS} s"
-        if any(folder.rglob(MARK)) or (ROOT / MARK).exists():
-            return "the attack ran"
-        if "Traceback" in done.stdout + done.stderr:
-            return f"a traceback: {lines[-1][:200]}"
-        if done.returncode not in (0, 2) or (one.code is not None and done.returncode != one.code):
-            return f"exit code {done.returncode}: {' | '.join(lines[-3:])[:300]}"
-        if done.returncode == 2 and not any(line.startswith("error") for line in lines):
-            return f"no line with the error: {' | '.join(lines[-3:])[:200]}"
-        if len(lines) > MAX_LINES:
-            return f"{len(lines)} lines of error: {lines[-1][:100]}"
-        return "" if one.says in done.stderr + done.stdout else f"does not say {one.says!r}: {' | '.join(lines)[:300]}"
-
 
 VALUES = [
     "0",
@@ -125,9 +93,8 @@ def options() -> Iterator[Try]:
     chance = random.Random(0)
     for key in keys:
         for value in chance.sample(VALUES, 4):
-            yield Try(
-                "option values", f"{key}={value}", [*TRAIN, "dry_run=true", "run_dir=run", f"{key}={value}"], code=None
-            )
+            words = [*TRAIN, "dry_run=true", "run_dir=run", f"{key}={value}"]
+            yield Try("option values", f"{key}={value}", words, code=None, says=key.rpartition(".")[2])
     for words, says in {
         "size=100000000": "size=100000000: must be less than or equal to 16384",
         "data.batch_size=100000000": "data.batch_size=100000000: must be less",
@@ -168,89 +135,6 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, name)
         else:
             yield name, value
-
-
-def nano_file() -> Path:
-    """nano as a single file, made once."""
-    if not (path := Path(tempfile.gettempdir()) / f"sdft_tries_nano_{os.getuid()}.safetensors").is_file():
-        from sdft.formats.model_checkpoint import open_checkpoint
-        from sdft.formats.single_file import write_single_file
-        from sdft.models.nano import WEIGHTS
-
-        part = path.with_suffix(f".{os.getpid()}")
-        write_single_file(open_checkpoint("in", WEIGHTS), part)
-        part.replace(path)
-    return path
-
-
-def header_of(content: bytes) -> tuple[dict[str, Any], bytes]:
-    size = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + size]), content[8 + size :]
-
-
-def with_header(header: Any, rest: bytes) -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + rest
-
-
-def changed(content: bytes, change: Callable[[dict[str, Any], str], Any]) -> bytes:
-    """A safetensors file after `change` of its header, called with the name of a tensor."""
-    header, rest = header_of(content)
-    change(header, [name for name in header if name != "__metadata__"][:4][-1])
-    return with_header(header, rest)
-
-
-def zipped() -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        archive.writestr("a", "b")
-    return buffer.getvalue()
-
-
-class Evil:
-    """Leaves the mark when it is unpickled."""
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {MARK}",)
-
-
-DAMAGES: dict[str, Callable[[bytes], bytes]] = {
-    "empty": lambda c: b"",
-    "seven bytes": lambda c: c[:7],
-    "cut in the header": lambda c: c[:300],
-    "cut in the weights": lambda c: c[: len(c) // 2],
-    "one byte short": lambda c: c[:-1],
-    "one byte more": lambda c: c + b"x",
-    "a header of no length": lambda c: bytes(8) + c[8:],
-    "a header of 2^63 bytes": lambda c: (2**63 - 1).to_bytes(8, "little") + c[8:],
-    "a header that is no JSON": lambda c: with_header(b"x" * 400, header_of(c)[1]),
-    "a header that is a list": lambda c: with_header([1, 2], header_of(c)[1]),
-    "a header of nested lists": lambda c: with_header(b"[" * 100_000, b""),
-    "an entry that is text": lambda c: changed(c, lambda h, n: h.update({n: "x"})),
-    "an unknown dtype": lambda c: changed(c, lambda h, n: h[n].update(dtype="F7")),
-    "an integer dtype": lambda c: changed(c, lambda h, n: h[n].update(dtype="I32")),
-    "a negative shape": lambda c: changed(c, lambda h, n: h[n].update(shape=[-1])),
-    "a huge shape": lambda c: changed(c, lambda h, n: h[n].update(shape=[2**62, 4])),
-    "offsets beyond the end": lambda c: changed(c, lambda h, n: h[n].update(data_offsets=[0, 2**40])),
-    "offsets that overlap": lambda c: changed(c, lambda h, n: h[n].update(data_offsets=[0, 8])),
-    "offsets of three": lambda c: changed(c, lambda h, n: h[n].update(data_offsets=[0, 1, 2])),
-    "metadata that are numbers": lambda c: changed(c, lambda h, n: h.update(__metadata__={"a": 1})),
-    "a tensor renamed": lambda c: changed(c, lambda h, n: h.update({"surprise": h.pop(n)})),
-    "a tensor missing": lambda c: changed(c, lambda h, n: h.pop(n)),
-    "a name of 10,000 letters": lambda c: changed(c, lambda h, n: h.update({"x" * 10_000: h.pop(n)})),
-    "a pickle": lambda c: pickle.dumps({"state_dict": {}}),
-    "a pickle that runs a command": lambda c: pickle.dumps(Evil()),
-    "a zip": lambda c: zipped(),
-    "a page of the web": lambda c: b"<html><body>404 Not Found</body></html>" * 9,
-    "zeros": lambda c: bytes(4096),
-    "a picture": lambda c: b"\x89PNG\r\n\x1a\n" + bytes(99),
-}
-
-
-def write(file: str, content: Callable[[], bytes], folder: Path) -> None:
-    path = folder / file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content())
 
 
 def models() -> Iterator[Try]:
@@ -327,99 +211,31 @@ def loras() -> Iterator[Try]:
             )
 
 
-def alias(number: int) -> str:
-    """Nine times the alias before."""
-    before, own = chr(97 + number), chr(98 + number)
-    return f"{own}: &{own} [{','.join([f'*{before}'] * 9)}]\n"
-
-
-TEXTS = {
-    "empty": "",
-    "a list": "- a\n- b\n",
-    "a number": "7\n",
-    "a word": "word\n",
-    "null": "null\n",
-    "true": "true",
-    "no YAML": "a: [1\nb: }",
-    "a tab": "a:\n\t- b",
-    "a tag": "a: !!python/object/apply:os.system [touch the_attack_ran]\n",
-    "an alias bomb": "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(map(alias, range(9))),
-    "an alias of itself": "a: &a [*a]\n",
-    "nested 10,000 deep": "a: " + "[" * 10_000,
-    "binary": "\0\1\2\3\x7f\x80",
-    "a circle": "a: ${b}\nb: ${a}\n",
-    "an interpolation of nothing": "a: ${nowhere}\n",
-    "the environment": "a: ${oc.env:HOME}\n",
-    "a number of 10,000 digits": "a: " + "9" * 10_000,
-}
-JSONS = {
-    "empty": "",
-    "a list": "[1, 2]",
-    "a number": "7",
-    "a text": '"x"',
-    "null": "null",
-    "cut": '{"overrides": ["ra',
-    "binary": "\0\1\2\x80",
-    "nested 100,000 deep": "[" * 100_000,
-    "an object without keys": "{}",
-    "outputs alone": '{"outputs": {}}',
-    "overrides that are text": '{"overrides": "rank=4", "outputs": {}}',
-    "overrides of numbers": '{"overrides": [1, 2], "outputs": {}}',
-    "outputs that are a list": '{"overrides": [], "outputs": []}',
-    "an override that is none": '{"overrides": ["==="], "outputs": {}}',
-    "config that is text": '{"overrides": ["rank=2"], "outputs": {}, "figures": {}, "config": "x"}',
-    "threads that are text": '{"overrides": ["rank=2"], "outputs": {}, "figures": {}, "config": {}, "threads": "x"}',
-}
-
-
-def text(file: str, content: str, folder: Path) -> None:
-    write(file, lambda: content.encode("latin-1"), folder)
-
-
-def old_run(folder: Path, **files: str | bytes | None) -> None:
-    """The run of a fixture, with some files replaced (`__` stands for `/`), or removed."""
-    shutil.copytree(OLD_RUN, folder / "old")
-    shutil.copy(OLD_RUN / "lora.safetensors", folder / "old" / "lora_kohya.safetensors")
-    shutil.copy(OLD_RUN / "checkpoints" / "last.ckpt", folder / "old" / "checkpoints" / "step_000002.ckpt")
-    (folder / "old" / "before_after.png").write_bytes(png())
-    for name, content in files.items():
-        path = folder / "old" / name.replace("__", "/")
-        if content is None:
-            path.unlink()
-        else:
-            path.write_bytes(content.encode("latin-1") if isinstance(content, str) else content)
-
-
-def old_sweep(folder: Path, **files: str | bytes | None) -> None:
-    old_run(folder, **files)
-    (folder / "sweep").mkdir()
-    shutil.move(folder / "old", folder / "sweep" / "0")
-    old_run(folder)
-    shutil.move(folder / "old", folder / "sweep" / "1")
-
-
 def files_of_runs() -> Iterator[Try]:
     for what, content in JSONS.items():
         make = partial(text, "receipt.json", content)
-        yield Try("receipts", what, [*TRAIN, *SHORT, "reproduce=receipt.json"], make)
-        yield Try("receipts", f"{what}, dry run", [*TRAIN, "dry_run=true", "reproduce=receipt.json"], make, code=None)
+        yield Try("receipts", what, [*TRAIN, *SHORT, "reproduce=receipt.json"], make, says="receipt.json")
+        words = [*TRAIN, "dry_run=true", "reproduce=receipt.json"]
+        yield Try("receipts", f"{what}, dry run", words, make, code=None, says="receipt.json")
     yield Try("receipts", "missing", [*TRAIN, *SHORT, "reproduce=receipt.json"], says="there is no such file")
     yield Try("receipts", "a folder", [*TRAIN, *SHORT, "reproduce=."], says="there is no such file")
     compare = [*EVAL, *ONE_IMAGE, "subjects={base: nano, it: old}"]
     for what, content in JSONS.items():
         changes = {"summary.json": content}
-        yield Try("run folders", f"summary: {what}", compare, partial(old_run, **changes), code=None)
+        make = partial(old_run, **changes)
+        yield Try("run folders", f"summary: {what}", compare, make, code=None, says="it=old")
     for what, content in TEXTS.items():
         changes = {".hydra__config.yaml": content}
         words = [*compare, "axes.step=all"]
         code = 2 if what not in ("the environment",) else None
-        yield Try("run folders", f"config: {what}", words, partial(old_run, **changes), code=code)
+        yield Try("run folders", f"config: {what}", words, partial(old_run, **changes), code=code, says="config.yaml")
         yield Try(
             "sweeps",
             f"config: {what}",
             [*EVAL, *ONE_IMAGE, "sweep=sweep", "axes.step=all"],
             partial(old_sweep, **changes),
             code=None,
+            says="config.yaml",
         )
         yield Try(
             "sweeps",
@@ -427,6 +243,7 @@ def files_of_runs() -> Iterator[Try]:
             [*EVAL, *ONE_IMAGE, "sweep=sweep"],
             partial(old_sweep, **{".hydra__overrides.yaml": content}),
             code=None,
+            says="overrides.yaml",
         )
         yield Try(
             "recipes",
@@ -463,12 +280,6 @@ def files_of_runs() -> Iterator[Try]:
         )
 
 
-def saved(state: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
 def checkpoints() -> Iterator[Try]:
     whole = (OLD_RUN / "checkpoints" / "last.ckpt").read_bytes()
     flipped = bytearray(whole)
@@ -496,48 +307,12 @@ def checkpoints() -> Iterator[Try]:
             f"{what}, resume",
             [*TRAIN, *SHORT, "resume=x.ckpt"],
             partial(write, "x.ckpt", lambda c=content: c),
+            says="x.ckpt",
         )
         if what != "of another tuning":
             make = partial(old_run, **{"checkpoints__step_000002.ckpt": content})
             words = [*EVAL, *ONE_IMAGE, "subjects={it: old}", "axes.step=all"]
-            yield Try("checkpoints", f"{what}, compare", words, make, code=None)
-
-
-def picture(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (64, 64), "red").save(path)
-
-
-def pictures(folder: Path, table: str = "", name: str = "metadata.csv", captions: bool = False) -> None:
-    for number in range(4):
-        picture(folder / "d" / f"{number}.png")
-        if captions:
-            (folder / "d" / f"{number}.txt").write_text("a cat")
-    if table:
-        (folder / "d" / name).write_bytes(table.encode("latin-1"))
-
-
-def tar_with(folder: Path, *members: tuple[str, bytes | tarfile.TarInfo]) -> None:
-    with tarfile.open(folder / "x.tar", "w") as tar:
-        for name, content in members:
-            if isinstance(content, tarfile.TarInfo):
-                tar.addfile(content)
-                continue
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-
-def special(name: str, kind: bytes, target: str = "/etc/passwd") -> tarfile.TarInfo:
-    member = tarfile.TarInfo(name)
-    member.type, member.linkname = kind, target
-    return member
-
-
-def png() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), "red").save(buffer, "png")
-    return buffer.getvalue()
+            yield Try("checkpoints", f"{what}, compare", words, make, code=None, says="step_000002.ckpt")
 
 
 def data() -> Iterator[Try]:
@@ -706,92 +481,18 @@ def places() -> Iterator[Try]:
     yield Try("places to write", "merge, exists", [*MERGE, "a=nano", "b=nano", "out=f"], a_file)
 
 
-def attacks() -> Iterator[Try]:
-    """Through every file that people pass to each other; the mark is a file that the attack would make."""
-    targets = [
-        "os.system",
-        "subprocess.getoutput",
-        "builtins.exec",
-        "builtins.eval",
-        "pathlib.Path.touch",
-        "torch.load",
-        "hydra.utils.get_method",
-        "importlib.import_module",
-        "my_attack.go",
-    ]
-
-    def attack_module(folder: Path) -> None:
-        (folder / "my_attack.py").write_text(
-            f"open({MARK!r}, 'w').close()\ndef go(*a, **k): open({MARK!r}, 'w').close()\n"
-        )
-
-    def run(folder: Path, key: str, node: Any) -> None:
-        attack_module(folder)
-        old_run(folder)
-        config = folder / "old" / ".hydra" / "config.yaml"
-        tree = yaml.safe_load(config.read_text())
-        tree[key] = node
-        config.write_text(yaml.safe_dump(tree))
-
-    def receipt(folder: Path, override: str) -> None:
-        attack_module(folder)
-        text("receipt.json", json.dumps({"overrides": ["experiment=dreamy_style", override], "outputs": {}}), folder)
-
-    def recipe(folder: Path, method: str) -> None:
-        attack_module(folder)
-        text("r.yaml", f"steps:\n  a: {{method: {method}, a: nano, b: nano}}\n", folder)
-
-    at_steps = [*EVAL, *ONE_IMAGE, "subjects={it: old}", "axes.step=all"]
-    for target in targets:
-        node = {"_target_": target, "_args_": [f"touch {MARK}"]}
-        for key in ("model", "objective", "tuning"):
-            yield Try(
-                "attacks", f"run folder, {key}: {target}", at_steps, partial(run, key=key, node=node), says="trust="
-            )
-        override = f"+callbacks.x={{_target_: {target}, _args_: [touch {MARK}]}}"
-        for dry in ("true", "false"):
-            words = [*TRAIN, "reproduce=receipt.json", f"dry_run={dry}"]
-            yield Try(
-                "attacks",
-                f"receipt, dry_run={dry}: {target}",
-                words,
-                partial(receipt, override=override),
-                says="trust=",
-            )
-        yield Try(
-            "attacks",
-            f"recipe: {target}",
-            [*MERGE, "merge=recipe", "file=r.yaml", "out=o.safetensors"],
-            partial(recipe, method=target),
-            says="trust=",
-        )
-    for what, override in {
-        "pipe": f"data.shards='pipe:touch {MARK}'",
-        "the environment": "name='${oc.env:HOME}'",
-        "allow_pickle": "model.allow_pickle=true",
-        "Hydra": "hydra.searchpath=[file:///tmp]",
-    }.items():
-        for dry in ("true", "false"):
-            yield Try(
-                "attacks",
-                f"receipt, dry_run={dry}: {what}",
-                [*TRAIN, "reproduce=receipt.json", f"dry_run={dry}"],
-                partial(receipt, override=override),
-            )
-    evil = {"m.ckpt": pickle.dumps(Evil()), "m.safetensors": pickle.dumps(Evil()), "m.bin": saved({"x": Evil()})}
-    for file, content in evil.items():
-        for verb, words in {
-            "train": [*TRAIN, *SHORT, f"model.weights={file}"],
-            "train, allow_pickle": [*TRAIN, *SHORT, f"model.weights={file}", "model.allow_pickle=true"],
-            "convert": [*FORMATS, f"in={file}", "out=o", "to=folder", "config=nano", "allow_pickle=true"],
-        }.items():
-            yield Try("attacks", f"pickle {file}, {verb}", words, partial(write, file, lambda c=content: c), says=file)
-    for what in ("a tag", "an alias bomb"):
-        make = partial(old_run, **{".hydra__config.yaml": TEXTS[what]})
-        yield Try("attacks", f"run folder, {what}", at_steps, make)
-
-
-KINDS = [options, models, loras, files_of_runs, checkpoints, data, places, attacks]
+KINDS = [
+    options,
+    models,
+    loras,
+    files_of_runs,
+    checkpoints,
+    data,
+    places,
+    attacks,
+    attacks_by_other_doors,
+    control_sequences,
+]
 
 
 def all_tries() -> list[Try]:
