@@ -5,12 +5,14 @@ Replaces only what a model's layout has. Must not depend on what is written.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,7 @@ INSIDE = re.compile(
 DESKTOP = (".DS_Store", "Thumbs.db", "desktop.ini")
 """What file managers leave in folders."""
 MAX_NAMED = 5
+REPLACED = "replaced"
 WRITING = ".writing-"
 """The start of the name of a folder in which something is written, beside its place."""
 
@@ -58,7 +61,7 @@ def atomic_output(
         with full_disk_reported(target, key, num_bytes):
             yield written
             if target.exists():
-                target.rename(Path(folder) / "replaced")
+                target.rename(Path(folder) / REPLACED)
             written.rename(target)
 
 
@@ -79,11 +82,19 @@ def full_disk_reported(target: Path, key: str = "", num_bytes: int | None = None
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes of this machine that were killed have half written in a folder."""
+    """Remove what processes of this machine that were killed have half written in a folder, an hour ago or more.
+
+    What was to be replaced stays: between two renames, the only whole copy may be there. The hour is for containers
+    with the same host name, whose processes have numbers of their own.
+    """
     for path in folder.glob(f"{WRITING}{socket.gethostname()}-*"):
         pid = path.name.removeprefix(f"{WRITING}{socket.gethostname()}-").partition("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
-            shutil.rmtree(path, ignore_errors=True)
+        is_dead = pid.isdigit() and Path("/proc/self").exists() and not Path(f"/proc/{pid}").exists()
+        if not is_dead or (path / REPLACED).exists():
+            continue
+        with contextlib.suppress(OSError):
+            if max(file.stat().st_mtime for file in (path, *path.rglob("*"))) < time.time() - 3600:
+                shutil.rmtree(path)
 
 
 def no_room(error: BaseException) -> str | None:

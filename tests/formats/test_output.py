@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -97,10 +98,16 @@ def test_other_errors_come_through(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    host = socket.gethostname()
-    names = [f".writing-{host}-{pid}-x" for pid in (2**22 + 5, os.getpid())] + [f".writing-elsewhere-{2**22 + 5}-x"]
+    """Of a process that is gone, an hour ago, and nothing that was to be replaced."""
+    host, dead = socket.gethostname(), 2**22 + 5
+    names = [f".writing-{host}-{dead}-old", f".writing-{host}-{os.getpid()}-x", f".writing-elsewhere-{dead}-x"]
+    names += [f".writing-{host}-{dead}-new", f".writing-{host}-{dead}-replaced"]
     for name in names:
         (tmp_path / name).mkdir()
+        (tmp_path / name / ("replaced" if name.endswith("replaced") else "half")).write_text("x")
+        long_ago = time.time() - (10 if name.endswith("new") else 4000)
+        for path in (*(tmp_path / name).iterdir(), tmp_path / name):
+            os.utime(path, (long_ago, long_ago))
     with atomic_output(tmp_path / "new", "out") as written:
         written.write_text("new")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names[1:], "new"])

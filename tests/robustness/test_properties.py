@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from robustness.readers import JSON, limited, tar_bytes
+from robustness.tries import leaves
 from sdft.config.check import check
 from sdft.config.command import compose
 from sdft.config.keys import ConfigError
@@ -25,54 +26,44 @@ from sdft.errors import UserError
 from sdft.formats.safetensors_io import read_header
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-KEYS = [
-    "rank",
-    "size",
-    "seed",
-    "caption",
-    "optimizer.lr",
-    "data.batch_size",
-    "trainer.max_steps",
-    "trainer.precision",
-    "objective.offset_noise",
-    "tuning.parts",
-    "prompts",
-    "run_dir",
-    "model.weights",
-    "callbacks.last.every",
-]
+CONFIG: Any = OmegaConf.to_container(compose("train", ["name=x", "run_dir=run"]), resolve=True)
+KEYS = sorted({"name", "trust", *(key for key, _ in leaves(CONFIG) if "_" not in key.rpartition(".")[2][:1])})
+"""Every leaf of train.py's config."""
 WORDS = st.text(st.characters(exclude_characters="\0"), max_size=30)
 
 
-@FEW
-@given(st.sampled_from(KEYS), WORDS | st.floats().map(str) | st.integers().map(str))
-def test_a_word_on_the_command_line_is_a_value_or_one_sentence(key: str, value: str) -> None:
-    with limited():
-        try:
-            check(compose("train", [f"{key}={value}"]))
-        except ConfigError as error:
-            assert len(str(error)) < 2000
-            assert str(error).count("\n") == 0 or "\n" in value
+@pytest.mark.parametrize("examples", [15, pytest.param(400, marks=pytest.mark.slow)])
+def test_a_word_on_the_command_line_is_a_value_or_one_sentence(examples: int) -> None:
+    @settings(FEW, max_examples=examples)
+    @given(st.sampled_from(KEYS), WORDS | st.floats().map(str) | st.integers().map(str))
+    def attempt(key: str, value: str) -> None:
+        with limited():
+            try:
+                check(compose("train", [f"{key}={value}"]))
+            except ConfigError as error:
+                assert len(str(error)) < 2000
+                assert str(error).count("\n") == 0 or "\n" in value
+
+    attempt()
 
 
-@pytest.fixture(scope="module")
-def config() -> Any:
-    return OmegaConf.to_container(compose("train", ["name=x", "run_dir=run"]), resolve=True)
+@pytest.mark.parametrize("examples", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_value_of_any_type_is_checked(examples: int) -> None:
+    @settings(FEW, max_examples=examples)
+    @given(key=st.sampled_from(KEYS), value=JSON)
+    def attempt(key: str, value: Any) -> None:
+        cfg = OmegaConf.create(json.loads(json.dumps(CONFIG, default=str)))
+        with limited():
+            try:
+                OmegaConf.update(cfg, key, value, merge=False)
+            except Exception:
+                return  # OmegaConf has its own idea of what a config can hold
+            try:
+                check(cfg)
+            except ConfigError as error:
+                assert str(error)
 
-
-@FEW
-@given(key=st.sampled_from(KEYS), value=JSON)
-def test_a_value_of_any_type_is_checked(config: Any, key: str, value: Any) -> None:
-    cfg = OmegaConf.create(json.loads(json.dumps(config, default=str)))
-    with limited():
-        try:
-            OmegaConf.update(cfg, key, value, merge=False)
-        except Exception:
-            return  # OmegaConf has its own idea of what a config can hold
-        try:
-            check(cfg)
-        except ConfigError as error:
-            assert str(error)
+    attempt()
 
 
 @FEW
