@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import os
 import sys
@@ -117,7 +118,12 @@ class command:
         if args.resolve and not args.cfg:
             raise ConfigError("--resolve goes with --cfg: --cfg job --resolve prints the config of the job")
         flags = [word for word in sys.argv if word not in (*args.overrides, "-m", "--multirun")]
-        plan = self._plan(args, function)
+        gc.disable()  # a plan imports what the run needs: a million objects, none of them garbage
+        try:
+            plan = self._plan(args, function)
+        finally:
+            gc.freeze()
+            gc.enable()
         if plan.dry_run and self.print_plan is not None:
             return self.print_plan(plan.dry_run, plan.jobs)
         folders += [folder for folder in (plan.run_dir, plan.sweep_dir) if folder is not None]

@@ -88,7 +88,7 @@ def unbreakable_streams() -> Iterator[None]:
 def _formatted(message: Any, category: type, filename: str, lineno: int, line: str | None = None) -> str:
     """A warning of this project without the line of code that it came from, which says nothing to a user."""
     if Path(filename).is_relative_to(Path(__file__).parents[1]):
-        return f"warning: {message}\n"
+        return f"warning: {printable(str(message))}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
@@ -117,6 +117,11 @@ def _strings(tree: Any) -> Iterator[str]:
         yield tree
     for _, value in items(tree):
         yield from _strings(value)
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped: names in a stranger's file could clear the screen, or set its title."""
+    return "".join(char if char in "\n\t" or char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def foreseen(error: BaseException) -> UserError | None:
@@ -155,13 +160,13 @@ def exit_for(error: BaseException, folder: Path | None = None) -> NoReturn:
         raise SystemExit(130)
     known = foreseen(error)
     if known is not None:
-        exit_with_error(UserError(hidden(str(known))))
+        exit_with_error(UserError(printable(hidden(str(known)))))
     last_resort(error, folder)
 
 
 def last_resort(error: BaseException, folder: Path | None) -> NoReturn:
     """Three lines about an error that nobody foresaw: what, where its traceback is, how to report it; exit code 1."""
-    what = hidden(" ".join(str(error).split()))[:300]
+    what = printable(hidden(" ".join(str(error).split())))[:300]
     name = type(error).__name__
     if ProcessInfo.current().should_print(f"{name}: {what}"):
         print(f"error: {name}: {what}" if what else f"error: {name}", file=sys.stderr)

@@ -86,7 +86,8 @@ def finetune(cfg: DictConfig, overrides: Sequence[str] | None, report: Report) -
     announce(cfg, module, data, trainer, verdict, report)
     log_run(trainer, cfg)
     started = time.monotonic()
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
+    with naming_checkpoint(cfg.resume, checkpoint):
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
     train_seconds = time.monotonic() - started
     module = strategy_hooks(trainer.strategy).gather(module, lambda: finetuning(build(cfg.model)))
     if trainer.global_rank != 0:
@@ -176,6 +177,18 @@ def conclude(
     if cfg.reproduce:
         report(receipt.compared(receipt.read(cfg.reproduce), record))
     return FinetuneResult(run_dir, summary, record)
+
+
+@contextmanager
+def naming_checkpoint(resume: str | None, checkpoint: Path | None) -> Iterator[None]:
+    """Names the checkpoint in an error about what is in it."""
+    try:
+        yield
+    except UserError as error:
+        if checkpoint is None or not str(error).startswith("resume: the checkpoint"):
+            raise
+        named = f"resume={resume}: the checkpoint {checkpoint}"
+        raise UserError(str(error).replace("resume: the checkpoint", named, 1)) from error
 
 
 @contextmanager

@@ -108,6 +108,17 @@ def test_values_of_the_environment_are_not_printed(
     assert "hf_secret" not in capsys.readouterr().err + (tmp_path / "traceback.txt").read_text()
 
 
+def test_control_characters_of_a_strangers_file_do_not_reach_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(UserError("x.safetensors: \x1b[2Jevil\x1b]0;title\x07 \u202egnp.exe, caf\u00e9")) == 2
+    assert ended(RuntimeError("\x1b[2J"), tmp_path) == 1
+    printed = capsys.readouterr().err
+    assert "\x1b" not in printed
+    assert "\u202e" not in printed
+    assert r"\x1b[2Jevil\x1b]0;title\x07 \u202egnp.exe, caf\u00e9".replace(r"caf\u00e9", "caf\u00e9") in printed
+
+
 def test_the_command_line_hides_them_too(python: WarmPython, tmp_path: Path) -> None:
     words = [str(ROOT / "train.py"), "data=folder", "data.root=${oc.env:TOKEN}", "logger=csv"]
     done = python.complete(words, tmp_path, TOKEN="hf_secret_value")
