@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import pytest
 from warm import WarmPython
@@ -13,11 +12,6 @@ from robustness.inputs import nano_file
 from robustness.tries import all_tries
 
 TRIES = all_tries()
-OPEN = {
-    ("control sequences", ""): "messages print the texts of files as they are",
-    ("checkpoints", "of another tuning, resume"): "the message does not name the file",
-}
-"""(Kind, name or all of them) -> what is known not to hold yet."""
 SOME = random.Random(1)
 KINDS = dict.fromkeys(one.kind for one in TRIES)
 FEW = [one for kind in KINDS for one in SOME.sample([other for other in TRIES if other.kind == kind], 4)]
@@ -29,21 +23,17 @@ def files() -> None:
     nano_file()
 
 
-def parameters(tries: list[Try]) -> list[Any]:
-    """Each with its name, and with what is known of it."""
-    known = [OPEN.get((one.kind, one.name)) or OPEN.get((one.kind, "")) for one in tries]
-    marks = [[pytest.mark.xfail(reason=reason, strict=False)] if reason else [] for reason in known]
-    named = [f"{one.kind}: {one.name}"[:80] for one in tries]
-    return [pytest.param(one, marks=mark, id=name) for one, mark, name in zip(tries, marks, named, strict=True)]
+def ids(one: Try) -> str:
+    return f"{one.kind}: {one.name}"[:80]
 
 
-@pytest.mark.parametrize("one", parameters(FEW))
+@pytest.mark.parametrize("one", FEW, ids=ids)
 def test_it_is_done_or_refused_in_a_few_lines(one: Try, files: None, python: WarmPython) -> None:
     assert outcome(one, python) == ""
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("one", parameters(TRIES))
+@pytest.mark.parametrize("one", TRIES, ids=ids)
 def test_each_is_done_or_refused_in_a_few_lines(one: Try, files: None, python: WarmPython) -> None:
     assert outcome(one, python) == ""
 

@@ -223,7 +223,7 @@ def files_of_runs() -> Iterator[Try]:
     for what, content in JSONS.items():
         changes = {"summary.json": content}
         make = partial(old_run, **changes)
-        yield Try("run folders", f"summary: {what}", compare, make, code=None, says="it=old")
+        yield Try("run folders", f"summary: {what}", compare, make, code=None, says="old")
     for what, content in TEXTS.items():
         changes = {".hydra__config.yaml": content}
         words = [*compare, "axes.step=all"]
