@@ -131,7 +131,11 @@ def _from_path(name: str, source: str) -> Subject:
     if source == "nano":
         return Subject(name, source, weights=source)
     if path.is_dir():
-        if (left := read_run_outputs(path)) is not None:
+        try:
+            left = read_run_outputs(path)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
+        if left is not None:
             return _from_run(name, source, path, left)
         if (path / "model_index.json").is_file():
             return Subject(name, source, weights=source)

@@ -94,7 +94,11 @@ Source = Model | Importance | Adapter
 def open_source(key: str, source: str) -> Source:
     """Open the input `source` (`nano`, a run folder, a model or a LoRA) by its headers; errors name it by `key`."""
     where, path = f"{key}={source}", NANO if source == "nano" else Path(source).expanduser()
-    if (outputs := read_run_outputs(path)) is not None:
+    try:
+        outputs = read_run_outputs(path)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if outputs is not None:
         path = run_weights(where, outputs)
     if path.suffix == ".safetensors" and path.is_file():
         if is_lora(read_names(where, path)[0]):
