@@ -155,7 +155,7 @@ def _read(file: Path) -> dict[str, Any] | None:
     """The owner that a lock names; None if there is none, or if it says nothing that can be read."""
     try:
         owner = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return owner if isinstance(owner, dict) else None
 
@@ -170,7 +170,7 @@ def _boot() -> str:
 
 def _began(pid: object) -> str | None:
     """When a process of this machine started, in ticks since its boot; None if there is no such process."""
-    if not isinstance(pid, int) or pid <= 0:
+    if not isinstance(pid, int) or not 0 < pid < 2**31:
         return None
     try:
         # Field 22; the second one is a name in brackets, which may hold spaces and brackets.

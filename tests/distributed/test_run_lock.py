@@ -115,7 +115,7 @@ def test_a_living_process_of_this_machine_owns_even_without_locks_of_the_system(
     process.communicate("")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "\x00\x01", '{"host": 1}', "7"])
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00\x01", '{"host": 1}', "7", "[" * 99999])
 def test_a_lock_that_says_nothing_is_stale(text: str, tmp_path: Path) -> None:
     (tmp_path / NAME).write_text(text)
     with run_lock(tmp_path):

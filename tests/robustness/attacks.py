@@ -206,7 +206,7 @@ def attacks_by_other_doors() -> Iterator[Try]:
     for what, place in {
         "outside": "../evil.safetensors",
         "of the system": "/etc/passwd",
-        "a device": "/dev/zero",
+        "a device": "/dev/full",
     }.items():
         summary = json.loads((OLD_RUN / "summary.json").read_text())
         summary["artifacts"] = dict.fromkeys([*summary.get("artifacts", {}), "lora", "model", "words"], place)
