@@ -7,7 +7,6 @@ Prints wall time, the time of `cp` in the same run and peak private memory (RssA
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -16,11 +15,8 @@ from pathlib import Path
 
 import torch
 
-from sdft.formats.architecture import PARTS, empty_network, parameter_names
-from sdft.formats.keys import mapping_for_weight
+from benchmarks.synthetic import write_config, write_weights
 from sdft.formats.model_checkpoint import open_checkpoint
-from sdft.formats.safetensors_io import TensorInfo, write_tensors
-from sdft.models.load import NANO, SDXL_BASE
 
 LOAD = """
 import sys
@@ -29,32 +25,6 @@ dtype = {part: sys.argv[3] for part in ("unet", "vae", "text_encoder", "text_enc
 model = pretrained(sys.argv[1], config=sys.argv[2], dtype=dtype)
 print(sum(p.nbytes for p in model.parameters()))
 """
-
-
-def write_random(path: Path) -> None:
-    """A single file with SDXL's shapes in fp16; all tensors are different."""
-    noise = torch.randn(2**25, generator=torch.Generator().manual_seed(0)).half()
-    entries = {}
-    for part in PARTS:
-        network = empty_network(part, SDXL_BASE / part)
-        for weight, name in parameter_names(part, network).items():
-            place = mapping_for_weight(part, weight.split("/", 1)[1])
-            entries[place.single] = TensorInfo("F16", place.single_shape(tuple(network.get_parameter(name).shape)))
-    starts = {name: 997 * i for i, name in enumerate(entries)}
-
-    def compute(name: str) -> torch.Tensor:
-        shape = torch.Size(entries[name].shape)
-        block = noise[starts[name] :]
-        return block.repeat(-(-shape.numel() // len(block)))[: shape.numel()].view(shape)
-
-    write_tensors(path, entries, {"format": "pt"}, compute)
-
-
-def config_folder(path: Path) -> None:
-    """SDXL's configs, with nano's tokenizers: a conversion only copies them."""
-    shutil.copytree(SDXL_BASE, path)
-    for name in ("tokenizer", "tokenizer_2"):
-        shutil.copytree(NANO / name, path / name)
 
 
 def run(*command: object) -> tuple[float, float, str]:
@@ -94,8 +64,8 @@ def main() -> None:
         root = Path(folder)
         single, back = root / "sdxl.safetensors", root / "back.safetensors"
         model, config = root / "model", root / "config"
-        config_folder(config)
-        write_random(single)
+        write_config(config)
+        write_weights(single, config, torch.float16, seed=0)
         gib = single.stat().st_size / 2**30
         print(f"an SDXL checkpoint of random numbers: {gib:.2f} GiB", flush=True)
         convert = [sys.executable, "-m", "sdft.formats", f"config={config}"]

@@ -1,105 +1,282 @@
-"""Checks exported files: loads each one and compares its prediction with that of the trained model.
+"""Checks exported files: reads each one back and compares its weights with those of the trained model.
 
-One small forward pass per file. The files are written by `formats`.
+Neither a second model nor anything whole in fp32 is held: adapters are compared layer by layer, whole models weight by
+weight. The files are written by `formats`.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import init_empty_weights
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from sdft.evaluation.subject_loader import with_lora, with_words
-from sdft.formats.adapter import cast_base_weights, lora_from_model
+from sdft.errors import UserError
+from sdft.formats.adapter import applied_lora, lora_from_model, read_words, remove_adapters
+from sdft.formats.json_file import read_json
+from sdft.formats.keys import hub_name
 from sdft.formats.lora_file import read_lora
+from sdft.formats.safetensors_io import DTYPES, MappedFile, StoredTensor, read_header
 from sdft.protocols import DiffusionModel
 from sdft.rng import generator
 
-LATENT_SIDE = 16
+PROMPTS = ("a photo of a cat", "")
+NUM_INPUTS, SIDE = 8, 8
+"""Of the inputs of a compared layer: rows, and height and width for a convolution."""
+MIN_LAYER_CHANGE = 1e-3
+"""Smallest change of a layer's output by training, relative to it, that errors are divided by: a smaller one is below
+the rounding of half precision."""
 MIN_EFFECT = 0.05
-"""Smallest change of the prediction by training, relative to it, that errors are divided by.
+"""Smallest change of a part's weights by training, relative to them, that errors are divided by.
 
 If training changed less, errors are divided by this, or rounding errors would look large."""
+OWN_CONFIG = {"architectures", "dtype", "torch_dtype", "transformers_version", "model_type"}
+"""Entries of a text encoder's config that saving changes."""
+Base = Callable[[], AbstractContextManager]
 
 
 def export_errors(
-    model: DiffusionModel,
-    base: Callable[[], AbstractContextManager],
-    written: Mapping[str, Path],
-    reload: Callable[[], DiffusionModel],
-    words: tuple[str, ...] = (),
+    model: DiffusionModel, base: Base, written: Mapping[str, Path], words: Sequence[str] = ()
 ) -> dict[str, float]:
-    """The error of each file's prediction, relative to the change of the prediction by training.
+    """The error of each file, relative to the change by training.
 
-    base: context manager in which `model` is the base model.
-    written: kind of file -> path. reload: loads the base model again, to apply adapters to.
+    Of an adapter, the largest of its layers' errors: root mean square of the difference of the outputs for random
+    inputs, divided by that of their change by training. Of a whole model likewise, of its parts' weights.
+
+    base: context manager in which `model` is the base model. written: kind of file -> path. words: the new ones.
+
+    Raises UserError for a model whose configs, tokenizers or names of weights are not the trained model's.
     """
-    # In fp32: rounding of activations in half precision would hide errors of the weights.
-    dtypes = {part: getattr(model, part).dtype for part in model.PARTS}
-    model.float()
-    trained = probe(model, words)
-    with base():
-        scales = [max(rms(a - b), MIN_EFFECT * rms(a)) for a, b in zip(trained, probe(model, words), strict=True)]
     errors = {}
-    for name in written:
-        if name == "words":
-            continue  # read together with each LoRA
-        layers = lora_from_model(model).layers
-        if name.startswith("lora") and read_lora(written[name], name).layers.keys() != layers.keys():
-            errors[name] = math.inf  # one layer of many would hardly show in the prediction
-            continue
-        with opened(name, written, reload, model) as again:
-            differences = zip(trained, probe(again, words), scales, strict=True)
-            errors[name] = max(rms(a - b) / scale for a, b, scale in differences)
-    for part, dtype in dtypes.items():
-        cast_base_weights(getattr(model, part), dtype)
+    for kind, path in written.items():
+        if kind == "words":
+            errors[kind] = words_error(model, path, words)
+        elif kind == "model":
+            errors[kind] = weights_error(model, base, read_folder(model, path))
+        elif kind == "single_file":
+            errors[kind] = weights_error(model, base, read_single_file(model, path, written["model"]))
+        else:
+            errors[kind] = adapter_error(model, path, kind)
     return errors
 
 
 @torch.no_grad()
-def probe(model: DiffusionModel, words: tuple[str, ...]) -> list[Tensor]:
-    """The prediction on fixed noise for a few prompts, and the decoded image of the same noise."""
-    prompts = ["a photo of a cat", *words]
-    shape = (len(prompts), model.latent_channels, LATENT_SIDE, LATENT_SIDE)
-    z_BCHW = torch.randn(shape, generator=generator(0, "parity")).to(model.device)
-    side = LATENT_SIDE * model.vae_factor
-    t_B = torch.full((len(prompts),), 500, device=model.device)
-    context_BLD, pooled_BP = model.encode_prompts(prompts)
-    prediction = model.denoise(z_BCHW, t_B, model.condition_prompts(context_BLD, pooled_BP, (side, side)))
-    return [prediction, model.decode(z_BCHW[:1])]
-
-
-@contextmanager
-def opened(
-    name: str, written: Mapping[str, Path], reload: Callable[[], DiffusionModel], trained: DiffusionModel
-) -> Iterator[DiffusionModel]:
-    """Context manager that loads the model of a file in fp32, by diffusers if it can read the file."""
-    if name in ("model", "single_file"):
-        options = {"dtype": torch.float32, "add_watermarker": False}
-        diffusers_class = type(trained.pipeline())
-        if name == "model":
-            pipeline = diffusers_class.from_pretrained(written[name], **options)
-        else:
-            config = str(written["model"])
-            pipeline = diffusers_class.from_single_file(str(written[name]), config=config, **options)
-        yield trained.from_pipeline(pipeline)
-        return
-    model = reload().eval().float()
-    kinds = {layer.kind for layer in read_lora(written[name], name).layers.values()}
-    pipeline = model.pipeline()
+def adapter_error(model: DiffusionModel, path: Path, kind: str) -> float:
+    """The error of an adapter file, read by diffusers if it can read it, on a skeleton of the model."""
+    trained, read = lora_from_model(model), read_lora(path, kind)
+    if read.layers.keys() != trained.layers.keys():
+        return math.inf
+    skeleton, kinds = without_weights(model), {layer.kind for layer in read.layers.values()}
+    pipeline = skeleton.pipeline()
     with ExitStack() as stack:
         # diffusers 0.42 cannot read LoHa and LoKr, and drops the magnitudes of a DoRA with kohya's names.
-        if pipeline is None or kinds & {"loha", "lokr"} or (name == "lora_kohya" and "dora" in kinds):
-            stack.enter_context(with_lora(model, written[name], name))
+        if pipeline is None or kinds & {"loha", "lokr"} or (kind == "lora_kohya" and "dora" in kinds):
+            stack.enter_context(applied_lora(skeleton, read, kind))
         else:
-            pipeline.load_lora_weights(str(written[name]))
-        if "words" in written:
-            stack.enter_context(with_words(model, written["words"]))
-        yield model
+            pipeline.load_lora_weights(str(path))
+        return max(
+            layer_error(name, layer, skeleton.get_submodule(name))
+            for name, layer in model.named_modules()
+            if isinstance(layer, BaseTunerLayer)
+        )
+
+
+def without_weights(model: DiffusionModel) -> DiffusionModel:
+    """A copy of the model without adapters whose frozen weights are zeros that take no memory, in fp32."""
+    zero = torch.zeros(())
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(zero.expand(p.shape), requires_grad=False)
+        for p in model.parameters()
+        if not p.requires_grad
+    }
+    skeleton = copy.deepcopy(model, memo).eval()
+    for part in skeleton.PARTS:
+        remove_adapters(skeleton.get_submodule(part))
+    return skeleton
+
+
+def layer_error(name: str, trained: BaseTunerLayer, read: nn.Module) -> float:
+    """The error of one layer with its adapter: both are given the same weights and inputs, in fp32 on the CPU."""
+    if not isinstance(read, BaseTunerLayer):
+        return math.inf
+    ours, theirs = (copy.deepcopy(layer).to("cpu", torch.float32).eval() for layer in (trained, read))
+    theirs.base_layer = base = ours.get_base_layer()
+    shape = (1, base.in_channels, SIDE, SIDE) if isinstance(base, nn.Conv2d) else (NUM_INPUTS, base.in_features)
+    x = torch.randn(shape, generator=generator(0, "export", name))
+    untrained, expected = base(x), ours(x)
+    change = max(rms(expected - untrained), MIN_LAYER_CHANGE * rms(untrained))
+    return rms(theirs(x) - expected) / change if change else 0.0
+
+
+def words_error(model: DiffusionModel, path: Path, words: Sequence[str]) -> float:
+    """The error of the embeddings of new words, relative to the embeddings; infinite for other words."""
+    names, rows = read_words(path)
+    trained = model.word_rows
+    shapes = [{name: row.shape for name, row in found.items()} for found in (rows, trained)]
+    if names != list(words) or shapes[0] != shapes[1]:
+        return math.inf
+    return max(rms(rows[name] - row.detach().cpu()) / rms(row.detach()) for name, row in trained.items())
+
+
+@dataclass(frozen=True)
+class ReadWeight:
+    """A weight of an exported model as a library reads it.
+
+    name: of the trained model's parameter. value: what is read; a view of the file where that is possible.
+    release: frees the memory in which the file is mapped.
+    """
+
+    name: str
+    value: Tensor
+    release: Callable[[], None] = lambda: None
+
+
+Read = Callable[[], Iterator[ReadWeight]]
+
+
+@torch.no_grad()
+def weights_error(model: DiffusionModel, base: Base, read: Read) -> float:
+    """The largest error of a part's weights in a file that `read` reads, weight by weight, twice.
+
+    A weight may differ from the trained one by being rounded to the file's dtype. One that differs otherwise counts by
+    itself, so that it is not lost among the others.
+    """
+    changes, errors = {}, []
+    with base():
+        parameters = dict(model.named_parameters())
+        for weight in read():
+            changes[weight.name] = squares(weight.value, parameters[weight.name])
+            weight.release()
+    if missing := parameters.keys() - changes.keys():
+        raise UserError(f"export: the file lacks {len(missing)} weights, for example {min(missing)}; do not use it")
+    sums: dict[str, list[float]] = {}
+    for weight in read():
+        trained = parameters[weight.name]
+        found = squares(weight.value, trained), changes[weight.name], squares(trained)
+        if torch.equal(weight.value, trained.to("cpu", weight.value.dtype)):
+            total = sums.setdefault(weight.name.partition(".")[0], [0.0, 0.0, 0.0])
+            total[:] = [one + more for one, more in zip(total, found, strict=True)]
+        else:
+            errors.append(relative(*found))
+        weight.release()
+    return max([*errors, *(relative(*total) for total in sums.values())])
+
+
+def relative(difference: float, change: float, weights: float) -> float:
+    """An error relative to the change by training; all three are sums of squares."""
+    change = max(change, MIN_EFFECT**2 * weights)
+    return math.sqrt(difference / change) if change else math.inf if difference else 0.0
+
+
+def read_folder(model: DiffusionModel, folder: Path) -> Read:
+    """Reads a diffusers folder. The denoiser's weights are mapped; the other parts are loaded one after another."""
+    skeleton, ours = without_weights(model), model.pipeline()
+    again = type(ours).from_pretrained(folder, **{part: skeleton.get_submodule(part) for part in model.PARTS})
+    refuse_other_tokens(ours, again, folder)
+    refuse_other_config(folder / "scheduler", model.scheduler.config, again.scheduler.config)
+
+    def read() -> Iterator[ReadWeight]:
+        for part in model.PARTS:
+            network = model.get_submodule(part)
+            (file,) = (folder / part).glob("*.safetensors")
+            stored, _ = read_header("export", file)
+            if part != model.DENOISER:
+                yield from loaded(
+                    part, network, type(network).from_pretrained(folder / part, dtype=DTYPES[stored[0].dtype])
+                )
+                continue
+            with init_empty_weights():
+                expected = type(network).from_config(read_json(folder / part / "config.json"))
+            refuse_other_config(folder / part, network.config, expected.config)
+            mapped = MappedFile(file)
+            yield from views(part, {hub_name(part, one.name): mapped.tensor(one) for one in stored}, mapped, stored)
+
+    return read
+
+
+def read_single_file(model: DiffusionModel, path: Path, folder: Path) -> Read:
+    """Reads a model in one file. diffusers renames the denoiser's mapped weights; the other parts it loads."""
+    stored, _ = read_header("export", path)
+    dtype, denoiser = DTYPES[stored[0].dtype], model.denoiser
+
+    def read() -> Iterator[ReadWeight]:
+        options = {"config": str(folder), model.DENOISER: without_weights(model).denoiser}
+        pipeline = type(model.pipeline()).from_single_file(str(path), torch_dtype=dtype, **options)
+        for part in model.PARTS:
+            if part != model.DENOISER:
+                yield from loaded(part, model.get_submodule(part), getattr(pipeline, part))
+        del pipeline
+        mapped = MappedFile(path)
+        rename = SINGLE_FILE_LOADABLE_CLASSES[type(denoiser).__name__]["checkpoint_mapping_fn"]
+        file = {one.name: mapped.tensor(one) for one in stored if one.dtype in DTYPES}
+        yield from views(model.DENOISER, rename(checkpoint=file, config=denoiser.config), mapped, stored)
+
+    return read
+
+
+def loaded(part: str, trained: nn.Module, read: nn.Module) -> Iterator[ReadWeight]:
+    """The weights of a part that a library has loaded."""
+    refuse_other_config(Path(part), comparable(trained.config), comparable(read.config))
+    for name, value in read.named_parameters():
+        yield ReadWeight(f"{part}.{name}", value)
+
+
+def views(
+    part: str, read: Mapping[str, Tensor], mapped: MappedFile, stored: list[StoredTensor]
+) -> Iterator[ReadWeight]:
+    """The weights of a part as views of a file, each with the pages that can be dropped after it."""
+    start = mapped.tensor(stored[0]).data_ptr() - stored[0].start
+    places = {one.start: one for one in stored}
+    for name, value in read.items():
+        place = places.get(value.data_ptr() - start)
+        yield ReadWeight(f"{part}.{name}", value, (lambda one=place: mapped.drop_pages(one)) if place else lambda: None)
+
+
+def comparable(config: Any) -> dict[str, Any]:
+    """The entries of a network's config that saving does not change."""
+    entries = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return {name: value for name, value in entries.items() if not name.startswith("_") and name not in OWN_CONFIG}
+
+
+def refuse_other_config(path: Path, trained: Mapping[str, Any], read: Mapping[str, Any]) -> None:
+    """Raise UserError if a config that was read back differs from that of the trained model."""
+    for name, value in trained.items():
+        if not name.startswith("_") and plain(read.get(name)) != plain(value):
+            raise UserError(f"export: {path} says {name}={read.get(name)!r}, not {value!r}; do not use it")
+
+
+def plain(value: Any) -> Any:
+    """A value as it comes back from JSON."""
+    return [plain(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def refuse_other_tokens(pipeline: Any, read: Any, folder: Path) -> None:
+    """Raise UserError if a tokenizer of a pipeline that was read back splits prompts in another way."""
+    for name, tokenizer in pipeline.components.items():
+        if isinstance(tokenizer, PreTrainedTokenizerBase):
+            for prompt in PROMPTS:
+                options = {"padding": "max_length", "truncation": True}
+                if tokenizer(prompt, **options).input_ids != read.components[name](prompt, **options).input_ids:
+                    problem = f"{name} does not read {prompt!r} as the trained model's does"
+                    raise UserError(f"export: {folder}: {problem}; do not use it")
+
+
+def squares(x: Tensor, minus: Tensor | None = None) -> float:
+    """The sum of squares of a tensor, or of a difference, in fp64."""
+    x = x.detach().to("cpu", torch.float32)
+    return float(
+        (x if minus is None else x - minus.detach().to("cpu", torch.float32)).square().sum(dtype=torch.float64)
+    )
 
 
 def rms(x: Tensor) -> float:

@@ -73,7 +73,7 @@ def applied_lora(model: nn.Module, lora: LoraFile, key: str) -> Iterator[None]:
         yield
     finally:
         for part in parts_of(model):
-            _remove_adapters(model.get_submodule(part))
+            remove_adapters(model.get_submodule(part))
 
 
 def refuse_mismatch(lora: LoraFile, modules: Mapping[str, nn.Module], key: str) -> None:
@@ -88,16 +88,6 @@ def refuse_mismatch(lora: LoraFile, modules: Mapping[str, nn.Module], key: str) 
     if wrong:
         example = f"{len(wrong)} of {len(lora.layers)} layers, for example {wrong[0]}"
         raise UserError(f"{key}: the LoRA does not fit the base model, which model= chooses ({example})")
-
-
-def cast_base_weights(part_module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the base weights of a part to `dtype`; its adapters keep their dtypes."""
-    adapted = [module for module in part_module.modules() if isinstance(module, BaseTunerLayer)]
-    adapters = [getattr(layer, name) for layer in adapted for name in layer.adapter_layer_names]
-    adapter_parameters = {id(p) for adapter in adapters for p in adapter.parameters()}
-    for p in part_module.parameters():
-        if id(p) not in adapter_parameters:
-            p.data = p.data.to(dtype)
 
 
 def _inject(part_module: nn.Module, part: str, lora: LoraFile) -> None:
@@ -140,7 +130,8 @@ def _fill(adapted: BaseTunerLayer, layer: Layer) -> None:
     adapted.train(base.training)
 
 
-def _remove_adapters(part_module: nn.Module) -> None:
+def remove_adapters(part_module: nn.Module) -> None:
+    """Put the base layers back in the place of adapted ones."""
     for name, adapted in list(part_module.named_modules()):
         if isinstance(adapted, BaseTunerLayer):
             parent, _, child = name.rpartition(".")

@@ -12,10 +12,10 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -39,6 +39,8 @@ EXTRAS = re.compile(
 )
 """What trainers and other programs leave in checkpoints beside the weights: averages, noise schedules, a projection of
 the first text encoder that SDXL does not use, the loss of the VAE. It is left out."""
+MAPPED_BYTES = 2**28
+"""Read from a file before it is mapped anew."""
 ALIKE = re.compile(r"\.(?:transformer_blocks|layers)\.(\d+)\.")
 """Modules that are numbered from 0 without a gap, all with the same weights."""
 OLD_VAE_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -137,18 +139,25 @@ class Checkpoint:
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[str], Tensor]]:
-        """A function that reads one weight, without a copy where no conversion is needed."""
-        with ExitStack() as stack:
-            files: dict[Path, safe_open] = {}
+        """A function that reads one weight, without a copy where no conversion is needed.
 
-            def tensor(stored: StoredTensor) -> Tensor:
-                if self.pickled:
-                    return self.pickled[stored.name]
-                if stored.file not in files:
-                    files[stored.file] = stack.enter_context(safe_open(stored.file, framework="pt"))
-                return files[stored.file].get_tensor(stored.name)
+        Pages of a file count as memory of the process as long as it is mapped. It is mapped anew again and again, so
+        that those of weights that were copied or dropped do not add up to the whole file.
+        """
+        file: Path | None = None
+        mapped: Any = None
+        num_bytes = 0
 
-            yield lambda weight: self.read(weight, tensor)
+        def tensor(stored: StoredTensor) -> Tensor:
+            nonlocal file, mapped, num_bytes
+            if self.pickled:
+                return self.pickled[stored.name]
+            if stored.file != file or num_bytes > MAPPED_BYTES:
+                file, mapped, num_bytes = stored.file, safe_open(stored.file, framework="pt"), 0
+            num_bytes += stored.num_bytes
+            return mapped.get_tensor(stored.name)
+
+        yield lambda weight: self.read(weight, tensor)
 
     def read(self, weight: str, tensor: Callable[[StoredTensor], Tensor]) -> Tensor:
         """One weight; `tensor` reads a stored tensor."""

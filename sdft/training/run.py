@@ -152,7 +152,7 @@ def conclude(
     run_dir = Path(cfg.run_dir)
     module.eval()
     with finishable(run_dir):
-        artifacts, errors = export(module, run_dir, cfg.name, cfg.size, partial(build, cfg.model))
+        artifacts, errors = export(module, run_dir, cfg.name, cfg.size)
     base = partial(module.tuning.base, module.model)
     metrics = verdict(module.model, base, run_dir, autocast_precision(trainer.precision)) if verdict else {}
     if (run_dir / BEFORE_AFTER).is_file():

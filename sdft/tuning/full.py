@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sdft.errors import UserError
@@ -29,13 +30,16 @@ class Full(Tuning):
         self._initial: dict[str, Tensor] = {}
 
     def attach(self, model: nn.Module) -> None:
-        """Freeze the model except for `parts`, and keep a copy of their initial weights on the CPU."""
+        """Freeze the model except for `parts`, and keep a copy of their initial weights on the CPU.
+
+        Weights that come from a file in half precision are kept so, without loss.
+        """
         model.requires_grad_(False)
         for part in self.parts:
             untrained = model.untrained_parameters(part) if isinstance(model, DiffusionModel) else set()
             for name, parameter in model.get_submodule(part).named_parameters():
                 parameter.requires_grad_(name not in untrained)
-        self._initial = {name: p.detach().cpu().clone() for name, p in trainable_parameters(model)}
+        self._initial = {name: narrowest(p.detach().cpu()) for name, p in trainable_parameters(model)}
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """One parameter group per part."""
@@ -44,9 +48,18 @@ class Full(Tuning):
     @contextmanager
     def base(self, model: nn.Module) -> Iterator[None]:
         """Inside the `with`, the model has its initial weights."""
-        tuned = {name: p.detach().clone() for name, p in trainable_parameters(model)}
+        tuned = {name: p.detach().to("cpu", copy=True) for name, p in trainable_parameters(model)}
         copy_parameters(model, self._initial)
         try:
             yield
         finally:
             copy_parameters(model, tuned)
+
+
+def narrowest(weight: Tensor) -> Tensor:
+    """A copy of a weight in the first dtype of half precision that holds all of its values exactly, else in its own."""
+    for dtype in (torch.float16, torch.bfloat16):
+        half = weight.to(dtype)
+        if torch.equal(half.to(weight.dtype), weight):
+            return half if half is not weight else half.clone()
+    return weight.clone()

@@ -27,6 +27,18 @@ def copy_parameters(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         p.copy_(shard_like(p, weights[name]))
 
 
+@torch.no_grad()
+def swap_parameters(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Exchange the values of the trainable parameters and of `weights`, of the same names, shapes and shards.
+
+    One parameter at a time: no second copy of all of them is made.
+    """
+    for name, p in trainable_parameters(model):
+        held = p.detach().clone()
+        p.copy_(weights[name])
+        weights[name].copy_(held)
+
+
 def parameter_groups(model: nn.Module, parts: Sequence[str], lr_scale: Mapping[str, float]) -> list[dict[str, Any]]:
     """One parameter group per part, with its `name` and `lr_scale`. Raises UserError for a part that is frozen."""
     groups = []

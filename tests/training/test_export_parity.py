@@ -38,8 +38,7 @@ def trained(tuning, dtype: dict[str, str] | None = None):
 
 
 def export(module, folder: Path, **options) -> tuple[dict, dict]:
-    dtype = {"unet": "bf16"} if module.model.unet.dtype == torch.bfloat16 else None
-    return Export(**options)(module, folder, "test", 64, lambda: pretrained("nano", dtype=dtype))
+    return Export(**options)(module, folder, "test", 64)
 
 
 @pytest.mark.parametrize("parts", [UNET, slow(ENCODERS)], ids=["unet", "encoders"])

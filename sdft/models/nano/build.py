@@ -65,11 +65,13 @@ def unet() -> UNet2DConditionModel:
     )
 
 
-def tokenizer(words: Sequence[str], pad_token: str) -> CLIPTokenizer:
+def tokenizer(words: Sequence[str], pad_token: str, size: int = 0) -> CLIPTokenizer:
     """CLIP's byte-level BPE in which each of `words` is one token; any other text falls back to bytes.
 
     A word is added by merging what the present merges leave of it, left to right. Later merges rank lower, so they
     never change how an earlier word is split.
+
+    size: of the vocabulary; where the words need fewer tokens, others that no text has fill it up.
     """
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -83,6 +85,7 @@ def tokenizer(words: Sequence[str], pad_token: str) -> CLIPTokenizer:
             merges[pair] = len(merges)
             vocabulary.append("".join(pair))
             pieces = ["".join(pair), *pieces[2:]]
+    vocabulary += [f"<|unused {number}|>" for number in range(size - len(vocabulary) - 2)]
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(
         vocab={token: index for index, token in enumerate(vocabulary)},

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdft.distributed.sharding import local_shard, shard_like
 from sdft.protocols import WeightAverage
-from sdft.tuning.parameters import copy_parameters, trainable_parameters
+from sdft.tuning.parameters import copy_parameters, swap_parameters, trainable_parameters
 
 
 class EMA(WeightAverage, L.Callback):
@@ -33,7 +33,6 @@ class EMA(WeightAverage, L.Callback):
         self.decay = decay
         self.num_updates = 0
         self.average: dict[str, Tensor] = {}
-        self._live: dict[str, Tensor] | None = None
         self._trained: list[Tensor] = []
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -56,20 +55,17 @@ class EMA(WeightAverage, L.Callback):
     @contextmanager
     def averaged(self, module: L.LightningModule) -> Iterator[None]:
         """Inside the `with`, the model has the averaged parameters."""
-        live = {name: p.detach().clone() for name, p in trainable_parameters(module.model)}
-        copy_parameters(module.model, self.average)
+        swap_parameters(module.model, self.average)
         try:
             yield
         finally:
-            copy_parameters(module.model, live)
+            swap_parameters(module.model, self.average)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._live = {name: p.detach().clone() for name, p in trainable_parameters(module.model)}
-        copy_parameters(module.model, self.average)
+        swap_parameters(module.model, self.average)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        copy_parameters(module.model, self._live)
-        self._live = None
+        swap_parameters(module.model, self.average)
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         copy_parameters(module.model, self.average)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import nn
 
 from sdft.errors import UserError
 from sdft.evaluation.export_check import MIN_EFFECT, export_errors
@@ -51,11 +49,11 @@ class Export:
         self.tolerance = tolerance or 0.02 + rounding
 
     def __call__(
-        self, module: L.LightningModule, folder: Path, title: str, size: int, reload: Callable[[], nn.Module]
+        self, module: L.LightningModule, folder: Path, title: str, size: int
     ) -> tuple[dict[str, Path], dict[str, float]]:
         """(name -> written path, name -> deviation of the file from the trained model).
 
-        title, size: of the run and its images, for the metadata. reload: loads the base model again.
+        title, size: of the run and its images, for the metadata.
         """
         words = tuple(module.tuning.new_words)
         described = {
@@ -67,11 +65,7 @@ class Export:
         written = self.write(module, folder, described)
         if not isinstance(module.model, DiffusionModel):
             return written, {}
-        device = module.model.device
-        module.model.cpu()  # where two models fit, and both sides compute in the same way
-        base = partial(module.tuning.base, module.model)
-        errors = export_errors(module.model, base, written, reload, words)
-        module.model.to(device)
+        errors = export_errors(module.model, partial(module.tuning.base, module.model), written, words)
         for name, error in errors.items():
             if not error <= self.tolerance:
                 raise UserError(
