@@ -29,7 +29,7 @@ from sdft.distributed.processes import ProcessInfo
 from sdft.distributed.run_lock import run_lock
 from sdft.errors import UserError
 
-__all__ = ["CONF_DIR", "ConfigError", "build", "check", "command", "compose", "quoted", "tries_all"]
+__all__ = ["CONF_DIR", "ConfigError", "build", "check", "command", "build_optional", "compose", "quoted", "tries_all"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF_DIR = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())
@@ -64,6 +64,12 @@ def build(node: DictConfig, **arguments: Any) -> Any:
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__cause__
         raise (cause or error) from None
+
+
+def build_optional(node: DictConfig | None) -> Any:
+    """The object that a node describes; None for an option such as `verdict=none`, which may have settings but no
+    class."""
+    return build(node) if node is not None and "_target_" in node else None
 
 
 class Plan(NamedTuple):

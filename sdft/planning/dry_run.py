@@ -8,7 +8,7 @@ from typing import Any
 from hydra.utils import get_object
 from omegaconf import DictConfig
 
-from sdft.config.command import build
+from sdft.config.command import build, build_optional
 from sdft.data.sources.shards import COMMANDS_RUN
 from sdft.distributed.processes import num_processes
 from sdft.hardware import default_precision, num_gpus
@@ -32,10 +32,10 @@ def forecast(cfg: DictConfig) -> list[str]:
 
     token = COMMANDS_RUN.set(False)
     try:
-        parts = [build(cfg[name]) for name in ("data", "tuning", "objective", "verdict", "export")]
+        data, tuning, objective, _ = (build(cfg[name]) for name in ("data", "tuning", "objective", "export"))
+        build_optional(cfg.verdict)
     finally:
         COMMANDS_RUN.reset(token)
-    data, tuning, objective, *_ = parts
     model = model_on_meta(cfg.model)
     with MetaBuild():
         module = Finetuning(model, tuning, objective, build(cfg.optimizer), build(cfg.lr_schedule), cfg.seed)

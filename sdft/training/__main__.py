@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sdft.config.command import build, command, tries_all
+from sdft.config.command import build_optional, command, tries_all
 from sdft.config.trust import refuse_untrusted_overrides, trusted_by
 from sdft.distributed.processes import ProcessInfo
 from sdft.distributed.run_lock import run_lock
@@ -44,7 +44,7 @@ def main(cfg: DictConfig) -> float | None:
         if done is not None:
             return done.get(cfg.metric)
     searches = not tries_all(job.sweeper)
-    if searches and (why := unmeasured(build(cfg.verdict) if cfg.verdict else None).get(cfg.metric)):
+    if searches and (why := unmeasured(build_optional(cfg.verdict)).get(cfg.metric)):
         raise UserError(f"metric={cfg.metric}: a search has nothing to go by: {why}")
     with run_lock(Path(cfg.run_dir)):  # of a job of a sweep; a single run has it already
         result = finetune(cfg, list(job.overrides.task), partial(print, flush=True))

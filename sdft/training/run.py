@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from sdft.config.command import build
+from sdft.config.command import build, build_optional
 from sdft.config.exits import foreseen, hidden, hide_environment
 from sdft.distributed.processes import num_processes
 from sdft.errors import UserError
@@ -63,9 +63,8 @@ def finetune(cfg: DictConfig, overrides: Sequence[str] | None, report: Report) -
     if cfg.reproduce:
         torch.set_num_threads(receipt.read(cfg.reproduce)["threads"])  # sums of floats depend on it
     # The cheap parts first: a wrong number or an empty folder is reported before any weights are read.
-    data, tuning, objective, verdict, export = (
-        build(cfg[name]) for name in ("data", "tuning", "objective", "verdict", "export")
-    )
+    data, tuning, objective, export = (build(cfg[name]) for name in ("data", "tuning", "objective", "export"))
+    verdict = build_optional(cfg.verdict)
     optimizer, lr_schedule = build(cfg.optimizer), build(cfg.lr_schedule)
     checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir))
     refuse_to_replace(Path(cfg.run_dir) / "model", overwrite=True)
