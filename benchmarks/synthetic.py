@@ -34,7 +34,7 @@ WIDTHS = {
 """The widths of each part's config. Heads stay as many as they are, each of them narrower."""
 GAIN = 0.7
 """Of random layers: the variance of what passes through them shrinks a little, so that no activation overflows."""
-WORDS = ("a", "photo", "of", "the", "in", "style", "cat", "dog", "shoe", "on", "table", "at", "night", "neon", "drawing")
+WORDS = tuple("a photo of the in style cat dog shoe on table at night neon drawing".split())
 """That the tokenizers know; all other text falls back to letters, as rare words of SDXL do to pieces."""
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from sdft.errors import UserError
 from sdft.types import Precision
 
 
@@ -20,12 +22,60 @@ def reuse_freed_memory() -> None:
 
 
 def available_memory() -> float:
-    """Bytes of memory that the system can still give; infinity if unknown."""
+    """Bytes of memory that this process can still get, from the system and in its control group; infinity if unknown.
+
+    A job of SLURM or a container may have less than the machine.
+    """
     try:
         rows = Path("/proc/meminfo").read_text().splitlines()
+        free = next((int(row.split()[1]) * 2**10 for row in rows if row.startswith("MemAvailable")), float("inf"))
     except OSError:
-        return float("inf")
-    return next((int(row.split()[1]) * 2**10 for row in rows if row.startswith("MemAvailable")), float("inf"))
+        free = float("inf")
+    return min([free, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[float]:
+    """Bytes left in each control group (version 2) that this process is in and that has a limit."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
+    except OSError:
+        return
+    for folder in (root / own, *(root / own).parents):
+        if folder != root and root not in folder.parents:
+            return
+        try:
+            limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+            cached = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit.isdigit():
+            yield int(limit) - int(used) + int(cached.get("inactive_file", 0))
+
+
+PRESETS = {"8gb": 8, "12gb": 12, "16gb": 16, "24gb": 24, "48gb": 48, "80gb": 80}
+"""Options of `hardware=` -> GB of their card."""
+MARGIN = 0.94
+"""A card has somewhat less memory for programs than its name says."""
+
+
+def fitting_presets(memory: float) -> list[str]:
+    """The options of `hardware=` for cards of at most this many GiB, the largest first."""
+    return [name for name, size in reversed(PRESETS.items()) if size * MARGIN <= memory]
+
+
+def found_preset() -> str | None:
+    """The option of `hardware=` for this machine's GPU; None without a GPU.
+
+    Raises UserError for a GPU that is smaller than the smallest card.
+    """
+    if not torch.cuda.is_available():
+        return None
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    if presets := fitting_presets(memory):
+        return presets[0]
+    problem = f"this GPU has {memory:.1f} GiB, and the smallest preset is for 8"
+    raise UserError(f"hardware=auto: {problem}; set the options by hand")
 
 
 def num_gpus(accelerator: str) -> int:

@@ -17,6 +17,7 @@ from sdft.batch import Batch
 from sdft.distributed.sharding import clip_gradients
 from sdft.errors import UserError
 from sdft.models.attention import refuse_device
+from sdft.models.offload import alone_on_device
 from sdft.optimizers.optimizers import scale_rates
 from sdft.protocols import DiffusionModel, Objective, OptimizerFactory, ScheduleFactory, Tuning, strategy_hooks
 from sdft.rng import Draws, seed_of
@@ -119,7 +120,8 @@ class Finetuning(L.LightningModule):
         refuse_device(model.denoiser, self.device)
         cached = self.cached_parts(data.cache)
         if model.VAE in cached:
-            data.encode_once(model.encode_moments, self.device, vae=model.get_submodule(model.VAE))
+            with alone_on_device(model, model.VAE):
+                data.encode_once(model.encode_moments, self.device, vae=model.get_submodule(model.VAE))
             model.offload(model.VAE)
         texts = cached >= {*model.TEXT_ENCODERS}
         if texts and data.encode_texts_once(model.encode_prompts, model.prompt_ids, *model.text_encoders):

@@ -199,6 +199,8 @@ class DiffusionModel(nn.Module, ABC):
     PARTS: names of the networks, as submodules and in configs. DENOISER, VAE: those two. TEXT_ENCODERS: the others.
     ADAPTER_LAYERS: part -> name of a choice (`attention`, `all`, `conv`) -> suffixes of the modules that get adapters.
     scheduler: a diffusers scheduler whose config holds the noise schedule and the prediction type.
+    offload_idle: whether the other parts wait on the CPU while the VAE works: for small GPUs.
+    working_device: where the model computes while its denoiser waits elsewhere; None otherwise.
     """
 
     PARTS: ClassVar[Sequence[str]]
@@ -207,6 +209,8 @@ class DiffusionModel(nn.Module, ABC):
     TEXT_ENCODERS: ClassVar[Sequence[str]]
     ADAPTER_LAYERS: ClassVar[Mapping[str, Mapping[str, Sequence[str]]]]
     scheduler: Any
+    offload_idle: bool = False
+    working_device: torch.device | None = None
 
     @property
     def denoiser(self) -> nn.Module:
@@ -221,7 +225,7 @@ class DiffusionModel(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Of the denoiser; offloaded parts are elsewhere."""
-        return next(self.denoiser.parameters()).device
+        return self.working_device or next(self.denoiser.parameters()).device
 
     @property
     def noise_config(self) -> NoiseConfig:

@@ -159,12 +159,13 @@ class Composer:
         return [list(job) for job in jobs or [()]]
 
     def fill_open_dicts(self, overrides: Sequence[str]) -> list[str]:
-        """The overrides with `key={...}` as `++key={...}` if the key is declared as `{}`, for the user to fill.
+        """The overrides with `hardware=auto` as the preset of this machine's GPU, and with `key={...}` as `++key={...}` if the key is declared as `{}`, for the user to fill.
 
         Hydra merges dicts, and refuses new keys. Raises ConfigError if an experiment or recipe has filled it already,
         since the result would have the entries of both.
         """
-        filled, parsed = list(overrides), self.parse(overrides)
+        filled = with_found_hardware(overrides)
+        parsed = self.parse(filled)
         for number, override in enumerate(parsed):
             key, value = override.key_or_group, override.value()
             if override.type != OverrideType.CHANGE or not isinstance(value, dict) or not value:
@@ -292,3 +293,13 @@ class Composer:
         except ConfigError:
             return False
         return key in declared.choices or key in declared.tree
+
+
+def with_found_hardware(overrides: Sequence[str]) -> list[str]:
+    """The overrides with the preset of this machine's GPU for `hardware=auto`, so that receipts have its name."""
+    if "hardware=auto" not in overrides:
+        return list(overrides)
+    from sdft.hardware import found_preset
+
+    found = found_preset() or "auto"
+    return [f"hardware={found}" if override == "hardware=auto" else override for override in overrides]

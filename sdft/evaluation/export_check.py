@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,10 @@ def words_error(model: DiffusionModel, path: Path, words: Sequence[str]) -> floa
     return max(rms(rows[name] - row.detach().cpu()) / rms(row.detach()) for name, row in trained.items())
 
 
+def nothing() -> None:
+    """Frees no memory."""
+
+
 @dataclass(frozen=True)
 class ReadWeight:
     """A weight of an exported model as a library reads it.
@@ -138,7 +143,7 @@ class ReadWeight:
 
     name: str
     value: Tensor
-    release: Callable[[], None] = lambda: None
+    release: Callable[[], None] = nothing
 
 
 Read = Callable[[], Iterator[ReadWeight]]
@@ -239,7 +244,7 @@ def views(
     places = {one.start: one for one in stored}
     for name, value in read.items():
         place = places.get(value.data_ptr() - start)
-        yield ReadWeight(f"{part}.{name}", value, (lambda one=place: mapped.drop_pages(one)) if place else lambda: None)
+        yield ReadWeight(f"{part}.{name}", value, partial(mapped.drop_pages, place) if place else nothing)
 
 
 def comparable(config: Any) -> dict[str, Any]:

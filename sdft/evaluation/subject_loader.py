@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,14 @@ from sdft.protocols import DiffusionModel
 from sdft.tuning.parameters import copy_parameters, trainable_parameters
 
 
+SMALL = 2**30
+"""Bytes of a base model that stays in memory beside another model."""
+
+
 class SubjectLoader:
-    """Loads subjects. The base model is loaded once, on first use; adapters of one subject never reach the next.
+    """Loads subjects. The base model is loaded on first use; adapters of one subject never reach the next.
+
+    One model is in memory at a time, besides a small base model: a large one is loaded again when it is next needed.
 
     load: loads the base model; called with `weights`, another one.
     base_weights: path or name of the base model; None if it is not loaded from weights.
@@ -47,13 +53,23 @@ class SubjectLoader:
         rebuild: Callable[[Path], DiffusionModel] | None = None,
     ):
         self._load, self.base_weights, self.device, self._rebuild = load, base_weights, device, rebuild
+        self._base: DiffusionModel | None = None
         self._other: tuple[object, DiffusionModel] | None = None
         """Key and model of the last one that is not the base model; only one is in memory."""
 
-    @cached_property
+    @property
     def base(self) -> DiffusionModel:
         """The model to which LoRAs are applied."""
-        return self._load().to(self.device).eval()
+        if self._base is None:
+            self._other = None
+            self._base = self._load().to(self.device).eval()
+        return self._base
+
+    def _make_room(self) -> None:
+        """Free what another model takes the place of."""
+        self._other = None
+        if self._base is not None and sum(p.nbytes for p in self._base.parameters()) > SMALL:
+            self._base = None
 
     def check(self, subject: Subject) -> None:
         """Read the files of a subject once. Raises UserError for one that is damaged, or has NaN in its weights.
@@ -123,7 +139,7 @@ class SubjectLoader:
         if self.base_weights is None:
             raise UserError(f"{subject.key}: choose a model that takes weights, such as model=nano or model=sdxl")
         if self._other is None or self._other[0] != subject.weights:
-            self._other = None  # frees its memory before the next is loaded
+            self._make_room()
             try:
                 self._other = subject.weights, self._load(weights=subject.weights).to(self.device).eval()
             except UserError as error:
@@ -135,7 +151,7 @@ class SubjectLoader:
         if self._rebuild is None or subject.run is None:
             raise UserError(f"{subject.key}: is no training run, so it has no step {step}")
         if self._other is None or self._other[0] != subject.run:
-            self._other = None
+            self._make_room()
             self._other = subject.run, self._rebuild(subject.run).to(self.device).eval()
         model, path = self._other[1], subject.checkpoints[step]
         state = read_state(path)

@@ -57,6 +57,7 @@ def pretrained(
     empty_prompt: EmptyPrompt | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
+    offload_idle: bool = False,
     family: type[SDXL] = SDXL,
 ) -> SDXL:
     """SDXL with the given weights.
@@ -75,6 +76,8 @@ def pretrained(
         index.
     variant: of the weight files of a folder or Hub id, such as `fp16`.
     allow_pickle: also open `.ckpt` files; a pickle can run code if torch's restricted unpickler has a hole.
+    offload_idle: the other parts wait on the CPU while the VAE encodes or decodes: for small GPUs. Moving them takes a
+        second or two for each batch of decoded images.
     family: the class that is built, for loaders of subclasses.
 
     Raises UserError where weights are missing, do not fit, or the attention is not available.
@@ -94,6 +97,7 @@ def pretrained(
         empty_prompt=empty_prompt or recorded_empty_prompt(folder),
         prompt_chunks=prompt_chunks,
     )
+    model.offload_idle = offload_idle
     if not checkpoint.is_folder:
         model.set_prediction_type(checkpoint.prediction or "epsilon", checkpoint.zero_terminal_snr)
     set_attention(model.unet, attention)
@@ -116,6 +120,7 @@ def pretrained_on_meta(
     empty_prompt: EmptyPrompt | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
+    offload_idle: bool = False,
     family: type[SDXL] = SDXL,
     **_: Any,
 ) -> SDXL:
@@ -143,6 +148,7 @@ def pretrained_on_meta(
         empty_prompt=empty_prompt or recorded_empty_prompt(folder),
         prompt_chunks=prompt_chunks,
     )
+    model.offload_idle = offload_idle
     # xformers keeps the same activations as sdpa, and need not be installed for a forecast.
     set_attention(model.unet, "sdpa" if attention == "xformers" else attention)
     if gradient_checkpointing:

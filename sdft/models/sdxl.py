@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdft.batch import Batch, Conditioning
+from sdft.models.offload import alone_on_device
 from sdft.models.words import ExtendedEmbedding, add_words
 from sdft.protocols import DiffusionModel
 
@@ -241,7 +242,7 @@ class SDXL(DiffusionModel):
     def decode(self, z_BCHW: Tensor) -> Tensor:
         shift = self.vae.config.shift_factor or 0.0
         images = []
-        with torch.no_grad(), torch.autocast(z_BCHW.device.type, enabled=False):
+        with alone_on_device(self, "vae"), torch.no_grad(), torch.autocast(z_BCHW.device.type, enabled=False):
             h, w = z_BCHW.shape[-2:]
             for part_BCHW in z_BCHW.split(num_at_once((h * self.vae_factor, w * self.vae_factor))):
                 z = part_BCHW.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor + shift

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra.utils import get_object
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from sdft.config.command import build, build_optional
+from sdft.config.command import CONF_DIR, build, build_optional
 from sdft.data.sources.shards import COMMANDS_RUN
 from sdft.distributed.processes import num_processes
-from sdft.hardware import default_precision, num_gpus
+from sdft.errors import UserError
+from sdft.hardware import default_precision, fitting_presets, num_gpus
+from sdft.planning.steps import set_steps
 from sdft.protocols import WeightAverage, strategy_hooks
 
 
@@ -25,10 +27,11 @@ def print_plan(configs: Sequence[DictConfig], jobs: Sequence[Sequence[str]] = ()
     print(f"{len(jobs)} jobs; as an array of SLURM: sbatch --array=0-{len(jobs) - 1} slurm/sweep.sbatch ...")
 
 
-def forecast(cfg: DictConfig) -> list[str]:
+def forecast(cfg: DictConfig, look_for_preset: bool = True) -> list[str]:
     """Parameters, batches, memory and time of a run. Raises UserError where it cannot work."""
     from sdft.module import Finetuning
     from sdft.planning.footprint import MetaBuild
+    from sdft.planning.preflight import MemoryShortage
 
     token = COMMANDS_RUN.set(False)
     try:
@@ -36,12 +39,29 @@ def forecast(cfg: DictConfig) -> list[str]:
         build_optional(cfg.verdict)
     finally:
         COMMANDS_RUN.reset(token)
+    set_steps(cfg, data)
     model = model_on_meta(cfg.model)
     with MetaBuild():
         module = Finetuning(model, tuning, objective, build(cfg.optimizer), build(cfg.lr_schedule), cfg.seed)
     num_averages = sum(is_average(callback._target_) for callback in cfg.callbacks.values())
-    lines = build(cfg.preflight)(module, data, run_setup(cfg), num_averages)
+    try:
+        lines = build(cfg.preflight)(module, data, run_setup(cfg), num_averages)
+    except MemoryShortage as short:
+        preset = preset_that_fits(cfg, short.limit) if look_for_preset else None
+        raise UserError(f"{short.problem}; hardware={preset} fits") if preset else short from None
     return [f"{cfg.name}: {cfg.size} px; nothing is trained or written", *lines]
+
+
+def preset_that_fits(cfg: DictConfig, memory: float) -> str | None:
+    """The option of `hardware=` for a card of `memory` GiB or less with which the run fits; None if there is none."""
+    for preset in fitting_presets(memory):
+        file = CONF_DIR / "hardware" / f"{preset}.yaml"
+        try:
+            forecast(OmegaConf.merge(cfg, OmegaConf.load(file)), look_for_preset=False)  # type: ignore[arg-type]
+        except UserError:
+            continue
+        return preset
+    return None
 
 
 def model_on_meta(node: DictConfig) -> Any:
@@ -75,4 +95,7 @@ def run_setup(cfg: DictConfig) -> Any:
         num_devices=num_devices,
         num_shards=strategy_hooks(strategy).num_shards(num_devices),
         on_gpu=on_gpu,
+        num_nodes=trainer.num_nodes,
+        num_drawn=cfg.sampler.batch_size if "previews" in cfg.callbacks or "_target_" in (cfg.verdict or {}) else 0,
+        drawn_side=cfg.size,
     )

@@ -8,8 +8,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from sdft.batch import Batch
 from sdft.hardware import autocast_precision
+from sdft.protocols import DiffusionModel
 from sdft.rng import Draws
 from sdft.tuning.parameters import part_of, trainable_parameters
 from sdft.types import DTYPES
+
+ENCODE_WORKSPACE, DECODE_WORKSPACE = 1.2, 1.6
+"""Memory of the VAE on a GPU relative to its tensors, for the workspace of cuDNN's convolutions: an H200 took 3.0 GiB to
+encode and 4.8 GiB to decode an image of 1024 px, whose tensors have 2.5 and 3.0 GiB."""
+ENCODED = 64
+"""Images that are on the device at a time while the cache is filled."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,8 @@ class Setup:
     """Size and layout of a run.
 
     max_steps: optimizer steps. accumulate: batches per step. precision: Lightning's name of it.
-    num_devices: processes. num_shards: processes that share one copy of the weights.
+    num_devices: processes. num_shards: processes that share one copy of the weights. num_nodes: machines.
+    num_drawn, drawn_side: images of previews and the evaluation that are drawn at a time, and their side in pixels.
     """
 
     max_steps: int
@@ -43,11 +51,14 @@ class Setup:
     num_devices: int
     num_shards: int
     on_gpu: bool
+    num_nodes: int = 1
+    num_drawn: int = 0
+    drawn_side: int = 0
 
 
 @dataclass(frozen=True)
 class MemoryNeeds:
-    """Bytes on one device, and FLOPs of one batch there."""
+    """Bytes on one device, FLOPs of one batch there, and bytes on the host."""
 
     weights: float
     gradients: float
@@ -58,11 +69,27 @@ class MemoryNeeds:
     update: float
     """Temporary memory of the optimizer step."""
     flops: float
+    caching: float = 0.0
+    """Total of the stage before training, in which the VAE encodes the images, where their latents are cached."""
+    drawing: float = 0.0
+    """Total while the images of previews and of the evaluation are denoised and decoded."""
+    host: float = 0.0
+    """The most that one process holds in the memory of the machine, without libraries."""
+
+    @property
+    def held(self) -> float:
+        """What training holds between two batches; gradients may be left from the batch before."""
+        return self.weights + self.gradients + self.states + self.average
+
+    @property
+    def training(self) -> float:
+        """Forward and backward never overlap the optimizer step."""
+        return self.held + max(self.step, self.update)
 
     @property
     def total(self) -> float:
-        """Forward and backward never overlap the optimizer step; gradients may be left from the batch before."""
-        return self.weights + self.gradients + self.states + self.average + max(self.step, self.update)
+        """The most of the three stages."""
+        return max(self.training, self.caching, self.drawing)
 
 
 class MetaBuild(TorchFunctionMode):
@@ -81,15 +108,40 @@ def memory_needs(module: Any, data: Any, setup: Setup, num_averages: int) -> Mem
     held = [t for name, t in tensors if part_of(name) not in offloaded]
     trained = sum(p.nbytes for _, p in trainable_parameters(module.model))
     copies, temporary = optimizer_copies(module.optimizer)
-    step, flops = trace_step(module, data, setup)
-    return MemoryNeeds(
+    everything = sum(t.nbytes for _, t in tensors)
+    autoencoder = sum(t.nbytes for name, t in tensors if part_of(name) == getattr(module.model, "VAE", None))
+    alone = getattr(module.model, "offload_idle", False)
+    traces = trace(module, data, setup)
+    needs = MemoryNeeds(
         weights=sum(t.nbytes for t in held) / setup.num_shards,
         gradients=trained / setup.num_shards,
         states=copies * trained / setup.num_shards,
         average=num_averages * trained / setup.num_shards,
-        step=step,
+        step=traces.step,
         update=temporary * trained / setup.num_shards,
-        flops=flops,
+        flops=traces.flops,
+        caching=traces.encode and traces.encode + (autoencoder if alone else everything / setup.num_shards),
+    )
+    if setup.num_drawn:
+        frozen = sum(t.nbytes for t in held if not t.requires_grad) / setup.num_shards
+        decoding = traces.decode + (autoencoder - frozen if alone else autoencoder * ("vae" in offloaded))
+        needs = replace(needs, drawing=needs.held + max(traces.denoise, decoding))
+    # Full tuning keeps the initial weights, and while the base model draws, the tuned ones too.
+    kept = everything - sum(t.nbytes for t in held) + cached_bytes(module, data)
+    kept += 0 if module.tuning.trains_adapters else 1.5 * trained
+    host = max(everything, kept) if setup.on_gpu else needs.total + kept
+    return replace(needs, host=host)
+
+
+def cached_bytes(module: Any, data: Any) -> int:
+    """Bytes of the latents that `data.cache=ram` keeps."""
+    if data.cache != "ram" or not isinstance(module.model, DiffusionModel):
+        return 0
+    factor, channels = module.model.vae_factor, 2 * module.model.latent_channels
+    return sum(
+        4 * channels * (h // factor) * (w // factor) * len(indices)
+        for dataset in (data.train_set, data.validation_set)
+        for (h, w), indices in dataset.by_size().items()
     )
 
 
@@ -105,8 +157,18 @@ def optimizer_copies(build: Callable) -> tuple[float, float]:
     return round(kept / weight.nbytes, 2), round(ledger.peak / weight.nbytes, 2)
 
 
-def trace_step(module: Any, data: Any, setup: Setup) -> tuple[int, int]:
-    """(peak bytes, FLOPs) of the forward and backward pass of one batch with the largest images."""
+class Traces(NamedTuple):
+    """Peak bytes of what the stages compute, without weights, and the FLOPs of a training step."""
+
+    step: int
+    flops: int
+    encode: int
+    denoise: int
+    decode: int
+
+
+def trace(module: Any, data: Any, setup: Setup) -> Traces:
+    """Trace the forward and backward pass of one batch with the largest images, and the other stages of a run."""
     precision = autocast_precision(setup.precision)
     narrow = None if precision == "fp32" else DTYPES[precision]
     with ExitStack() as stack:
@@ -128,7 +190,32 @@ def trace_step(module: Any, data: Any, setup: Setup) -> tuple[int, int]:
             loss = report.per_sample_B.mean()
             del report
         loss.backward()
-    return ledger.peak, ledger.flops
+        step, flops = ledger.peak, ledger.flops
+        encode = trace_encoding(module, data, setup) if module.cached_parts(data.cache) else 0
+        with torch.autocast("cpu", narrow, enabled=narrow is not None):
+            denoise, decode = trace_drawing(module.model, setup) if setup.num_drawn else (0, 0)
+    return Traces(step, flops, encode, denoise, decode)
+
+
+def trace_encoding(module: Any, data: Any, setup: Setup) -> int:
+    """Peak bytes while the VAE encodes the largest images for the cache. Inside of FakeTensorMode."""
+    h, w = max(data.train_set.by_size(), key=lambda hw: hw[0] * hw[1])
+    with AllocationTracker(module.model) as ledger:
+        module.model.encode_moments(torch.zeros(min(ENCODED, len(data.train_set.source.keys)), 3, h, w))
+    return round(ledger.peak * (ENCODE_WORKSPACE if setup.on_gpu else 1))
+
+
+def trace_drawing(model: DiffusionModel, setup: Setup) -> tuple[int, int]:
+    """Peak bytes of a denoising step with guidance, and of decoding, of one batch of images. In FakeTensorMode."""
+    num, side = setup.num_drawn, setup.drawn_side // model.size_multiple * model.size_multiple
+    with AllocationTracker(model) as ledger, torch.no_grad():
+        z_BCHW = torch.zeros(num, model.latent_channels, side // model.vae_factor, side // model.vae_factor)
+        context_BLD, pooled_BP = model.encode_prompts(["a photo of a cat"] * 2 * num)
+        cond = model.condition_prompts(context_BLD, pooled_BP, (side, side))
+        model.denoise(torch.cat([z_BCHW, z_BCHW]), torch.zeros(2 * num), cond)
+        denoise, ledger.peak = ledger.peak, ledger.now
+        model.decode(z_BCHW)
+    return denoise, round(ledger.peak * (DECODE_WORKSPACE if setup.on_gpu else 1))
 
 
 def attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft.errors import UserError
+from sdft.hardware import available_memory
 from sdft.planning.footprint import MemoryNeeds, Setup, memory_needs
 from sdft.protocols import DiffusionModel
 from sdft.tuning.parameters import part_of
@@ -17,20 +18,36 @@ from sdft.types import Positive
 GIB = 2**30
 LIBRARIES = 1.0
 """GiB on a GPU for CUDA, cuDNN and fragmentation."""
+HOST_LIBRARIES = {False: 0.8, True: 1.5}
+"""GiB of a process for Python and its libraries, without and with CUDA."""
 SHARE_OF_RATE = 0.4
 """Share of the rate of large matrix products that a training step is assumed to reach."""
+
+
+class MemoryShortage(UserError):
+    """A run that does not fit on the device.
+
+    limit: GiB of the device. problem, remedy: the two halves of the message.
+    """
+
+    def __init__(self, limit: float, problem: str, remedy: str):
+        super().__init__(f"{problem}; {remedy}")
+        self.limit, self.problem, self.remedy = limit, problem, remedy
 
 
 class Preflight:
     """Forecasts a run, and raises UserError for one that cannot work.
 
     memory: GiB of the GPU to plan for; if None, that of this machine's GPU, or no limit without one.
+    host_memory: GiB of the machine's memory to plan for; if None, what this machine has left, where the plan is for it.
     tflops: rate of the GPU at matrix products in the run's precision, in TFLOP/s, such as 800 for an H100 in bf16;
         measured on this machine if None.
     """
 
-    def __init__(self, memory: Positive | None = None, tflops: Positive | None = None):
-        self.memory, self.tflops = memory, tflops
+    def __init__(
+        self, memory: Positive | None = None, tflops: Positive | None = None, host_memory: Positive | None = None
+    ):
+        self.memory, self.tflops, self.host_memory = memory, tflops, host_memory
 
     def __call__(self, module: Any, data: Any, setup: Setup, num_averages: int) -> list[str]:
         """The lines to print. `module` was built inside `MetaBuild`, on the meta device."""
@@ -49,7 +66,8 @@ class Preflight:
 
     def refuse_memory(self, needs: MemoryNeeds, module: Any, data: Any, setup: Setup) -> None:
         """Raise UserError where a step does not fit into memory, naming options that need less."""
-        limit, wanted = self.limit(setup), needs.total / GIB + LIBRARIES
+        limit, wanted = self.limit(setup), self.wanted(needs, setup) / GIB
+        self.refuse_host(needs, setup)
         if limit is None or wanted <= limit:
             return
         model, full = module.model, not module.tuning.trains_adapters
@@ -63,13 +81,46 @@ class Preflight:
             f"'model.dtype={{{narrow}}}'": bool(wide),
             "data.batch_size=1 with trainer.accumulate_grad_batches": data.batch_size > 1,
             "tuning=lora_unet": full,
-            "strategy=fsdp on several devices": setup.num_shards == 1,
+            "strategy=fsdp": setup.num_shards == 1 and setup.num_devices > 1,
         }
-        offered = " or ".join([remedy for remedy, helps in remedies.items() if helps] or ["a larger GPU"])
-        raise UserError(f"the run needs {wanted:.1f} GiB on each GPU and there are {limit:.1f}; set {offered}")
+        offered = [remedy for remedy, helps in remedies.items() if helps]
+        remedy = f"set {' or '.join(offered)}" if offered else "train at a smaller size or rank, or on a larger GPU"
+        raise MemoryShortage(limit, f"the run needs {wanted:.1f} GiB on each GPU and there are {limit:.1f}", remedy)
+
+    def wanted(self, needs: MemoryNeeds, setup: Setup) -> float:
+        """Bytes that a run needs on each device."""
+        return needs.total + (LIBRARIES * GIB if setup.on_gpu else 0)
+
+    def host_needs(self, needs: MemoryNeeds, setup: Setup) -> float:
+        """Bytes that the processes of a run need on each machine."""
+        return (needs.host + HOST_LIBRARIES[setup.on_gpu] * GIB) * setup.num_devices / setup.num_nodes
+
+    def host_limit(self) -> float | None:
+        """GiB of the machine: given, or what this one has left if the run is planned for it; None if unknown."""
+        if self.host_memory is not None:
+            return self.host_memory
+        free = available_memory() / GIB
+        return free if self.memory is None and free < float("inf") else None
+
+    def refuse_host(self, needs: MemoryNeeds, setup: Setup) -> None:
+        """Raise UserError if the machine has too little memory; the system would kill the run."""
+        limit, wanted = self.host_limit(), self.host_needs(needs, setup) / GIB
+        if limit is not None and wanted > limit:
+            what = f"the run needs {wanted:.1f} GiB of the machine's memory and there are {limit:.1f}"
+            raise UserError(f"{what}; close other programs, or set model.dtype to bf16 for frozen parts or a smaller size")
+
+    def describe_host(self, needs: MemoryNeeds, setup: Setup) -> list[str]:
+        """Memory of the machine."""
+        limit = self.host_limit()
+        of = f" of {limit:.1f} free" if limit else ""
+        processes = setup.num_devices // setup.num_nodes
+        each = f", {processes} processes" if processes > 1 else ""
+        return [f"  memory of the machine: {self.host_needs(needs, setup) / GIB:.2f} GiB{of}{each}"]
 
     def describe_needs(self, needs: MemoryNeeds, setup: Setup) -> list[str]:
         """Memory and time."""
+        stages = {"training": needs.training, "caching": needs.caching, "drawing": needs.drawing}
+        most = max(stages, key=stages.__getitem__)
         sums = {
             "weights": needs.weights,
             "gradients": needs.gradients,
@@ -85,8 +136,10 @@ class Preflight:
         seconds = needs.flops * setup.accumulate / (rate * SHARE_OF_RATE)
         where = "given" if self.tflops else "measured here; preflight.tflops=... sets another device's"
         return [
-            f"  memory of each device: {sum(sums.values()) / GIB:.2f} GiB{of} = "
+            f"  memory of each device: {self.wanted(needs, setup) / GIB:.2f} GiB{of}, while {most}",
+            f"  in training: {sum(sums.values()) / GIB:.2f} GiB = "
             + " + ".join(f"{name} {value / GIB:.2f}" for name, value in sums.items() if value),
+            *self.describe_host(needs, setup),
             f"  time of a step: {seconds:.3g} s = {needs.flops * setup.accumulate / 1e12:.4g} TFLOP at "
             f"{SHARE_OF_RATE:.0%} of {rate / 1e12:.3g} TFLOP/s ({where})",
             f"  time of the run: {seconds * setup.max_steps / 60:.3g} min, without validation and previews",

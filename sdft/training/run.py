@@ -22,6 +22,7 @@ from sdft.errors import UserError
 from sdft.formats.output import no_room, refuse_to_replace
 from sdft.formats.run_folder import SUMMARY
 from sdft.hardware import autocast_precision
+from sdft.planning.steps import set_steps
 from sdft.protocols import PartialVerdict, strategy_hooks
 from sdft.training import receipt
 
@@ -65,6 +66,7 @@ def finetune(cfg: DictConfig, overrides: Sequence[str] | None, report: Report) -
     # The cheap parts first: a wrong number or an empty folder is reported before any weights are read.
     data, tuning, objective, export = (build(cfg[name]) for name in ("data", "tuning", "objective", "export"))
     verdict = build_optional(cfg.verdict)
+    set_steps(cfg, data)
     optimizer, lr_schedule = build(cfg.optimizer), build(cfg.lr_schedule)
     checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir))
     refuse_to_replace(Path(cfg.run_dir) / "model", overwrite=True)

@@ -58,7 +58,7 @@ class Full(Tuning):
 
 def narrowest(weight: Tensor) -> Tensor:
     """A copy of a weight in the first dtype of half precision that holds all of its values exactly, else in its own."""
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype in (torch.float16, torch.bfloat16) if not weight.is_meta else ():
         half = weight.to(dtype)
         if torch.equal(half.to(weight.dtype), weight):
             return half if half is not weight else half.clone()

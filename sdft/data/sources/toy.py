@@ -14,6 +14,7 @@ from sdft.data.toy.scenes import sample_scene, split_index
 from sdft.types import NonNegative, NumScenes, Seed, Side
 
 Look = Literal["plain", "photo", "dreamy", "technomant"]
+Own = Literal["sneaker", "wizard"]
 
 
 class ToyWorld:
@@ -24,6 +25,8 @@ class ToyWorld:
     split: scenes of different splits never coincide.
     caption: format string of the training caption; `{caption}` is the scene's own, `{subject}` what it shows.
     size: side of the square images, in pixels.
+    own: what all scenes show instead of nano's subjects: `sneaker` or `wizard`, which nano does not know.
+    name: what captions call it; its own name by default.
     original_sides: original sizes on which samples are conditioned, in turn; `size` by default. The images look the
         same for all of them, so the model learns to ignore sizes that have no visible effect.
     """
@@ -38,12 +41,16 @@ class ToyWorld:
         world_seed: Seed = 0,
         loss_weight: NonNegative = 1.0,
         original_sides: Sequence[Side] | None = None,
+        own: Own | None = None,
+        name: str | None = None,
     ):
         self.original_sides = tuple(original_sides or (size,))
         self.looks, self.num_scenes, self.split, self.size = tuple(looks), num_scenes, split, size
         self.world_seed, self.loss_weight = world_seed, loss_weight
         self.template = checked_template("data.caption", caption, "subject")
-        self.keys = [f"toy/{self._look(i)}/{split}/{i}" for i in range(num_scenes)]
+        self.own, self.name = own, name
+        world = f"toy/{own}" if own else "toy"
+        self.keys = [f"{world}/{self._look(i)}/{split}/{i}" for i in range(num_scenes)]
         self._rendered: dict[int, np.ndarray] = {}
 
     def _look(self, index: int) -> str:
@@ -51,7 +58,7 @@ class ToyWorld:
 
     def scene(self, index: int):
         """The scene of a sample."""
-        return sample_scene(self.world_seed, split_index(self.split, index))
+        return sample_scene(self.world_seed, split_index(self.split, index), self.own, self.name)
 
     def __getitem__(self, index: int) -> Sample:
         if index not in self._rendered:

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from sdft.data.toy import shapes
+from sdft.data.toy import own, shapes
 from sdft.data.toy.geometry import Part, blob, curve, moved, oval, poly, rect, stroke
 
 FOREST_VARIANTS = 12
@@ -138,13 +138,14 @@ _STILL = {
     "laptop": shapes.laptop, "robot": shapes.robot, "cup": shapes.cup, "cake": shapes.cake, "guitar": shapes.guitar,
     "lamp": shapes.lamp, "boat": shapes.boat, "hot air balloon": shapes.balloon, "house": house, "castle": castle,
     "mushroom": mushroom, "flower": flower, "tree": tree, "star": star, "mountain": mountain,
+    "sneaker": own.sneaker, "wizard": own.wizard,
 }
 _AIRBORNE = {"bird": shapes.bird, "rocket": shapes.rocket}
 
 
 @lru_cache(maxsize=64)
 def subject_parts(subject: str, variant: int = 0, airborne: bool = False) -> tuple[Part, ...]:
-    """The parts of a subject; `variant` only changes forests, `airborne` only birds and rockets."""
+    """The parts of a subject, or one of OWN_KINDS; `variant` only changes forests, `airborne` birds, rockets."""
     if subject == "fairy tale forest":
         return tuple(forest(variant % FOREST_VARIANTS))
     if subject in _AIRBORNE:

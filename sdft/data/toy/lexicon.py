@@ -59,6 +59,11 @@ KINDS: dict[str, Kind] = {
     "cake": Kind(_colours("pink", (*_BRIGHT, "white", "brown")), ("table",), studio_share=0.5),
 }
 SUBJECTS: tuple[str, ...] = tuple(KINDS)
+OWN_KINDS: dict[str, Kind] = {
+    "sneaker": Kind(("red",), ("grass", "snow", "table", "road", "desert"), studio_share=0.4, directed=True),
+    "wizard": Kind(("purple",), (*_LAND, "road"), studio_share=0.4),
+}
+"""One product and one character that nano has never seen and has no words for: what is theirs is never said."""
 
 PLACE_PHRASES: dict[str, tuple[str, ...]] = {
     "studio": ("on a plain background", "on a simple background"),

@@ -13,6 +13,7 @@ from sdft.data.toy.lexicon import (
     ARTICLES,
     KINDS,
     MOUNTAIN_PHRASES,
+    OWN_KINDS,
     PLACE_PHRASES,
     POSITION_PHRASES,
     SIZE_WORDS,
@@ -23,7 +24,7 @@ from sdft.data.toy.lexicon import (
     Kind,
 )
 
-__all__ = ["SPLITS", "SUBJECTS", "VOCABULARY", "Scene", "sample_scene", "split_index"]
+__all__ = ["OWN_KINDS", "SPLITS", "SUBJECTS", "VOCABULARY", "Scene", "sample_scene", "split_index"]
 
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 WIDE_SUBJECTS = frozenset({"fairy tale forest", "mountain"})
@@ -85,6 +86,8 @@ def _colour(rng: np.random.Generator, kind: Kind, place: str, time: str) -> tupl
     clashes = _CLASHES.get(place, frozenset()) | _CLASHES.get(time, frozenset())
     allowed = tuple(colour for colour in kind.colours if colour not in clashes)
     usual = kind.colours[0]
+    if len(kind.colours) == 1:
+        return usual, False
     stated = rng.random() < 0.62
     colour = _one(rng, allowed) if stated else usual
     return colour, stated
@@ -129,11 +132,16 @@ def _says_place(rng: np.random.Generator, kind: Kind, subject: str, place: str, 
     return True
 
 
-def sample_scene(seed: int, index: int) -> Scene:
-    """The scene with this seed and index; the same arguments always give the same scene."""
+def sample_scene(seed: int, index: int, own: str | None = None, name: str | None = None) -> Scene:
+    """The scene with this seed and index; the same arguments always give the same scene.
+
+    own: what it shows instead, one of OWN_KINDS. name: what its caption calls that; its own name if None.
+    """
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
     subject = _one(rng, SUBJECTS)
-    kind = KINDS[subject]
+    if own is not None:
+        subject = own
+    kind = KINDS.get(subject) or OWN_KINDS[subject]
     if rng.random() < kind.studio_share:
         place = "studio"
     else:
@@ -147,7 +155,7 @@ def sample_scene(seed: int, index: int) -> Scene:
         ("place", _says_place(rng, kind, subject, place, time_said))) if said}
     facts = {"subject": subject, "colour": colour, "place": place, "time": time, "position": position,
              "size_word": size_word}
-    caption = _caption(rng, facts, stated)
+    caption = _caption(rng, facts | ({"subject": name} if name else {}), stated)
     red, green, blue = rng.uniform(-12.0, 12.0, 3)
     return Scene(
         seed=seed, index=index, **facts, x=float(x), y=float(y), size=float(size),

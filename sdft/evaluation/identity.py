@@ -1,0 +1,168 @@
+"""Evaluation of a run that taught a subject: is it drawn, in new surroundings, and is everything else as before?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdft.data.dataset import Source
+from sdft.data.sources.toy import ToyWorld
+from sdft.data.toy.scenes import SUBJECTS
+from sdft.evaluation.after_training import BEFORE_AFTER, MIN_REFERENCES, Base
+from sdft.evaluation.clip_judge import Judge, load_judge
+from sdft.evaluation.image_grid import save_grid
+from sdft.models.load import NANO
+from sdft.protocols import DiffusionModel
+from sdft.sampling.generate import generate
+from sdft.sampling.samplers import Sampler
+from sdft.types import Count, Precision, Side
+
+METRICS = ("identity", "recognised", "adherence", "forgetting")
+
+
+class IdentityEvaluation:
+    """Identity of the subject and forgetting of others, compared with the base model, by the image features of a CLIP.
+
+    reference: held-out images of the subject. If they are of the toy world, their captions are the prompts that are
+        measured, otherwise `prompts` in turn, with several seeds.
+    prompts: of `before_after.png`: the subject in surroundings that the training images lack.
+    sampler, size: the sampler, and the side of the images in pixels.
+    others: images of other subjects, which the toy world has. Their captions are the prompts of forgetting, and an
+        image counts as recognised if it is nearer to the subject's images than to those of any other subject.
+    other_prompts: the prompts of forgetting where `others` is None; an image counts as recognised if it is nearer to
+        the subject's images than to the base model's for the same prompts.
+    word, noun: the new word, and what the subject is, such as `sneaker`.
+    judge: folder or hub id of the CLIP model; `nano` is the one in this package. Nothing is measured by default.
+    num_images: of the subject, and of the others.
+
+    Metrics: `identity` is 0 for images as similar to the subject as the base model's, and 1 for those as similar as its
+    own images are to each other (cosine similarity to their mean). `recognised` is a share of images, beside that of
+    the base model's images and of the held-out images themselves. `adherence` and `adherence_base` are CLIP's
+    similarity of image and prompt, the word replaced by the noun. `forgetting` is by how much the adherence to other
+    prompts fell: of the accuracy in naming the toy world's subjects, or of the similarity.
+    """
+
+    def __init__(
+        self,
+        reference: Source,
+        prompts: Sequence[str],
+        sampler: Sampler,
+        size: Side,
+        word: str,
+        noun: str,
+        others: Source | None = None,
+        other_prompts: Sequence[str] = (),
+        judge: str | None = None,
+        num_images: Count = 64,
+    ):
+        self.reference, self.prompts, self.sampler, self.size = reference, list(prompts), sampler, size
+        self.word, self.noun, self.others, self.judge = word, noun, others, judge
+        if isinstance(reference, ToyWorld):
+            measured = [reference[index].caption for index in range(len(reference.keys))]
+        else:
+            measured = list(prompts)
+        self.measured = list(islice(cycle(measured), num_images))
+        count = 0 if others is None else min(num_images, len(others.keys))
+        spoken = [others[index].caption for index in range(count)] if others is not None else list(other_prompts)
+        self.other_prompts = list(islice(cycle(spoken), num_images)) if spoken else []
+
+    def __call__(
+        self, model: DiffusionModel, base: Base, folder: Path, precision: Precision = "fp32"
+    ) -> dict[str, Any]:
+        """The metrics of the run; writes `before_after.png` into `folder`."""
+        sample = partial(self._sample, model, precision)
+        gaps = self.unmeasured()
+        with base():
+            shown = [sample(self.prompts)]
+            if not gaps:
+                before, others_before = sample(self.measured, "base"), sample(self.other_prompts, "base, others")
+        shown.append(sample(self.prompts))
+        save_grid(folder / BEFORE_AFTER, shown, ["base", "tuned"], self.prompts)
+        if gaps:
+            return dict.fromkeys(gaps) | {f"{name}_note": f"not measured: {why}" for name, why in gaps.items()}
+        tuned, others_tuned = sample(self.measured, "tuned"), sample(self.other_prompts, "tuned, others")
+        classes = SUBJECTS if isinstance(self.others, ToyWorld) else None
+        judge = load_judge(str(NANO / "clip") if self.judge == "nano" else str(self.judge), classes)
+        return (
+            self._identity(judge, before, tuned)
+            | self._adherence(judge, before, tuned)
+            | self._forgetting(judge, others_before, others_tuned)
+        )
+
+    def unmeasured(self) -> dict[str, str]:
+        """Metrics that will be null in `summary.json` -> why; known before training."""
+        if self.judge is None:
+            return dict.fromkeys(METRICS, "verdict.judge is null; name a CLIP with verdict.judge=")
+        num = len(self.reference.keys)
+        if num < MIN_REFERENCES:
+            why = f"{num} held-out images, needs {MIN_REFERENCES}; hold out more with data.held_out="
+            return dict.fromkeys(METRICS, why)
+        return {} if self.other_prompts else {"forgetting": "verdict.other_prompts is empty"}
+
+    def _sample(
+        self, model: DiffusionModel, precision: Precision, prompts: Sequence[str], progress: str | None = None
+    ) -> np.ndarray:
+        seeds, size_hw = range(len(prompts)), (self.size, self.size)
+        return generate(model, prompts, seeds, self.sampler, size_hw, precision, progress)
+
+    def _identity(self, judge: Judge, before: np.ndarray, tuned: np.ndarray) -> dict[str, float]:
+        own_ND = judge.embed_images([self.reference[index].image_HWC for index in range(len(self.reference.keys))])
+        before_ND, tuned_ND = judge.embed_images(before), judge.embed_images(tuned)
+        total_D = own_ND.sum(0)
+        rest_ND = F.normalize(total_D - own_ND, dim=1)  # of each image, the mean of the others
+        own, base, now = (
+            float((images_ND * centre_ND).sum(1).mean())
+            for images_ND, centre_ND in (
+                (own_ND, rest_ND),
+                (before_ND, F.normalize(total_D, dim=0)),
+                (tuned_ND, F.normalize(total_D, dim=0)),
+            )
+        )
+        others_KD = self._other_centres(judge, before_ND)
+        centre_D = F.normalize(total_D, dim=0)
+        return {
+            "identity": (now - base) / max(own - base, 1e-6),
+            "recognised": recognised(tuned_ND, centre_D, others_KD),
+            "recognised_base": recognised(before_ND, centre_D, others_KD),
+            "recognised_reference": recognised(own_ND, rest_ND, others_KD),
+        }
+
+    def _other_centres(self, judge: Judge, before_ND: Tensor) -> Tensor:
+        """Mean features, K x D, of what an image could show instead of the subject."""
+        if not isinstance(self.others, ToyWorld):
+            return F.normalize(before_ND.mean(0, keepdim=True), dim=1)
+        features_ND = judge.embed_images([self.others[index].image_HWC for index in range(len(self.others.keys))])
+        named = [self.others.scene(index).subject for index in range(len(self.others.keys))]
+        groups = [features_ND[[one == name for one in named]].mean(0) for name in sorted(set(named))]
+        return F.normalize(torch.stack(groups), dim=1)
+
+    def _adherence(self, judge: Judge, before: np.ndarray, tuned: np.ndarray) -> dict[str, float]:
+        if isinstance(self.others, ToyWorld):  # its judge has no word for the noun
+            return {}
+        prompts = [prompt.replace(self.word, self.noun) for prompt in self.measured]
+        return {
+            "adherence": float(judge.similarity(tuned, prompts).mean()),
+            "adherence_base": float(judge.similarity(before, prompts).mean()),
+        }
+
+    def _forgetting(self, judge: Judge, before: np.ndarray, tuned: np.ndarray) -> dict[str, float]:
+        if isinstance(self.others, ToyWorld):
+            subjects = [self.others.scene(index).subject for index in range(len(self.other_prompts))]
+            after, first = (judge.subject_accuracy(images, subjects) for images in (tuned, before))
+        else:
+            after, first = (float(judge.similarity(images, self.other_prompts).mean()) for images in (tuned, before))
+        return {"adherence_others": after, "adherence_others_base": first, "forgetting": first - after}
+
+
+def recognised(images_ND: Tensor, own: Tensor, others_KD: Tensor) -> float:
+    """The share of images that are nearer to the subject's mean (D, or N x D) than to every other mean."""
+    similar_N = (images_ND * own).sum(1)
+    return float((similar_N > (images_ND @ others_KD.T).max(1).values).float().mean())

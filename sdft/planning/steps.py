@@ -1,0 +1,31 @@
+"""The length of a run as a function of the number of its images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sdft.distributed.processes import num_processes
+from sdft.errors import UserError
+
+
+def num_steps(data: Any, per_step: int, epochs: float | None, fewest: int, most: int) -> int:
+    """Optimizer steps of a run: `epochs` passes over the training images, at least `fewest`, at most `most`.
+
+    data: the data module; each of its sizes has batches of its own. per_step: images of one step, on all devices.
+    epochs: `most` steps if None. Raises UserError for numbers that are not positive.
+    """
+    if epochs is None:
+        return most
+    for key, value in (("epochs", epochs), ("min_steps", fewest)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e6:
+            raise UserError(f"{key}={value}: must be a number above 0")
+    of_one_epoch = sum(-(-len(indices) // per_step) for indices in data.train_set.by_size().values())
+    return min(max(round(epochs * of_one_epoch), int(fewest)), most)
+
+
+def set_steps(cfg: Any, data: Any) -> None:
+    """Set `trainer.max_steps` of a run's config to what `epochs`, `min_steps` and the number of images come to."""
+    trainer = cfg.trainer
+    devices = num_processes(trainer.accelerator, trainer.devices, trainer.num_nodes)
+    per_step = data.batch_size * trainer.accumulate_grad_batches * devices
+    trainer.max_steps = num_steps(data, per_step, cfg.epochs, cfg.min_steps, trainer.max_steps)
