@@ -55,31 +55,29 @@ def jobs(root: Path, a: Synthetic, b: Synthetic, size: int) -> list[Job]:
     quick = ["logger=csv", "sampler.steps=2", "sampler.batch_size=1", "trainer.accumulate_grad_batches=1"]
     train = ["train.py", *a.overrides, "data=folder", f"data.root={root / 'pictures'}", f"size={size}", *quick]
     train += [f"prompts=[{PROMPT}]", "verdict.num_images=2", "data.bucket_step=null"]
-    resumed, lora = root / "resumed", root / "lora"
+    resumed, lora, blend = root / "resumed", root / "lora", root / "blend.safetensors"
     killed = [*train, "experiment=dreamy_style", f"run_dir={resumed}", "trainer.max_steps=2", "verdict=none"]
-    formats = ["-m", "sdft.formats", f"config={a.config}"]
-    subjects = f"subjects={{base: {a.weights}, lora: {lora}, blend: {root / 'blend.safetensors'}}}"
+    killed += ["callbacks.last.every=1"]
+    full = [*train, "experiment=photo_style", "tuning.parts=[text_encoder_2]", "trainer.max_steps=1"]
+    full += ["model.dtype.text_encoder_2=fp32", "+model.dtype.unet=bf16", "export.dtype=bf16"]
+    full += ["export.single_file=true", f"run_dir={root / 'full'}"]
+    compared = f"subjects={{base: {a.weights}, lora: {lora}, blend: {blend}}}"
+    formats, folder = ["-m", "sdft.formats", f"config={a.config}"], root / "folder"
     return [
         Job("pictures", ["-m", "sdft.data", "toy", f"out={root / 'pictures'}", "count=13", f"size={size}"]),
         Job("dry run", [*train, "experiment=dreamy_style", "dry_run=true"]),
         Job("LoRA", [*train, "experiment=dreamy_style", "trainer.max_steps=2", f"run_dir={lora}"], limited=True),
-        Job("new word", [*train, "experiment=word", "word=zorbix", "trainer.max_steps=2", f"run_dir={root / 'word'}"]),
-        Job(
-            "full tuning of text encoder 2",
-            [*train, "experiment=photo_style", "tuning.parts=[text_encoder_2]", "trainer.max_steps=1"]
-            + ["model.dtype={unet: bf16, text_encoder: bf16, text_encoder_2: fp32}"]
-            + ["export.dtype=bf16", "export.single_file=true", f"run_dir={root / 'full'}"],
-        ),
-        Job("LoRA, killed", [*killed, "callbacks.last.every=1"], until=resumed / "checkpoints" / "last.ckpt"),
-        Job("LoRA, resumed", [*killed, "callbacks.last.every=1", "resume=auto"]),
-        Job("merge of two", ["-m", "sdft.merging", f"a={a.weights}", f"b={b.weights}", f"out={root / 'blend.safetensors'}"]),
+        Job("new word", [*train, "experiment=word", "trainer.max_steps=2", f"run_dir={root / 'word'}"]),
+        Job("full tuning of text encoder 2", full),
+        Job("LoRA, killed", killed, until=resumed / "checkpoints" / "last.ckpt"),
+        Job("LoRA, resumed", [*killed, "resume=auto"]),
+        Job("merge of two", ["-m", "sdft.merging", f"a={a.weights}", f"b={b.weights}", f"out={blend}"]),
         Job(
             "comparison of base, LoRA, merged",
-            ["eval.py", *a.overrides, subjects, f"prompts=[{PROMPT}]", "seeds=2", f"size={size}", "sampler.steps=2"]
-            + [f"run_dir={root / 'comparison'}"],
+            ["eval.py", *a.overrides, compared, f"prompts=[{PROMPT}]", "seeds=2", f"size={size}", "sampler.steps=2"],
         ),
-        Job("single file to folder", [*formats, f"in={a.weights}", f"out={root / 'folder'}", "to=folder"]),
-        Job("folder to single file", [*formats, f"in={root / 'folder'}", f"out={root / 'again.safetensors'}", "to=single_file"]),
+        Job("single file to folder", [*formats, f"in={a.weights}", f"out={folder}", "to=folder"]),
+        Job("folder to single file", [*formats, f"in={folder}", f"out={root / 'again.safetensors'}", "to=single_file"]),
         Job(
             "LoRA to kohya's names",
             [*formats, f"in={lora / 'lora.safetensors'}", f"out={root / 'kohya.safetensors'}", "to=kohya"],
@@ -87,18 +85,20 @@ def jobs(root: Path, a: Synthetic, b: Synthetic, size: int) -> list[Job]:
     ]
 
 
-def run(job: Job, log: Path, limit: float | None) -> Usage:
-    """Run a job; its output goes to `log`."""
+def run(job: Job, root: Path, log: Path, limit: float | None) -> Usage:
+    """Run a job in the folder `root`; its output goes to `log`."""
 
     def limited() -> None:
         if limit is not None and job.limited:
             size = int(limit * 2**30)
             resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
-    begun, environment = time.monotonic(), os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    begun, environment = time.monotonic(), os.environ | {"PYTHONPATH": str(ROOT)}
+    environment |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
     with log.open("wb") as written:
-        command = [sys.executable, *map(str, job.words)]
-        child = subprocess.Popen(command, cwd=ROOT, stdout=written, stderr=written, env=environment, preexec_fn=limited)  # noqa: PLW1509
+        first, *rest = job.words
+        command = [sys.executable, str(ROOT / first) if first.endswith(".py") else first, *rest]
+        child = subprocess.Popen(command, cwd=ROOT, stdout=written, stderr=written, env=environment, preexec_fn=limited)
         while True:
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)
             if pid:
@@ -126,7 +126,7 @@ def measured(
         if only and job.name not in only:
             continue
         log = root / f"{job.name}.log"
-        used = run(job, log, limit)
+        used = run(job, root, log, limit)
         report(f"{job.name}: {used.seconds:.0f} s, peak {used.peak_gib:.2f} GiB")
         if used.status not in ((0, KILL) if job.until else (0,)):
             raise SystemExit(f"{job.name} ended with {used.status}; the end of {log}:\n{log.read_text()[-3000:]}")

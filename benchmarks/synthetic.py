@@ -34,7 +34,7 @@ WIDTHS = {
 """The widths of each part's config. Heads stay as many as they are, each of them narrower."""
 GAIN = 0.7
 """Of random layers: the variance of what passes through them shrinks a little, so that no activation overflows."""
-WORDS = tuple("a photo of the in style cat dog shoe on table at night neon drawing".split())
+WORDS = ("a", "photo", "of", "the", "in", "style", "cat", "dog", "shoe", "on", "table", "night", "neon", "drawing")
 """That the tokenizers know; all other text falls back to letters, as rare words of SDXL do to pieces."""
 
 
@@ -71,9 +71,7 @@ def write_config(folder: Path, divisor: int = 1) -> None:
     unet = folder / "unet" / "config.json"
     config = read_json(unet)
     pooled = read_json(folder / "text_encoder_2" / "config.json")["projection_dim"]
-    write_json(
-        unet, config | {"projection_class_embeddings_input_dim": pooled + 6 * config["addition_time_embed_dim"]}
-    )
+    write_json(unet, config | {"projection_class_embeddings_input_dim": pooled + 6 * config["addition_time_embed_dim"]})
     size = read_json(folder / "text_encoder" / "config.json")["vocab_size"]
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
         tokenizer(WORDS, pad, size).save_pretrained(folder / name)

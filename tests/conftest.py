@@ -18,6 +18,7 @@ import torch
 from tiny import TinySource, build_tiny_batch, build_tiny_model
 from warm import WarmPython
 
+from benchmarks.synthetic import Synthetic, write_synthetic
 from sdft.batch import Batch
 from sdft.models.sdxl import SDXL
 
@@ -39,6 +40,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def tiny_model() -> Callable[..., SDXL]:
     """Builds a tiny SDXL: `tiny_model(seed=0, empty_prompt="zeros")`."""
     return build_tiny_model
+
+
+@pytest.fixture(scope="session")
+def thin_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Synthetic:
+    """SDXL with all of its tensors and names, and an eighth of its widths."""
+    return write_synthetic(tmp_path_factory.mktemp("thin"), divisor=8)
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ from sdft.distributed.processes import ProcessInfo
 from sdft.distributed.run_lock import run_lock
 from sdft.errors import UserError
 
-__all__ = ["CONF_DIR", "ConfigError", "build", "check", "command", "build_optional", "compose", "quoted", "tries_all"]
+__all__ = ["CONF_DIR", "ConfigError", "build", "build_optional", "check", "command", "compose", "quoted", "tries_all"]
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CONF_DIR = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if folder.is_dir())

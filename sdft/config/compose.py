@@ -159,7 +159,8 @@ class Composer:
         return [list(job) for job in jobs or [()]]
 
     def fill_open_dicts(self, overrides: Sequence[str]) -> list[str]:
-        """The overrides with `hardware=auto` as the preset of this machine's GPU, and with `key={...}` as `++key={...}` if the key is declared as `{}`, for the user to fill.
+        """The overrides as Hydra takes them: `hardware=auto` as the preset of this machine's GPU, and `key={...}` as
+        `++key={...}` if the key is declared as `{}`, for the user to fill.
 
         Hydra merges dicts, and refuses new keys. Raises ConfigError if an experiment or recipe has filled it already,
         since the result would have the entries of both.

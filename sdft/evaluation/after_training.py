@@ -46,7 +46,8 @@ class StyleEvaluation:
         adherence is not measured.
     caption: template of the tuned model's prompts, with `{caption}`. If it adds a word, the style gain without the
         word is measured too.
-    reduced_side: images are reduced to this side in pixels before their style is measured.
+    reduced_side: images are reduced to this side in pixels before their style is measured; a quarter of `size`, but at
+        least 64, if None.
     """
 
     def __init__(
@@ -58,11 +59,11 @@ class StyleEvaluation:
         num_images: Count = 64,
         judge: str | None = None,
         caption: str = "{caption}",
-        reduced_side: Count = 64,
+        reduced_side: Count | None = None,
     ):
         self.reference, self.prompts, self.sampler, self.size = reference, list(prompts), sampler, size
-        self.num_images, self.caption, self.reduced_side = min(num_images, len(reference.keys)), caption, reduced_side
-        self.judge = judge
+        self.num_images, self.caption = min(num_images, len(reference.keys)), caption
+        self.judge, self.reduced_side = judge, reduced_side or max(64, size // 4)
 
     def __call__(
         self, model: DiffusionModel, base: Base, folder: Path, precision: Precision = "fp32"

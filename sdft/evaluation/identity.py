@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,17 +34,17 @@ class IdentityEvaluation:
         measured, otherwise `prompts` in turn, with several seeds.
     prompts: of `before_after.png`: the subject in surroundings that the training images lack.
     sampler, size: the sampler, and the side of the images in pixels.
-    others: images of other subjects, which the toy world has. Their captions are the prompts of forgetting, and an
-        image counts as recognised if it is nearer to the subject's images than to those of any other subject.
-    other_prompts: the prompts of forgetting where `others` is None; an image counts as recognised if it is nearer to
-        the subject's images than to the base model's for the same prompts.
+    others: images of other subjects, which the toy world has; their captions are the prompts of forgetting.
+    other_prompts: the prompts of forgetting where `others` is None.
     word, noun: the new word, and what the subject is, such as `sneaker`.
     judge: folder or hub id of the CLIP model; `nano` is the one in this package. Nothing is measured by default.
     num_images: of the subject, and of the others.
 
     Metrics: `identity` is 0 for images as similar to the subject as the base model's, and 1 for those as similar as its
-    own images are to each other (cosine similarity to their mean). `recognised` is a share of images, beside that of
-    the base model's images and of the held-out images themselves. `adherence` and `adherence_base` are CLIP's
+    own images are to each other (cosine similarity to their mean). `recognised` is the share of images whose most
+    similar one is a held-out image of the subject, and not one of `others`, or of the base model's where that is None;
+    beside it stand the shares of the base model's images, of the others, which should be 0, and of the held-out images
+    themselves, which should be 1. `adherence` and `adherence_base` are CLIP's
     similarity of image and prompt, the word replaced by the noun. `forgetting` is by how much the adherence to other
     prompts fell: of the accuracy in naming the toy world's subjects, or of the similarity.
     """
@@ -116,33 +115,26 @@ class IdentityEvaluation:
     def _identity(self, judge: Judge, before: np.ndarray, tuned: np.ndarray) -> dict[str, float]:
         own_ND = judge.embed_images([self.reference[index].image_HWC for index in range(len(self.reference.keys))])
         before_ND, tuned_ND = judge.embed_images(before), judge.embed_images(tuned)
+        others_ND = before_ND
+        if self.others is not None:
+            others_ND = judge.embed_images([self.others[index].image_HWC for index in range(len(self.others.keys))])
         total_D = own_ND.sum(0)
-        rest_ND = F.normalize(total_D - own_ND, dim=1)  # of each image, the mean of the others
+        centre_D, rest_ND = F.normalize(total_D, dim=0), F.normalize(total_D - own_ND, dim=1)  # the mean of the others
         own, base, now = (
-            float((images_ND * centre_ND).sum(1).mean())
-            for images_ND, centre_ND in (
-                (own_ND, rest_ND),
-                (before_ND, F.normalize(total_D, dim=0)),
-                (tuned_ND, F.normalize(total_D, dim=0)),
-            )
+            float((images * centre).sum(1).mean())
+            for images, centre in ((own_ND, rest_ND), (before_ND, centre_D), (tuned_ND, centre_D))
         )
-        others_KD = self._other_centres(judge, before_ND)
-        centre_D = F.normalize(total_D, dim=0)
-        return {
+        found = {
             "identity": (now - base) / max(own - base, 1e-6),
-            "recognised": recognised(tuned_ND, centre_D, others_KD),
-            "recognised_base": recognised(before_ND, centre_D, others_KD),
-            "recognised_reference": recognised(own_ND, rest_ND, others_KD),
+            "recognised": recognised(tuned_ND, own_ND, others_ND),
+            "recognised_reference": recognised(own_ND, own_ND, others_ND),
         }
-
-    def _other_centres(self, judge: Judge, before_ND: Tensor) -> Tensor:
-        """Mean features, K x D, of what an image could show instead of the subject."""
-        if not isinstance(self.others, ToyWorld):
-            return F.normalize(before_ND.mean(0, keepdim=True), dim=1)
-        features_ND = judge.embed_images([self.others[index].image_HWC for index in range(len(self.others.keys))])
-        named = [self.others.scene(index).subject for index in range(len(self.others.keys))]
-        groups = [features_ND[[one == name for one in named]].mean(0) for name in sorted(set(named))]
-        return F.normalize(torch.stack(groups), dim=1)
+        if self.others is None:
+            return found
+        return found | {
+            "recognised_base": recognised(before_ND, own_ND, others_ND),
+            "recognised_others": recognised(others_ND, own_ND, others_ND),
+        }
 
     def _adherence(self, judge: Judge, before: np.ndarray, tuned: np.ndarray) -> dict[str, float]:
         if isinstance(self.others, ToyWorld):  # its judge has no word for the noun
@@ -162,7 +154,11 @@ class IdentityEvaluation:
         return {"adherence_others": after, "adherence_others_base": first, "forgetting": first - after}
 
 
-def recognised(images_ND: Tensor, own: Tensor, others_KD: Tensor) -> float:
-    """The share of images that are nearer to the subject's mean (D, or N x D) than to every other mean."""
-    similar_N = (images_ND * own).sum(1)
-    return float((similar_N > (images_ND @ others_KD.T).max(1).values).float().mean())
+def recognised(images_ND: Tensor, own_MD: Tensor, others_KD: Tensor) -> float:
+    """The share of images whose most similar one, other than itself, is the subject's and not another's."""
+    to_own_NM, to_others_NK = images_ND @ own_MD.T, images_ND @ others_KD.T
+    if images_ND is own_MD:
+        to_own_NM.fill_diagonal_(-1)
+    if images_ND is others_KD:
+        to_others_NK.fill_diagonal_(-1)
+    return float((to_own_NM.max(1).values > to_others_NK.max(1).values).float().mean())

@@ -30,7 +30,6 @@ from sdft.models.load import find_checkpoint
 from sdft.protocols import DiffusionModel
 from sdft.tuning.parameters import copy_parameters, trainable_parameters
 
-
 SMALL = 2**30
 """Bytes of a base model that stays in memory beside another model."""
 

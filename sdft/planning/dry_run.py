@@ -12,7 +12,7 @@ from sdft.config.command import CONF_DIR, build, build_optional
 from sdft.data.sources.shards import COMMANDS_RUN
 from sdft.distributed.processes import num_processes
 from sdft.errors import UserError
-from sdft.hardware import default_precision, fitting_presets, num_gpus
+from sdft.hardware import PRESETS, default_precision, fitting_presets, num_gpus
 from sdft.planning.steps import set_steps
 from sdft.protocols import WeightAverage, strategy_hooks
 
@@ -47,20 +47,25 @@ def forecast(cfg: DictConfig, look_for_preset: bool = True) -> list[str]:
     try:
         lines = build(cfg.preflight)(module, data, run_setup(cfg), num_averages)
     except MemoryShortage as short:
-        preset = preset_that_fits(cfg, short.limit) if look_for_preset else None
-        raise UserError(f"{short.problem}; hardware={preset} fits") if preset else short from None
+        remedy = preset_that_fits(cfg, short.limit) if look_for_preset else None
+        raise UserError(f"{short.problem}; {remedy}") if remedy else short from None
     return [f"{cfg.name}: {cfg.size} px; nothing is trained or written", *lines]
 
 
 def preset_that_fits(cfg: DictConfig, memory: float) -> str | None:
-    """The option of `hardware=` for a card of `memory` GiB or less with which the run fits; None if there is none."""
-    for preset in fitting_presets(memory):
-        file = CONF_DIR / "hardware" / f"{preset}.yaml"
+    """The option of `hardware=` for a card of `memory` GiB or less with which the run fits, else the smallest card on
+    which it does; None if there is no preset for it."""
+    fitting = fitting_presets(memory)
+    ends = dict.fromkeys([*fitting[:1], *fitting[-1:]])  # the fastest, and the one that needs least
+    for preset in [*ends, *(name for name in PRESETS if name not in fitting)]:
+        preset_cfg: Any = OmegaConf.merge(cfg, OmegaConf.load(CONF_DIR / "hardware" / f"{preset}.yaml"))
+        preset_cfg.preflight.memory = min(memory, PRESETS[preset]) if preset in fitting else PRESETS[preset]
         try:
-            forecast(OmegaConf.merge(cfg, OmegaConf.load(file)), look_for_preset=False)  # type: ignore[arg-type]
+            forecast(preset_cfg, look_for_preset=False)
         except UserError:
             continue
-        return preset
+        smallest = f"the smallest card that it fits on has {PRESETS[preset]} GB (hardware={preset})"
+        return f"hardware={preset} fits" if preset in fitting else smallest
     return None
 
 

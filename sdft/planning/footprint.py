@@ -30,8 +30,8 @@ from sdft.tuning.parameters import part_of, trainable_parameters
 from sdft.types import DTYPES
 
 ENCODE_WORKSPACE, DECODE_WORKSPACE = 1.2, 1.6
-"""Memory of the VAE on a GPU relative to its tensors, for the workspace of cuDNN's convolutions: an H200 took 3.0 GiB to
-encode and 4.8 GiB to decode an image of 1024 px, whose tensors have 2.5 and 3.0 GiB."""
+"""Memory of the VAE on a GPU relative to its tensors, for the workspace of cuDNN's convolutions: an H200 took 3.0 GiB
+to encode and 4.8 GiB to decode an image of 1024 px, whose tensors have 2.5 and 3.0 GiB."""
 ENCODED = 64
 """Images that are on the device at a time while the cache is filled."""
 

@@ -107,7 +107,7 @@ class Preflight:
         limit, wanted = self.host_limit(), self.host_needs(needs, setup) / GIB
         if limit is not None and wanted > limit:
             what = f"the run needs {wanted:.1f} GiB of the machine's memory and there are {limit:.1f}"
-            raise UserError(f"{what}; close other programs, or set model.dtype to bf16 for frozen parts or a smaller size")
+            raise UserError(f"{what}; close other programs, or set bf16 for frozen parts in model.dtype")
 
     def describe_host(self, needs: MemoryNeeds, setup: Setup) -> list[str]:
         """Memory of the machine."""

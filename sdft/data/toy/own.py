@@ -24,17 +24,17 @@ def sneaker() -> list[Part]:
 
 
 def wizard() -> list[Part]:
-    """A bearded wizard in a robe with a pointed hat and a staff."""
+    """A bearded wizard in a wide robe with a pointed hat, a glowing staff in each picture."""
     return [
-        stroke("wood", [(88, 26), (88, 100)], 5), oval("lamp", 88, 20, 9, 9),
-        blob("main", [(50, 40), (32, 52), (16, 98), (50, 101), (84, 98), (68, 52)]),
-        blob("main", [(64, 52), (90, 58), (88, 66), (66, 68)]),
-        oval("cream", 88, 62, 6, 5),
-        stroke("yellow", [(24, 90), (50, 94), (76, 90)], 5, False),
-        oval("cream", 50, 38, 16, 15),
-        blob("white", [(34, 42), (50, 50), (66, 42), (62, 66), (50, 84), (38, 66)]),
-        oval("ink", 44, 36, 2.6, 3.2, edge=False), oval("ink", 56, 36, 2.6, 3.2, edge=False),
-        poly("main", [(28, 30), (54, -14), (72, 30)]),
-        slab("yellow", 24, 26, 76, 33, 3),
-        oval("yellow", 52, 10, 4.5, 4.5, edge=False),
+        stroke("wood", [(100, 20), (100, 100)], 7), oval("lamp", 100, 14, 13, 13),
+        blob("main", [(50, 42), (26, 52), (2, 96), (50, 102), (98, 96), (74, 52)]),
+        blob("main", [(68, 52), (100, 60), (98, 72), (70, 70)]),
+        oval("cream", 100, 66, 8, 7),
+        stroke("yellow", [(10, 86), (50, 94), (90, 86)], 8, False),
+        oval("cream", 50, 40, 24, 20),
+        blob("white", [(24, 44), (50, 52), (76, 44), (70, 72), (50, 90), (30, 72)]),
+        oval("ink", 41, 38, 4.5, 5.5, edge=False), oval("ink", 59, 38, 4.5, 5.5, edge=False),
+        poly("main", [(16, 30), (54, -24), (84, 30)]),
+        slab("yellow", 6, 24, 94, 35, 5),
+        oval("yellow", 52, 8, 7, 7, edge=False),
     ]

@@ -1,0 +1,101 @@
+"""The commands of a page of documentation, run as its reader would: in its order, in one folder, with fewer steps.
+
+Those of the real model run on a thin SDXL, with all of its tensors and an eighth of its widths (`benchmarks.synthetic`).
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from warm import WarmPython
+
+from benchmarks.synthetic import Synthetic
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.compile(r"```bash\n(.*?)```", re.DOTALL)
+ELSEWHERE = ("make ", "pip ", "git ", "source ", "sudo ", "sbatch ", "srun ", "torchrun ", "wandb ", "cd ")
+"""Starts of lines that are run by other tests: CI's own targets, tests/slurm, tests/distributed."""
+APART = ("--config-dir", "RUN_FOLDER", "hydra/launcher=slurm", "hydra/sweeper=search")
+"""Of commands that need more than a checkout: test_extending, test_receipt, tests/slurm, test_sweep."""
+SHORT = {
+    "train.py": ["trainer.max_steps=2", "sampler.steps=2", "logger=csv"],
+    "eval.py": ["sampler.steps=2", "seeds=1"],
+}
+FEW_SCENES = ["data.validation.num_scenes=4", "reference.num_scenes=8"]
+"""Of the toy world, held out."""
+THIN = ["size=128", "sampler.batch_size=1", "trainer.accumulate_grad_batches=1", "prompts=[a photo of a cat]"]
+PICTURES = 13
+
+
+def commands(page: Path) -> list[str]:
+    """Every command of the bash blocks of a page that a test of it can run."""
+    lines = [line for block in BLOCKS.findall(page.read_text(encoding="utf-8")) for line in block.splitlines()]
+    texts = [re.split(r"\s{2,}#", line)[0].strip() for line in lines]
+    wanted = [text for text in texts if text and not text.startswith(("#", *ELSEWHERE))]
+    return [text for text in wanted if not any(part in text for part in APART)]
+
+
+def shortened(text: str, pictures: Path, thin: Synthetic, num_judged: int) -> list[str]:
+    """The words after `python` of a command, with fewer steps, and with a folder and weights that exist.
+
+    num_judged: how many more runs are judged; the others stop at the weights.
+    """
+    program, *words = shlex.split(text)
+    assert program == "python", f"how is this run? {text}"
+    words = [re.sub(r"=DIR$", f"={pictures}", word) for word in words]
+    if "in=model.safetensors" in words:
+        return [*words[:2], f"in={thin.weights}", f"config={thin.config}", *words[3:]]
+    given = {word.split("=")[0] for word in words}
+    if words[0] not in SHORT or "--cfg" in words or "reproduce" in given:
+        return words
+    added = list(SHORT[words[0]])
+    if words[0] == "train.py":
+        toy = not any(word.startswith("data=") for word in words)
+        added += FEW_SCENES if toy and not teaches_subject(words) else []
+        added += [] if num_judged > 0 or "-m" in words else ["verdict=none"]
+        added += [] if "verdict=none" in added else ["verdict.num_images=4"]
+    if "model=sdxl" in words:
+        added += [*THIN, *thin.overrides[1:]] if words[0] == "train.py" else thin.overrides[1:]
+    return words + [word for word in added if word.split("=")[0] not in given]
+
+
+def teaches_subject(words: list[str]) -> bool:
+    """Whether an experiment brings its own toy scenes."""
+    return any(word in ("experiment=product", "experiment=character") for word in words)
+
+
+def run_page(page: Path, folder: Path, thin: Synthetic, num_judged: int = 3) -> int:
+    """Run the commands of a page in a new folder; returns how many there were."""
+    for name in ("train.py", "eval.py"):
+        (folder / name).symlink_to(ROOT / name)
+    pictures = folder / "my_pictures"
+    write_pictures(pictures)
+    write_files(page, folder)
+    found = commands(page)
+    with WarmPython() as python:
+        for text in found:
+            words = shortened(text, pictures, thin, num_judged)
+            num_judged -= words[0] == "train.py"
+            status, printed = python.run(words, folder)
+            assert status == 0, f"{text}\nrun as {shlex.join(words)}\n{printed[-6000:]}"
+    return len(found)
+
+
+def write_files(page: Path, folder: Path) -> None:
+    """Write the YAML blocks of a page that say in their first line which file they are."""
+    for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        if match := re.match(r"# ([\w.]+\.yaml)\b", block):
+            (folder / match[1]).write_text(block, encoding="utf-8")
+
+
+def write_pictures(folder: Path, side: int = 160) -> None:
+    """Photographs without captions but one, larger than the images that are trained on."""
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (PICTURES, 8, 8, 3), dtype=np.uint8)
+    for number, pixels in enumerate(noise):
+        Image.fromarray(pixels).resize((side, side)).save(folder / f"{number:02}.jpg")
+        (folder / f"{number:02}.txt").write_text(f"a cat on a table {number}", encoding="utf-8")
