@@ -11,6 +11,8 @@ import torch
 from sdft.errors import UserError
 from sdft.types import Precision
 
+CGROUPS = Path("/sys/fs/cgroup")
+
 
 def reuse_freed_memory() -> None:
     """Let it be kept for the next block of about that size: page faults cost as much as the reading or arithmetic.
@@ -36,13 +38,9 @@ def available_memory() -> float:
 
 def _left_in_groups() -> Iterator[float]:
     """Bytes left in each control group (version 2) that this process is in and that has a limit."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
-    except OSError:
-        return
-    for folder in (root / own, *(root / own).parents):
-        if folder != root and root not in folder.parents:
+    own = CGROUPS / own_cgroup()
+    for folder in (own, *own.parents):
+        if folder != CGROUPS and CGROUPS not in folder.parents:
             return
         try:
             limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
@@ -51,6 +49,14 @@ def _left_in_groups() -> Iterator[float]:
             continue
         if limit.isdigit():
             yield int(limit) - int(used) + int(cached.get("inactive_file", 0))
+
+
+def own_cgroup() -> str:
+    """The control group of this process, relative to the root of all."""
+    try:
+        return Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
+    except OSError:
+        return ""
 
 
 PRESETS = {"8gb": 8, "12gb": 12, "16gb": 16, "24gb": 24, "48gb": 48, "80gb": 80}

@@ -82,11 +82,14 @@ class Tuning(ABC):
     parts: names of the model's trained submodules.
     new_words: word -> initial phrase, of words that get their own embeddings.
     trains_adapters: whether the result is an adapter beside frozen weights (a LoRA file), or a whole model.
+    initial: of a whole model, the weights before training on the CPU, by name; errors of exported files are measured by
+        how far training has moved them. Empty if they are not kept.
     """
 
     parts: Sequence[str]
     new_words: Mapping[str, str] = {}
     trains_adapters: bool = False
+    initial: Mapping[str, Tensor] = {}
 
     @abstractmethod
     def attach(self, model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """The commands of a page of documentation, run as its reader would: in its order, in one folder, with fewer steps.
 
-Those of the real model run on a thin SDXL, with all of its tensors and an eighth of its widths (`benchmarks.synthetic`).
+Those of the real model run on a thin SDXL: all of its tensors, an eighth of its widths (`benchmarks.synthetic`).
 """
 
 from __future__ import annotations

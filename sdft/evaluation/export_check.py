@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,24 +37,25 @@ NUM_INPUTS, SIDE = 8, 8
 MIN_LAYER_CHANGE = 1e-3
 """Smallest change of a layer's output by training, relative to it, that errors are divided by: a smaller one is below
 the rounding of half precision."""
+CHUNK = 2**20
+"""Elements that are compared at a time."""
 MIN_EFFECT = 0.05
 """Smallest change of a part's weights by training, relative to them, that errors are divided by.
 
 If training changed less, errors are divided by this, or rounding errors would look large."""
 OWN_CONFIG = {"architectures", "dtype", "torch_dtype", "transformers_version", "model_type"}
 """Entries of a text encoder's config that saving changes."""
-Base = Callable[[], AbstractContextManager]
 
 
 def export_errors(
-    model: DiffusionModel, base: Base, written: Mapping[str, Path], words: Sequence[str] = ()
+    model: DiffusionModel, initial: Mapping[str, Tensor], written: Mapping[str, Path], words: Sequence[str] = ()
 ) -> dict[str, float]:
     """The error of each file, relative to the change by training.
 
     Of an adapter, the largest of its layers' errors: root mean square of the difference of the outputs for random
     inputs, divided by that of their change by training. Of a whole model likewise, of its parts' weights.
 
-    base: context manager in which `model` is the base model. written: kind of file -> path. words: the new ones.
+    initial: weights before training, by name; others did not change. written: kind of file -> path. words: new ones.
 
     Raises UserError for a model whose configs, tokenizers or names of weights are not the trained model's.
     """
@@ -63,9 +64,9 @@ def export_errors(
         if kind == "words":
             errors[kind] = words_error(model, path, words)
         elif kind == "model":
-            errors[kind] = weights_error(model, base, read_folder(model, path))
+            errors[kind] = weights_error(model, initial, read_folder(model, path))
         elif kind == "single_file":
-            errors[kind] = weights_error(model, base, read_single_file(model, path, written["model"]))
+            errors[kind] = weights_error(model, initial, read_single_file(model, path, written["model"]))
         else:
             errors[kind] = adapter_error(model, path, kind)
     return errors
@@ -93,13 +94,9 @@ def adapter_error(model: DiffusionModel, path: Path, kind: str) -> float:
 
 
 def without_weights(model: DiffusionModel) -> DiffusionModel:
-    """A copy of the model without adapters whose frozen weights are zeros that take no memory, in fp32."""
+    """A copy of the model without adapters whose weights are zeros that take no memory, in fp32."""
     zero = torch.zeros(())
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(zero.expand(p.shape), requires_grad=False)
-        for p in model.parameters()
-        if not p.requires_grad
-    }
+    memo: dict[int, Any] = {id(p): nn.Parameter(zero.expand(p.shape), requires_grad=False) for p in model.parameters()}
     skeleton = copy.deepcopy(model, memo).eval()
     for part in skeleton.PARTS:
         remove_adapters(skeleton.get_submodule(part))
@@ -146,34 +143,29 @@ class ReadWeight:
     release: Callable[[], None] = nothing
 
 
-Read = Callable[[], Iterator[ReadWeight]]
-
-
 @torch.no_grad()
-def weights_error(model: DiffusionModel, base: Base, read: Read) -> float:
-    """The largest error of a part's weights in a file that `read` reads, weight by weight, twice.
+def weights_error(model: DiffusionModel, initial: Mapping[str, Tensor], read: Iterable[ReadWeight]) -> float:
+    """The largest error of a part's weights in a file.
 
     A weight may differ from the trained one by being rounded to the file's dtype. One that differs otherwise counts by
     itself, so that it is not lost among the others.
     """
-    changes, errors = {}, []
-    with base():
-        parameters = dict(model.named_parameters())
-        for weight in read():
-            changes[weight.name] = squares(weight.value, parameters[weight.name])
-            weight.release()
-    if missing := parameters.keys() - changes.keys():
-        raise UserError(f"export: the file lacks {len(missing)} weights, for example {min(missing)}; do not use it")
-    sums: dict[str, list[float]] = {}
-    for weight in read():
-        trained = parameters[weight.name]
-        found = squares(weight.value, trained), changes[weight.name], squares(trained)
+    parameters, errors = dict(model.named_parameters()), []
+    sums = {part: [0.0, 0.0, 0.0] for part in model.PARTS}
+    missing = set(parameters)
+    for weight in read:
+        trained, before = parameters[weight.name], initial.get(weight.name)
+        change = 0.0 if before is None else squares(weight.value, before)
+        found = squares(weight.value, trained), change, squares(trained)
         if torch.equal(weight.value, trained.to("cpu", weight.value.dtype)):
-            total = sums.setdefault(weight.name.partition(".")[0], [0.0, 0.0, 0.0])
+            total = sums[weight.name.partition(".")[0]]
             total[:] = [one + more for one, more in zip(total, found, strict=True)]
         else:
             errors.append(relative(*found))
+        missing.discard(weight.name)
         weight.release()
+    if missing:
+        raise UserError(f"export: the file lacks {len(missing)} weights, for example {min(missing)}; do not use it")
     return max([*errors, *(relative(*total) for total in sums.values())])
 
 
@@ -183,50 +175,42 @@ def relative(difference: float, change: float, weights: float) -> float:
     return math.sqrt(difference / change) if change else math.inf if difference else 0.0
 
 
-def read_folder(model: DiffusionModel, folder: Path) -> Read:
+def read_folder(model: DiffusionModel, folder: Path) -> Iterator[ReadWeight]:
     """Reads a diffusers folder. The denoiser's weights are mapped; the other parts are loaded one after another."""
     skeleton, ours = without_weights(model), model.pipeline()
     again = type(ours).from_pretrained(folder, **{part: skeleton.get_submodule(part) for part in model.PARTS})
     refuse_other_tokens(ours, again, folder)
     refuse_other_config(folder / "scheduler", model.scheduler.config, again.scheduler.config)
-
-    def read() -> Iterator[ReadWeight]:
-        for part in model.PARTS:
-            network = model.get_submodule(part)
-            (file,) = (folder / part).glob("*.safetensors")
-            stored, _ = read_header("export", file)
-            if part != model.DENOISER:
-                yield from loaded(
-                    part, network, type(network).from_pretrained(folder / part, dtype=DTYPES[stored[0].dtype])
-                )
-                continue
-            with init_empty_weights():
-                expected = type(network).from_config(read_json(folder / part / "config.json"))
-            refuse_other_config(folder / part, network.config, expected.config)
-            mapped = MappedFile(file)
-            yield from views(part, {hub_name(part, one.name): mapped.tensor(one) for one in stored}, mapped, stored)
-
-    return read
+    for part in model.PARTS:
+        network = model.get_submodule(part)
+        (file,) = (folder / part).glob("*.safetensors")
+        stored, _ = read_header("export", file)
+        if part != model.DENOISER:
+            yield from loaded(
+                part, network, type(network).from_pretrained(folder / part, dtype=DTYPES[stored[0].dtype])
+            )
+            continue
+        with init_empty_weights():
+            expected = type(network).from_config(read_json(folder / part / "config.json"))
+        refuse_other_config(folder / part, network.config, expected.config)
+        mapped = MappedFile(file)
+        yield from views(part, {hub_name(part, one.name): mapped.tensor(one) for one in stored}, mapped, stored)
 
 
-def read_single_file(model: DiffusionModel, path: Path, folder: Path) -> Read:
+def read_single_file(model: DiffusionModel, path: Path, folder: Path) -> Iterator[ReadWeight]:
     """Reads a model in one file. diffusers renames the denoiser's mapped weights; the other parts it loads."""
     stored, _ = read_header("export", path)
     dtype, denoiser = DTYPES[stored[0].dtype], model.denoiser
-
-    def read() -> Iterator[ReadWeight]:
-        options = {"config": str(folder), model.DENOISER: without_weights(model).denoiser}
-        pipeline = type(model.pipeline()).from_single_file(str(path), torch_dtype=dtype, **options)
-        for part in model.PARTS:
-            if part != model.DENOISER:
-                yield from loaded(part, model.get_submodule(part), getattr(pipeline, part))
-        del pipeline
-        mapped = MappedFile(path)
-        rename = SINGLE_FILE_LOADABLE_CLASSES[type(denoiser).__name__]["checkpoint_mapping_fn"]
-        file = {one.name: mapped.tensor(one) for one in stored if one.dtype in DTYPES}
-        yield from views(model.DENOISER, rename(checkpoint=file, config=denoiser.config), mapped, stored)
-
-    return read
+    options = {"config": str(folder), model.DENOISER: without_weights(model).denoiser}
+    pipeline = type(model.pipeline()).from_single_file(str(path), torch_dtype=dtype, **options)
+    for part in model.PARTS:
+        if part != model.DENOISER:
+            yield from loaded(part, model.get_submodule(part), getattr(pipeline, part))
+    del pipeline
+    mapped = MappedFile(path)
+    rename = SINGLE_FILE_LOADABLE_CLASSES[type(denoiser).__name__]["checkpoint_mapping_fn"]
+    file = {one.name: mapped.tensor(one) for one in stored if one.dtype in DTYPES}
+    yield from views(model.DENOISER, rename(checkpoint=file, config=denoiser.config), mapped, stored)
 
 
 def loaded(part: str, trained: nn.Module, read: nn.Module) -> Iterator[ReadWeight]:
@@ -278,10 +262,12 @@ def refuse_other_tokens(pipeline: Any, read: Any, folder: Path) -> None:
 
 def squares(x: Tensor, minus: Tensor | None = None) -> float:
     """The sum of squares of a tensor, or of a difference, in fp64."""
-    x = x.detach().to("cpu", torch.float32)
-    return float(
-        (x if minus is None else x - minus.detach().to("cpu", torch.float32)).square().sum(dtype=torch.float64)
-    )
+    total = 0.0
+    parts = [x.detach().reshape(-1), *([] if minus is None else [minus.detach().reshape(-1)])]
+    for chunks in zip(*(part.split(CHUNK) for part in parts), strict=True):
+        one, *other = (chunk.to("cpu", torch.float32) for chunk in chunks)
+        total += float((one - other[0] if other else one).square().sum(dtype=torch.float64))
+    return total
 
 
 def rms(x: Tensor) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -42,7 +43,7 @@ class IdentityEvaluation:
 
     Metrics: `identity` is 0 for images as similar to the subject as the base model's, and 1 for those as similar as its
     own images are to each other (cosine similarity to their mean). `recognised` is the share of images whose most
-    similar one is a held-out image of the subject, and not one of `others`, or of the base model's where that is None;
+    similar one is a held-out image of the subject, and not one of `others` or of the base model's for the same prompts;
     beside it stand the shares of the base model's images, of the others, which should be 0, and of the held-out images
     themselves, which should be 1. `adherence` and `adherence_base` are CLIP's
     similarity of image and prompt, the word replaced by the noun. `forgetting` is by how much the adherence to other
@@ -115,9 +116,10 @@ class IdentityEvaluation:
     def _identity(self, judge: Judge, before: np.ndarray, tuned: np.ndarray) -> dict[str, float]:
         own_ND = judge.embed_images([self.reference[index].image_HWC for index in range(len(self.reference.keys))])
         before_ND, tuned_ND = judge.embed_images(before), judge.embed_images(tuned)
-        others_ND = before_ND
+        not_own_ND = before_ND
         if self.others is not None:
             others_ND = judge.embed_images([self.others[index].image_HWC for index in range(len(self.others.keys))])
+            not_own_ND = torch.cat([before_ND, others_ND])
         total_D = own_ND.sum(0)
         centre_D, rest_ND = F.normalize(total_D, dim=0), F.normalize(total_D - own_ND, dim=1)  # the mean of the others
         own, base, now = (
@@ -126,15 +128,11 @@ class IdentityEvaluation:
         )
         found = {
             "identity": (now - base) / max(own - base, 1e-6),
-            "recognised": recognised(tuned_ND, own_ND, others_ND),
-            "recognised_reference": recognised(own_ND, own_ND, others_ND),
+            "recognised": recognised(tuned_ND, own_ND, not_own_ND),
+            "recognised_reference": recognised(own_ND, own_ND, not_own_ND),
+            "recognised_base": recognised(before_ND, own_ND, not_own_ND),
         }
-        if self.others is None:
-            return found
-        return found | {
-            "recognised_base": recognised(before_ND, own_ND, others_ND),
-            "recognised_others": recognised(others_ND, own_ND, others_ND),
-        }
+        return found if self.others is None else found | {"recognised_others": recognised(others_ND, own_ND, not_own_ND)}
 
     def _adherence(self, judge: Judge, before: np.ndarray, tuned: np.ndarray) -> dict[str, float]:
         if isinstance(self.others, ToyWorld):  # its judge has no word for the noun
@@ -156,9 +154,13 @@ class IdentityEvaluation:
 
 def recognised(images_ND: Tensor, own_MD: Tensor, others_KD: Tensor) -> float:
     """The share of images whose most similar one, other than itself, is the subject's and not another's."""
-    to_own_NM, to_others_NK = images_ND @ own_MD.T, images_ND @ others_KD.T
-    if images_ND is own_MD:
-        to_own_NM.fill_diagonal_(-1)
-    if images_ND is others_KD:
-        to_others_NK.fill_diagonal_(-1)
-    return float((to_own_NM.max(1).values > to_others_NK.max(1).values).float().mean())
+    to_own_N, to_others_N = (
+        torch.where(is_itself(images_ND, found_MD), -1.0, images_ND @ found_MD.T).max(1).values
+        for found_MD in (own_MD, others_KD)
+    )
+    return float((to_own_N > to_others_N).float().mean())
+
+
+def is_itself(images_ND: Tensor, others_MD: Tensor) -> Tensor:
+    """Which images have exactly the features of which others, N x M: an image is not compared with itself."""
+    return (images_ND[:, None] == others_MD[None]).all(-1)

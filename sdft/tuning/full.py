@@ -27,7 +27,7 @@ class Full(Tuning):
         unknown = set(self.lr_scale) - set(self.parts)
         if unknown:
             raise UserError(f"tuning.lr_scale names {sorted(unknown)}, which tuning.parts does not train")
-        self._initial: dict[str, Tensor] = {}
+        self.initial: dict[str, Tensor] = {}
 
     def attach(self, model: nn.Module) -> None:
         """Freeze the model except for `parts`, and keep a copy of their initial weights on the CPU.
@@ -39,7 +39,7 @@ class Full(Tuning):
             untrained = model.untrained_parameters(part) if isinstance(model, DiffusionModel) else set()
             for name, parameter in model.get_submodule(part).named_parameters():
                 parameter.requires_grad_(name not in untrained)
-        self._initial = {name: narrowest(p.detach().cpu()) for name, p in trainable_parameters(model)}
+        self.initial = {name: narrowest(p.detach().cpu()) for name, p in trainable_parameters(model)}
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """One parameter group per part."""
@@ -49,7 +49,7 @@ class Full(Tuning):
     def base(self, model: nn.Module) -> Iterator[None]:
         """Inside the `with`, the model has its initial weights."""
         tuned = {name: p.detach().to("cpu", copy=True) for name, p in trainable_parameters(model)}
-        copy_parameters(model, self._initial)
+        copy_parameters(model, self.initial)
         try:
             yield
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,7 +64,7 @@ class Export:
         written = self.write(module, folder, described)
         if not isinstance(module.model, DiffusionModel):
             return written, {}
-        errors = export_errors(module.model, partial(module.tuning.base, module.model), written, words)
+        errors = export_errors(module.model, module.tuning.initial, written, words)
         for name, error in errors.items():
             if not error <= self.tolerance:
                 raise UserError(

@@ -1,0 +1,119 @@
+"""The presets of cards: which one a GPU gets, what dry_run says, and that real SDXL fits by the forecast."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checks import slow
+from page_commands import write_pictures
+
+import train
+from benchmarks.synthetic import Synthetic
+from sdft import hardware
+from sdft.config.command import compose
+from sdft.config.compose import with_found_hardware
+from sdft.errors import UserError
+from sdft.hardware import PRESETS, fitting_presets
+
+ROOT = Path(__file__).resolve().parents[2]
+TASKS = ("style", "word", "product", "character", "brand")
+
+
+def test_there_is_an_option_for_each_card() -> None:
+    names = {file.stem for file in (ROOT / "conf" / "hardware").glob("*.yaml")}
+    assert names == {*PRESETS, "auto"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_step_has_four_images_on_every_card(preset: str) -> None:
+    cfg = compose("train", ["model=sdxl", "data=folder", "data.root=x", f"hardware={preset}"])
+    assert cfg.data.batch_size * cfg.trainer.accumulate_grad_batches == 4
+
+
+@pytest.mark.parametrize(
+    ("memory", "preset"),
+    [(7.6, "8gb"), (8.0, "8gb"), (11.6, "12gb"), (15.7, "16gb"), (23.5, "24gb"), (79.1, "80gb"), (139.8, "80gb")],
+)
+def test_a_card_gets_the_largest_preset_it_has_room_for(memory: float, preset: str, monkeypatch) -> None:
+    assert fitting_presets(memory)[0] == preset
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = type("Card", (), {"total_memory": memory * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: found)
+    assert with_found_hardware(["rank=4", "hardware=auto"]) == ["rank=4", f"hardware={preset}"]
+
+
+def test_without_a_card_nothing_is_set_and_a_small_one_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert with_found_hardware(["hardware=auto"]) == ["hardware=auto"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Card", (), {"total_memory": 4 * 2**30}))
+    with pytest.raises(UserError, match=r"hardware=auto: this GPU has 4\.0 GiB, and the smallest preset is for 8"):
+        with_found_hardware(["hardware=auto"])
+
+
+def test_a_job_of_slurm_has_no_more_memory_than_its_control_group(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "memory.max").write_text(f"{3 * 2**30}\n")
+    (tmp_path / "memory.current").write_text(f"{2 * 2**30}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {2**29}\n")
+    monkeypatch.setattr(hardware, "CGROUPS", tmp_path)
+    monkeypatch.setattr(hardware, "own_cgroup", lambda: "")
+    assert hardware.available_memory() == 1.5 * 2**30
+
+
+def dry_run(monkeypatch, capsys, *words: str) -> tuple[int, str]:
+    """Exit status of `train.py dry_run=true`, and what it printed."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "dry_run=true", "preflight.tflops=100", *words])
+    status = 0
+    try:
+        train.main()
+    except SystemExit as left:
+        status = int(left.code or 0)
+    return status, "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("task", "card"),
+    [
+        (task, card) if (task, card) in {("style", 8), ("product", 12)} else slow(task, card)
+        for task in TASKS
+        for card in (8, 12, 24, 80)
+        if card > 8 or task in ("style", "brand")
+    ],
+)
+def test_the_real_sdxl_fits_on_the_card_by_the_forecast(task: str, card: int, tmp_path, monkeypatch, capsys) -> None:
+    write_pictures(tmp_path / "pictures")
+    words = [f"experiment={task}", "model=sdxl", "data=folder", f"data.root={tmp_path / 'pictures'}"]
+    status, printed = dry_run(monkeypatch, capsys, *words, f"hardware={card}gb", f"preflight.memory={card}")
+    assert status == 0, printed
+    assert f"GiB of {card}.0, while" in printed
+    assert "unet            2,5" in printed
+
+
+@pytest.mark.slow
+def test_words_do_not_fit_on_8_gb_and_the_next_card_is_named(tmp_path: Path, monkeypatch, capsys) -> None:
+    write_pictures(tmp_path / "pictures")
+    words = ["experiment=word", "model=sdxl", "data=folder", f"data.root={tmp_path / 'pictures'}"]
+    status, printed = dry_run(monkeypatch, capsys, *words, "hardware=8gb", "preflight.memory=8")
+    assert status == 2
+    assert "needs 9.4 GiB on each GPU and there are 8.0; the smallest card that it fits on has 12 GB" in printed
+
+
+def test_the_preset_that_fits_is_named(thin_sdxl: Synthetic, tmp_path: Path, monkeypatch, capsys) -> None:
+    """On a thin SDXL, with cards of a thousandth of the memory: 24 stand for 24 MB... as fractions of GiB."""
+    write_pictures(tmp_path / "pictures")
+    words = [*thin_sdxl.overrides, "experiment=style", "data=folder", f"data.root={tmp_path / 'pictures'}", "size=256"]
+    _, printed = dry_run(monkeypatch, capsys, *words, "preflight.memory=8", "data.batch_size=12")
+    assert "effective batch 48" in printed
+    status, printed = dry_run(monkeypatch, capsys, *words, "preflight.memory=7.6", "data.batch_size=11", "size=2048")
+    assert status == 2, printed
+    assert "hardware=8gb fits" in printed
+
+
+def test_too_little_memory_of_the_machine_is_refused_in_time(tmp_path: Path, monkeypatch, capsys) -> None:
+    words = ["experiment=dreamy_style", "preflight.host_memory=0.5"]
+    status, printed = dry_run(monkeypatch, capsys, *words)
+    assert status == 2
+    assert "GiB of the machine's memory and there are 0.5; close other programs" in printed
