@@ -12,7 +12,7 @@ from benchmarks.synthetic import Synthetic
 PAGES = {
     "README.md": 30,
     "docs/getting_started.md": 4,
-    "docs/recipes.md": 5,
+    "docs/recipes.md": 1,
     "docs/data.md": 1,
     "docs/compare.md": 10,
     "docs/merging.md": 20,

@@ -48,3 +48,17 @@ def refuse_folder(key: str, folder: object) -> None:
         raise ConfigError(f"{where}: {what}, not a folder; choose another one")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"{where}: {nearest} cannot be written to; choose another place, or change its permissions")
+    refuse_links(where, path)
+
+
+def refuse_links(where: str, folder: Path) -> None:
+    """Raise ConfigError if a file of an existing run folder is a link to one outside, which the run would change.
+
+    Links to folders are fine: checkpoints may lie on another disk.
+    """
+    inside = folder.resolve()
+    for parent in (folder, folder / ".hydra"):
+        for entry in os.scandir(parent) if parent.is_dir() else ():
+            target = Path(entry.path).resolve()
+            if entry.is_symlink() and not target.is_dir() and inside not in target.parents:
+                raise ConfigError(f"{where}: {entry.path} is a link to {target}; put a copy in its place, or remove it")

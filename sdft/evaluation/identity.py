@@ -132,7 +132,9 @@ class IdentityEvaluation:
             "recognised_reference": recognised(own_ND, own_ND, not_own_ND),
             "recognised_base": recognised(before_ND, own_ND, not_own_ND),
         }
-        return found if self.others is None else found | {"recognised_others": recognised(others_ND, own_ND, not_own_ND)}
+        if self.others is not None:
+            found["recognised_others"] = recognised(others_ND, own_ND, not_own_ND)
+        return found
 
     def _adherence(self, judge: Judge, before: np.ndarray, tuned: np.ndarray) -> dict[str, float]:
         if isinstance(self.others, ToyWorld):  # its judge has no word for the noun

@@ -10,6 +10,8 @@ from PIL import Image
 from warm import WarmPython
 
 import train
+from sdft.config.keys import ConfigError
+from sdft.config.run_folder import refuse_folder
 from sdft.models import load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,3 +148,21 @@ def test_sdxl_without_weights_and_network_says_so_in_one_line(python: WarmPython
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: model.weights=nobody/no-such-model: not found")
+
+
+def test_links_out_of_a_run_folder_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """Hydra and the logger write their files through links; a link to a folder, and one inside of the run, are fine."""
+    run, mine = tmp_path / "run", tmp_path / "mine.yaml"
+    (run / ".hydra").mkdir(parents=True)
+    mine.write_text("precious: 1\n", encoding="utf-8")
+    (tmp_path / "disk").mkdir()
+    (run / "checkpoints").symlink_to(tmp_path / "disk")
+    (run / "a.txt").write_text("a")
+    (run / "b.txt").symlink_to(run / "a.txt")
+    refuse_folder("run_dir", run)
+    for name in ("hparams.yaml", ".hydra/config.yaml", ".lock"):
+        (run / name).symlink_to(mine)
+        with pytest.raises(ConfigError, match=r"is a link to .*mine\.yaml; put a copy in its place, or remove it"):
+            refuse_folder("run_dir", run)
+        (run / name).unlink()
+    assert mine.read_text(encoding="utf-8") == "precious: 1\n"
