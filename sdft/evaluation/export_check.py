@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from sdft.errors import UserError
-from sdft.formats.adapter import applied_lora, lora_from_model, read_words, remove_adapters
+from sdft.formats.adapter import adapted_layers, applied_lora, lora_from_model, read_words, remove_adapters
 from sdft.formats.json_file import read_json
 from sdft.formats.keys import hub_name
 from sdft.formats.lora_file import read_lora
@@ -86,11 +85,8 @@ def adapter_error(model: DiffusionModel, path: Path, kind: str) -> float:
             stack.enter_context(applied_lora(skeleton, read, kind))
         else:
             pipeline.load_lora_weights(str(path))
-        return max(
-            layer_error(name, layer, skeleton.get_submodule(name))
-            for name, layer in model.named_modules()
-            if isinstance(layer, BaseTunerLayer)
-        )
+        again = adapted_layers(skeleton)
+        return max(layer_error(name, layer, again.get(name)) for name, layer in adapted_layers(model).items())
 
 
 def without_weights(model: DiffusionModel) -> DiffusionModel:
@@ -103,9 +99,9 @@ def without_weights(model: DiffusionModel) -> DiffusionModel:
     return skeleton
 
 
-def layer_error(name: str, trained: BaseTunerLayer, read: nn.Module) -> float:
+def layer_error(name: str, trained: Any, read: Any) -> float:
     """The error of one layer with its adapter: both are given the same weights and inputs, in fp32 on the CPU."""
-    if not isinstance(read, BaseTunerLayer):
+    if read is None:
         return math.inf
     ours, theirs = (copy.deepcopy(layer).to("cpu", torch.float32).eval() for layer in (trained, read))
     theirs.base_layer = base = ours.get_base_layer()

@@ -48,6 +48,11 @@ def lora_from_model(model: nn.Module) -> LoraFile:
     return LoraFile(layers)
 
 
+def adapted_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The modules that have an adapter, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
 def parts_of(model: nn.Module) -> list[str]:
     """The parts of a model that LoRAs change: those of `PARTS` that it has."""
     names = {name for name, _ in model.named_children()}

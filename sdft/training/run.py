@@ -90,10 +90,17 @@ def finetune(cfg: DictConfig, overrides: Sequence[str] | None, report: Report) -
     with naming_checkpoint(cfg.resume, checkpoint):
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
     train_seconds = time.monotonic() - started
+    free_training_state(trainer, module)
     module = strategy_hooks(trainer.strategy).gather(module, lambda: finetuning(build(cfg.model)))
     if trainer.global_rank != 0:
         return None
     return conclude(cfg, trainer, module, export, verdict, train_seconds, record, report)
+
+
+def free_training_state(trainer, module) -> None:
+    """Drop gradients and optimizer states: exporting and drawing need their room."""
+    module.zero_grad(set_to_none=True)
+    trainer.strategy.optimizers, trainer.strategy.lr_scheduler_configs = [], []
 
 
 def num_devices(trainer: DictConfig) -> int:

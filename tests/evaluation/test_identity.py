@@ -55,7 +55,7 @@ def drawn(monkeypatch, own: str | None, spoiled: bool, tmp_path: Path) -> dict:
 
 def test_a_model_that_draws_the_subject_is_recognised(monkeypatch, tmp_path: Path) -> None:
     found = drawn(monkeypatch, "sneaker", False, tmp_path)
-    assert found["recognised"] >= 0.9
+    assert found["recognised"] >= 0.8
     assert found["recognised_base"] <= 0.1
     assert found["recognised_others"] <= 0.1
     assert found["recognised_reference"] >= 0.9
@@ -102,5 +102,5 @@ def test_prompts_of_your_own_are_measured_in_turn(tiny_source) -> None:
 def test_an_image_is_not_its_own_neighbour() -> None:
     own, others = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.8, 0.6]])
     assert recognised(own, own, others) == 0
-    assert recognised(torch.tensor([[1.0, 0.0]]), own, others) == 1
-    assert recognised(others, own, others) == 1
+    assert recognised(torch.tensor([[0.96, 0.28]]), own, others) == 1
+    assert recognised(torch.tensor([[0.6, 0.8]]), own, others) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -106,9 +107,34 @@ def test_checkpointing_trades_flops_for_memory(setting) -> None:
 def test_a_run_that_does_not_fit_is_an_error_with_remedies(setting) -> None:
     module, data = setting(Full())
     with pytest.raises(UserError, match=r"needs 1\.\d GiB on each GPU and there are 1\.0; set ") as raised:
-        Preflight(memory=1.0, tflops=1.0)(module, data, PLAIN, 1)
+        Preflight(memory=1.0, tflops=1.0)(module, data, replace(PLAIN, on_gpu=True, num_devices=2), 1)
     remedies = ["model.gradient_checkpointing=true", "text_encoder: bf16, text_encoder_2: bf16", "data.batch_size=1"]
     assert all(remedy in str(raised.value) for remedy in [*remedies, "tuning=lora_unet", "strategy=fsdp"])
+
+
+def test_one_card_is_not_told_to_shard(setting) -> None:
+    module, data = setting(Adapter(rank=2))
+    with pytest.raises(UserError) as raised:
+        Preflight(memory=1.0, tflops=1.0)(module, data, replace(PLAIN, on_gpu=True), 1)
+    assert "fsdp" not in str(raised.value)
+
+
+def test_drawing_and_caching_are_stages_of_their_own(tiny_model, tiny_source) -> None:
+    """Images of 64 px are drawn in a run that trains on 32: the most of the stages counts."""
+    needs = {}
+    for cache, drawn in (("off", 0), ("ram", 0), ("off", 4)):
+        data = Images(tiny_source(6), tiny_source(2, "held out"), 1, size=32, cache=cache)
+        with MetaBuild():
+            module = Finetuning(
+                tiny_model().to("meta"), Adapter(rank=2), Denoising(), partial(adamw, lr=1e-3), constant, seed=0
+            )
+        needs[cache, drawn] = memory_needs(module, data, replace(PLAIN, num_drawn=drawn, drawn_side=64), 0)
+    plain, cached, drawing = needs.values()
+    assert (plain.caching, plain.drawing) == (0, 0)
+    assert cached.caching > sum(p.nbytes for p in tiny_model().parameters())
+    assert drawing.drawing > drawing.held
+    assert drawing.total == max(drawing.drawing, drawing.training)
+    assert plain.host >= plain.total
 
 
 def test_a_step_larger_than_the_data_is_refused(setting) -> None:
