@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ from sdft.protocols import PartialVerdict
 from sdft.sampling.samplers import Sampler
 
 WORD = "zorbix"
-NUM = 16
+NUM = 64
 
 
+@cache
 def world(**options) -> ToyWorld:
-    return ToyWorld(["plain"], 2 * NUM, "test", **options)
+    """As many scenes as the experiments have: with fewer of others, more of them are taken for the subject."""
+    return ToyWorld(["plain"], 128 if "own" in options else 256, "test", **options)
 
 
 def evaluation(**options) -> IdentityEvaluation:
