@@ -298,11 +298,6 @@ class DiffusionModel(nn.Module, ABC):
         """
         return None
 
-    @classmethod
-    def from_pipeline(cls, pipeline: Any) -> DiffusionModel:
-        """The model of the networks of a diffusers pipeline; the inverse of `pipeline`."""
-        raise NotImplementedError(f"{cls.__name__} has no pipeline in diffusers")
-
     @abstractmethod
     def add_words(self, words: Mapping[str, str]) -> None:
         """Add `words` (word -> initial phrase) to the tokenizers, each with a trainable embedding."""

@@ -68,24 +68,28 @@ class ImageCache:
 
     def _generate(self, wanted: list[tuple[Path, GridCell]], process: ProcessInfo, done: Callable[[int], Any]) -> None:
         for batches in self._own_batches(wanted, process):
-            _, first = batches[0][0]
-            with self.loader.open(first.subject, first.scale, first.step) as model:
-                texts = PromptEmbeddings(model)
-                for batch in batches:
-                    settings = batch[0][1].settings
-                    refuse_size(model, settings.size_hw)
-                    images = generate(
-                        model,
-                        [cell.settings.prompt for _, cell in batch],
-                        [noise_seed(cell.settings) for _, cell in batch],
-                        settings.to_sampler(self.batch_size),
-                        settings.size_hw,
-                        self.precision,
-                        texts=texts,
-                    )
-                    for (path, _), image in zip(batch, images, strict=True):
-                        write_image(path, image)
-                    done(len(batch))
+            self._generate_with_one_model(batches, done)
+
+    def _generate_with_one_model(self, batches: list[list], done: Callable[[int], Any]) -> None:
+        """The images of one subject. The model is released with this call, before that of the next one is loaded."""
+        _, first = batches[0][0]
+        with self.loader.open(first.subject, first.scale, first.step) as model:
+            texts = PromptEmbeddings(model)
+            for batch in batches:
+                settings = batch[0][1].settings
+                refuse_size(model, settings.size_hw)
+                images = generate(
+                    model,
+                    [cell.settings.prompt for _, cell in batch],
+                    [noise_seed(cell.settings) for _, cell in batch],
+                    settings.to_sampler(self.batch_size),
+                    settings.size_hw,
+                    self.precision,
+                    texts=texts,
+                )
+                for (path, _), image in zip(batch, images, strict=True):
+                    write_image(path, image)
+                done(len(batch))
 
     def _own_batches(self, wanted: list[tuple[Path, GridCell]], process: ProcessInfo) -> Iterator[list[list]]:
         """The batches of this process, one list for each model; every batch without the images that exist."""

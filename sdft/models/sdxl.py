@@ -114,12 +114,6 @@ class SDXL(DiffusionModel):
         parts = {part: getattr(self, part) for part in PIPELINE_PARTS}
         return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
 
-    @classmethod
-    def from_pipeline(cls, pipeline: StableDiffusionXLPipeline) -> SDXL:
-        zeros = pipeline.config.force_zeros_for_empty_prompt
-        parts = {part: getattr(pipeline, part) for part in PIPELINE_PARTS}
-        return cls(**parts, empty_prompt="zeros" if zeros else "empty")
-
     def set_prediction_type(self, prediction: str, zero_terminal_snr: bool) -> None:
         config = dict(self.scheduler.config)
         # diffusers would restore the defaults of the keys listed here.

@@ -94,3 +94,22 @@ def test_images_are_those_of_the_cpu(tiny_model) -> None:
     sampler = Sampler("euler", steps=4, cfg=3.0, batch_size=2)
     images = [generate(tiny_model().to(d), ["a red cat", "a dog"], [1, 2], sampler, (32, 32)) for d in ("cpu", "cuda")]
     assert np.abs(images[0].astype(int) - images[1]).max() <= 2
+
+
+def test_parts_wait_on_the_cpu_while_the_vae_works(tiny_model, monkeypatch) -> None:
+    """`model.offload_idle`: the same images, and the UNet's frozen weights are elsewhere while they are decoded."""
+    model = tiny_model().to("cuda")
+    Adapter(rank=4).attach(model)
+    sampler, seen = Sampler("euler", steps=2, cfg=1.0, batch_size=1), []
+    expected = generate(model, ["a red cat"], [0], sampler, (32, 32))
+    decode = model.vae.decode
+
+    def watched(z):
+        seen.append({(p.requires_grad, p.device.type) for p in model.unet.parameters()})
+        return decode(z)
+
+    monkeypatch.setattr(model.vae, "decode", watched)
+    model.offload_idle = True
+    assert np.array_equal(generate(model, ["a red cat"], [0], sampler, (32, 32)), expected)
+    assert seen == [{(True, "cuda"), (False, "cpu")}]
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
