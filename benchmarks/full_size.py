@@ -5,14 +5,13 @@
 
 Weights are random and images small, so that the arithmetic of a few steps does not take hours; memory, files, names and
 code are those of the real model. Peak memory is the largest resident set of the process, mapped files included.
-`--limit` sets the address space that a process may have at most; it covers the LoRA run.
+`--limit` runs the LoRA in a control group that has so much memory, page cache included; it needs root.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -88,10 +87,11 @@ def jobs(root: Path, a: Synthetic, b: Synthetic, size: int) -> list[Job]:
 def run(job: Job, root: Path, log: Path, limit: float | None) -> Usage:
     """Run a job in the folder `root`; its output goes to `log`."""
 
+    group = control_group(limit) if limit is not None and job.limited else None
+
     def limited() -> None:
-        if limit is not None and job.limited:
-            size = int(limit * 2**30)
-            resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        if group is not None:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
 
     begun, environment = time.monotonic(), os.environ | {"PYTHONPATH": str(ROOT)}
     environment |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
@@ -99,14 +99,34 @@ def run(job: Job, root: Path, log: Path, limit: float | None) -> Usage:
         first, *rest = job.words
         command = [sys.executable, str(ROOT / first) if first.endswith(".py") else first, *rest]
         child = subprocess.Popen(command, cwd=ROOT, stdout=written, stderr=written, env=environment, preexec_fn=limited)
-        while True:
-            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
-            if pid:
-                break
+        peak = 0.0
+        while child.poll() is None:
+            peak = max(peak, resident_gib(child.pid))
             if job.until is not None and job.until.is_file():
                 child.kill()
             time.sleep(0.02)
-    return Usage(time.monotonic() - begun, usage.ru_maxrss / 2**20, os.waitstatus_to_exitcode(status))
+    if group is not None:
+        group.rmdir()
+    return Usage(time.monotonic() - begun, peak, child.returncode)
+
+
+def resident_gib(pid: int) -> float:
+    """The largest resident set of a process so far."""
+    try:
+        rows = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(row.split()[1]) / 2**20 for row in rows if row.startswith("VmHWM")), 0.0)
+
+
+def control_group(limit: float) -> Path:
+    """A new control group, of version 1 or 2, with `limit` GiB of memory."""
+    root = Path("/sys/fs/cgroup")
+    first = (root / "memory").is_dir()
+    group = (root / "memory" if first else root) / f"sdft_full_size_{os.getpid()}"
+    group.mkdir()
+    (group / ("memory.limit_in_bytes" if first else "memory.max")).write_text(str(int(limit * 2**30)))
+    return group
 
 
 def table(rows: Sequence[tuple[Job, Usage]]) -> str:

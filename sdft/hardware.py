@@ -37,26 +37,36 @@ def available_memory() -> float:
 
 
 def _left_in_groups() -> Iterator[float]:
-    """Bytes left in each control group (version 2) that this process is in and that has a limit."""
-    own = CGROUPS / own_cgroup()
-    for folder in (own, *own.parents):
-        if folder != CGROUPS and CGROUPS not in folder.parents:
-            return
-        try:
-            limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
-            cached = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):
-            continue
-        if limit.isdigit():
-            yield int(limit) - int(used) + int(cached.get("inactive_file", 0))
+    """Bytes left in each control group that this process is in and that has a limit."""
+    for root, own, names in own_cgroups():
+        limit_name, used_name, cache_name = names
+        for folder in (root / own, *(root / own).parents):
+            if folder != root and root not in folder.parents:
+                break
+            try:
+                limit, used = ((folder / name).read_text().strip() for name in (limit_name, used_name))
+                cached = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):
+                continue
+            if limit.isdigit():
+                yield int(limit) - int(used) + int(cached.get(cache_name, 0))
 
 
-def own_cgroup() -> str:
-    """The control group of this process, relative to the root of all."""
+def own_cgroups() -> list[tuple[Path, str, tuple[str, str, str]]]:
+    """Of the memory control groups of this process, of version 1 and 2: the root of all, the path of its own one below
+    it, and the names of limit, usage and page cache."""
     try:
-        return Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
+        rows = [row.split(":", 2) for row in Path("/proc/self/cgroup").read_text().splitlines()]
     except OSError:
-        return ""
+        return []
+    found = []
+    for _, controllers, path in rows:
+        if not controllers:
+            found.append((CGROUPS, path.lstrip("/"), ("memory.max", "memory.current", "inactive_file")))
+        elif "memory" in controllers.split(","):
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            found.append((CGROUPS / "memory", path.lstrip("/"), names))
+    return found
 
 
 PRESETS = {"8gb": 8, "12gb": 12, "16gb": 16, "24gb": 24, "48gb": 48, "80gb": 80}

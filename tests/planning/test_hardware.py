@@ -55,11 +55,13 @@ def test_without_a_card_nothing_is_set_and_a_small_one_is_refused(monkeypatch) -
 
 
 def test_a_job_of_slurm_has_no_more_memory_than_its_control_group(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "memory.max").write_text(f"{3 * 2**30}\n")
-    (tmp_path / "memory.current").write_text(f"{2 * 2**30}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {2**29}\n")
-    monkeypatch.setattr(hardware, "CGROUPS", tmp_path)
-    monkeypatch.setattr(hardware, "own_cgroup", lambda: "")
+    names = "memory.max", "memory.current", "inactive_file"
+    monkeypatch.setattr(hardware, "own_cgroups", lambda: [(tmp_path, "slurm/job", names)])
+    (tmp_path / "slurm" / "job").mkdir(parents=True)
+    for folder, limit in ((tmp_path / "slurm", str(3 * 2**30)), (tmp_path / "slurm" / "job", "max")):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{2 * 2**30}\n")
+        (folder / "memory.stat").write_text(f"anon 1\ninactive_file {2**29}\n")
     assert hardware.available_memory() == 1.5 * 2**30
 
 
