@@ -57,8 +57,8 @@ def jobs(root: Path, a: Synthetic, b: Synthetic, size: int) -> list[Job]:
     resumed, lora, blend = root / "resumed", root / "lora", root / "blend.safetensors"
     killed = [*train, "experiment=dreamy_style", f"run_dir={resumed}", "trainer.max_steps=2", "verdict=none"]
     killed += ["callbacks.last.every=1"]
-    full = [*train, "experiment=photo_style", "tuning.parts=[text_encoder_2]", "trainer.max_steps=1"]
-    full += ["model.dtype.text_encoder_2=fp32", "+model.dtype.unet=bf16", "export.dtype=bf16"]
+    full = [*train, "experiment=photo_style", "tuning.parts=[text_encoder]", "trainer.max_steps=1"]
+    full += ["model.dtype.text_encoder=fp32", "+model.dtype.unet=bf16", "export.dtype=bf16"]
     full += ["export.single_file=true", f"run_dir={root / 'full'}"]
     compared = f"subjects={{base: {a.weights}, lora: {lora}, blend: {blend}}}"
     formats, folder = ["-m", "sdft.formats", f"config={a.config}"], root / "folder"
@@ -67,7 +67,7 @@ def jobs(root: Path, a: Synthetic, b: Synthetic, size: int) -> list[Job]:
         Job("dry run", [*train, "experiment=dreamy_style", "dry_run=true"]),
         Job("LoRA", [*train, "experiment=dreamy_style", "trainer.max_steps=2", f"run_dir={lora}"], limited=True),
         Job("new word", [*train, "experiment=word", "trainer.max_steps=2", f"run_dir={root / 'word'}"]),
-        Job("full tuning of text encoder 2", full),
+        Job("full tuning of text encoder 1", full),
         Job("LoRA, killed", killed, until=resumed / "checkpoints" / "last.ckpt"),
         Job("LoRA, resumed", [*killed, "resume=auto"]),
         Job("merge of two", ["-m", "sdft.merging", f"a={a.weights}", f"b={b.weights}", f"out={blend}"]),
