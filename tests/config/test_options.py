@@ -96,7 +96,10 @@ def test_the_first_comment_of_an_experiment_is_its_command(file: Path) -> None:
     assert f"python train.py experiment={file.stem}" in comments[1]
 
 
-@pytest.mark.parametrize("experiment", ["dreamy_style", "photo_style", "technomant"])
+TASKS = ("style", "word", "product", "character", "brand")
+
+
+@pytest.mark.parametrize("experiment", ["dreamy_style", "photo_style", "technomant", *TASKS])
 def test_an_experiment_runs_on_the_real_model_and_own_pictures_by_name_alone(experiment: str) -> None:
     """The sizes, steps and rates of `model=sdxl` come with it, and nothing of the toy world stays."""
     cfg = compose("train", [f"experiment={experiment}", "model=sdxl", "data=folder", "data.root=somewhere"])

@@ -64,7 +64,7 @@ def base() -> SDXL:
 @pytest.fixture
 def models(base: SDXL) -> SubjectLoader:
     models = SubjectLoader(lambda weights="nano": pretrained(weights), "nano", torch.device("cpu"))
-    models.base = base
+    models._base = base
     return models
 
 

@@ -33,7 +33,7 @@ BATCH = 4
 @pytest.fixture
 def models(tiny_model) -> SubjectLoader:
     models = SubjectLoader(lambda weights="nano": tiny_model(), "nano", torch.device("cpu"))
-    models.base = tiny_model()
+    models._base = tiny_model()
     return models
 
 

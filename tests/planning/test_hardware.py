@@ -11,12 +11,13 @@ from checks import slow
 from page_commands import write_pictures
 
 import train
-from benchmarks.synthetic import Synthetic
 from sdft import hardware
 from sdft.config.command import compose
 from sdft.config.compose import with_found_hardware
 from sdft.errors import UserError
 from sdft.hardware import PRESETS, fitting_presets
+from sdft.planning import dry_run as dry_run_module
+from sdft.planning.dry_run import preset_that_fits
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("style", "word", "product", "character", "brand")
@@ -91,7 +92,7 @@ def test_the_real_sdxl_fits_on_the_card_by_the_forecast(task: str, card: int, tm
     status, printed = dry_run(monkeypatch, capsys, *words, f"hardware={card}gb", f"preflight.memory={card}")
     assert status == 0, printed
     assert f"GiB of {card}.0, while" in printed
-    assert "unet            2,5" in printed
+    assert "unet            2,6" in printed
 
 
 @pytest.mark.slow
@@ -103,15 +104,24 @@ def test_words_do_not_fit_on_8_gb_and_the_next_card_is_named(tmp_path: Path, mon
     assert "needs 9.4 GiB on each GPU and there are 8.0; the smallest card that it fits on has 12 GB" in printed
 
 
-def test_the_preset_that_fits_is_named(thin_sdxl: Synthetic, tmp_path: Path, monkeypatch, capsys) -> None:
-    """On a thin SDXL, with cards of a thousandth of the memory: 24 stand for 24 MB... as fractions of GiB."""
-    write_pictures(tmp_path / "pictures")
-    words = [*thin_sdxl.overrides, "experiment=style", "data=folder", f"data.root={tmp_path / 'pictures'}", "size=256"]
-    _, printed = dry_run(monkeypatch, capsys, *words, "preflight.memory=8", "data.batch_size=12")
-    assert "effective batch 48" in printed
-    status, printed = dry_run(monkeypatch, capsys, *words, "preflight.memory=7.6", "data.batch_size=11", "size=2048")
-    assert status == 2, printed
-    assert "hardware=8gb fits" in printed
+@pytest.mark.parametrize(
+    ("memory", "fits", "said"),
+    [
+        (24.0, lambda cfg: True, "hardware=24gb fits"),
+        (24.0, lambda cfg: cfg.model.offload_idle, "hardware=8gb fits"),
+        (8.0, lambda cfg: cfg.preflight.memory >= 24, "the smallest card that it fits on has 24 GB (hardware=24gb)"),
+        (24.0, lambda cfg: False, None),
+    ],
+)
+def test_the_preset_that_fits_is_named(memory: float, fits, said: str | None, monkeypatch) -> None:
+    def forecast(cfg, look_for_preset: bool) -> None:
+        assert not look_for_preset
+        if not fits(cfg):
+            raise UserError("too large")
+
+    monkeypatch.setattr(dry_run_module, "forecast", forecast)
+    cfg = compose("train", ["model=sdxl", "data=folder", "data.root=x"])
+    assert preset_that_fits(cfg, memory) == said
 
 
 def test_too_little_memory_of_the_machine_is_refused_in_time(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -24,7 +24,7 @@ from sdft.tuning.adapter import Adapter
 from sdft.tuning.full import Full
 
 BF16 = {"unet": "bf16", "text_encoder": "bf16", "text_encoder_2": "bf16"}
-LAYER = "lora_unet_down_blocks_2_attentions_1_transformer_blocks_7_attn1_to_q"
+LAYER = "lora_unet_input_blocks_8_1_transformer_blocks_7_attn1_to_q"
 
 
 def trained(thin: Synthetic, tuning, dtype: dict[str, str] | None = None) -> SimpleNamespace:
