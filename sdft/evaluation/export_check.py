@@ -77,6 +77,8 @@ def adapter_error(model: DiffusionModel, path: Path, kind: str) -> float:
     trained, read = lora_from_model(model), read_lora(path, kind)
     if read.layers.keys() != trained.layers.keys():
         return math.inf
+    # diffusers 0.42 ignores an alpha of one layer that differs from the others' in a file with kohya's names.
+    scales = max(abs(read.layers[name].scale / layer.scale - 1) for name, layer in trained.layers.items())
     skeleton, kinds = without_weights(model), {layer.kind for layer in read.layers.values()}
     pipeline = skeleton.pipeline()
     with ExitStack() as stack:
@@ -86,7 +88,8 @@ def adapter_error(model: DiffusionModel, path: Path, kind: str) -> float:
         else:
             pipeline.load_lora_weights(str(path))
         again = adapted_layers(skeleton)
-        return max(layer_error(name, layer, again.get(name)) for name, layer in adapted_layers(model).items())
+        layers = (layer_error(name, layer, again.get(name)) for name, layer in adapted_layers(model).items())
+        return max(scales, *layers)
 
 
 def without_weights(model: DiffusionModel) -> DiffusionModel:
