@@ -17,7 +17,7 @@ from benchmarks.synthetic import Synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.compile(r"```bash\n(.*?)```", re.DOTALL)
-ELSEWHERE = ("make ", "pip ", "git ", "source ", "sudo ", "sbatch ", "srun ", "torchrun ", "wandb ", "cd ")
+ELSEWHERE = ("make ", "pip ", "git ", "source ", "sudo ", "sbatch ", "srun ", "torchrun ", "wandb ", "cd ", "scancel ")
 """Starts of lines that are run by other tests: CI's own targets, tests/slurm, tests/distributed."""
 APART = ("--config-dir", "RUN_FOLDER", "hydra/launcher=slurm", "hydra/sweeper=search")
 """Of commands that need more than a checkout: test_extending, test_receipt, tests/slurm, test_sweep."""
