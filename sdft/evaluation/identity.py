@@ -45,9 +45,9 @@ class IdentityEvaluation:
     own images are to each other (cosine similarity to their mean). `recognised` is the share of images whose most
     similar one is a held-out image of the subject, and not one of `others` or of the base model's for the same prompts;
     beside it stand the shares of the base model's images, of the others, which should be 0, and of the held-out images
-    themselves, which should be 1. `adherence` and `adherence_base` are CLIP's
-    similarity of image and prompt, the word replaced by the noun. `forgetting` is by how much the adherence to other
-    prompts fell: of the accuracy in naming the toy world's subjects, or of the similarity.
+    themselves, which should be 1. `adherence` and `adherence_base` are CLIP's similarity of image and prompt, the word
+    replaced by the noun. `forgetting` is by how much the adherence to other prompts fell: of the accuracy in naming the
+    toy world's subjects, or of the similarity.
     """
 
     def __init__(
@@ -80,22 +80,25 @@ class IdentityEvaluation:
         """The metrics of the run; writes `before_after.png` into `folder`."""
         sample = partial(self._sample, model, precision)
         gaps = self.unmeasured()
+        missing: dict[str, Any] = dict.fromkeys(gaps)
+        missing |= {f"{name}_note": f"not measured: {why}" for name, why in gaps.items()}
         with base():
             shown = [sample(self.prompts)]
+            if "identity" not in gaps:
+                before = sample(self.measured, "base")
             if not gaps:
-                before, others_before = sample(self.measured, "base"), sample(self.other_prompts, "base, others")
+                others_before = sample(self.other_prompts, "base, others")
         shown.append(sample(self.prompts))
         save_grid(folder / BEFORE_AFTER, shown, ["base", "tuned"], self.prompts)
-        if gaps:
-            return dict.fromkeys(gaps) | {f"{name}_note": f"not measured: {why}" for name, why in gaps.items()}
-        tuned, others_tuned = sample(self.measured, "tuned"), sample(self.other_prompts, "tuned, others")
+        if "identity" in gaps:
+            return missing
+        tuned = sample(self.measured, "tuned")
         classes = SUBJECTS if isinstance(self.others, ToyWorld) else None
         judge = load_judge(str(NANO / "clip") if self.judge == "nano" else str(self.judge), classes)
-        return (
-            self._identity(judge, before, tuned)
-            | self._adherence(judge, before, tuned)
-            | self._forgetting(judge, others_before, others_tuned)
-        )
+        found = self._identity(judge, before, tuned) | self._adherence(judge, before, tuned) | missing
+        if gaps:
+            return found
+        return found | self._forgetting(judge, others_before, sample(self.other_prompts, "tuned, others"))
 
     def unmeasured(self) -> dict[str, str]:
         """Metrics that will be null in `summary.json` -> why; known before training."""

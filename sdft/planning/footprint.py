@@ -110,7 +110,7 @@ def memory_needs(module: Any, data: Any, setup: Setup, num_averages: int) -> Mem
     copies, temporary = optimizer_copies(module.optimizer)
     everything = sum(t.nbytes for _, t in tensors)
     autoencoder = sum(t.nbytes for name, t in tensors if part_of(name) == getattr(module.model, "VAE", None))
-    alone = getattr(module.model, "offload_idle", False)
+    alone = setup.on_gpu and getattr(module.model, "offload_idle", False)
     traces = trace(module, data, setup)
     needs = MemoryNeeds(
         weights=sum(t.nbytes for t in held) / setup.num_shards,
@@ -122,7 +122,7 @@ def memory_needs(module: Any, data: Any, setup: Setup, num_averages: int) -> Mem
         flops=traces.flops,
         caching=traces.encode and traces.encode + (autoencoder if alone else everything / setup.num_shards),
     )
-    if setup.num_drawn:
+    if draws_images(module.model, setup):
         frozen = sum(t.nbytes for t in held if not t.requires_grad) / setup.num_shards
         decoding = traces.decode + (autoencoder - frozen if alone else autoencoder * ("vae" in offloaded))
         needs = replace(needs, drawing=needs.held + max(traces.denoise, decoding))
@@ -193,8 +193,13 @@ def trace(module: Any, data: Any, setup: Setup) -> Traces:
         step, flops = ledger.peak, ledger.flops
         encode = trace_encoding(module, data, setup) if module.cached_parts(data.cache) else 0
         with torch.autocast("cpu", narrow, enabled=narrow is not None):
-            denoise, decode = trace_drawing(module.model, setup) if setup.num_drawn else (0, 0)
+            denoise, decode = trace_drawing(module.model, setup) if draws_images(module.model, setup) else (0, 0)
     return Traces(step, flops, encode, denoise, decode)
+
+
+def draws_images(model: Any, setup: Setup) -> bool:
+    """Whether previews or the evaluation draw images: single networks, such as nano's VAE, cannot."""
+    return setup.num_drawn > 0 and isinstance(model, DiffusionModel)
 
 
 def trace_encoding(module: Any, data: Any, setup: Setup) -> int:

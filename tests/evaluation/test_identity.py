@@ -107,3 +107,15 @@ def test_an_image_is_not_its_own_neighbour() -> None:
     assert recognised(own, own, others) == 0
     assert recognised(torch.tensor([[0.96, 0.28]]), own, others) == 1
     assert recognised(torch.tensor([[0.6, 0.8]]), own, others) == 0
+
+
+def test_without_other_prompts_only_forgetting_is_missing(monkeypatch, tmp_path: Path) -> None:
+    reference = world(own="sneaker", name=WORD)
+    images = np.stack([reference[i].image_HWC for i in range(4)])
+    monkeypatch.setattr(identity, "generate", lambda model, prompts, *_: images[: len(prompts)])
+    sampler = Sampler("euler", steps=1, cfg=1.0)
+    verdict = IdentityEvaluation(reference, [f"a {WORD}"], sampler, 64, WORD, "cup", judge="nano", num_images=4)
+    found = verdict(None, nullcontext, tmp_path)
+    assert found["forgetting"] is None
+    assert found["forgetting_note"] == "not measured: verdict.other_prompts is empty"
+    assert isinstance(found["recognised"], float)

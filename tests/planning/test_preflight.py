@@ -181,3 +181,10 @@ def test_the_jobs_of_a_sweep_are_listed(tmp_path: Path, monkeypatch, capsys) -> 
     assert "job 2: dry_run=True rank=8 seed=0" in printed
     assert "sbatch --array=0-3" in printed
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("experiment", ["nano_vae", "nano_clip"])
+def test_a_network_that_draws_no_images_is_forecast_too(experiment: str, monkeypatch, capsys) -> None:
+    printed = dry(monkeypatch, capsys, f"experiment={experiment}", "preflight.tflops=1")
+    assert "memory of each device" in printed
+    assert "while training" in printed
