@@ -1,14 +1,18 @@
-"""What several tests need to check: that two nested states are the same, and what happens when a disk is full."""
+"""What several tests need: comparing nested states, a full disk, and a module that has been trained."""
 
 from __future__ import annotations
 
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+from sdft.objective.denoising import Denoising
+from sdft.tuning.full import Full
 
 
 def assert_equal(a: Any, b: Any, where: str) -> None:
@@ -41,3 +45,15 @@ def full_disk(room: int) -> Iterator[None]:
 def slow(*values: Any) -> Any:
     """A set of parameters that only `make test-all` tries."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def trained_module(model: Any, tuning: Any) -> SimpleNamespace:
+    """What the export needs of a run, with weights that have visibly moved."""
+    torch.manual_seed(0)
+    tuning.attach(model.eval())
+    noise, full = torch.Generator().manual_seed(5), isinstance(tuning, Full)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.05 * torch.randn(p.shape, generator=noise) * (p.abs().mean() if full else 1)
+    return SimpleNamespace(model=model, tuning=tuning, objective=Denoising())

@@ -23,7 +23,6 @@ from sdft.data.toy.scenes import SUBJECTS
 from sdft.evaluation.clip_judge import Judge, load_judge
 from sdft.evaluation.image_grid import save_grid
 from sdft.evaluation.style_gain import StyleGainMetric
-from sdft.models.load import NANO
 from sdft.models.nano.build import tokenizer
 from sdft.protocols import DiffusionModel
 from sdft.sampling.generate import generate
@@ -36,7 +35,34 @@ BEFORE_AFTER = "before_after.png"
 MIN_REFERENCES = 4
 
 
-class StyleEvaluation:
+class ImageEvaluation:
+    """What the evaluations of models that draw images share.
+
+    prompts: of `before_after.png`. sampler, size: the sampler, and the side of the images in pixels.
+    judge: folder or hub id of a CLIP model; `nano` is the one in this package; None measures nothing that needs one.
+    """
+
+    def __init__(self, prompts: Sequence[str], sampler: Sampler, size: Side, judge: str | None):
+        self.prompts, self.sampler, self.size, self.judge = list(prompts), sampler, size, judge
+
+    def unmeasured(self) -> dict[str, str]:
+        """Metrics that will be null in `summary.json` -> why; known before training."""
+        raise NotImplementedError
+
+    def missing(self) -> dict[str, Any]:
+        """The entries of `summary.json` for what is not measured: null, and a note that says why."""
+        gaps = self.unmeasured()
+        return dict.fromkeys(gaps) | {f"{name}_note": f"not measured: {why}" for name, why in gaps.items()}
+
+    def sample(
+        self, model: DiffusionModel, precision: Precision, prompts: Sequence[str], progress: str | None = None
+    ) -> np.ndarray:
+        """Images of the prompts, the i-th one from the noise of seed i."""
+        size_hw = (self.size, self.size)
+        return generate(model, prompts, range(len(prompts)), self.sampler, size_hw, precision, progress)
+
+
+class StyleEvaluation(ImageEvaluation):
     """Style gain and prompt adherence of the tuned model, compared with the base model.
 
     reference: held-out images of the style; the captions of its first `num_images` are the prompts.
@@ -61,9 +87,10 @@ class StyleEvaluation:
         caption: str = "{caption}",
         reduced_side: Count | None = None,
     ):
-        self.reference, self.prompts, self.sampler, self.size = reference, list(prompts), sampler, size
+        super().__init__(prompts, sampler, size, judge)
+        self.reference = reference
         self.num_images, self.caption = min(num_images, len(reference.keys)), caption
-        self.judge, self.reduced_side = judge, reduced_side or max(64, size // 4)
+        self.reduced_side = reduced_side or max(64, size // 4)
 
     def __call__(
         self, model: DiffusionModel, base: Base, folder: Path, precision: Precision = "fp32"
@@ -71,7 +98,7 @@ class StyleEvaluation:
         """The metrics of the run; writes `before_after.png` into `folder`."""
         captions = [self.reference[index].caption for index in range(self.num_images)]
         tuned_prompts = [self.caption.format(caption=caption) for caption in captions]
-        sample = partial(self._sample, model, precision)
+        sample = partial(self.sample, model, precision)
         with base():
             before = sample(captions, "base")
             shown = [sample(self.prompts)]
@@ -79,7 +106,7 @@ class StyleEvaluation:
         shown.append(sample([self.caption.format(caption=prompt) for prompt in self.prompts]))
         save_grid(folder / BEFORE_AFTER, shown, ["base", "tuned"], self.prompts)
         gaps = self.unmeasured()
-        missing = dict.fromkeys(gaps) | {f"{name}_note": f"not measured: {why}" for name, why in gaps.items()}
+        missing = self.missing()
         if "style_gain" in gaps:
             return missing | self._adherence(before, tuned, captions)
         reference, reconstructed = self._references(model)
@@ -100,7 +127,6 @@ class StyleEvaluation:
         return values | missing | self._adherence(before, tuned, captions)
 
     def unmeasured(self) -> dict[str, str]:
-        """Metrics that will be null in `summary.json` -> why; known before training."""
         found, num = {}, len(self.reference.keys)
         if num < MIN_REFERENCES:
             remedy = "hold out more with data.held_out=, or rank by metric=val/eps_mse"
@@ -108,12 +134,6 @@ class StyleEvaluation:
         if self.judge is None:
             found["adherence"] = "verdict.judge is null; name a CLIP with verdict.judge="
         return found
-
-    def _sample(
-        self, model: DiffusionModel, precision: Precision, prompts: Sequence[str], progress: str | None = None
-    ) -> np.ndarray:
-        size_hw = (self.size, self.size)
-        return generate(model, prompts, range(len(prompts)), self.sampler, size_hw, precision, progress)
 
     def _references(self, model: DiffusionModel) -> tuple[np.ndarray, np.ndarray]:
         """The held-out images, and their reconstructions by the VAE."""
@@ -131,7 +151,7 @@ class StyleEvaluation:
             return {}
         # Toy images have known subjects: the accuracy of naming them is more informative than a similarity.
         toy = self.reference if isinstance(self.reference, ToyWorld) else None
-        judge = load_judge(str(NANO / "clip") if self.judge == "nano" else self.judge, SUBJECTS if toy else None)
+        judge = load_judge(self.judge, SUBJECTS if toy else None)
         if toy:
             subjects = [toy.scene(index).subject for index in range(self.num_images)]
             return {

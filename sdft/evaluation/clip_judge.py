@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from sdft.errors import UserError
+from sdft.models.nano import WEIGHTS as NANO
 from sdft.types import BatchSize
 
 Images = np.ndarray | Sequence[np.ndarray]
@@ -94,9 +95,11 @@ class Judge:
 def load_judge(source: str, classes: Sequence[str] | None = None) -> Judge:
     """Loads a judge from a folder or the hub: a CLIPModel in safetensors, its tokenizer and its image processor.
 
+    source: folder or hub id; `nano` is the judge in this package.
+
     A folder without `preprocessor_config.json` is taken for a nano judge, with pixels in [-1, 1].
     """
-    folder = Path(source).expanduser()
+    folder = NANO / "clip" if source == "nano" else Path(source).expanduser()
     try:
         clip = CLIPModel.from_pretrained(folder if folder.is_dir() else source, use_safetensors=True)
         tokenizer = CLIPTokenizer.from_pretrained(folder if folder.is_dir() else source)

@@ -34,7 +34,6 @@ from sdft.evaluation.subjects import FINAL, Source, Subject, read_subjects
 from sdft.evaluation.sweeps import heat_maps
 from sdft.evaluation.tradeoff import find_tradeoff
 from sdft.evaluation.verdicts import verdicts
-from sdft.models.load import NANO
 from sdft.protocols import DiffusionModel
 from sdft.sampling.samplers import Sampler
 from sdft.types import NumScenes
@@ -118,7 +117,7 @@ class Comparison:
             key: read_source(key, name, side, MIN_REFERENCES if key == "reference" else 1)
             for key, name in self.given.items()
         }
-        judge = None if self.judge is None else load_judge(str(NANO / "clip") if self.judge == "nano" else self.judge)
+        judge = None if self.judge is None else load_judge(self.judge)
         return MetricInputs(judge, read["reference"], read["training"], read["held_out"])
 
     def available_metrics(self, inputs: MetricInputs) -> tuple[list[Metric], list[str]]:

@@ -16,19 +16,17 @@ from torch import Tensor
 from sdft.data.dataset import Source
 from sdft.data.sources.toy import ToyWorld
 from sdft.data.toy.scenes import SUBJECTS
-from sdft.evaluation.after_training import BEFORE_AFTER, MIN_REFERENCES, Base
+from sdft.evaluation.after_training import BEFORE_AFTER, MIN_REFERENCES, Base, ImageEvaluation
 from sdft.evaluation.clip_judge import Judge, load_judge
 from sdft.evaluation.image_grid import save_grid
-from sdft.models.load import NANO
 from sdft.protocols import DiffusionModel
-from sdft.sampling.generate import generate
 from sdft.sampling.samplers import Sampler
 from sdft.types import Count, Precision, Side
 
 METRICS = ("identity", "recognised", "adherence", "forgetting")
 
 
-class IdentityEvaluation:
+class IdentityEvaluation(ImageEvaluation):
     """Identity of the subject and forgetting of others, compared with the base model, by the image features of a CLIP.
 
     reference: held-out images of the subject. If they are of the toy world, their captions are the prompts that are
@@ -63,8 +61,8 @@ class IdentityEvaluation:
         judge: str | None = None,
         num_images: Count = 64,
     ):
-        self.reference, self.prompts, self.sampler, self.size = reference, list(prompts), sampler, size
-        self.word, self.noun, self.others, self.judge = word, noun, others, judge
+        super().__init__(prompts, sampler, size, judge)
+        self.reference, self.word, self.noun, self.others = reference, word, noun, others
         if isinstance(reference, ToyWorld):
             measured = [reference[index].caption for index in range(len(reference.keys))]
         else:
@@ -78,10 +76,8 @@ class IdentityEvaluation:
         self, model: DiffusionModel, base: Base, folder: Path, precision: Precision = "fp32"
     ) -> dict[str, Any]:
         """The metrics of the run; writes `before_after.png` into `folder`."""
-        sample = partial(self._sample, model, precision)
+        sample = partial(self.sample, model, precision)
         gaps = self.unmeasured()
-        missing: dict[str, Any] = dict.fromkeys(gaps)
-        missing |= {f"{name}_note": f"not measured: {why}" for name, why in gaps.items()}
         with base():
             shown = [sample(self.prompts)]
             if "identity" not in gaps:
@@ -91,17 +87,16 @@ class IdentityEvaluation:
         shown.append(sample(self.prompts))
         save_grid(folder / BEFORE_AFTER, shown, ["base", "tuned"], self.prompts)
         if "identity" in gaps:
-            return missing
+            return self.missing()
         tuned = sample(self.measured, "tuned")
         classes = SUBJECTS if isinstance(self.others, ToyWorld) else None
-        judge = load_judge(str(NANO / "clip") if self.judge == "nano" else str(self.judge), classes)
-        found = self._identity(judge, before, tuned) | self._adherence(judge, before, tuned) | missing
+        judge = load_judge(str(self.judge), classes)
+        found = self._identity(judge, before, tuned) | self._adherence(judge, before, tuned)
         if gaps:
-            return found
+            return found | self.missing()
         return found | self._forgetting(judge, others_before, sample(self.other_prompts, "tuned, others"))
 
     def unmeasured(self) -> dict[str, str]:
-        """Metrics that will be null in `summary.json` -> why; known before training."""
         if self.judge is None:
             return dict.fromkeys(METRICS, "verdict.judge is null; name a CLIP with verdict.judge=")
         num = len(self.reference.keys)
@@ -109,12 +104,6 @@ class IdentityEvaluation:
             why = f"{num} held-out images, needs {MIN_REFERENCES}; hold out more with data.held_out="
             return dict.fromkeys(METRICS, why)
         return {} if self.other_prompts else {"forgetting": "verdict.other_prompts is empty"}
-
-    def _sample(
-        self, model: DiffusionModel, precision: Precision, prompts: Sequence[str], progress: str | None = None
-    ) -> np.ndarray:
-        seeds, size_hw = range(len(prompts)), (self.size, self.size)
-        return generate(model, prompts, seeds, self.sampler, size_hw, precision, progress)
 
     def _identity(self, judge: Judge, before: np.ndarray, tuned: np.ndarray) -> dict[str, float]:
         own_ND = judge.embed_images([self.reference[index].image_HWC for index in range(len(self.reference.keys))])

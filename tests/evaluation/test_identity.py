@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sdft.data.sources import ToyWorld
-from sdft.evaluation import identity
+from sdft.evaluation import after_training, identity
 from sdft.evaluation.identity import IdentityEvaluation, recognised
 from sdft.protocols import PartialVerdict
 from sdft.sampling.samplers import Sampler
@@ -52,7 +52,7 @@ def drawn(monkeypatch, own: str | None, spoiled: bool, tmp_path: Path) -> dict:
         shown = [others[i].image_HWC for i in range(len(prompts))]
         return np.stack(shown[::-1] if spoiled and not is_base[0] else shown)
 
-    monkeypatch.setattr(identity, "generate", draw)
+    monkeypatch.setattr(after_training, "generate", draw)
     return evaluation()(None, base, tmp_path)
 
 
@@ -85,7 +85,8 @@ def test_other_subjects_that_are_lost_are_forgetting(monkeypatch, tmp_path: Path
 
 
 def test_without_a_judge_nothing_is_measured_and_the_picture_is_drawn(monkeypatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(identity, "generate", lambda model, prompts, *_: np.zeros((len(prompts), 64, 64, 3), np.uint8))
+    black = np.zeros((1, 64, 64, 3), np.uint8)
+    monkeypatch.setattr(after_training, "generate", lambda model, prompts, *_: black.repeat(len(prompts), 0))
     verdict = evaluation(judge=None)
     assert isinstance(verdict, PartialVerdict)
     found = verdict(None, nullcontext, tmp_path)
@@ -112,7 +113,7 @@ def test_an_image_is_not_its_own_neighbour() -> None:
 def test_without_other_prompts_only_forgetting_is_missing(monkeypatch, tmp_path: Path) -> None:
     reference = world(own="sneaker", name=WORD)
     images = np.stack([reference[i].image_HWC for i in range(4)])
-    monkeypatch.setattr(identity, "generate", lambda model, prompts, *_: images[: len(prompts)])
+    monkeypatch.setattr(after_training, "generate", lambda model, prompts, *_: images[: len(prompts)])
     sampler = Sampler("euler", steps=1, cfg=1.0)
     verdict = IdentityEvaluation(reference, [f"a {WORD}"], sampler, 64, WORD, "cup", judge="nano", num_images=4)
     found = verdict(None, nullcontext, tmp_path)

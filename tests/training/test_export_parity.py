@@ -8,14 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checks import slow
+from checks import slow, trained_module
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdft.errors import UserError
 from sdft.formats import lora_file
 from sdft.models.load import pretrained
-from sdft.objective.denoising import Denoising
 from sdft.training.callbacks import export as exports
 from sdft.training.callbacks.export import Export
 from sdft.tuning.adapter import Adapter
@@ -24,17 +23,8 @@ from sdft.tuning.full import Full
 UNET, ENCODERS = ["unet"], ["unet", "text_encoder", "text_encoder_2"]
 
 
-def trained(tuning, dtype: dict[str, str] | None = None):
-    """A module whose weights have visibly moved."""
-    model = pretrained("nano", dtype=dtype).eval()
-    torch.manual_seed(0)
-    tuning.attach(model)
-    generator, full = torch.Generator().manual_seed(5), isinstance(tuning, Full)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p += 0.05 * torch.randn(p.shape, generator=generator) * (p.abs().mean() if full else 1)
-    return SimpleNamespace(model=model, tuning=tuning, objective=Denoising())
+def trained(tuning, dtype: dict[str, str] | None = None) -> SimpleNamespace:
+    return trained_module(pretrained("nano", dtype=dtype), tuning)
 
 
 def export(module, folder: Path, **options) -> tuple[dict, dict]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from checks import slow
+from checks import slow, trained_module
 from safetensors.torch import load_file, save_file
 
 from benchmarks.synthetic import Synthetic
@@ -17,7 +16,6 @@ from sdft.errors import UserError
 from sdft.formats import lora_file
 from sdft.formats.architecture import empty_network, parameter_names
 from sdft.models.load import SDXL_BASE, pretrained
-from sdft.objective.denoising import Denoising
 from sdft.training.callbacks import export as exports
 from sdft.training.callbacks.export import Export
 from sdft.tuning.adapter import Adapter
@@ -28,16 +26,7 @@ LAYER = "lora_unet_input_blocks_8_1_transformer_blocks_7_attn1_to_q"
 
 
 def trained(thin: Synthetic, tuning, dtype: dict[str, str] | None = None) -> SimpleNamespace:
-    """A module whose weights have moved."""
-    model = pretrained(str(thin.weights), config=str(thin.config), dtype=dtype).eval()
-    torch.manual_seed(0)
-    tuning.attach(model)
-    noise, full = torch.Generator().manual_seed(5), isinstance(tuning, Full)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p += 0.05 * torch.randn(p.shape, generator=noise) * (p.abs().mean() if full else 1)
-    return SimpleNamespace(model=model, tuning=tuning, objective=Denoising())
+    return trained_module(pretrained(str(thin.weights), config=str(thin.config), dtype=dtype), tuning)
 
 
 def test_it_has_the_topology_and_the_names_of_sdxl(thin_sdxl: Synthetic) -> None:
