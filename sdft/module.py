@@ -6,7 +6,8 @@ and nano's own networks all train through this step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
@@ -18,10 +19,12 @@ from sdft.distributed.sharding import clip_gradients
 from sdft.errors import UserError
 from sdft.models.attention import refuse_device
 from sdft.models.offload import alone_on_device
-from sdft.optimizers.optimizers import scale_rates
+from sdft.optimizers.optimizers import Groups, averages_weights, scale_rates
+from sdft.optimizers.parameterwise import ParameterwiseOptimizer, refuse_fused_backward
+from sdft.optimizers.schedules import is_constant
 from sdft.protocols import DiffusionModel, Objective, OptimizerFactory, ScheduleFactory, Tuning, strategy_hooks
 from sdft.rng import Draws, seed_of
-from sdft.tuning.parameters import part_of, trainable_parameters
+from sdft.tuning.parameters import copy_parameters, part_of, trainable_parameters
 
 VALIDATION_SEED = 0
 
@@ -45,8 +48,13 @@ class Finetuning(L.LightningModule):
     optimizer: builds the optimizer from parameter groups; their rates are multiplied by the groups' `lr_scale`.
     lr_schedule: builds the schedule, stepped once per optimizer step.
     seed: of all randomness in training.
+    fused_backward: update each parameter during the backward pass, and free its gradient
+        (`sdft.optimizers.parameterwise`). Gradients are then clipped one parameter at a time.
 
-    Raises UserError where the objective does not fit what the weights predict, or a trainable weight is not fp32.
+    Trainable weights are fp32, or bf16 with stochastic rounding.
+
+    Raises UserError where the objective does not fit what the weights predict, a trainable weight has another dtype, or
+    the schedule does not fit the optimizer.
     """
 
     def __init__(
@@ -57,12 +65,15 @@ class Finetuning(L.LightningModule):
         optimizer: OptimizerFactory,
         lr_schedule: ScheduleFactory,
         seed: int,
+        fused_backward: bool = False,
     ):
         super().__init__()
         require("tuning", tuning, Tuning)
         require("objective", objective, Objective)
         self.model, self.tuning, self.objective = model, tuning, objective
         self.optimizer, self.lr_schedule, self.seed = optimizer, lr_schedule, seed
+        self.fused_backward = fused_backward
+        refuse_schedule(optimizer, lr_schedule)
         self.strict_loading = False
         self.validation_objective = objective.for_validation()
         if objective.prediction is not None:
@@ -71,7 +82,7 @@ class Finetuning(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "adapters"))
             tuning.attach(model)
-        refuse_low_precision_weights(model)
+        refuse_weights_that_lose_updates(model)
         model.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -127,11 +138,50 @@ class Finetuning(L.LightningModule):
         if texts and data.encode_texts_once(model.encode_prompts, model.prompt_ids, *model.text_encoders):
             model.offload(*model.TEXT_ENCODERS)
 
+    @contextmanager
+    def averaged_by_optimizer(self) -> Iterator[None]:
+        """Inside the `with`, the model has the weights that a schedule-free optimizer averages; no change with others."""
+        optimizer: Any = self.trainer.optimizers[0]
+        if not averages_weights(optimizer):
+            yield
+            return
+        # Not `optimizer.train()` afterwards: its arithmetic would not give back the same bits.
+        trained = {name: p.detach().clone() for name, p in trainable_parameters(self.model)}
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+            copy_parameters(self.model, trained)
+
+    def on_validation_start(self) -> None:
+        self._validating = ExitStack()
+        self._validating.enter_context(self.averaged_by_optimizer())
+
+    def on_validation_end(self) -> None:
+        self._validating.close()
+
+    def on_fit_end(self) -> None:
+        optimizer: Any = self.trainer.optimizers[0]
+        if averages_weights(optimizer):
+            optimizer.eval()
+
     def build_optimizer(self) -> torch.optim.Optimizer:
         """A new optimizer of the trainable parameters, with the learning rate of each part."""
-        return scale_rates(self.optimizer(self.tuning.groups(self.model)))
+
+        def build(groups: Groups) -> torch.optim.Optimizer:
+            return scale_rates(self.optimizer(groups))
+
+        groups, max_norm = self.tuning.groups(self.model), 0.0
+        if self._trainer is not None:
+            max_norm = self.trainer.gradient_clip_val or 0.0
+        if self.fused_backward or any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
+            return ParameterwiseOptimizer(build, groups, self.seed, self.fused_backward, max_norm)
+        return build(groups)
 
     def configure_optimizers(self) -> dict[str, Any]:
+        if self.fused_backward:
+            refuse_fused_backward(self.trainer)
         optimizer = self.build_optimizer()
         schedule = self.lr_schedule(optimizer, num_steps=self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -139,7 +189,7 @@ class Finetuning(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        if gradient_clip_val:
+        if gradient_clip_val and not self.fused_backward:
             clip_gradients((p for group in optimizer.param_groups for p in group["params"]), gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -192,9 +242,19 @@ def refuse_other_prediction(model: DiffusionModel, objective: Objective) -> None
         raise UserError("objective=v: the weights were trained with zero terminal SNR; choose objective=v_zero_snr")
 
 
-def refuse_low_precision_weights(model: nn.Module) -> None:
-    """Raise UserError where a trainable weight has fewer bits than fp32: small updates would be rounded away."""
+def refuse_weights_that_lose_updates(model: nn.Module) -> None:
+    """Raise UserError for a trainable weight that is neither fp32 nor bf16, which is rounded stochastically."""
     for name, parameter in trainable_parameters(model):
-        if parameter.dtype != torch.float32:
+        if parameter.dtype not in (torch.float32, torch.bfloat16):
             key = f"model.dtype.{part_of(name)}"
-            raise UserError(f"{key} is {parameter.dtype}, but trainable parameters must be fp32; set {key}=fp32")
+            raise UserError(f"{key} is {parameter.dtype}, in which small updates are lost; set {key}=fp32 or {key}=bf16")
+
+
+def refuse_schedule(optimizer: OptimizerFactory, lr_schedule: ScheduleFactory) -> None:
+    """Raise UserError where a schedule changes the rate of an optimizer that needs none."""
+    probe = optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))], "name": "probe", "lr_scale": 1.0}])
+    if averages_weights(probe) and not is_constant(lr_schedule(probe, num_steps=100)):
+        raise UserError(
+            f"lr_schedule: {type(probe).__name__} averages the weights in place of a schedule; set "
+            "lr_schedule=constant lr_schedule.warmup_steps=0 (optimizer.warmup_steps is its own warm-up)"
+        )

@@ -62,12 +62,14 @@ RESERVED = {
     "pytorch_lightning": (),
     "peft": ("sdft.tuning.adapter", "sdft.formats"),
     "diffusers": ("sdft.models", "sdft.sampling", "sdft.evaluation", "sdft.formats"),
-    "transformers": ("sdft.models", "sdft.sampling", "sdft.evaluation", "sdft.formats"),
+    "transformers": ("sdft.models", "sdft.optimizers", "sdft.sampling", "sdft.evaluation", "sdft.formats"),
     "webdataset": ("sdft.data.sources",),
     "datasets": ("sdft.data.sources",),
     "pyarrow": ("sdft.data.sources", "sdft.evaluation.tables"),
     "wandb": ("sdft.training.callbacks.tracking",),
     "xformers": ("sdft.models",),
+    "pytorch_optimizer": ("sdft.optimizers",),
+    "bitsandbytes": ("sdft.optimizers", "sdft.models"),
     "safetensors": ("sdft.formats", "sdft.merging", "sdft.data.cache"),
 }
 """Who may import what; a third party that is not named here is free."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.resources
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -35,6 +36,7 @@ from sdft.errors import closest, did_you_mean
 __all__ = ["Composer", "basic_sweeper", "composer", "get_args_parser"]
 OVERLAYS = ("experiment", "recipe")
 """Groups whose files only set keys that others declare: a key that exists nowhere else is a mistake in them."""
+OmegaConf.register_new_resolver("times", lambda *factors: float(f"{math.prod(map(float, factors)):.12g}"), replace=True)
 
 
 @contextmanager

@@ -8,26 +8,87 @@ torch's `CosineAnnealingLR` computes each rate from the one before, so that roun
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Annotated
 
-import torch
-from torch.optim.lr_scheduler import LambdaLR
+from annotated_types import Gt, Le
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler
 
-from sdft.types import Fraction, Index
+from sdft.types import Count, Fraction, Index, Positive
 
 
-def constant(optimizer: torch.optim.Optimizer, num_steps: int, warmup_steps: Index = 0) -> LambdaLR:
+def constant(optimizer: Optimizer, num_steps: int, warmup_steps: Index = 0) -> LambdaLR:
     """The full rate after a linear warm-up."""
     return LambdaLR(optimizer, lambda step: _warmup(step, warmup_steps))
 
 
-def cosine(
-    optimizer: torch.optim.Optimizer, num_steps: int, warmup_steps: Index = 0, final: Fraction = 0.0
-) -> LambdaLR:
+def cosine(optimizer: Optimizer, num_steps: int, warmup_steps: Index = 0, final: Fraction = 0.0) -> LambdaLR:
     """Half a cosine from the full rate to `final` times it at the last step, after a linear warm-up."""
+    return _decay(optimizer, num_steps, warmup_steps, final, lambda x: 0.5 * (1 + math.cos(math.pi * x)))
+
+
+def linear(optimizer: Optimizer, num_steps: int, warmup_steps: Index = 0, final: Fraction = 0.0) -> LambdaLR:
+    """A line from the full rate to `final` times it at the last step, after a linear warm-up."""
+    return _decay(optimizer, num_steps, warmup_steps, final, lambda x: 1 - x)
+
+
+def polynomial(
+    optimizer: Optimizer, num_steps: int, warmup_steps: Index = 0, power: Positive = 2.0, final: Fraction = 0.0
+) -> LambdaLR:
+    """A power of the remaining share of the steps, from the full rate to `final` times it, after a linear warm-up."""
+    return _decay(optimizer, num_steps, warmup_steps, final, lambda x: (1 - x) ** power)
+
+
+def cosine_restarts(
+    optimizer: Optimizer, num_steps: int, warmup_steps: Index = 0, cycles: Count = 3, final: Fraction = 0.0
+) -> LambdaLR:
+    """`cycles` equal half cosines, each from the full rate to `final` times it, after a linear warm-up (SGDR,
+    arXiv:1608.03983)."""
+
+    def shape(x: float) -> float:
+        return 0.5 * (1 + math.cos(math.pi * (1.0 if x == 1 else x * cycles % 1)))
+
+    return _decay(optimizer, num_steps, warmup_steps, final, shape)
+
+
+def rex(optimizer: Optimizer, num_steps: int, warmup_steps: Index = 0, final: Fraction = 0.0) -> LambdaLR:
+    """REX (arXiv:2107.04197): slower than a line at first, steep at the end; after a linear warm-up."""
+    return _decay(optimizer, num_steps, warmup_steps, final, lambda x: (1 - x) / (0.5 + 0.5 * (1 - x)))
+
+
+def warmup_stable_decay(
+    optimizer: Optimizer,
+    num_steps: int,
+    warmup_steps: Index = 0,
+    decay: Annotated[float, Gt(0), Le(1)] = 0.2,
+    final: Fraction = 0.0,
+) -> LambdaLR:
+    """The full rate after a linear warm-up, then a fall to `final` times it over the last share `decay` of the steps.
+
+    The fall is 1 minus a square root, the best shape in arXiv:2405.18392.
+    """
+    begin = 1 - decay
+    return _decay(
+        optimizer, num_steps, warmup_steps, final, lambda x: 1 - math.sqrt(max(x - begin, 0.0) / decay) if x < 1 else 0
+    )
+
+
+def is_constant(schedule: LRScheduler) -> bool:
+    """Whether a schedule leaves the rate of a new optimizer as it is."""
+    if not isinstance(schedule, LambdaLR):
+        return isinstance(schedule, ConstantLR) and schedule.factor == 1
+    return all(factor(step) == 1 for factor in schedule.lr_lambdas for step in (0, 1, 50, 99))
+
+
+def _decay(
+    optimizer: Optimizer, num_steps: int, warmup_steps: int, final: float, shape: Callable[[float], float]
+) -> LambdaLR:
+    """shape: factor between 1 and 0 of the share of the steps after the warm-up that are done."""
 
     def factor(step: int) -> float:
         progress = min(max(step - warmup_steps, 0) / max(num_steps - warmup_steps, 1), 1.0)
-        return _warmup(step, warmup_steps) * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+        return _warmup(step, warmup_steps) * (final + (1 - final) * shape(progress))
 
     return LambdaLR(optimizer, factor)
 

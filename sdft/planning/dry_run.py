@@ -42,7 +42,8 @@ def forecast(cfg: DictConfig, look_for_preset: bool = True) -> list[str]:
     set_steps(cfg, data)
     model = model_on_meta(cfg.model)
     with MetaBuild():
-        module = Finetuning(model, tuning, objective, build(cfg.optimizer), build(cfg.lr_schedule), cfg.seed)
+        optimizer, schedule = build(cfg.optimizer), build(cfg.lr_schedule)
+        module = Finetuning(model, tuning, objective, optimizer, schedule, cfg.seed, cfg.fused_backward)
     num_averages = sum(is_average(callback._target_) for callback in cfg.callbacks.values())
     try:
         lines = build(cfg.preflight)(module, data, run_setup(cfg), num_averages)

@@ -156,9 +156,11 @@ def describe_run(module: Any, data: Any, max_steps: int, accumulate: int, num_de
         for (h, w), indices in data.train_set.by_size().items():
             lines.append(f"    {w}x{h}: {len(indices)} images, {-(-len(indices) // per_step)} steps")
     total = sum(p.numel() for p in module.model.parameters())
+    trained: dict[str, int] = {}
     for group in module.tuning.groups(module.model):
-        count = sum(p.numel() for p in group["params"])
-        lines.append(f"  trains {group['name']}: {count:,} of {total:,} parameters ({count / total:.2%})")
+        trained[group["name"]] = trained.get(group["name"], 0) + sum(p.numel() for p in group["params"])
+    for name, count in trained.items():
+        lines.append(f"  trains {name}: {count:,} of {total:,} parameters ({count / total:.2%})")
     lines.append(
         f"  effective batch {per_step} ({data.batch_size} x {accumulate} accumulated x {num_devices} devices), "
         f"{max_steps} steps = {max_steps * per_step / num_images:.1f} passes over {num_images} images"

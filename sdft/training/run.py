@@ -79,7 +79,7 @@ def finetune(cfg: DictConfig, overrides: Sequence[str] | None, report: Report) -
     from sdft.module import Finetuning
 
     def finetuning(model) -> Finetuning:
-        return Finetuning(model, tuning, objective, optimizer, lr_schedule, cfg.seed)
+        return Finetuning(model, tuning, objective, optimizer, lr_schedule, cfg.seed, cfg.fused_backward)
 
     model = build(cfg.model)
     record = begin_receipt(cfg, overrides, model, data, trainer)

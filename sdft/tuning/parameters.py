@@ -40,13 +40,22 @@ def swap_parameters(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def parameter_groups(model: nn.Module, parts: Sequence[str], lr_scale: Mapping[str, float]) -> list[dict[str, Any]]:
-    """One parameter group per part, with its `name` and `lr_scale`. Raises UserError for a part that is frozen."""
-    groups = []
+    """Parameter groups of each part, with its `name` and `lr_scale`; vectors have a group of their own without decay.
+
+    Vectors are biases and the weights of norms: weight decay would pull them to no scale at all.
+    Raises UserError for a part that is frozen.
+    """
+    groups: list[dict[str, Any]] = []
     for part in parts:
         owned = [p for name, p in trainable_parameters(model) if part_of(name) == part]
         if not owned:
             raise UserError(f"tuning: no parameter of {part!r} is trainable")
-        groups.append({"params": owned, "name": part, "lr_scale": lr_scale.get(part, 1.0)})
+        common = {"name": part, "lr_scale": lr_scale.get(part, 1.0)}
+        matrices, vectors = [p for p in owned if p.ndim > 1], [p for p in owned if p.ndim <= 1]
+        if matrices:
+            groups.append({"params": matrices, **common})
+        if vectors:
+            groups.append({"params": vectors, **common, "weight_decay": 0.0})
     return groups
 
 

@@ -12,8 +12,9 @@ from annotated_types import Ge, Lt
 from torch import Tensor
 
 from sdft.distributed.sharding import local_shard, shard_like
+from sdft.optimizers.optimizers import averages_weights
 from sdft.protocols import WeightAverage
-from sdft.tuning.parameters import copy_parameters, swap_parameters, trainable_parameters
+from sdft.tuning.parameters import copy_parameters, trainable_parameters
 
 
 class EMA(WeightAverage, L.Callback):
@@ -26,49 +27,82 @@ class EMA(WeightAverage, L.Callback):
       `current_model_state`, which is added after the filters for trainable parameters could apply to it.
     - Its decay is constant. From a copy of the first step's weights, 240 steps at 0.999 leave 79% of that copy.
 
+    With a schedule-free optimizer nothing is averaged here: its own average takes the place.
+
     decay: of the average. After n steps it is at most (1 + n) / (10 + n), so that the first steps soon lose weight.
+    offload: keep the average in the memory of the machine, and copy the parameters there after each step.
     """
 
-    def __init__(self, decay: Annotated[float, Ge(0), Lt(1)] = 0.999):
-        self.decay = decay
+    def __init__(self, decay: Annotated[float, Ge(0), Lt(1)] = 0.999, offload: bool = False):
+        self.decay, self.offload = decay, offload
         self.num_updates = 0
         self.average: dict[str, Tensor] = {}
         self._trained: list[Tensor] = []
+        self._idle, self._live = False, dict[str, Tensor]()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         # Not in on_fit_start: FSDP restores the checkpoint, and with it the average, after that.
+        self._idle = averages_weights(trainer.optimizers[0])
+        if self._idle:
+            return
         saved = self.average
         self._trained = [p for _, p in trainable_parameters(module.model)]
-        self.average = {name: p.detach().clone() for name, p in trainable_parameters(module.model)}
+        # In fp32: an average of bf16 weights would not move by a thousandth of their distance.
+        self.average = {name: self._copy(p) for name, p in trainable_parameters(module.model)}
         for name, value in saved.items():
             self.average[name].copy_(shard_like(self.average[name], value))
 
+    def _copy(self, parameter: Tensor) -> Tensor:
+        copy = parameter.detach().to(torch.float32, copy=True)
+        return copy.cpu() if self.offload else copy
+
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if trainer.global_step == self.num_updates:
+        if self._idle or trainer.global_step == self.num_updates:
             return
         self.num_updates = trainer.global_step
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         averages = [local_shard(value) for value in self.average.values()]
-        torch._foreach_lerp_(averages, [local_shard(p) for p in self._trained], 1 - decay)
+        trained = [local_shard(p) for p in self._trained]
+        if all(p.dtype == a.dtype and p.device == a.device for p, a in zip(trained, averages, strict=True)):
+            torch._foreach_lerp_(averages, trained, 1 - decay)
+            return
+        for average, p in zip(averages, trained, strict=True):
+            average.lerp_(p.to(average), 1 - decay)
 
     @contextmanager
     def averaged(self, module: L.LightningModule) -> Iterator[None]:
         """Inside the `with`, the model has the averaged parameters."""
-        swap_parameters(module.model, self.average)
+        self._swap(module)
         try:
             yield
         finally:
-            swap_parameters(module.model, self.average)
+            self._swap(module)
+
+    @torch.no_grad()
+    def _swap(self, module: L.LightningModule) -> None:
+        """Exchange the averaged parameters and the trained ones, one at a time."""
+        for name, p in trainable_parameters(module.model) if not self._idle else ():
+            if p.dtype != self.average[name].dtype:  # the average would lose bits in the parameter's place
+                if name in self._live:
+                    p.copy_(self._live.pop(name))
+                else:
+                    self._live[name] = p.detach().clone()
+                    p.copy_(self.average[name])
+                continue
+            held = p.detach().clone()
+            p.copy_(self.average[name])
+            self.average[name].copy_(held)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        swap_parameters(module.model, self.average)
+        self._swap(module)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        swap_parameters(module.model, self.average)
+        self._swap(module)
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        copy_parameters(module.model, self.average)
+        if not self._idle:
+            copy_parameters(module.model, self.average)
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_updates": self.num_updates, "average": self.average}

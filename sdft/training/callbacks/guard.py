@@ -25,6 +25,8 @@ BROKEN = "became NaN or infinite"
 class Guard(L.Callback):
     """Stops all ranks at a loss or gradient that is not finite or diverges, before the optimizer step.
 
+    With `fused_backward`, the weights have been updated with a bad gradient when it is found; checkpoints have not.
+
     run_dir: `bad_samples.json` is written there, with the samples of that step and the loss of each.
     divergence: a loss, or a gradient norm before clipping, above this many times the median of the last 100 diverges.
         In sound runs on nano, also with batches of one sample, the largest was 5 times the median.
@@ -43,8 +45,11 @@ class Guard(L.Callback):
         self._watch(trainer, "loss", float(step.mean_loss))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        size = float(norm(gradients))
+        if module.fused_backward:
+            size = float(optimizer.gradient_norm())
+        else:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            size = float(norm(gradients))
         # In fp16 the loss scaler handles overflow: it skips the step and lowers its scale.
         if trainer.precision != "16-mixed" or math.isfinite(size):
             self._watch(trainer, "gradient", size)

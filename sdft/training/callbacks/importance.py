@@ -40,6 +40,8 @@ class Importance(L.Callback):
                 "callbacks=importance: measures the weights of a whole model, and this run does not train one; bake a "
                 "LoRA first (python -m sdft.merging merge=bake): docs/merging.md"
             )
+        if module.fused_backward:
+            raise UserError("callbacks=importance: needs all gradients at once; set fused_backward=false")
         self._trained = dict(trainable_parameters(module.model))
         if any(isinstance(p, DTensor) for p in self._trained.values()):
             raise UserError("callbacks=importance: needs whole weights on each device; choose strategy=auto or ddp")
