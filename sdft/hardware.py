@@ -69,7 +69,7 @@ def own_cgroups() -> list[tuple[Path, str, tuple[str, str, str]]]:
     return found
 
 
-PRESETS = {"8gb": 8, "12gb": 12, "16gb": 16, "24gb": 24, "48gb": 48, "80gb": 80}
+PRESETS = {"6gb": 6, "8gb": 8, "12gb": 12, "16gb": 16, "24gb": 24, "48gb": 48, "80gb": 80}
 """Options of `hardware=` -> GB of their card."""
 MARGIN = 0.94
 """A card has somewhat less memory for programs than its name says."""

@@ -19,6 +19,7 @@ from sdft.distributed.sharding import clip_gradients
 from sdft.errors import UserError
 from sdft.models.attention import refuse_device
 from sdft.models.offload import alone_on_device
+from sdft.models.quantized import quantized_layers
 from sdft.optimizers.optimizers import Groups, averages_weights, scale_rates
 from sdft.optimizers.parameterwise import ParameterwiseOptimizer, refuse_fused_backward
 from sdft.optimizers.schedules import is_constant
@@ -79,6 +80,8 @@ class Finetuning(L.LightningModule):
         if objective.prediction is not None:
             refuse_other_prediction(model, objective)
             model.set_prediction_type(objective.prediction, objective.zero_terminal_snr)
+        if not tuning.trains_adapters:
+            refuse_quantized(model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "adapters"))
             tuning.attach(model)
@@ -115,6 +118,8 @@ class Finetuning(L.LightningModule):
             return
         if not isinstance(self.model, DiffusionModel):
             raise UserError("strategy=fsdp shards diffusion models only; choose strategy=ddp to train a single network")
+        if any(quantized_layers(self.model)):
+            raise UserError("strategy=fsdp: quantised weights cannot be sharded; set 'model.quantization={}', or strategy=ddp")
         hooks.shard(self.model.modules_to_shard(self.cached_parts(self.trainer.datamodule.cache)))
 
     def cached_parts(self, cache: Literal["ram", "disk", "off"]) -> set[str]:
@@ -169,15 +174,22 @@ class Finetuning(L.LightningModule):
     def build_optimizer(self) -> torch.optim.Optimizer:
         """A new optimizer of the trainable parameters, with the learning rate of each part."""
 
+        return self.optimizer_of(self.tuning.groups(self.model), self.fused_backward)
+
+    def updates_parameterwise(self) -> bool:
+        """Whether parameters are updated one at a time: in the backward pass, or because they are in bf16."""
+        return self.fused_backward or any(p.dtype == torch.bfloat16 for _, p in trainable_parameters(self.model))
+
+    def optimizer_of(self, groups: Groups, in_backward: bool) -> torch.optim.Optimizer:
+        """A new optimizer of these parameter groups."""
+
         def build(groups: Groups) -> torch.optim.Optimizer:
             return scale_rates(self.optimizer(groups))
 
-        groups, max_norm = self.tuning.groups(self.model), 0.0
-        if self._trainer is not None:
-            max_norm = self.trainer.gradient_clip_val or 0.0
-        if self.fused_backward or any(p.dtype == torch.bfloat16 for group in groups for p in group["params"]):
-            return ParameterwiseOptimizer(build, groups, self.seed, self.fused_backward, max_norm)
-        return build(groups)
+        if not self.updates_parameterwise():
+            return build(groups)
+        clip = self.trainer.gradient_clip_val if in_backward and self._trainer is not None else None
+        return ParameterwiseOptimizer(build, groups, self.seed, in_backward, clip or 0.0)
 
     def configure_optimizers(self) -> dict[str, Any]:
         if self.fused_backward:
@@ -248,6 +260,15 @@ def refuse_weights_that_lose_updates(model: nn.Module) -> None:
         if parameter.dtype not in (torch.float32, torch.bfloat16):
             key = f"model.dtype.{part_of(name)}"
             raise UserError(f"{key} is {parameter.dtype}, in which small updates are lost; set {key}=fp32 or {key}=bf16")
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise UserError for quantised weights in a model that will train, and be exported, as a whole."""
+    for name, layer in quantized_layers(model):
+        raise UserError(
+            f"model.quantization.{part_of(name)}={layer.format}: quantised weights are frozen, and only adapters train "
+            "beside them; set 'model.quantization={}', or tuning=lora_unet"
+        )
 
 
 def refuse_schedule(optimizer: OptimizerFactory, lr_schedule: ScheduleFactory) -> None:

@@ -202,6 +202,8 @@ class DiffusionModel(nn.Module, ABC):
     PARTS: names of the networks, as submodules and in configs. DENOISER, VAE: those two. TEXT_ENCODERS: the others.
     ADAPTER_LAYERS: part -> name of a choice (`attention`, `all`, `conv`) -> suffixes of the modules that get adapters.
     scheduler: a diffusers scheduler whose config holds the noise schedule and the prediction type.
+    original_weights: opens the file of weights that are quantised in memory; None if none are.
+    decoded_tile: side in pixels of the tiles in which images are decoded; None: they are decoded whole.
     offload_idle: whether the other parts wait on the CPU while the VAE works: for small GPUs.
     working_device: where the model computes while its denoiser waits elsewhere; None otherwise.
     """
@@ -212,6 +214,8 @@ class DiffusionModel(nn.Module, ABC):
     TEXT_ENCODERS: ClassVar[Sequence[str]]
     ADAPTER_LAYERS: ClassVar[Mapping[str, Mapping[str, Sequence[str]]]]
     scheduler: Any
+    original_weights: Callable[[], Any] | None = None
+    decoded_tile: int | None = None
     offload_idle: bool = False
     working_device: torch.device | None = None
 

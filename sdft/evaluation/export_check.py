@@ -27,6 +27,7 @@ from sdft.formats.json_file import read_json
 from sdft.formats.keys import hub_name
 from sdft.formats.lora_file import read_lora
 from sdft.formats.safetensors_io import DTYPES, MappedFile, StoredTensor, read_header
+from sdft.models.quantized import QuantizedLinear, quantized_layers
 from sdft.protocols import DiffusionModel
 from sdft.rng import generator
 
@@ -92,14 +93,53 @@ def adapter_error(model: DiffusionModel, path: Path, kind: str) -> float:
         return max(scales, *layers)
 
 
+@torch.no_grad()
+def quantization_errors(model: DiffusionModel) -> dict[str, float]:
+    """What quantising the base changes, by part, relative to what training changed; empty if nothing is quantised.
+
+    A file holds the adapter only, and others apply it to the original base. Both are root mean squares over the adapted
+    layers' outputs for random inputs, relative to the outputs.
+    """
+    sums: dict[str, list[float]] = {}
+    if model.original_weights is None:
+        return {}
+    with model.original_weights().opened() as read:
+        for name, layer in adapted_layers(model).items():
+            part, _, module = name.partition(".")
+            if not isinstance(layer.get_base_layer(), QuantizedLinear):
+                continue
+            trained = copy.deepcopy(layer).to("cpu", torch.float32).eval()
+            base = trained.get_base_layer()
+            x = torch.randn(NUM_INPUTS, base.in_features, generator=generator(0, "export", name))
+            original = read(f"{part}/{hub_name(part, f'{module}.weight')}").float()
+            expected = x @ original.T
+            total = sums.setdefault(part, [0.0, 0.0])
+            total[0] += (rms(x @ (base.weight - original).T) / rms(expected)) ** 2
+            total[1] += (rms(trained(x) - base(x)) / rms(expected)) ** 2
+    return {part: math.sqrt(error / change) if change else math.inf for part, (error, change) in sums.items()}
+
+
 def without_weights(model: DiffusionModel) -> DiffusionModel:
     """A copy of the model without adapters whose weights are zeros that take no memory, in fp32."""
     zero = torch.zeros(())
     memo: dict[int, Any] = {id(p): nn.Parameter(zero.expand(p.shape), requires_grad=False) for p in model.parameters()}
     skeleton = copy.deepcopy(model, memo).eval()
     for part in skeleton.PARTS:
-        remove_adapters(skeleton.get_submodule(part))
+        network = skeleton.get_submodule(part)
+        remove_adapters(network)
+        for name, layer in list(quantized_layers(network)):
+            network.set_submodule(name, plain_layer(layer, zero))
     return skeleton
+
+
+def plain_layer(layer: QuantizedLinear, zero: Tensor) -> nn.Linear:
+    """An unquantised layer of the same shape and bias whose weights are zeros that take no memory."""
+    with init_empty_weights():
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    plain.weight = nn.Parameter(zero.expand(layer.out_features, layer.in_features), requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = layer.bias
+    return plain
 
 
 def layer_error(name: str, trained: Any, read: Any) -> float:

@@ -6,6 +6,7 @@ copy of them.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,8 +27,9 @@ from sdft.formats.json_file import read_json
 from sdft.formats.model_checkpoint import INDEX, PICKLES, Checkpoint, open_checkpoint, open_vae
 from sdft.formats.safetensors_io import refuse_nonfinite
 from sdft.models.attention import Attention, set_attention
+from sdft.models.quantized import Format, quantize, quantize_layers
 from sdft.models.nano import WEIGHTS as NANO
-from sdft.models.sdxl import SDXL, EmptyPrompt
+from sdft.models.sdxl import SDXL, TILE, EmptyPrompt
 from sdft.types import DTYPES, Count
 
 # Their bars count files, not bytes.
@@ -49,6 +51,7 @@ def pretrained(
     config: str = "nano",
     vae: str | None = None,
     dtype: Mapping[Part, Dtype] | None = None,
+    quantization: Mapping[Part, Format] | None = None,
     attention: Attention = "sdpa",
     gradient_checkpointing: bool = False,
     channels_last: bool = False,
@@ -58,6 +61,7 @@ def pretrained(
     variant: str | None = None,
     allow_pickle: bool = False,
     offload_idle: bool = False,
+    tiled_vae: bool = False,
     family: type[SDXL] = SDXL,
 ) -> SDXL:
     """SDXL with the given weights.
@@ -65,7 +69,9 @@ def pretrained(
     weights: `nano` (shipped), a Hub id, a diffusers folder, or a single-file checkpoint (`.safetensors`).
     config: `nano`, a folder or a Hub id with the configs and tokenizers that a single file lacks.
     vae: a folder, file or Hub id whose VAE replaces the model's own.
-    dtype: part -> dtype of its weights, fp32 by default; trainable parameters must be fp32.
+    dtype: part -> dtype of its weights, fp32 by default. Trainable weights are fp32, or bf16 with stochastic rounding.
+    quantization: part -> `int8`, `fp8` or `nf4` (4 bits), in which the linear layers of a frozen part's blocks are held
+        (`sdft.models.quantized`); its other weights have its dtype.
     attention: how the UNet computes attention: `sdpa` (torch), `xformers` (needs its extra and a GPU), `eager`
         (plain matrix products), `sliced` (least memory, slow).
     gradient_checkpointing: recompute activations in the backward pass: less memory, about a third slower.
@@ -78,15 +84,17 @@ def pretrained(
     allow_pickle: also open `.ckpt` files; a pickle can run code if torch's restricted unpickler has a hole.
     offload_idle: the other parts wait on the CPU while the VAE encodes or decodes: for small GPUs. Moving them takes a
         second or two for each batch of decoded images.
+    tiled_vae: decode images in overlapping tiles of 448 px: a third of the memory, and seams that are hard to see.
     family: the class that is built, for loaders of subclasses.
 
     Raises UserError where weights are missing, do not fit, or the attention is not available.
     """
     checkpoint = find_checkpoint(weights, variant, allow_pickle)
     folder = checkpoint.root if checkpoint.is_folder else find_folder("model.config", config, CONFIGS)
-    dtypes = {part: torch.float32 for part in PARTS} | {part: DTYPES[name] for part, name in (dtype or {}).items()}
+    dtypes = part_dtypes(dtype)
+    quantized = quantized_parts(quantization, family)
     configs = {part: folder / part for part in PARTS if vae is None or part != "vae"}
-    networks = load_networks(f"model.weights={weights}", checkpoint, configs, dtypes)
+    networks = load_networks(f"model.weights={weights}", checkpoint, configs, dtypes, quantized)
     if vae is not None:
         networks["vae"] = load_vae(vae, folder / "vae", dtypes["vae"])
     model = family(
@@ -97,7 +105,9 @@ def pretrained(
         empty_prompt=empty_prompt or recorded_empty_prompt(folder),
         prompt_chunks=prompt_chunks,
     )
-    model.offload_idle = offload_idle
+    model.offload_idle, model.decoded_tile = offload_idle, TILE if tiled_vae else None
+    if quantized:
+        model.original_weights = functools.partial(find_checkpoint, weights, variant, allow_pickle)
     if not checkpoint.is_folder:
         model.set_prediction_type(checkpoint.prediction or "epsilon", checkpoint.zero_terminal_snr)
     set_attention(model.unet, attention)
@@ -114,6 +124,7 @@ def pretrained_on_meta(
     weights: str,
     config: str = "nano",
     dtype: Mapping[Part, Dtype] | None = None,
+    quantization: Mapping[Part, Format] | None = None,
     attention: Attention = "sdpa",
     gradient_checkpointing: bool = False,
     prompt_chunks: Count = 1,
@@ -121,6 +132,7 @@ def pretrained_on_meta(
     variant: str | None = None,
     allow_pickle: bool = False,
     offload_idle: bool = False,
+    tiled_vae: bool = False,
     family: type[SDXL] = SDXL,
     **_: Any,
 ) -> SDXL:
@@ -137,8 +149,10 @@ def pretrained_on_meta(
     if is_file or local.is_dir():
         checkpoint = open_checkpoint("model.weights", local, allow_pickle, variant)
         refuse_misfit(f"model.weights={weights}", checkpoint, networks)
-    for part, name in (dtype or {}).items():
-        networks[part].to(DTYPES[name])
+    for part, kind in part_dtypes(dtype).items():
+        networks[part].to(kind)
+    for part, (format, suffixes) in quantized_parts(quantization, family).items():
+        quantize_layers(networks[part], suffixes, format)
     tokenizers = folder if (folder / "tokenizer").is_dir() else NANO
     model = family(
         **networks,
@@ -148,7 +162,7 @@ def pretrained_on_meta(
         empty_prompt=empty_prompt or recorded_empty_prompt(folder),
         prompt_chunks=prompt_chunks,
     )
-    model.offload_idle = offload_idle
+    model.offload_idle, model.decoded_tile = offload_idle, TILE if tiled_vae else None
     # xformers keeps the same activations as sdpa, and need not be installed for a forecast.
     set_attention(model.unet, "sdpa" if attention == "xformers" else attention)
     if gradient_checkpointing:
@@ -187,20 +201,50 @@ def find_folder(key: str, name: str, patterns: Sequence[str], ignored: Sequence[
         ) from error
 
 
+def part_dtypes(dtype: Mapping[Part, Dtype] | None) -> dict[str, torch.dtype]:
+    """Part -> dtype of its weights."""
+    return {part: torch.float32 for part in PARTS} | {part: DTYPES[name] for part, name in (dtype or {}).items()}
+
+
+def quantized_parts(
+    quantization: Mapping[Part, Format] | None, family: type[SDXL]
+) -> dict[str, tuple[Format, Sequence[str]]]:
+    """Part -> (format, suffixes of the layers) of the parts that are quantised. Raises UserError for the VAE."""
+    quantized = {}
+    for part, name in (quantization or {}).items():
+        if part not in family.ADAPTER_LAYERS:
+            raise UserError(f"model.quantization.{part}={name}: it has no linear layers to quantise; leave it out")
+        quantized[part] = (name, family.ADAPTER_LAYERS[part]["all"])
+    return quantized
+
+
 def load_networks(
-    where: str, checkpoint: Checkpoint, configs: Mapping[str, Path], dtypes: Mapping[str, torch.dtype]
+    where: str,
+    checkpoint: Checkpoint,
+    configs: Mapping[str, Path],
+    dtypes: Mapping[str, torch.dtype],
+    quantized: Mapping[str, tuple[Format, Sequence[str]]] | None = None,
 ) -> dict[str, nn.Module]:
-    """The networks of `configs` with the checkpoint's weights. Raises UserError before reading if any does not fit."""
+    """The networks of `configs` with the checkpoint's weights. Raises UserError before reading if any does not fit.
+
+    quantized: part -> (format, suffixes of its layers that are quantised). One weight at a time is held in full.
+    """
     networks = {part: empty_network(part, config) for part, config in configs.items()}
     refuse_misfit(where, checkpoint, networks)
     with checkpoint.opened() as read:
         for part, network in networks.items():
+            names = parameter_names(part, network)
+            format, suffixes = (quantized or {}).get(part, ("int8", ()))
+            layers = quantize_layers(network, suffixes, format)
             # Weights that have the dtype already stay memory-mapped.
             state = {}
-            for weight, name in parameter_names(part, network).items():
-                tensor = read(weight)
+            for weight, name in names.items():
+                tensor, layer = read(weight), name.rpartition(".")[0]
                 refuse_nonfinite(where, weight, tensor)
-                state[name] = tensor.to(dtypes[part]).contiguous()
+                if layer in layers and name.endswith(".weight"):
+                    state[f"{layer}.codes"], state[f"{layer}.scales"] = quantize(tensor, format)
+                else:
+                    state[name] = tensor.to(dtypes[part]).contiguous()
             network.load_state_dict(state, strict=False, assign=True)
     return networks
 

@@ -29,6 +29,8 @@ UNET_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", 
 CONV_LAYERS = ("conv1", "conv2", "downsamplers.0.conv", "upsamplers.0.conv")
 ENCODER_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 ENCODER_ADAPTERS = {"attention": ENCODER_LAYERS[:4], "all": ENCODER_LAYERS, "conv": ENCODER_LAYERS}
+TILE = 448
+"""Side of a decoded tile in pixels."""
 VAE_PIXELS = 2**20
 """Pixels that pass through the VAE at a time: one image of 1024 x 1024, some GiB in fp32."""
 ENCODER_SHARDS = ("embeddings", "encoder", "final_layer_norm", "text_projection")
@@ -236,11 +238,16 @@ class SDXL(DiffusionModel):
     def decode(self, z_BCHW: Tensor) -> Tensor:
         shift = self.vae.config.shift_factor or 0.0
         images = []
+        if self.decoded_tile:
+            self.vae.enable_tiling()
+            self.vae.tile_sample_min_size = self.decoded_tile
+            self.vae.tile_latent_min_size = self.decoded_tile // self.vae_factor
         with alone_on_device(self, "vae"), torch.no_grad(), torch.autocast(z_BCHW.device.type, enabled=False):
             h, w = z_BCHW.shape[-2:]
             for part_BCHW in z_BCHW.split(num_at_once((h * self.vae_factor, w * self.vae_factor))):
                 z = part_BCHW.to(self.vae.device, self.vae.dtype) / self.vae.config.scaling_factor + shift
                 images.append(self.vae.decode(z).sample.float().clamp(-1, 1))
+        self.vae.disable_tiling()  # encoding is always whole: latents are what training sees
         return torch.cat(images)
 
 

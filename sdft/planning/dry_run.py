@@ -44,9 +44,10 @@ def forecast(cfg: DictConfig, look_for_preset: bool = True) -> list[str]:
     with MetaBuild():
         optimizer, schedule = build(cfg.optimizer), build(cfg.lr_schedule)
         module = Finetuning(model, tuning, objective, optimizer, schedule, cfg.seed, cfg.fused_backward)
-    num_averages = sum(is_average(callback._target_) for callback in cfg.callbacks.values())
+    averages = [callback for callback in cfg.callbacks.values() if is_average(callback._target_)]
+    num_offloaded = sum(bool(callback.get("offload")) for callback in averages)
     try:
-        lines = build(cfg.preflight)(module, data, run_setup(cfg), num_averages)
+        lines = build(cfg.preflight)(module, data, run_setup(cfg), len(averages) - num_offloaded, num_offloaded)
     except MemoryShortage as short:
         remedy = preset_that_fits(cfg, short.limit) if look_for_preset else None
         raise UserError(f"{short.problem}; {remedy}") if remedy else short from None

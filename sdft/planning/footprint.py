@@ -5,8 +5,10 @@ Estimates only; `preflight` decides what is too much.
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -32,8 +34,14 @@ from sdft.types import DTYPES
 ENCODE_WORKSPACE, DECODE_WORKSPACE = 1.2, 1.6
 """Memory of the VAE on a GPU relative to its tensors, for the workspace of cuDNN's convolutions: an H200 took 3.0 GiB
 to encode and 4.8 GiB to decode an image of 1024 px, whose tensors have 2.5 and 3.0 GiB."""
+PROBE = 2**18
+"""Elements of a weight on which an optimizer's memory is measured."""
 ENCODED = 64
 """Images that are on the device at a time while the cache is filled."""
+
+
+Kind = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a weight."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class MemoryNeeds:
     gradients: float
     states: float
     average: float
+    """Averages of the weights that are kept on the device."""
     step: float
     """Peak of the forward and backward pass: activations, weights cast to another dtype, temporary gradients."""
     update: float
@@ -101,24 +110,30 @@ class MetaBuild(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def memory_needs(module: Any, data: Any, setup: Setup, num_averages: int) -> MemoryNeeds:
-    """Memory and FLOPs of one device. FSDP shards weights, gradients, optimizer states and average."""
+def memory_needs(
+    module: Any, data: Any, setup: Setup, num_averages: int, num_offloaded_averages: int = 0
+) -> MemoryNeeds:
+    """Memory and FLOPs of one device. FSDP shards weights, gradients, optimizer states and average.
+
+    num_averages, num_offloaded_averages: averages of the weights (fp32), on the device and on the host.
+    """
     offloaded = module.cached_parts(data.cache)
     tensors = [*module.model.named_parameters(), *module.model.named_buffers()]
     held = [t for name, t in tensors if part_of(name) not in offloaded]
     trained = sum(p.nbytes for _, p in trainable_parameters(module.model))
-    copies, temporary = optimizer_copies(module.optimizer)
+    states, updates, update = optimizer_memory(module, setup.on_gpu)
+    average = 4 * sum(p.numel() for _, p in trainable_parameters(module.model))
     everything = sum(t.nbytes for _, t in tensors)
     autoencoder = sum(t.nbytes for name, t in tensors if part_of(name) == getattr(module.model, "VAE", None))
     alone = setup.on_gpu and getattr(module.model, "offload_idle", False)
-    traces = trace(module, data, setup)
+    traces = trace(module, data, setup, updates if module.fused_backward else {})
     needs = MemoryNeeds(
         weights=sum(t.nbytes for t in held) / setup.num_shards,
-        gradients=trained / setup.num_shards,
-        states=copies * trained / setup.num_shards,
-        average=num_averages * trained / setup.num_shards,
+        gradients=0 if module.fused_backward else trained / setup.num_shards,
+        states=states / setup.num_shards,
+        average=num_averages * average / setup.num_shards,
         step=traces.step,
-        update=temporary * trained / setup.num_shards,
+        update=update / setup.num_shards,
         flops=traces.flops,
         caching=traces.encode and traces.encode + (autoencoder if alone else everything / setup.num_shards),
     )
@@ -129,6 +144,7 @@ def memory_needs(module: Any, data: Any, setup: Setup, num_averages: int) -> Mem
     # Full tuning keeps the initial weights, and while the base model draws, the tuned ones too.
     kept = everything - sum(t.nbytes for t in held) + cached_bytes(module, data)
     kept += 0 if module.tuning.trains_adapters else 1.5 * trained
+    kept += num_offloaded_averages * average
     host = max(everything, kept) if setup.on_gpu else needs.total + kept
     return replace(needs, host=host)
 
@@ -145,16 +161,50 @@ def cached_bytes(module: Any, data: Any) -> int:
     )
 
 
-def optimizer_copies(build: Callable) -> tuple[float, float]:
-    """(states, temporary memory of a step) of the optimizer as multiples of the weights, measured on a small weight."""
-    weight = nn.Parameter(torch.zeros(512, 512))
-    optimizer = build([{"params": [weight], "name": "probe", "lr_scale": 1.0}])
-    weight.grad = torch.zeros_like(weight)
+def optimizer_memory(module: Any, on_gpu: bool) -> tuple[float, dict[Kind, float], float]:
+    """(bytes of the optimizer's states, temporary bytes of one weight's update, of the optimizer step).
+
+    Measured on small weights of the same shapes. Weights that are updated one at a time need the temporary memory of
+    the largest; during the backward pass, that of each in turn.
+    """
+    counts = Counter((tuple(p.shape), p.dtype) for _, p in trainable_parameters(module.model))
+    found = {kind: update_memory(module, *kind, on_gpu) for kind in counts}
+    states = sum(count * found[kind][0] for kind, count in counts.items())
+    updates = {kind: temporary for kind, (_, temporary) in found.items()}
+    if module.fused_backward:
+        return states, updates, 0.0
+    if module.updates_parameterwise():
+        return states, updates, max(updates.values())
+    return states, updates, sum(count * updates[kind] for kind, count in counts.items())
+
+
+def update_memory(module: Any, shape: Sequence[int], dtype: torch.dtype, on_gpu: bool) -> tuple[float, float]:
+    """(bytes of the states, temporary bytes of an update) of one weight; a large one is measured by some of its rows."""
+    rows = max(min(shape[0], PROBE // math.prod(shape[1:])), 1) if shape else 1
+    scale = shape[0] / rows if shape else 1.0
+    weight = nn.Parameter(torch.zeros(rows, *shape[1:], dtype=dtype) if shape else torch.zeros((), dtype=dtype))
+    with torch.enable_grad():
+        optimizer = module.optimizer_of([{"params": [weight], "name": "probe", "lr_scale": 1.0}], in_backward=False)
+    for group in optimizer.param_groups if on_gpu else ():
+        if "fused" in group:
+            group |= {"fused": True, "foreach": False}
+    weight.grad = torch.ones_like(weight)
     optimizer.step()
     kept = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+    weight.grad = torch.ones_like(weight)
     with AllocationTracker() as ledger:
         optimizer.step()
-    return round(kept / weight.nbytes, 2), round(ledger.peak / weight.nbytes, 2)
+    return kept * scale, ledger.peak * scale
+
+
+def update_in_backward(updates: Mapping[Kind, float]) -> Callable[[Tensor], None]:
+    """A hook that takes the memory of a parameter's update for a moment, and frees the gradient."""
+
+    def update(parameter: Tensor) -> None:
+        torch.empty(round(updates[tuple(parameter.shape), parameter.dtype]), dtype=torch.uint8)
+        parameter.grad = None
+
+    return update
 
 
 class Traces(NamedTuple):
@@ -167,15 +217,21 @@ class Traces(NamedTuple):
     decode: int
 
 
-def trace(module: Any, data: Any, setup: Setup) -> Traces:
-    """Trace the forward and backward pass of one batch with the largest images, and the other stages of a run."""
+def trace(module: Any, data: Any, setup: Setup, updates: Mapping[Kind, float]) -> Traces:
+    """Trace the forward and backward pass of one batch with the largest images, and the other stages of a run.
+
+    updates: temporary bytes of the weights that are updated during the backward pass.
+    """
     precision = autocast_precision(setup.precision)
     narrow = None if precision == "fp32" else DTYPES[precision]
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         module.model.to_empty(device="cpu")
         for _, parameter in trainable_parameters(module.model):
-            parameter.grad = torch.zeros_like(parameter)
+            if updates:
+                parameter.register_post_accumulate_grad_hook(update_in_backward(updates))
+            else:
+                parameter.grad = torch.zeros_like(parameter)
         if narrow is not None and setup.on_gpu:
             for norm in module.model.modules():
                 if isinstance(norm, nn.GroupNorm | nn.LayerNorm):
@@ -219,7 +275,8 @@ def trace_drawing(model: DiffusionModel, setup: Setup) -> tuple[int, int]:
         cond = model.condition_prompts(context_BLD, pooled_BP, (side, side))
         model.denoise(torch.cat([z_BCHW, z_BCHW]), torch.zeros(2 * num), cond)
         denoise, ledger.peak = ledger.peak, ledger.now
-        model.decode(z_BCHW)
+        tile = min(side, model.decoded_tile or side) // model.vae_factor
+        model.decode(z_BCHW[:, :, :tile, :tile])  # other tiles have the same memory one after another
     return denoise, round(ledger.peak * (DECODE_WORKSPACE if setup.on_gpu else 1))
 
 

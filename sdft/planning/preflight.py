@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sdft.errors import UserError
 from sdft.hardware import available_memory
+from sdft.models.quantized import num_weights, quantized_layers
 from sdft.planning.footprint import MemoryNeeds, Setup, memory_needs
 from sdft.protocols import DiffusionModel
 from sdft.tuning.parameters import part_of
@@ -49,11 +50,13 @@ class Preflight:
     ):
         self.memory, self.tflops, self.host_memory = memory, tflops, host_memory
 
-    def __call__(self, module: Any, data: Any, setup: Setup, num_averages: int) -> list[str]:
+    def __call__(
+        self, module: Any, data: Any, setup: Setup, num_averages: int, num_offloaded_averages: int = 0
+    ) -> list[str]:
         """The lines to print. `module` was built inside `MetaBuild`, on the meta device."""
         refuse_precision(setup)
         refuse_batch(data, setup)
-        needs = memory_needs(module, data, setup, num_averages)
+        needs = memory_needs(module, data, setup, num_averages, num_offloaded_averages)
         self.refuse_memory(needs, module, data, setup)
         run = describe_run(module, data, setup.max_steps, setup.accumulate, setup.num_devices)
         return [*describe_parts(module.model), *run, *self.describe_needs(needs, setup)]
@@ -73,7 +76,8 @@ class Preflight:
         model, full = module.model, not module.tuning.trains_adapters
         denoiser = model.denoiser if isinstance(model, DiffusionModel) else None
         fixed = {*module.cached_parts(data.cache), "vae", *(module.tuning.parts if full else ())}
-        frozen = (name for name, p in model.named_parameters() if p.itemsize > 2 and not p.requires_grad)
+        scales = {f"{name}.scales" for name, _ in quantized_layers(model)}
+        frozen = (n for n, p in model.named_parameters() if p.itemsize > 2 and not p.requires_grad and n not in scales)
         wide = {part_of(name) for name in frozen} - fixed
         narrow = ", ".join(f"{part}: bf16" for part in sorted(wide))
         remedies = {
@@ -155,7 +159,8 @@ def describe_run(module: Any, data: Any, max_steps: int, accumulate: int, num_de
         lines.append("  sizes (w x h), with the steps of a pass:")
         for (h, w), indices in data.train_set.by_size().items():
             lines.append(f"    {w}x{h}: {len(indices)} images, {-(-len(indices) // per_step)} steps")
-    total = sum(p.numel() for p in module.model.parameters())
+    count_of = num_weights(module.model)
+    total = sum(count_of(name, p) for name, p in module.model.named_parameters())
     trained: dict[str, int] = {}
     for group in module.tuning.groups(module.model):
         trained[group["name"]] = trained.get(group["name"], 0) + sum(p.numel() for p in group["params"])
@@ -171,11 +176,16 @@ def describe_run(module: Any, data: Any, max_steps: int, accumulate: int, num_de
 def describe_parts(model: nn.Module) -> list[str]:
     """Parameters and dtypes of each part."""
     parts: dict[str, list[Tensor]] = {}
+    counts, count_of = dict[str, int](), num_weights(model)
     for name, parameter in model.named_parameters():
         parts.setdefault(part_of(name), []).append(parameter)
+        counts[part_of(name)] = counts.get(part_of(name), 0) + count_of(name, parameter)
+    formats = {part_of(f"{name}.codes"): layer.format for name, layer in quantized_layers(model)}
     lines = []
     for part, owned in parts.items():
-        count, kinds = sum(p.numel() for p in owned), sorted({str(p.dtype).removeprefix("torch.") for p in owned})
+        count, kinds = counts[part], sorted({str(p.dtype).removeprefix("torch.") for p in owned})
+        if part in formats:
+            kinds = [formats[part], *(kind for kind in kinds if "int8" not in kind)]
         trained = sum(p.numel() for p in owned if p.requires_grad)
         size = sum(p.nbytes for p in owned) / GIB
         lines.append(f"  {part:15} {count:>13,} parameters, {size:.2f} GiB {'+'.join(kinds)}, {trained:,} trainable")

@@ -9,7 +9,7 @@ import lightning as L
 import torch
 
 from sdft.errors import UserError
-from sdft.evaluation.export_check import MIN_EFFECT, export_errors
+from sdft.evaluation.export_check import MIN_EFFECT, export_errors, quantization_errors
 from sdft.formats.adapter import lora_from_model, write_words
 from sdft.formats.diffusers_folder import write_folder
 from sdft.formats.lora_file import write_lora_file
@@ -50,7 +50,8 @@ class Export:
     def __call__(
         self, module: L.LightningModule, folder: Path, title: str, size: int
     ) -> tuple[dict[str, Path], dict[str, float]]:
-        """(name -> written path, name -> deviation of the file from the trained model).
+        """(name -> written path, name -> deviation of the file from the trained model, and of the quantised base from the
+        original one).
 
         title, size: of the run and its images, for the metadata.
         """
@@ -71,7 +72,9 @@ class Export:
                     f"export: {written[name]} deviates from the trained model by {error:.1%} of what training changed "
                     f"(export.tolerance={self.tolerance:g}); do not use it. The checkpoint of the run is intact"
                 )
-        return written, {f"export_error/{name}": error for name, error in errors.items()}
+        found = {f"export_error/{name}": error for name, error in errors.items()}
+        quantized = quantization_errors(module.model)
+        return written, found | {f"quantization_error/{part}": error for part, error in quantized.items()}
 
     def write(self, module: L.LightningModule, folder: Path, described: dict[str, Any]) -> dict[str, Path]:
         """Write the files; name -> path."""
