@@ -119,7 +119,7 @@ class Finetuning(L.LightningModule):
         if not isinstance(self.model, DiffusionModel):
             raise UserError("strategy=fsdp shards diffusion models only; choose strategy=ddp to train a single network")
         if any(quantized_layers(self.model)):
-            raise UserError("strategy=fsdp: quantised weights cannot be sharded; set 'model.quantization={}', or strategy=ddp")
+            raise UserError("strategy=fsdp cannot shard quantised weights; set 'model.quantization={}', or strategy=ddp")
         hooks.shard(self.model.modules_to_shard(self.cached_parts(self.trainer.datamodule.cache)))
 
     def cached_parts(self, cache: Literal["ram", "disk", "off"]) -> set[str]:
@@ -145,7 +145,7 @@ class Finetuning(L.LightningModule):
 
     @contextmanager
     def averaged_by_optimizer(self) -> Iterator[None]:
-        """Inside the `with`, the model has the weights that a schedule-free optimizer averages; no change with others."""
+        """Inside the `with`, the model has the weights that a schedule-free optimizer averages, if it has one."""
         optimizer: Any = self.trainer.optimizers[0]
         if not averages_weights(optimizer):
             yield
@@ -259,7 +259,7 @@ def refuse_weights_that_lose_updates(model: nn.Module) -> None:
     for name, parameter in trainable_parameters(model):
         if parameter.dtype not in (torch.float32, torch.bfloat16):
             key = f"model.dtype.{part_of(name)}"
-            raise UserError(f"{key} is {parameter.dtype}, in which small updates are lost; set {key}=fp32 or {key}=bf16")
+            raise UserError(f"{key} is {parameter.dtype}, in which small updates are lost; set it to fp32 or bf16")
 
 
 def refuse_quantized(model: nn.Module) -> None:

@@ -27,8 +27,8 @@ from sdft.formats.json_file import read_json
 from sdft.formats.model_checkpoint import INDEX, PICKLES, Checkpoint, open_checkpoint, open_vae
 from sdft.formats.safetensors_io import refuse_nonfinite
 from sdft.models.attention import Attention, set_attention
-from sdft.models.quantized import Format, quantize, quantize_layers
 from sdft.models.nano import WEIGHTS as NANO
+from sdft.models.quantized import Format, quantize, quantize_layers
 from sdft.models.sdxl import SDXL, TILE, EmptyPrompt
 from sdft.types import DTYPES, Count
 
@@ -210,7 +210,7 @@ def quantized_parts(
     quantization: Mapping[Part, Format] | None, family: type[SDXL]
 ) -> dict[str, tuple[Format, Sequence[str]]]:
     """Part -> (format, suffixes of the layers) of the parts that are quantised. Raises UserError for the VAE."""
-    quantized = {}
+    quantized: dict[str, tuple[Format, Sequence[str]]] = {}
     for part, name in (quantization or {}).items():
         if part not in family.ADAPTER_LAYERS:
             raise UserError(f"model.quantization.{part}={name}: it has no linear layers to quantise; leave it out")

@@ -86,9 +86,7 @@ def quantize(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     return scaled.to(torch.float8_e4m3fn).view(torch.uint8), scales
 
 
-def dequantize(
-    codes: Tensor, scales: Tensor, format: Format, shape: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, format: Format, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The weight that codes and scales stand for."""
     if format == "nf4":
         _nf4_kernels()

@@ -83,7 +83,7 @@ def lion(
     """Lion (arXiv:2302.06675): the sign of a momentum, one state per weight; rates are 5 to 10 times below AdamW's."""
     from pytorch_optimizer import Lion
 
-    return Lion(list(groups), lr=lr, betas=tuple(betas), weight_decay=weight_decay)
+    return Lion(list(groups), lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay)
 
 
 def came(
@@ -95,7 +95,7 @@ def came(
     """CAME (arXiv:2307.02047): Adafactor's factored moments with a momentum, weighted by its confidence."""
     from pytorch_optimizer import CAME
 
-    return CAME(list(groups), lr=lr, betas=tuple(betas), weight_decay=weight_decay)
+    return CAME(list(groups), lr=lr, betas=(betas[0], betas[1], betas[2]), weight_decay=weight_decay)
 
 
 def prodigy(
@@ -115,7 +115,7 @@ def prodigy(
     return Prodigy(
         list(groups),
         lr=lr,
-        betas=tuple(betas),
+        betas=(betas[0], betas[1]),
         weight_decay=weight_decay,
         d_coef=d_coef,
         d0=d0,
@@ -138,7 +138,7 @@ def schedule_free_adamw(
     from pytorch_optimizer import ScheduleFreeAdamW
 
     return ScheduleFreeAdamW(
-        list(groups), lr=lr, betas=tuple(betas), weight_decay=weight_decay, warmup_steps=warmup_steps
+        list(groups), lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay, warmup_steps=warmup_steps
     )
 
 

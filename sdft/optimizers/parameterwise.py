@@ -24,8 +24,8 @@ class ParameterwiseOptimizer(torch.optim.Optimizer):
 
     A parameter in bf16 is cast to fp32 together with its gradient, updated, and rounded back stochastically: up or down
     with probabilities that make the rounding unbiased, so that updates below bf16's resolution are not lost
-    (arXiv:2010.06192). No fp32 copy of the weights is kept. The noise is seeded by the run's seed, the parameter and its
-    number of updates.
+    (arXiv:2010.06192). No fp32 copy of the weights is kept. The noise is seeded by the run's seed, the parameter and
+    its number of updates.
 
     build: makes the optimizer from parameter groups. groups: they are split into one per parameter.
     seed: of the run.
@@ -49,8 +49,8 @@ class ParameterwiseOptimizer(torch.optim.Optimizer):
         self.inner = build(single)
         if adapts_its_rate(self.inner) or averages_weights(self.inner):
             raise UserError(
-                f"optimizer: {type(self.inner).__name__} needs all gradients, or the weights in fp32, at once; weights in "
-                "bf16 or with fused_backward=true are updated one at a time: choose optimizer=adamw_8bit or adafactor"
+                f"optimizer: {type(self.inner).__name__} needs all gradients, or the weights in fp32, at once; weights "
+                "in bf16 or with fused_backward=true are updated one at a time: choose optimizer=adamw_8bit or adafactor"
             )
         super().__init__(self.inner.param_groups, self.inner.defaults)
         self.seed, self.in_backward, self.max_norm = seed, in_backward, max_norm

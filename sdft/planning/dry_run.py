@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,7 +61,10 @@ def preset_that_fits(cfg: DictConfig, memory: float) -> str | None:
     fitting = fitting_presets(memory)
     ends = dict.fromkeys([*fitting[:1], *fitting[-1:]])  # the fastest, and the one that needs least
     for preset in [*ends, *(name for name in PRESETS if name not in fitting)]:
-        preset_cfg: Any = OmegaConf.merge(cfg, OmegaConf.load(CONF_DIR / "hardware" / f"{preset}.yaml"))
+        base = copy.deepcopy(cfg)
+        OmegaConf.set_struct(base, False)
+        base.model.quantization = {}  # merging would only add to that of another preset
+        preset_cfg: Any = OmegaConf.merge(base, OmegaConf.load(CONF_DIR / "hardware" / f"{preset}.yaml"))
         preset_cfg.preflight.memory = min(memory, PRESETS[preset]) if preset in fitting else PRESETS[preset]
         try:
             forecast(preset_cfg, look_for_preset=False)

@@ -179,7 +179,7 @@ def optimizer_memory(module: Any, on_gpu: bool) -> tuple[float, dict[Kind, float
 
 
 def update_memory(module: Any, shape: Sequence[int], dtype: torch.dtype, on_gpu: bool) -> tuple[float, float]:
-    """(bytes of the states, temporary bytes of an update) of one weight; a large one is measured by some of its rows."""
+    """(bytes of the states, temporary bytes of an update) of one weight; some rows stand for a large one."""
     rows = max(min(shape[0], PROBE // math.prod(shape[1:])), 1) if shape else 1
     scale = shape[0] / rows if shape else 1.0
     weight = nn.Parameter(torch.zeros(rows, *shape[1:], dtype=dtype) if shape else torch.zeros((), dtype=dtype))

@@ -19,6 +19,7 @@ from sdft.objective.denoising import Denoising
 from sdft.objective.noise_schedule import NoiseSchedule
 from sdft.objective.timesteps import UniformTimesteps
 from sdft.objective.weighting import MinSNR
+from sdft.optimizers import optimizers
 from sdft.optimizers.optimizers import adamw
 from sdft.optimizers.schedules import constant, cosine
 from sdft.sampling.samplers import SCHEDULERS, Sampler
@@ -136,15 +137,15 @@ class Killed(Exception):
 
 
 class KillAt(L.Callback):
-    """Ends the process, as it were, when `step` optimiser steps are done and a batch of the next one is read."""
+    """Ends the process, as it were, when `step` optimiser steps are done, and a batch of the next one if it has two."""
 
-    def __init__(self, step: int):
-        self.step = step
+    def __init__(self, step: int, accumulate: int = 2):
+        self.step, self.accumulate = step, accumulate
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, i: int
     ) -> None:
-        if trainer.global_step == self.step and i % 2 == 0:
+        if trainer.global_step == self.step and (i + 1) % self.accumulate == self.accumulate - 1:
             raise Killed
 
 
@@ -274,6 +275,85 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(tuning: str, tiny_mode
         assert torch.equal(a, b), name
         assert torch.equal(a, straight_average.average[name]), name  # the run ends with the average in place
     assert_same(read(tmp_path / "straight"), read(tmp_path / "killed"))
+
+
+OPTIMIZERS = ("adamw_8bit", "adafactor", "lion", "came", "prodigy", "schedule_free_adamw", "muon", "sgd")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "dtype", "fused"),
+    [(name, torch.float32, False) for name in OPTIMIZERS]
+    + [("adamw", torch.bfloat16, False), ("adamw_8bit", torch.bfloat16, True), slow("adafactor", torch.float32, True)],
+)
+def test_every_optimizer_resumes_to_the_bit(optimizer, dtype, fused, tiny_model, tiny_source, tmp_path: Path) -> None:
+    """Killed in the fifth of six steps, resumed from the third; also with weights in bf16 and a fused backward pass.
+
+    Validation in between, at other steps than the saves, leaves no trace.
+    """
+
+    def fit(folder: Path, *callbacks: L.Callback, resume: Path | None = None, every: int = 2) -> dict[str, Any]:
+        model = tiny_model()
+        model.unet.to(dtype)
+        build = partial(getattr(optimizers, optimizer), lr=1.0 if optimizer == "prodigy" else 1e-3)
+        module = Finetuning(model, Full(), Denoising(), build, constant, seed=7, fused_backward=fused)
+        data = images(tiny_source(5), tiny_source(2, "held out"), caption_dropout=0.4)
+        run = settings(folder, 6, EMA(0.9), *callbacks, validate_every=every)
+        run.fit(module, data, ckpt_path=resume, weights_only=False)
+        return read(folder)
+
+    straight = fit(tmp_path / "straight")
+    with pytest.raises(Killed):
+        fit(tmp_path / "killed", KillAt(4, accumulate=1))
+    resumed = fit(tmp_path / "killed", resume=tmp_path / "killed" / "checkpoints" / "last.ckpt")
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "Images"):
+        assert_equal(straight[part], resumed[part], part)
+    assert_equal(straight["callbacks"]["EMA"], resumed["callbacks"]["EMA"], "EMA")
+    seldom = fit(tmp_path / "seldom", every=6)
+    assert_equal(straight["state_dict"], seldom["state_dict"], "state_dict")
+    start = dict(tiny_model().named_parameters())
+    ended = {name.removeprefix("model."): p.float() for name, p in straight["state_dict"].items()}
+    assert sum(not torch.equal(p, start[name]) for name, p in ended.items()) > 0.9 * len(ended)
+
+
+def test_what_a_schedule_free_optimizer_averages_validates_and_stays(tiny_model, tiny_source, tmp_path: Path) -> None:
+    """x of the paper, which is (y - 0.1 z) / 0.9, and not y, at which gradients are taken and checkpoints are saved."""
+    seen: list[torch.Tensor] = []
+
+    class Watch(L.Callback):
+        def on_validation_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+            seen.append(module.model.unet.conv_in.weight.detach().clone())
+
+    build = partial(optimizers.schedule_free_adamw, lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
+    module = Finetuning(tiny_model(), Full(), Denoising(), build, constant, seed=7)
+    data = images(tiny_source(4), tiny_source(2, "held out"))
+    settings(tmp_path, 6, EMA(0.9), Watch(), validate_every=6).fit(module, data)
+    saved = read(tmp_path)
+    y = saved["state_dict"]["model.unet.conv_in.weight"]
+    params = [name for name, _ in trainable_parameters(module.model) if _.ndim > 1]
+    z = saved["optimizer_states"][0]["state"][params.index("unet.conv_in.weight")]["z"]
+    torch.testing.assert_close(seen[-1], (y - 0.1 * z) / 0.9, rtol=1e-4, atol=1e-6)
+    assert torch.equal(module.model.unet.conv_in.weight, seen[-1])
+    assert not torch.equal(y, seen[-1])
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_average_of_bf16_weights_keeps_what_bf16_would_lose(offload, tiny_model, tiny_source, tmp_path: Path) -> None:
+    """It is in fp32, also through validations, and its place in memory does not matter."""
+    averages = {}
+    for every in (2, 6):
+        model = tiny_model()
+        model.unet.to(torch.bfloat16)
+        module = Finetuning(model, Full(), Denoising(), partial(adamw, lr=1e-2), constant, seed=7)
+        average = EMA(0.9, offload=offload)
+        data = images(tiny_source(4), tiny_source(2, "held out"))
+        settings(tmp_path / str(every), 6, average, validate_every=every).fit(module, data)
+        averages[every] = average.average
+        weight = module.model.unet.conv_in.weight
+        assert torch.equal(weight, average.average["unet.conv_in.weight"].bfloat16())
+    assert averages[2]["unet.conv_in.weight"].dtype == torch.float32
+    assert_equal(averages[2], averages[6], "average")
+    kept = averages[2]["unet.conv_in.weight"]
+    assert not torch.equal(kept, kept.bfloat16().float())
 
 
 def test_a_finished_run_with_more_steps_goes_on(tiny_model, tiny_source, tmp_path: Path) -> None:

@@ -50,8 +50,8 @@ class Export:
     def __call__(
         self, module: L.LightningModule, folder: Path, title: str, size: int
     ) -> tuple[dict[str, Path], dict[str, float]]:
-        """(name -> written path, name -> deviation of the file from the trained model, and of the quantised base from the
-        original one).
+        """(name -> written path, name -> deviation of the file from the trained model, or of the quantised base from
+        the original one).
 
         title, size: of the run and its images, for the metadata.
         """
