@@ -96,7 +96,6 @@ class Finetuning(L.LightningModule):
         values = self.mean_over_ranks(report.scalars("train"))
         self.latest = Step(batch.keys, batch.visits, report.per_sample_B.detach(), values["train/loss"])
         self.log_dict(values, batch_size=len(batch))
-        self.log("loss", values["train/loss"], prog_bar=True, logger=False, batch_size=len(batch))
         return (report.per_sample_B * batch.loss_weight_B).mean()
 
     def mean_over_ranks(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -119,7 +118,7 @@ class Finetuning(L.LightningModule):
         if not isinstance(self.model, DiffusionModel):
             raise UserError("strategy=fsdp shards diffusion models only; choose strategy=ddp to train a single network")
         if any(quantized_layers(self.model)):
-            raise UserError("strategy=fsdp cannot shard quantised weights; set 'model.quantization={}', or strategy=ddp")
+            raise UserError("strategy=fsdp cannot shard quantised weights: set 'model.quantization={}' or strategy=ddp")
         hooks.shard(self.model.modules_to_shard(self.cached_parts(self.trainer.datamodule.cache)))
 
     def cached_parts(self, cache: Literal["ram", "disk", "off"]) -> set[str]:

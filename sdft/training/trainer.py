@@ -16,6 +16,7 @@ from sdft.errors import UserError
 from sdft.hardware import default_precision, num_gpus
 from sdft.progress import are_shown
 from sdft.training.checkpoints import RunFiles
+from sdft.training.lagged import LaggedScalar
 from sdft.types import Count, Devices, NonNegative, NumNodes
 
 # Raised inside Lightning 2.6 by torch 2.13 at every step; goes with the Lightning release that drops LeafSpec.
@@ -118,6 +119,11 @@ def refuse_missing_devices(accelerator: str, devices: Devices, num_nodes: int) -
 class Progress(TQDMProgressBar):
     """Steps, rate, remaining time and loss in one line; after a resume it starts at the resumed step."""
 
+    lags: bool | None = None
+    """Whether the loss is that of the step before; if None, on GPUs."""
+    _latest: LaggedScalar | None = None
+    _shown: LaggedScalar | None = None
+
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         super().on_train_start(trainer, *_)
         self._span(trainer)
@@ -132,5 +138,13 @@ class Progress(TQDMProgressBar):
         bar.total = trainer.max_steps * trainer.accumulate_grad_batches
         bar.initial = bar.n = trainer.global_step * trainer.accumulate_grad_batches
 
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        # Not logged with `prog_bar=True`, which waits for the loss at every step.
+        latest = LaggedScalar(module.latest.mean_loss)
+        lags = module.device.type == "cuda" if self.lags is None else self.lags
+        self._shown, self._latest = self._latest if lags and self._latest else latest, latest
+        super().on_train_batch_end(trainer, module, *args)
+
     def get_metrics(self, *args: Any) -> dict[str, Any]:
-        return {name: value for name, value in super().get_metrics(*args).items() if name != "v_num"}
+        metrics = {name: value for name, value in super().get_metrics(*args).items() if name != "v_num"}
+        return metrics | ({"loss": self._shown.read()} if self._shown else {})
