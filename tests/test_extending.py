@@ -72,15 +72,15 @@ def test_a_command_composes_and_fits_its_classes(command: str, lab: Path) -> Non
 )
 def test_the_search_path_of_hydra_adds_the_same_options(searchpath: str, lab: Path) -> None:
     path = searchpath.format(lab=lab)
-    cfg = compose("train", [f"hydra.searchpath=[{path}]", "experiment=dreamy_style", "optimizer=sgd"])
-    assert cfg.optimizer._target_ == "torch.optim.SGD"
+    cfg = compose("train", [f"hydra.searchpath=[{path}]", "experiment=dreamy_style", "optimizer=radam"])
+    assert cfg.optimizer._target_ == "torch.optim.RAdam"
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optimizer=sdg"], "'optimizer' has no option 'sdg'; did you mean 'sgd'?"),
-        (["optimizer=sgd", "optimizer.momentun=0.5"], "did you mean 'optimizer.momentum'?"),
+        (["optimizer=radm"], "'optimizer' has no option 'radm'; did you mean 'radam'?"),
+        (["optimizer=radam", "optimizer.betaz=0.5"], "did you mean 'optimizer.betas'?"),
         (["objective/weighting=soft_min_snr", "objective.weighting.gama=3"], "mean 'objective.weighting.gamma'?"),
         (["objective/weighting=soft_min_snr", "objective.weighting.gamma=much"], "objective.weighting.gamma=much"),
         (["callbacks=with_norm", "callbacks.norm.evry=3"], "did you mean 'callbacks.norm.every'?"),
@@ -129,7 +129,7 @@ def test_every_command_runs(lab: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_with_parts_from_outside_is_resumed(lab: Path) -> None:
-    words = ["train.py", "hydra.searchpath=[pkg://my_lab.conf]", "experiment=dreamy_style", "optimizer=sgd",
+    words = ["train.py", "hydra.searchpath=[pkg://my_lab.conf]", "experiment=dreamy_style", "optimizer=radam",
              "data=squares", "objective/weighting=soft_min_snr", "callbacks=with_norm", "verdict=none",
              "~callbacks.previews",
              "logger=csv", "+export.tolerance=1", "trainer.log_every=1"]  # fmt: skip
