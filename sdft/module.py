@@ -22,7 +22,6 @@ from sdft.models.offload import alone_on_device
 from sdft.models.quantized import quantized_layers
 from sdft.optimizers.optimizers import Groups, averages_weights, scale_rates
 from sdft.optimizers.parameterwise import ParameterwiseOptimizer, refuse_fused_backward
-from sdft.optimizers.schedules import is_constant
 from sdft.protocols import DiffusionModel, Objective, OptimizerFactory, ScheduleFactory, Tuning, strategy_hooks
 from sdft.rng import Draws, seed_of
 from sdft.tuning.parameters import copy_parameters, part_of, trainable_parameters
@@ -54,8 +53,7 @@ class Finetuning(L.LightningModule):
 
     Trainable weights are fp32, or bf16 with stochastic rounding.
 
-    Raises UserError where the objective does not fit what the weights predict, a trainable weight has another dtype, or
-    the schedule does not fit the optimizer.
+    Raises UserError where the objective does not fit what the weights predict, or a trainable weight has another dtype.
     """
 
     def __init__(
@@ -74,7 +72,6 @@ class Finetuning(L.LightningModule):
         self.model, self.tuning, self.objective = model, tuning, objective
         self.optimizer, self.lr_schedule, self.seed = optimizer, lr_schedule, seed
         self.fused_backward = fused_backward
-        refuse_schedule(optimizer, lr_schedule)
         self.strict_loading = False
         self.validation_objective = objective.for_validation()
         if objective.prediction is not None:
@@ -267,14 +264,4 @@ def refuse_quantized(model: nn.Module) -> None:
         raise UserError(
             f"model.quantization.{part_of(name)}={layer.format}: quantised weights are frozen, and only adapters train "
             "beside them; set 'model.quantization={}', or tuning=lora_unet"
-        )
-
-
-def refuse_schedule(optimizer: OptimizerFactory, lr_schedule: ScheduleFactory) -> None:
-    """Raise UserError where a schedule changes the rate of an optimizer that needs none."""
-    probe = optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))], "name": "probe", "lr_scale": 1.0}])
-    if averages_weights(probe) and not is_constant(lr_schedule(probe, num_steps=100)):
-        raise UserError(
-            f"lr_schedule: {type(probe).__name__} averages the weights in place of a schedule; set "
-            "lr_schedule=constant lr_schedule.warmup_steps=0 (optimizer.warmup_steps is its own warm-up)"
         )

@@ -50,7 +50,7 @@ class ParameterwiseOptimizer(torch.optim.Optimizer):
         if adapts_its_rate(self.inner) or averages_weights(self.inner):
             raise UserError(
                 f"optimizer: {type(self.inner).__name__} needs all gradients, or the weights in fp32, at once; weights "
-                "in bf16 or with fused_backward=true are updated one at a time: choose optimizer=adamw_8bit or adafactor"
+                "in bf16 or with fused_backward=true are updated singly; choose optimizer=adamw_8bit or adafactor"
             )
         super().__init__(self.inner.param_groups, self.inner.defaults)
         self.seed, self.in_backward, self.max_norm = seed, in_backward, max_norm

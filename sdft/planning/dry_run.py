@@ -31,6 +31,7 @@ def print_plan(configs: Sequence[DictConfig], jobs: Sequence[Sequence[str]] = ()
 def forecast(cfg: DictConfig, look_for_preset: bool = True) -> list[str]:
     """Parameters, batches, memory and time of a run. Raises UserError where it cannot work."""
     from sdft.module import Finetuning
+    from sdft.optimizers.schedules import refuse_schedule
     from sdft.planning.footprint import MetaBuild
     from sdft.planning.preflight import MemoryShortage
 
@@ -44,6 +45,7 @@ def forecast(cfg: DictConfig, look_for_preset: bool = True) -> list[str]:
     model = model_on_meta(cfg.model)
     with MetaBuild():
         optimizer, schedule = build(cfg.optimizer), build(cfg.lr_schedule)
+        refuse_schedule(optimizer, schedule)
         module = Finetuning(model, tuning, objective, optimizer, schedule, cfg.seed, cfg.fused_backward)
     averages = [callback for callback in cfg.callbacks.values() if is_average(callback._target_)]
     num_offloaded = sum(bool(callback.get("offload")) for callback in averages)

@@ -22,6 +22,7 @@ from sdft.errors import UserError
 from sdft.formats.output import no_room, refuse_to_replace
 from sdft.formats.run_folder import SUMMARY
 from sdft.hardware import autocast_precision
+from sdft.optimizers.schedules import refuse_schedule
 from sdft.planning.steps import set_steps
 from sdft.protocols import PartialVerdict, strategy_hooks
 from sdft.training import receipt
@@ -68,6 +69,7 @@ def finetune(cfg: DictConfig, overrides: Sequence[str] | None, report: Report) -
     verdict = build_optional(cfg.verdict)
     set_steps(cfg, data)
     optimizer, lr_schedule = build(cfg.optimizer), build(cfg.lr_schedule)
+    refuse_schedule(optimizer, lr_schedule)
     checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir))
     refuse_to_replace(Path(cfg.run_dir) / "model", overwrite=True)
     trainer = build(

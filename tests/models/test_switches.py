@@ -92,8 +92,8 @@ def test_a_compiled_unet_answers_alike_with_adapters_that_came_later(tiny_model,
     assert apart < 1e-4
 
 
-def test_what_learns_must_be_fp32() -> None:
-    with pytest.raises(UserError, match=r"must be fp32; set model\.dtype\.unet=fp32"):
+def test_what_learns_must_be_fp32_or_bf16() -> None:
+    with pytest.raises(UserError, match=r"model\.dtype\.unet is torch\.float16, .* set it to fp32 or bf16"):
         step("full", dtype={"unet": "bf16"})
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from sdft.config.command import compose
 from sdft.errors import UserError
-from sdft.module import Finetuning, refuse_schedule
+from sdft.module import Finetuning
 from sdft.objective.denoising import Denoising
 from sdft.optimizers import optimizers as library
-from sdft.optimizers.schedules import constant, cosine
+from sdft.optimizers.schedules import constant, cosine, refuse_schedule
 from sdft.tuning.full import Full
 
 LR, DECAY = 0.01, 0.1

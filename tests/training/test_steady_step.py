@@ -61,8 +61,10 @@ class Steady(L.Callback):
 
 @pytest.mark.parametrize("mode", ["lora", "full", "fused_bf16"])
 @pytest.mark.parametrize("spoilt", [False, True])
-def test_a_steady_step_reads_nothing_back(mode: str, spoilt: bool, tiny_model, tiny_source, tmp_path, monkeypatch) -> None:
-    """As on a GPU: fused optimizer kernels, and guard and progress that look one step behind. What `spoilt` reads is seen."""
+def test_a_steady_step_reads_nothing_back(
+    mode: str, spoilt: bool, tiny_model, tiny_source, tmp_path, monkeypatch
+) -> None:
+    """As on a GPU: fused kernels of the optimizer, and guard and progress one step behind. What `spoilt` reads is seen."""
     model, tuning = tiny_model(), Adapter(rank=2) if mode == "lora" else Full()
     if mode == "fused_bf16":
         model.unet.to(torch.bfloat16)

@@ -337,7 +337,7 @@ def test_what_a_schedule_free_optimizer_averages_validates_and_stays(tiny_model,
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_the_average_of_bf16_weights_keeps_what_bf16_would_lose(offload, tiny_model, tiny_source, tmp_path: Path) -> None:
+def test_the_average_of_bf16_weights_keeps_what_bf16_would_lose(offload, tiny_model, tiny_source, tmp_path) -> None:
     """It is in fp32, also through validations, and its place in memory does not matter."""
     averages = {}
     for every in (2, 6):
