@@ -64,7 +64,7 @@ class Steady(L.Callback):
 def test_a_steady_step_reads_nothing_back(
     mode: str, spoilt: bool, tiny_model, tiny_source, tmp_path, monkeypatch
 ) -> None:
-    """As on a GPU: fused kernels of the optimizer, and guard and progress one step behind. What `spoilt` reads is seen."""
+    """As on a GPU: fused kernels, and guard and progress one step behind. What `spoilt` reads is seen."""
     model, tuning = tiny_model(), Adapter(rank=2) if mode == "lora" else Full()
     if mode == "fused_bf16":
         model.unet.to(torch.bfloat16)
