@@ -114,6 +114,7 @@ class Finetuning(L.LightningModule):
             return
         if not isinstance(self.model, DiffusionModel):
             raise UserError("strategy=fsdp shards diffusion models only; choose strategy=ddp to train a single network")
+        refuse_sharded(self.optimizer, self.updates_parameterwise())
         if any(quantized_layers(self.model)):
             raise UserError("strategy=fsdp cannot shard quantised weights: set 'model.quantization={}' or strategy=ddp")
         hooks.shard(self.model.modules_to_shard(self.cached_parts(self.trainer.datamodule.cache)))
@@ -142,8 +143,8 @@ class Finetuning(L.LightningModule):
     @contextmanager
     def averaged_by_optimizer(self) -> Iterator[None]:
         """Inside the `with`, the model has the weights that a schedule-free optimizer averages, if it has one."""
-        optimizer: Any = self.trainer.optimizers[0]
-        if not averages_weights(optimizer):
+        optimizer = self._averaging_optimizer()
+        if optimizer is None:
             yield
             return
         # Not `optimizer.train()` afterwards: its arithmetic would not give back the same bits.
@@ -163,9 +164,13 @@ class Finetuning(L.LightningModule):
         self._validating.close()
 
     def on_fit_end(self) -> None:
-        optimizer: Any = self.trainer.optimizers[0]
-        if averages_weights(optimizer):
+        optimizer = self._averaging_optimizer()
+        if optimizer is not None:
             optimizer.eval()
+
+    def _averaging_optimizer(self) -> Any:
+        """The run's optimizer if it is schedule-free, else None."""
+        return next(filter(averages_weights, self.trainer.optimizers), None)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """A new optimizer of the trainable parameters, with the learning rate of each part."""
@@ -256,6 +261,18 @@ def refuse_weights_that_lose_updates(model: nn.Module) -> None:
         if parameter.dtype not in (torch.float32, torch.bfloat16):
             key = f"model.dtype.{part_of(name)}"
             raise UserError(f"{key} is {parameter.dtype}, in which small updates are lost; set it to fp32 or bf16")
+
+
+def refuse_sharded(optimizer: OptimizerFactory, parameterwise: bool) -> None:
+    """Raise UserError for an optimizer, or weights in bf16, that has not been shown to work on sharded weights."""
+    probe = optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))], "name": "probe", "lr_scale": 1.0}])
+    if parameterwise:
+        raise UserError("strategy=fsdp: weights in bf16 are updated singly, which sharded ones cannot be; set fp32")
+    if type(probe).__module__.partition(".")[0] in ("bitsandbytes", "pytorch_optimizer", "transformers"):
+        raise UserError(
+            f"strategy=fsdp: {type(probe).__name__} needs whole weights, or was not tested with sharded ones; choose "
+            "optimizer=adamw, or strategy=ddp"
+        )
 
 
 def refuse_quantized(model: nn.Module) -> None:

@@ -194,6 +194,13 @@ def naming_checkpoint(resume: str | None, checkpoint: Path | None) -> Iterator[N
     """Names the checkpoint in an error about what is in it."""
     try:
         yield
+    except ValueError as error:
+        if checkpoint is None or "loaded state dict" not in str(error):
+            raise
+        raise UserError(
+            f"resume={resume}: the checkpoint {checkpoint} has other parameter groups than this run's optimizer; "
+            "resume with the same optimizer and tuning, and full tuning with the version of sdft that saved it"
+        ) from error
     except UserError as error:
         if checkpoint is None or not str(error).startswith("resume: the checkpoint"):
             raise

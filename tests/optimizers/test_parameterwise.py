@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sdft.errors import UserError
+from sdft.module import refuse_sharded
+from sdft.optimizers import optimizers
 from sdft.optimizers.optimizers import adamw, adamw_8bit, prodigy, schedule_free_adamw, sgd
 from sdft.optimizers.parameterwise import ParameterwiseOptimizer, refuse_fused_backward, round_stochastically
 
@@ -158,3 +160,13 @@ def test_gradients_that_are_not_complete_are_refused(wrong: dict[str, Any], said
     refuse_fused_backward(SimpleNamespace(**sound))
     with pytest.raises(UserError, match=said):
         refuse_fused_backward(SimpleNamespace(**sound | wrong))
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adafactor", "lion", "came", "prodigy", "schedule_free_adamw", "muon"])
+def test_sharded_weights_are_left_to_torchs_own_optimizers(name: str) -> None:
+    refuse_sharded(partial(adamw, lr=1e-3), parameterwise=False)
+    refuse_sharded(partial(sgd, lr=1e-3), parameterwise=False)
+    with pytest.raises(UserError, match="needs whole weights, or was not tested with sharded ones"):
+        refuse_sharded(partial(getattr(optimizers, name), lr=1e-3), parameterwise=False)
+    with pytest.raises(UserError, match="weights in bf16 are updated singly"):
+        refuse_sharded(partial(adamw, lr=1e-3), parameterwise=True)

@@ -25,6 +25,7 @@ from sdft.optimizers.schedules import constant, cosine
 from sdft.sampling.samplers import SCHEDULERS, Sampler
 from sdft.training.callbacks.ema import EMA
 from sdft.training.checkpoints import last_checkpoint
+from sdft.training.run import naming_checkpoint
 from sdft.training.trainer import trainer
 from sdft.tuning.adapter import Adapter
 from sdft.tuning.full import Full
@@ -400,6 +401,18 @@ def test_a_checkpoint_of_another_tuning_is_refused(saved, wanted, tiny_model, ti
     fit(saved(), None, 3)
     with pytest.raises(UserError, match=r"resume: .*same model, tuning and rank"):
         fit(wanted(), tmp_path / "checkpoints" / "last.ckpt", 6)
+
+
+def test_a_checkpoint_with_other_parameter_groups_is_named() -> None:
+    """As full tuning had before norms and biases had a group of their own."""
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    saved = optimizers.sgd([{"params": weights}], lr=1e-3).state_dict()
+    now = optimizers.sgd([{"params": [weight]} for weight in weights], lr=1e-3)
+    with (
+        pytest.raises(UserError, match=r"resume=here: the checkpoint last.ckpt has other parameter groups"),
+        naming_checkpoint("here", Path("last.ckpt")),
+    ):
+        now.load_state_dict(saved)
 
 
 def test_the_average_is_what_validates_and_stays(tiny_model, tiny_source, tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import lightning as L
 import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sdft.distributed.sharding import local_shard, shard_like
+from sdft.errors import UserError
 from sdft.optimizers.optimizers import averages_weights
 from sdft.protocols import WeightAverage
 from sdft.tuning.parameters import copy_parameters, trainable_parameters
@@ -45,6 +47,8 @@ class EMA(WeightAverage, L.Callback):
         self._idle = averages_weights(trainer.optimizers[0])
         if self._idle:
             return
+        if self.offload and any(isinstance(p, DTensor) for p in module.model.parameters()):
+            raise UserError("callbacks.ema.offload=true: sharded weights are averaged where they are; set it to false")
         saved = self.average
         self._trained = [p for _, p in trainable_parameters(module.model)]
         # In fp32: an average of bf16 weights would not move by a thousandth of their distance.
