@@ -95,16 +95,17 @@ class ParameterwiseOptimizer(torch.optim.Optimizer):
                 parameter.grad.mul_((self.max_norm / (size + 1e-6)).clamp(max=1.0))
         low_precision = parameter.dtype == torch.bfloat16
         if low_precision:
-            gradient = parameter.grad.float()
+            weight, gradient = parameter.data, parameter.grad.float()
             parameter.grad = None
-            parameter.data = parameter.data.float()
+            parameter.data = weight.float()
             parameter.grad = gradient
         self._step_one(group)
         if low_precision:
             noise = torch.Generator(parameter.device)
             noise.manual_seed(seed_of(self.seed, "rounding", str(number), group["num_updates"]))
             parameter.grad = None
-            parameter.data = round_stochastically(parameter.data, noise)
+            weight.copy_(round_stochastically(parameter.data, noise))
+            parameter.data = weight  # the same memory, which others may point to
         group["num_updates"] += 1
         if self.in_backward:
             parameter.grad = None

@@ -95,6 +95,7 @@ def test_the_forecast_of_an_optimizer_is_what_it_takes(optimizer, dtype, fused, 
     module, data = setting(on_meta=False)
     built, batch = module.build_optimizer(), next(iter(data.val_dataloader()))
 
+    @torch.enable_grad()  # as Lightning's closure: Adafactor's step does not
     def closure() -> None:
         module.objective(module.model, batch, Draws(0, batch.keys, batch.visits)).per_sample_B.mean().backward()
 
