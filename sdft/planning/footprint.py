@@ -175,23 +175,33 @@ def optimizer_memory(module: Any, on_gpu: bool) -> tuple[float, dict[Kind, float
         return states, updates, 0.0
     if module.updates_parameterwise():
         return states, updates, max(updates.values())
+    # Multi-tensor updates hold the temporary memory of all weights at once, others that of one.
+    largest = max(updates, key=updates.__getitem__)
+    _, two = update_memory(module, *largest, on_gpu, count=2)
+    if two < 1.5 * updates[largest]:
+        return states, updates, updates[largest]
     return states, updates, sum(count * updates[kind] for kind, count in counts.items())
 
 
-def update_memory(module: Any, shape: Sequence[int], dtype: torch.dtype, on_gpu: bool) -> tuple[float, float]:
-    """(bytes of the states, temporary bytes of an update) of one weight; some rows stand for a large one."""
+def update_memory(
+    module: Any, shape: Sequence[int], dtype: torch.dtype, on_gpu: bool, count: int = 1
+) -> tuple[float, float]:
+    """(bytes of the states, temporary bytes of an update) of `count` equal weights; some rows stand for a large one."""
     rows = max(min(shape[0], PROBE // math.prod(shape[1:])), 1) if shape else 1
     scale = shape[0] / rows if shape else 1.0
-    weight = nn.Parameter(torch.zeros(rows, *shape[1:], dtype=dtype) if shape else torch.zeros((), dtype=dtype))
+    zeros = torch.zeros(rows, *shape[1:], dtype=dtype) if shape else torch.zeros((), dtype=dtype)
+    weights = [nn.Parameter(zeros.clone()) for _ in range(count)]
     with torch.enable_grad():
-        optimizer = module.optimizer_of([{"params": [weight], "name": "probe", "lr_scale": 1.0}], in_backward=False)
+        optimizer = module.optimizer_of([{"params": weights, "name": "probe", "lr_scale": 1.0}], in_backward=False)
     for group in optimizer.param_groups if on_gpu else ():
         if "fused" in group:
             group |= {"fused": True, "foreach": False}
-    weight.grad = torch.ones_like(weight)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
     optimizer.step()
     kept = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
-    weight.grad = torch.ones_like(weight)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
     with AllocationTracker() as ledger:
         optimizer.step()
     return kept * scale, ledger.peak * scale

@@ -76,7 +76,6 @@ def test_adamw_keeps_two_copies_and_needs_one_for_a_moment(setting) -> None:
         (adamw, torch.float32, True),
         (adamw, torch.bfloat16, False),
         (adamw_8bit, torch.bfloat16, True),
-        (adafactor, torch.bfloat16, True),
         (adafactor, torch.float32, False),
     ],
 )
