@@ -20,7 +20,7 @@ from sdft.errors import UserError
 from sdft.models.attention import refuse_device
 from sdft.models.offload import alone_on_device
 from sdft.models.quantized import quantized_layers
-from sdft.optimizers.optimizers import Groups, averages_weights, scale_rates
+from sdft.optimizers.optimizers import Groups, averages_weights, probe, scale_rates
 from sdft.optimizers.parameterwise import ParameterwiseOptimizer, refuse_fused_backward
 from sdft.protocols import DiffusionModel, Objective, OptimizerFactory, ScheduleFactory, Tuning, strategy_hooks
 from sdft.rng import Draws, seed_of
@@ -265,12 +265,12 @@ def refuse_weights_that_lose_updates(model: nn.Module) -> None:
 
 def refuse_sharded(optimizer: OptimizerFactory, parameterwise: bool) -> None:
     """Raise UserError for an optimizer, or weights in bf16, that has not been shown to work on sharded weights."""
-    probe = optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))], "name": "probe", "lr_scale": 1.0}])
+    chosen = type(probe(optimizer))
     if parameterwise:
         raise UserError("strategy=fsdp: weights in bf16 are updated singly, which sharded ones cannot be; set fp32")
-    if type(probe).__module__.partition(".")[0] in ("bitsandbytes", "pytorch_optimizer", "transformers"):
+    if chosen.__module__.partition(".")[0] in ("bitsandbytes", "pytorch_optimizer", "transformers"):
         raise UserError(
-            f"strategy=fsdp: {type(probe).__name__} needs whole weights, or was not tested with sharded ones; choose "
+            f"strategy=fsdp: {chosen.__name__} needs whole weights, or was not tested with sharded ones; choose "
             "optimizer=adamw, or strategy=ddp"
         )
 

@@ -192,6 +192,11 @@ def bitsandbytes(key: str) -> Any:
     return bitsandbytes
 
 
+def probe(build: Callable[..., torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    """The optimizer of one small weight, to learn of its kind before there is a model."""
+    return build([{"params": [torch.nn.Parameter(torch.zeros(2, 2))], "name": "probe", "lr_scale": 1.0}])
+
+
 def scale_rates(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Multiply the learning rate of each parameter group by its `lr_scale`; returns the same, new optimizer."""
     for group in optimizer.param_groups:

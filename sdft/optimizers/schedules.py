@@ -11,14 +11,12 @@ import math
 from collections.abc import Callable
 from typing import Annotated
 
-import torch
 from annotated_types import Gt, Le
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler
 
 from sdft.errors import UserError
-from sdft.optimizers.optimizers import averages_weights
+from sdft.optimizers.optimizers import averages_weights, probe
 from sdft.types import Count, Fraction, Index, Positive
 
 
@@ -87,10 +85,10 @@ def is_constant(schedule: LRScheduler) -> bool:
 
 def refuse_schedule(optimizer: Callable[..., Optimizer], lr_schedule: Callable[..., LRScheduler]) -> None:
     """Raise UserError where a schedule changes the rate of an optimizer that needs none."""
-    probe = optimizer([{"params": [nn.Parameter(torch.zeros(2, 2))], "name": "probe", "lr_scale": 1.0}])
-    if averages_weights(probe) and not is_constant(lr_schedule(probe, num_steps=100)):
+    small = probe(optimizer)
+    if averages_weights(small) and not is_constant(lr_schedule(small, num_steps=100)):
         raise UserError(
-            f"lr_schedule: {type(probe).__name__} averages the weights in place of a schedule; set "
+            f"lr_schedule: {type(small).__name__} averages the weights in place of a schedule; set "
             "lr_schedule=constant lr_schedule.warmup_steps=0 (optimizer.warmup_steps is its own warm-up)"
         )
 

@@ -28,15 +28,22 @@ def copy_parameters(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def swap_parameters(model: nn.Module, weights: dict[str, Tensor]) -> None:
+def swap_parameters(model: nn.Module, weights: dict[str, Tensor], aside: dict[str, Tensor] | None = None) -> None:
     """Exchange the values of the trainable parameters and of `weights`, of the same names, shapes and shards.
 
-    One parameter at a time: no second copy of all of them is made.
+    One parameter at a time: no second copy of all of them is made. Weights of another dtype than their parameter would
+    lose bits in its place: they stay, and the parameter's value waits in `aside` for the swap back.
     """
     for name, p in trainable_parameters(model):
+        if aside is not None and name in aside:
+            p.copy_(aside.pop(name))
+            continue
         held = p.detach().clone()
         p.copy_(weights[name])
-        weights[name].copy_(held)
+        if aside is not None and p.dtype != weights[name].dtype:
+            aside[name] = held
+        else:
+            weights[name].copy_(held)
 
 
 def parameter_groups(model: nn.Module, parts: Sequence[str], lr_scale: Mapping[str, float]) -> list[dict[str, Any]]:

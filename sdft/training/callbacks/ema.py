@@ -16,7 +16,7 @@ from sdft.distributed.sharding import local_shard, shard_like
 from sdft.errors import UserError
 from sdft.optimizers.optimizers import averages_weights
 from sdft.protocols import WeightAverage
-from sdft.tuning.parameters import copy_parameters, trainable_parameters
+from sdft.tuning.parameters import copy_parameters, swap_parameters, trainable_parameters
 
 
 class EMA(WeightAverage, L.Callback):
@@ -83,20 +83,10 @@ class EMA(WeightAverage, L.Callback):
         finally:
             self._swap(module)
 
-    @torch.no_grad()
     def _swap(self, module: L.LightningModule) -> None:
-        """Exchange the averaged parameters and the trained ones, one at a time."""
-        for name, p in trainable_parameters(module.model) if not self._idle else ():
-            if p.dtype != self.average[name].dtype:  # the average would lose bits in the parameter's place
-                if name in self._live:
-                    p.copy_(self._live.pop(name))
-                else:
-                    self._live[name] = p.detach().clone()
-                    p.copy_(self.average[name])
-                continue
-            held = p.detach().clone()
-            p.copy_(self.average[name])
-            self.average[name].copy_(held)
+        """Exchange the averaged parameters and the trained ones."""
+        if not self._idle:
+            swap_parameters(module.model, self.average, self._live)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._swap(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import numpy as np
 from sdft.errors import UserError
 from sdft.evaluation.image_grid import save_grid
 from sdft.hardware import autocast_precision
-from sdft.optimizers.optimizers import averages_weights
 from sdft.protocols import WeightAverage, strategy_hooks
 from sdft.sampling.generate import generate
 from sdft.sampling.samplers import Sampler
@@ -51,14 +51,11 @@ class Previews(L.Callback):
             with module.tuning.base(module.model):
                 self._base = self._pictures(module, precision)
         averages = [callback for callback in trainer.callbacks if isinstance(callback, WeightAverage)]
-        if averages_weights(trainer.optimizers[0]):
-            averages = []
-        if averages:
-            with averages[0].averaged(module):
-                now = self._pictures(module, precision)
-        else:
-            with module.averaged_by_optimizer():
-                now = self._pictures(module, precision)
+        with ExitStack() as stack:
+            for average in averages[:1]:
+                stack.enter_context(average.averaged(module))
+            stack.enter_context(module.averaged_by_optimizer())
+            now = self._pictures(module, precision)
         if not trainer.is_global_zero:
             return
         path = self.folder / f"step_{step:06d}.png"
