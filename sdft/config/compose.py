@@ -269,10 +269,9 @@ class Composer:
         declared = self._declare(others)
         used = {group: option for group, option in declared.choices.items() if not group.startswith("hydra/")}
         for group in sorted((used.keys() & self.options.keys()) - set(OVERLAYS)):
-            choices = [f"{group}={option}" for option in self.options[group] if option != used[group]]
-            # Composing is slow, and most groups never mention the key.
-            if not self._mentions(group, leaf(key)):
-                continue
+            # Composing is slow, and most options never mention the key.
+            mentions = self._options_that_mention(group, key)
+            choices = [f"{group}={option}" for option in mentions if option != used[group]]
             if holders := [choice for choice in choices if self._brings(key, [*others, *self.parse([choice])])]:
                 have = "has" if len(holders) == 1 else "have"
                 return f"'{key}' means nothing with {group}={used[group]}; {' and '.join(holders)} {have} it"
@@ -280,15 +279,21 @@ class Composer:
             return f"'{key}' is not part of '{self.root}'. Its groups: {', '.join(sorted(used))}"
         return f"unknown key '{key}'{'' if key.startswith('hydra.') else nearest(key, declared.tree, self.options)}"
 
-    def _mentions(self, group: str, name: str) -> bool:
-        """Whether a file of a group has a key, or a group, of this name."""
-        pattern = re.compile(rf"\b{re.escape(name)}['\"]?\s*[:@]")
+    def _options_that_mention(self, group: str, key: str) -> list[str]:
+        """The options of a group that may bring a key: files of the group have all names of its path that the group
+        does not stand for itself, and so has the option's, or it builds on others."""
+        wanted = [name for name in key.split(".") if name not in group.split("/")] or [leaf(key)]
+        names = [re.compile(rf"\b{re.escape(name)}['\"]?\s*[:@]") for name in wanted]
+        texts = dict.fromkeys(self.options[group], "")
         for source in self.loader.get_sources():
             if source.scheme() in ("file", "pkg"):
                 folder = source.path if source.scheme() == "file" else importlib.resources.files(source.path)
-                if any(pattern.search(file.read_text()) for file in (Path(str(folder)) / group).rglob("*.yaml")):
-                    return True
-        return False
+                for file in (Path(str(folder)) / group).rglob("*.yaml"):
+                    texts[file.stem] = texts.get(file.stem, "") + file.read_text()
+        if not all(any(name.search(text) for text in texts.values()) for name in names):
+            return []
+        builds = re.compile(r"^defaults:", re.MULTILINE)
+        return [o for o in self.options[group] if builds.search(texts[o]) or all(n.search(texts[o]) for n in names)]
 
     def _brings(self, key: str, overrides: Sequence[Override]) -> bool:
         try:
