@@ -47,6 +47,11 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def long(*values: Any) -> Any:
+    """A set of parameters that only `make test-long` tries."""
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 def trained_module(model: Any, tuning: Any) -> SimpleNamespace:
     """What the export needs of a run, with weights that have visibly moved."""
     torch.manual_seed(0)

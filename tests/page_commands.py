@@ -69,7 +69,7 @@ def teaches_subject(words: list[str]) -> bool:
 
 
 def run_page(page: Path, folder: Path, thin: Synthetic, num_judged: int = 3) -> int:
-    """Run the commands of a page in a new folder; returns how many there were."""
+    """Run each command of a page once, in a new folder; returns how many there were."""
     for name in ("train.py", "eval.py"):
         (folder / name).symlink_to(ROOT / name)
     pictures = folder / "my_pictures"
@@ -77,7 +77,7 @@ def run_page(page: Path, folder: Path, thin: Synthetic, num_judged: int = 3) -> 
     write_files(page, folder)
     found = commands(page)
     with WarmPython() as python:
-        for text in found:
+        for text in dict.fromkeys(found):
             words = shortened(text, pictures, thin, num_judged)
             num_judged -= words[0] == "train.py"
             status, printed = python.run(words, folder)

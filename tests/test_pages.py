@@ -29,7 +29,7 @@ def test_a_page_has_commands(page: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_a_page_run(page: str, thin_sdxl: Synthetic, tmp_path: Path) -> None:
     assert run_page(ROOT / page, tmp_path, thin_sdxl) >= PAGES[page]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
 from sdft.batch import Batch
@@ -70,15 +71,22 @@ def test_the_step_is_the_same_in_every_mode(mode: str, switches: dict, plain) ->
     assert (gradients - other_gradients).norm() < 1e-4 * gradients.norm()
 
 
+def test_compile_marks_the_unet_or_its_transformer_blocks() -> None:
+    for compile, whole, blocks in ((False, 0, 0), (True, 1, 0), ("full", 1, 0), ("blocks", 0, 11)):
+        unet = pretrained("nano", compile=compile).unet
+        compiled = [m for m in unet.modules() if m._compiled_call_impl is not None]
+        assert (unet in compiled, len([m for m in compiled if type(m) is BasicTransformerBlock])) == (whole, blocks)
+
+
 @pytest.mark.slow
-def test_a_compiled_unet_answers_alike_with_adapters_that_came_later(tiny_model, tiny_batch) -> None:
-    """Compiling nano takes minutes, so a smaller model stands in; `pretrained` is asked only whether it compiles."""
-    assert pretrained("nano", compile=True).unet._compiled_call_impl is not None
+@pytest.mark.parametrize("how", ["compile", "compile_repeated_blocks"])
+def test_a_compiled_unet_answers_alike_with_adapters_that_came_later(how: str, tiny_model, tiny_batch) -> None:
+    """Compiling nano takes minutes, so a smaller model stands in."""
     predictions = []
     for compiled in (False, True):
         model = tiny_model()
         if compiled:
-            model.unet.compile()
+            getattr(model.unet, how)()
         torch.manual_seed(0)
         Adapter(rank=2).attach(model)
         with torch.no_grad():
