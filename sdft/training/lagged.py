@@ -14,11 +14,11 @@ class LaggedScalar:
 
     def __init__(self, value: Tensor):
         self._copied: torch.cuda.Event | None = None
-        value = value.detach()
+        value = value.detach().float()
         if not value.is_cuda:
             self._host = value.clone()
             return
-        self._host = torch.empty((), dtype=value.dtype, pin_memory=True)
+        self._host = torch.empty((), pin_memory=True)
         self._host.copy_(value, non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record()

@@ -11,7 +11,7 @@ import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import slow, trained_module
+from checks import long, slow, trained_module
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -131,8 +131,7 @@ def test_loading_quantises_the_blocks_only(format: str, thin_sdxl: Synthetic) ->
     assert shapes == {name: (p.shape, p.dtype) for name, p in model.unet.named_parameters()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("format", ["int8", "nf4"])
+@pytest.mark.parametrize("format", [slow("int8"), long("nf4")])
 def test_the_forecast_of_a_step_is_what_it_takes(format: str, thin_sdxl: Synthetic, tiny_source) -> None:
     """Weights to 1 %, the peak of the step to 10 %, against counted bytes."""
     data = Images(tiny_source(6), tiny_source(2, "held out"), 1, size=64, cache="off")

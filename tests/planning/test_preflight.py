@@ -209,7 +209,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sdxl_is_planned_without_its_weights(tmp_path: Path, monkeypatch, capsys) -> None:
     """The real UNet has 2,567,463,684 parameters; a forward pass at 1024 px is about 6 TFLOP."""
     monkeypatch.chdir(tmp_path)

@@ -24,6 +24,7 @@ from sdft.optimizers.optimizers import adamw
 from sdft.optimizers.schedules import constant, cosine
 from sdft.sampling.samplers import SCHEDULERS, Sampler
 from sdft.training.callbacks.ema import EMA
+from sdft.training.callbacks.guard import Guard
 from sdft.training.checkpoints import last_checkpoint
 from sdft.training.run import naming_checkpoint
 from sdft.training.trainer import trainer
@@ -298,7 +299,7 @@ def test_every_optimizer_resumes_to_the_bit(optimizer, dtype, fused, tiny_model,
         build = partial(getattr(optimizers, optimizer), lr=1.0 if optimizer == "prodigy" else 1e-3)
         module = Finetuning(model, Full(), Denoising(), build, constant, seed=7, fused_backward=fused)
         data = images(tiny_source(5), tiny_source(2, "held out"), caption_dropout=0.4)
-        run = settings(folder, 6, EMA(0.9), *callbacks, validate_every=every)
+        run = settings(folder, 6, EMA(0.9), Guard(str(folder)), *callbacks, validate_every=every)
         run.fit(module, data, ckpt_path=resume, weights_only=False)
         return read(folder)
 
