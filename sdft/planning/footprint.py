@@ -5,10 +5,7 @@ Estimates only; `preflight` decides what is too much.
 
 from __future__ import annotations
 
-import math
-import weakref
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,13 +16,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from torch.utils.weak import WeakIdKeyDictionary
 
 from sdft.batch import Batch
 from sdft.hardware import autocast_precision
+from sdft.planning.allocations import AllocationTracker
+from sdft.planning.updates import Kind, optimizer_memory, update_in_backward
 from sdft.protocols import DiffusionModel
 from sdft.rng import Draws
 from sdft.tuning.parameters import part_of, trainable_parameters
@@ -34,14 +29,8 @@ from sdft.types import DTYPES
 ENCODE_WORKSPACE, DECODE_WORKSPACE = 1.2, 1.6
 """Memory of the VAE on a GPU relative to its tensors, for the workspace of cuDNN's convolutions: an H200 took 3.0 GiB
 to encode and 4.8 GiB to decode an image of 1024 px, whose tensors have 2.5 and 3.0 GiB."""
-PROBE = 2**18
-"""Elements of a weight on which an optimizer's memory is measured."""
 ENCODED = 64
 """Images that are on the device at a time while the cache is filled."""
-
-
-Kind = tuple[tuple[int, ...], torch.dtype]
-"""Shape and dtype of a weight."""
 
 
 @dataclass(frozen=True)
@@ -161,62 +150,6 @@ def cached_bytes(module: Any, data: Any) -> int:
     )
 
 
-def optimizer_memory(module: Any, on_gpu: bool) -> tuple[float, dict[Kind, float], float]:
-    """(bytes of the optimizer's states, temporary bytes of one weight's update, of the optimizer step).
-
-    Measured on small weights of the same shapes. Weights that are updated one at a time need the temporary memory of
-    the largest; during the backward pass, that of each in turn.
-    """
-    counts = Counter((tuple(p.shape), p.dtype) for _, p in trainable_parameters(module.model))
-    found = {kind: update_memory(module, *kind, on_gpu) for kind in counts}
-    states = sum(count * found[kind][0] for kind, count in counts.items())
-    updates = {kind: temporary for kind, (_, temporary) in found.items()}
-    if module.fused_backward:
-        return states, updates, 0.0
-    if module.updates_parameterwise():
-        return states, updates, max(updates.values())
-    # Multi-tensor updates hold the temporary memory of all weights at once, others that of one.
-    largest = max(updates, key=updates.__getitem__)
-    _, two = update_memory(module, *largest, on_gpu, count=2)
-    if two < 1.5 * updates[largest]:
-        return states, updates, updates[largest]
-    return states, updates, sum(count * updates[kind] for kind, count in counts.items())
-
-
-def update_memory(
-    module: Any, shape: Sequence[int], dtype: torch.dtype, on_gpu: bool, count: int = 1
-) -> tuple[float, float]:
-    """(bytes of the states, temporary bytes of an update) of `count` equal weights; some rows stand for a large one."""
-    rows = max(min(shape[0], PROBE // math.prod(shape[1:])), 1) if shape else 1
-    scale = shape[0] / rows if shape else 1.0
-    zeros = torch.zeros(rows, *shape[1:], dtype=dtype) if shape else torch.zeros((), dtype=dtype)
-    weights = [nn.Parameter(zeros.clone()) for _ in range(count)]
-    with torch.enable_grad():
-        optimizer = module.optimizer_of([{"params": weights, "name": "probe", "lr_scale": 1.0}], in_backward=False)
-    for group in optimizer.param_groups if on_gpu else ():
-        if "fused" in group:
-            group |= {"fused": True, "foreach": False}
-    for weight in weights:
-        weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    kept = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
-    for weight in weights:
-        weight.grad = torch.ones_like(weight)
-    with AllocationTracker() as ledger:
-        optimizer.step()
-    return kept * scale, ledger.peak * scale
-
-
-def update_in_backward(updates: Mapping[Kind, float]) -> Callable[[Tensor], None]:
-    """A hook that takes the memory of a parameter's update for a moment, and frees the gradient."""
-
-    def update(parameter: Tensor) -> None:
-        torch.empty(round(updates[tuple(parameter.shape), parameter.dtype]), dtype=torch.uint8)
-        parameter.grad = None
-
-    return update
-
-
 class Traces(NamedTuple):
     """Peak bytes of what the stages compute, without weights, and the FLOPs of a training step."""
 
@@ -290,23 +223,6 @@ def trace_drawing(model: DiffusionModel, setup: Setup) -> tuple[int, int]:
     return denoise, round(ledger.peak * (DECODE_WORKSPACE if setup.on_gpu else 1))
 
 
-def attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    """FLOPs of attention on a CPU, which torch's registry lacks."""
-    return sdpa_flop_count(q.shape, k.shape, v.shape)
-
-
-def attention_backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    """FLOPs of its backward pass."""
-    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
-
-
-FLOPS = {
-    **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
-}
-
-
 def fake_batch(module: Any, data: Any) -> Batch:
     """A batch of zeros as the run would read it, with its largest images."""
     h, w = max(data.train_set.by_size(), key=lambda hw: hw[0] * hw[1])
@@ -329,42 +245,6 @@ def fake_batch(module: Any, data: Any) -> Batch:
         with torch.no_grad():
             batch.context_BLD, batch.pooled_BP = model.encode_prompts(batch.captions)
     return batch
-
-
-class AllocationTracker(TorchDispatchMode):
-    """Tracks the bytes of live tensors that were allocated inside the `with`, and counts FLOPs.
-
-    peak: the most bytes at any time. Parameters, buffers and gradients of the modules `known` are not counted.
-    """
-
-    def __init__(self, *known: nn.Module):
-        super().__init__()
-        self.now = self.peak = self.flops = 0
-        self._seen = WeakIdKeyDictionary()
-        for module in known:
-            for tensor in (*module.parameters(), *module.buffers()):
-                self._seen[tensor.untyped_storage()] = True
-                if tensor.grad is not None:
-                    self._seen[tensor.grad.untyped_storage()] = True
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if formula := FLOPS.get(function._overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._track(leaf.untyped_storage())
-        return result
-
-    def _track(self, storage: torch.UntypedStorage) -> None:
-        if storage not in self._seen:
-            self._seen[storage] = True
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._release, storage.nbytes()).atexit = False
-
-    def _release(self, num_bytes: int) -> None:
-        self.now -= num_bytes
 
 
 def norm_in_fp32(norm: nn.GroupNorm | nn.LayerNorm) -> Callable[[Tensor], Tensor]:

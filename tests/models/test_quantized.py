@@ -26,7 +26,8 @@ from sdft.module import Finetuning
 from sdft.objective.denoising import Denoising
 from sdft.optimizers.optimizers import adamw
 from sdft.optimizers.schedules import constant
-from sdft.planning.footprint import AllocationTracker, MetaBuild, Setup, memory_needs
+from sdft.planning.allocations import AllocationTracker
+from sdft.planning.footprint import MetaBuild, Setup, memory_needs
 from sdft.rng import Draws
 from sdft.training.callbacks.export import Export
 from sdft.tuning.adapter import Adapter

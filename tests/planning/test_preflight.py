@@ -19,8 +19,10 @@ from sdft.module import Finetuning
 from sdft.objective.denoising import Denoising
 from sdft.optimizers.optimizers import adafactor, adamw, adamw_8bit
 from sdft.optimizers.schedules import constant
-from sdft.planning.footprint import AllocationTracker, MetaBuild, Setup, memory_needs, update_memory
+from sdft.planning.allocations import AllocationTracker
+from sdft.planning.footprint import MetaBuild, Setup, memory_needs
 from sdft.planning.preflight import Preflight, refuse_batch
+from sdft.planning.updates import update_memory
 from sdft.rng import Draws
 from sdft.tuning.adapter import Adapter
 from sdft.tuning.full import Full

@@ -1,0 +1,76 @@
+"""Memory of an optimizer: its states, and what an update holds for a moment, measured on small weights."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdft.planning.allocations import AllocationTracker
+from sdft.tuning.parameters import trainable_parameters
+
+PROBE = 2**18
+"""Elements of a weight on which an optimizer's memory is measured."""
+
+Kind = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a weight."""
+
+
+def optimizer_memory(module: Any, on_gpu: bool) -> tuple[float, dict[Kind, float], float]:
+    """(bytes of the optimizer's states, temporary bytes of one weight's update, of the optimizer step).
+
+    Measured on small weights of the same shapes. Weights that are updated one at a time need the temporary memory of
+    the largest; during the backward pass, that of each in turn.
+    """
+    counts = Counter((tuple(p.shape), p.dtype) for _, p in trainable_parameters(module.model))
+    found = {kind: update_memory(module, *kind, on_gpu) for kind in counts}
+    states = sum(count * found[kind][0] for kind, count in counts.items())
+    updates = {kind: temporary for kind, (_, temporary) in found.items()}
+    if module.fused_backward:
+        return states, updates, 0.0
+    if module.updates_parameterwise():
+        return states, updates, max(updates.values())
+    # Multi-tensor updates hold the temporary memory of all weights at once, others that of one.
+    largest = max(updates, key=updates.__getitem__)
+    _, two = update_memory(module, *largest, on_gpu, count=2)
+    if two < 1.5 * updates[largest]:
+        return states, updates, updates[largest]
+    return states, updates, sum(count * updates[kind] for kind, count in counts.items())
+
+
+def update_memory(
+    module: Any, shape: Sequence[int], dtype: torch.dtype, on_gpu: bool, count: int = 1
+) -> tuple[float, float]:
+    """(bytes of the states, temporary bytes of an update) of `count` equal weights; some rows stand for a large one."""
+    rows = max(min(shape[0], PROBE // math.prod(shape[1:])), 1) if shape else 1
+    scale = shape[0] / rows if shape else 1.0
+    zeros = torch.zeros(rows, *shape[1:], dtype=dtype) if shape else torch.zeros((), dtype=dtype)
+    weights = [nn.Parameter(zeros.clone()) for _ in range(count)]
+    with torch.enable_grad():
+        optimizer = module.optimizer_of([{"params": weights, "name": "probe", "lr_scale": 1.0}], in_backward=False)
+    for group in optimizer.param_groups if on_gpu else ():
+        if "fused" in group:
+            group |= {"fused": True, "foreach": False}
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    kept = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    with AllocationTracker() as ledger:
+        optimizer.step()
+    return kept * scale, ledger.peak * scale
+
+
+def update_in_backward(updates: Mapping[Kind, float]) -> Callable[[Tensor], None]:
+    """A hook that takes the memory of a parameter's update for a moment, and frees the gradient."""
+
+    def update(parameter: Tensor) -> None:
+        torch.empty(round(updates[tuple(parameter.shape), parameter.dtype]), dtype=torch.uint8)
+        parameter.grad = None
+
+    return update
