@@ -170,7 +170,7 @@ def test_norms_and_biases_do_not_decay(name: str, tiny_model) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_it_can_be_chosen_and_has_a_rate_of_its_own(name: str) -> None:
     cfg = compose("train", ["experiment=dreamy_style", f"optimizer={name}"])
-    factors = {"lion": 0.2, "schedule_free_adamw": 2, "sgd": 1000, "prodigy": 1 / cfg.base_lr}
+    factors = {"lion": 0.35, "came": 0.1, "schedule_free_adamw": 2, "muon": 2, "sgd": 1300, "prodigy": 1 / cfg.base_lr}
     assert cfg.base_lr == 1.5e-3
     assert cfg.optimizer.lr == pytest.approx(cfg.base_lr * factors.get(name, 1))
     assert compose("train", [f"optimizer={name}", "optimizer.lr=0.5"]).optimizer.lr == 0.5
