@@ -9,7 +9,7 @@ train: setup
 	$(RUN) train.py experiment=dreamy_style
 
 # Three workers keep two cores busy: some tests wait for processes, disks and a browser.
-PYTEST := $(RUN) -m pytest -n $${WORKERS:-3} --dist worksteal
+PYTEST := $(RUN) -m pytest -n $${WORKERS:-3} --dist worksteal --durations=12
 
 # The fast tests, in a few minutes.
 test: setup

@@ -159,7 +159,7 @@ def test_the_forecast_of_a_step_is_what_it_takes(format: str, thin_sdxl: Synthet
     assert needs.step == pytest.approx(ledger.peak, rel=0.1)
 
 
-@pytest.mark.parametrize("method", ["lora", slow("dora"), slow("loha")])
+@pytest.mark.parametrize("method", ["lora", long("dora"), slow("loha")])
 def test_an_adapter_beside_quantised_layers_is_exported_and_read_back(method: str, thin_sdxl, tmp_path: Path) -> None:
     model = pretrained(str(thin_sdxl.weights), config=str(thin_sdxl.config), quantization={"unet": "nf4"})
     module = trained_module(model, Adapter(4, 4, ["unet"], method=method))

@@ -34,7 +34,7 @@ KEYS = sorted({"name", "trust", *(key for key, _ in leaves(CONFIG) if "_" not in
 WORDS = st.text(st.characters(exclude_characters="\0"), max_size=30)
 
 
-@pytest.mark.parametrize("examples", [15, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [15, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_word_on_the_command_line_is_a_value_or_one_sentence(examples: int) -> None:
     @settings(FEW, max_examples=examples)
     @given(st.sampled_from(KEYS), WORDS | st.floats().map(str) | st.integers().map(str))
@@ -49,7 +49,7 @@ def test_a_word_on_the_command_line_is_a_value_or_one_sentence(examples: int) ->
     attempt()
 
 
-@pytest.mark.parametrize("examples", [60, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [60, pytest.param(250, marks=pytest.mark.slow)])
 def test_a_value_of_any_type_is_checked(examples: int) -> None:
     @settings(FEW, max_examples=examples)
     @given(key=st.sampled_from(KEYS), value=JSON)
