@@ -282,7 +282,7 @@ class Composer:
     def _options_that_mention(self, group: str, key: str) -> list[str]:
         """The options of a group that may bring a key: files of the group have all names of its path that the group
         does not stand for itself, and so has the option's, or it builds on others."""
-        wanted = [name for name in key.split(".") if name not in group.split("/")] or [leaf(key)]
+        wanted = [name for name in re.split(r"[./@]", key) if name not in group.split("/")] or [leaf(key)]
         names = [re.compile(rf"\b{re.escape(name)}['\"]?\s*[:@]") for name in wanted]
         texts = dict.fromkeys(self.options[group], "")
         for source in self.loader.get_sources():
