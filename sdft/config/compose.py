@@ -283,7 +283,9 @@ class Composer:
         """The options of a group that may bring a key: files of the group have all names of its path that the group
         does not stand for itself, and so has the option's, or it builds on others."""
         wanted = [name for name in re.split(r"[./@]", key) if name not in group.split("/")] or [leaf(key)]
-        names = [re.compile(rf"\b{re.escape(name)}['\"]?\s*[:@]") for name in wanted]
+        # As a key, or as a part of the file's package.
+        mention = r"\b{0}['\"]?\s*[:@]|@package [\w.]*\b{0}\b"
+        names = [re.compile(mention.format(re.escape(name))) for name in wanted]
         texts = dict.fromkeys(self.options[group], "")
         for source in self.loader.get_sources():
             if source.scheme() in ("file", "pkg"):
