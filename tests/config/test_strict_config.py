@@ -197,10 +197,6 @@ def test_a_dict_that_an_experiment_has_filled_is_not_replaced(conf: Path) -> Non
             "experiment/dreamy_style.yaml sets 'rank': 'rank' means nothing with tuning=full; tuning=lora_te and",
         ),
         (["optimizer.momentum=0"], "'optimizer.momentum' means nothing with optimizer=adamw; optimizer=sgd has it"),
-        (
-            ["trainer.strategy.shard_ranks=2"],  # of another package than its group
-            "'trainer.strategy.shard_ranks' means nothing with strategy=auto; strategy=fsdp has it",
-        ),
         (["experiment=misspelt"], "experiment/misspelt.yaml sets 'sede': unknown key 'sede'; did you mean 'seed'?"),
         (["objective.weighting=flat"], "'objective.weighting' is a group; did you mean 'objective/weighting=flat'?"),
         (["optimizer.betas=[0.9"], "cannot read 'optimizer.betas=[0.9': "),

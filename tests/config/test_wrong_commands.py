@@ -78,6 +78,7 @@ CASES = [
     ("data=folder data.root={unclosed}", "metadata.csv, in the row of line 3", "a quote that is not closed"),
     ("data=folder data.root={nameless}", "metadata.csv", "no column file_name"),
     ("strategy=fsdp trainer.strategy.shard_ranks=1", "trainer.strategy.shard_ranks", "greater than or equal to 2"),
+    ("trainer.strategy.shard_ranks=2", "trainer.strategy.shard_ranks", "with strategy=auto; strategy=fsdp has it"),
     ("trainer.deterministic=perhaps", "trainer.deterministic", "warn"),
     ("data.batch_size=0", "data.batch_size", "greater than or equal to 1"),
     ("data.caption_dropout=1.5", "data.caption_dropout", "less than or equal to 1"),
