@@ -162,7 +162,10 @@ class command:
                     refuse_places(cfg, "run_dir", cfg.get("run_dir"))
                     if cfg.get("dry_run"):
                         return Plan(overrides, dry_run=[cfg])
-                    return Plan(overrides, run_dir=_folder(job) if "run_dir" in cfg else None)
+                    if "run_dir" not in cfg:
+                        return Plan(overrides)
+                    folder = _folder(job)
+                    return Plan([*overrides, pinned("hydra.run.dir", folder)], run_dir=folder)
             return _plan_sweep(opened, overrides)
 
 
@@ -191,11 +194,10 @@ def _plan_sweep(opened: Composer, overrides: Sequence[str]) -> Plan:
             raise ConfigError("dry_run=true: a search decides on its jobs as it goes; describe one of them, without -m")
         return Plan(list(overrides), None, configs, jobs)
     if num is None:
-        # Hydra composes again, when `${now:}` is later: without this its directory could be another one.
-        return Plan([*overrides, "hydra.mode=MULTIRUN", f"hydra.sweep.dir={quoted(sweep_dir)}"], sweep_dir)
+        return Plan([*overrides, "hydra.mode=MULTIRUN", pinned("hydra.sweep.dir", sweep_dir)], sweep_dir)
     if not is_grid or num >= len(jobs):
         raise ConfigError(f"hydra.job.num={num}: the grid has {len(jobs)} jobs, numbered from 0")
-    return Plan([*fixed, *jobs[num], f"hydra.run.dir={quoted(run_dir)}"], sweep_dir, run_dir=run_dir)
+    return Plan([*fixed, *jobs[num], pinned("hydra.run.dir", run_dir)], sweep_dir, run_dir=run_dir)
 
 
 def refuse_places(cfg: DictConfig, key: str, folder: Any) -> None:
@@ -243,6 +245,11 @@ def _job(function: Function) -> Function:
             raise error  # in a sweep, Hydra raises the first error after the other jobs
 
     return run
+
+
+def pinned(key: str, folder: Any) -> str:
+    """The override for a planned folder: Hydra composes again, and `${now:}` is later then."""
+    return f"{key}={quoted(folder)}"
 
 
 def quoted(path: Any) -> str:

@@ -423,6 +423,16 @@ def test_a_command_sweeps_and_finishes(run, conf: Path) -> None:
     assert names == ["0", "1", "2", "3", "multirun.yaml"]
 
 
+def test_a_run_has_one_folder_though_its_config_is_composed_twice(run, conf: Path) -> None:
+    """The second time, `${now:}` is later: the locked folder must be the one that is written into."""
+    with (conf / "train.yaml").open("a") as file:
+        file.write("\nrun_dir: runs/${now:%f}\nhydra: {run: {dir: '${run_dir}'}}\n")
+    done, ran = run("seed=5")
+    assert (done.returncode, len(ran)) == (0, 1), done.stderr
+    (folder,) = (conf.parent / "runs").iterdir()
+    assert (folder / ".hydra").is_dir()
+
+
 def test_a_command_sweeps_what_the_config_says(run, conf: Path) -> None:
     sweep = "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: '1,2'}}}"
     (conf / "experiment/sweep.yaml").write_text(sweep)

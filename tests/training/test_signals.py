@@ -147,6 +147,7 @@ COMMANDS = {
     "a module": (["/x/sdft/training/__main__.py", "run_dir=a"], "python -m sdft.training run_dir=r resume=auto"),
     "an installed command": (["/v/bin/sdft-train"], "sdft-train run_dir=r resume=auto"),
     "quotes": (["train.py", "caption=a, b"], "python train.py 'caption=a, b' run_dir=r resume=auto"),
+    "a planned folder": (["train.py", "rank=4", "hydra.run.dir='r'"], "python train.py rank=4 run_dir=r resume=auto"),
     "a sweep": (["train.py", "hydra.mode=MULTIRUN"], "python train.py hydra.mode=MULTIRUN resume=auto"),
     "a notebook": (["/x/ipykernel_launcher.py", "-f", "x.json"], "run_dir=r resume=auto"),
 }

@@ -117,6 +117,7 @@ def resume_command(argv: Sequence[str], run_dir: Path) -> str:
     own = {"resume": "auto"}
     if not any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in words):
         own = {"run_dir": str(run_dir)} | own  # the jobs of a sweep have their own
+        words = [word for word in words if not word.startswith("hydra.run.dir=")]
     kept = [word for word in words if word.partition("=")[0] not in own] if name else []
     added = [f"{key}={value}" for key, value in own.items()]
     return " ".join([*([name] if name else []), *map(shlex.quote, [*kept, *added])])
