@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from sdft.batch import Batch
 from sdft.hardware import autocast_precision
 from sdft.planning.allocations import AllocationTracker
+from sdft.planning.repeated import RepeatedBlocks
 from sdft.planning.updates import Kind, optimizer_memory, update_in_backward
 from sdft.protocols import DiffusionModel
 from sdft.rng import Draws
@@ -169,7 +170,7 @@ def trace(module: Any, data: Any, setup: Setup, updates: Mapping[Kind, float]) -
     narrow = None if precision == "fp32" else DTYPES[precision]
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        module.model.to_empty(device="cpu")
+        module.model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))  # `to_empty` takes long
         for _, parameter in trainable_parameters(module.model):
             if updates:
                 parameter.register_post_accumulate_grad_hook(update_in_backward(updates))
@@ -182,17 +183,20 @@ def trace(module: Any, data: Any, setup: Setup, updates: Mapping[Kind, float]) -
         batch = fake_batch(module, data)
         stack.enter_context(sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]))
         ledger = stack.enter_context(AllocationTracker(module.model))
+        repeated = stack.enter_context(RepeatedBlocks(module.model, ledger))
         with torch.autocast("cpu", narrow, enabled=narrow is not None):
             draws = Draws(0, batch.keys, batch.visits)
             module.tuning.seed_dropout(draws, torch.device("cpu"))
             report = module.objective(module.model, batch, draws)
             loss = report.per_sample_B.mean()
             del report
+        repeated.end_autocast()
         loss.backward()
         step, flops = ledger.peak, ledger.flops
-        encode = trace_encoding(module, data, setup) if module.cached_parts(data.cache) else 0
+        encode = trace_encoding(module, data, setup, ledger) if module.cached_parts(data.cache) else 0
         with torch.autocast("cpu", narrow, enabled=narrow is not None):
-            denoise, decode = trace_drawing(module.model, setup) if draws_images(module.model, setup) else (0, 0)
+            drawn = draws_images(module.model, setup)
+            denoise, decode = trace_drawing(module.model, setup, ledger) if drawn else (0, 0)
     return Traces(step, flops, encode, denoise, decode)
 
 
@@ -201,26 +205,27 @@ def draws_images(model: Any, setup: Setup) -> bool:
     return setup.num_drawn > 0 and isinstance(model, DiffusionModel)
 
 
-def trace_encoding(module: Any, data: Any, setup: Setup) -> int:
+def trace_encoding(module: Any, data: Any, setup: Setup, ledger: AllocationTracker) -> int:
     """Peak bytes while the VAE encodes the largest images for the cache. Inside of FakeTensorMode."""
     h, w = max(data.train_set.by_size(), key=lambda hw: hw[0] * hw[1])
-    with AllocationTracker(module.model) as ledger:
-        module.model.encode_moments(torch.zeros(min(ENCODED, len(data.train_set.source.keys)), 3, h, w))
-    return round(ledger.peak * (ENCODE_WORKSPACE if setup.on_gpu else 1))
+    ledger.peak = start = ledger.now
+    module.model.encode_moments(torch.zeros(min(ENCODED, len(data.train_set.source.keys)), 3, h, w))
+    return round((ledger.peak - start) * (ENCODE_WORKSPACE if setup.on_gpu else 1))
 
 
-def trace_drawing(model: DiffusionModel, setup: Setup) -> tuple[int, int]:
+def trace_drawing(model: DiffusionModel, setup: Setup, ledger: AllocationTracker) -> tuple[int, int]:
     """Peak bytes of a denoising step with guidance, and of decoding, of one batch of images. In FakeTensorMode."""
     num, side = setup.num_drawn, setup.drawn_side // model.size_multiple * model.size_multiple
-    with AllocationTracker(model) as ledger, torch.no_grad():
+    ledger.peak = start = ledger.now
+    with torch.no_grad():
         z_BCHW = torch.zeros(num, model.latent_channels, side // model.vae_factor, side // model.vae_factor)
         context_BLD, pooled_BP = model.encode_prompts(["a photo of a cat"] * 2 * num)
         cond = model.condition_prompts(context_BLD, pooled_BP, (side, side))
         model.denoise(torch.cat([z_BCHW, z_BCHW]), torch.zeros(2 * num), cond)
-        denoise, ledger.peak = ledger.peak, ledger.now
+        denoise, ledger.peak = ledger.peak - start, ledger.now
         tile = min(side, model.decoded_tile or side) // model.vae_factor
         model.decode(z_BCHW[:, :, :tile, :tile])  # other tiles have the same memory one after another
-    return denoise, round(ledger.peak * (DECODE_WORKSPACE if setup.on_gpu else 1))
+    return denoise, round((ledger.peak - start) * (DECODE_WORKSPACE if setup.on_gpu else 1))
 
 
 def fake_batch(module: Any, data: Any) -> Batch:
