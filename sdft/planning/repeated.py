@@ -148,9 +148,9 @@ class RepeatedBlocks:
         return Costs(
             outputs=like,
             structure=output_structure,
-            forward_peak=forward_peak - cast,
+            forward_peak=max(forward_peak - cast, 0),
             unsaved_peak=unsaved_peak,
-            kept=kept - cast,
+            kept=max(kept - cast, 0),  # less than none where a block returns its input
             cast=cast,
             forward_flops=forward_flops,
             backward_peak=backward_peak,
