@@ -139,17 +139,19 @@ class RepeatedBlocks:
         for copy in copies:
             if isinstance(copy, Tensor):
                 copy.grad = None
-        ledger.peak = ledger.now
         cast = ledger.now - start
-        with saved_tensors_hooks(lambda saved: None, lambda saved: saved):
-            forward(*args, **kwargs)
-        unsaved_peak = ledger.peak - start - cast
+        unsaved_peak = forward_peak - cast
+        if backward_peak:  # otherwise autograd saved nothing
+            ledger.peak = ledger.now
+            with saved_tensors_hooks(lambda saved: None, lambda saved: saved):
+                forward(*args, **kwargs)
+            unsaved_peak = ledger.peak - start - cast
         ledger.peak, ledger.flops = peak, flops
         return Costs(
             outputs=like,
             structure=output_structure,
             forward_peak=max(forward_peak - cast, 0),
-            unsaved_peak=unsaved_peak,
+            unsaved_peak=max(unsaved_peak, 0),
             kept=max(kept - cast, 0),  # less than none where a block returns its input
             cast=cast,
             forward_flops=forward_flops,
