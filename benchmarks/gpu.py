@@ -3,9 +3,10 @@
     python -m benchmarks.gpu                             # SDXL at 1024 px; needs a GPU
     python -m benchmarks.gpu --model nano --steps 4      # the same code on the shipped nano, on any device
 
-Each line is a new process, so that memory and caches of the lines are independent. sdft's lines are runs of its own
-Trainer with the callbacks that act at every step. The plain loop is diffusers and PyTorch with the same weights,
-dtypes, checkpointing and average, written as a tutorial would. Beside the peak stands what `dry_run` forecasts.
+Each line is a new process, so that memory and caches of the lines are independent. sdft's lines are the config that
+`train.py` composes for the same words, with the callbacks that act at every step; the presets of `hardware=` are among
+them. The plain loop is diffusers and PyTorch with the same weights, dtypes, checkpointing and average, written as a
+tutorial would. Beside the peak stands what `dry_run` forecasts.
 """
 
 from __future__ import annotations
@@ -16,79 +17,104 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sdft.hardware import PRESETS
+
 MODES = ("lora_unet", "lora_unet_te", "full")
-VARIANTS: dict[str, dict[str, Any]] = {
-    "sdft": {},
-    "compile": {"compile": True},
-    "channels_last": {"channels_last": True},
-    "no_checkpointing": {"gradient_checkpointing": False},
-    "xformers": {"attention": "xformers"},
-    "eager": {"attention": "eager"},
+VARIANTS: dict[str, list[str]] = {
+    "sdft": [],
+    "compile": ["model.compile=full"],
+    "compile_blocks": ["model.compile=blocks"],
+    "channels_last": ["model.channels_last=true"],
+    "no_checkpointing": ["model.gradient_checkpointing=false"],
+    "xformers": ["model.attention=xformers"],
+    "eager": ["model.attention=eager"],
+    "not_deterministic": ["trainer.deterministic=false"],
 }
-"""Lines of the table: the options of the model that differ from the recipe's."""
+"""Lines of the table: what is changed of the recipe."""
+FULL_PRESETS = ("12gb_full", "24gb_full")
 PLAIN = "plain loop"
 WARM_UP, PROFILED = 3, 5
 CAPTION = "a photo of a cat"
 
 
-class Noise:
-    """A data source: pictures of noise, held in memory."""
+def config_of(args: argparse.Namespace, folder: str) -> DictConfig:
+    """The config of a line, whose run folder is `folder`. A preset sets batch and accumulation by itself."""
+    from sdft.api import compose
 
-    def __init__(self, num: int, size: int, name: str):
-        self.keys = [f"{name}/{i}" for i in range(num)]
-        self.size = size
+    words = [f"model={args.model}", f"tuning={args.mode}", f"size={args.size}", "verdict=none", "logger=csv"]
+    words += ["data.train.num_scenes=8", "data.validation.num_scenes=1", f"run_dir={folder}"]
+    words += ["trainer.progress_bar=false", "lr_schedule=constant"]
+    if args.hardware:
+        words.append(f"hardware={args.hardware}")
+    else:
+        words += [f"data.batch_size={args.batch_size}", "trainer.accumulate_grad_batches=1"]
+    cfg = compose("train", [*words, *VARIANTS.get(args.variant, ())])
+    cfg.data.update(cache="ram", cache_dir=None)
+    return cfg
 
-    def __getitem__(self, index: int):
-        from sdft.data.source import Sample
 
-        pixels = np.random.default_rng(index).integers(0, 256, (self.size, self.size, 3), dtype=np.uint8)
-        return Sample(self.keys[index], pixels, CAPTION)
+def build_model(cfg: DictConfig, device: torch.device):
+    """nano as shipped, or SDXL with random weights."""
+    from sdft.config.command import build
+    from sdft.models.load import SDXL_ID
+
+    if cfg.model.weights == SDXL_ID:
+        return random_sdxl(device, **{name: value for name, value in cfg.model.items() if name != "_target_"})
+    return build(cfg.model).to(device)
 
 
-def build_model(args: argparse.Namespace, device: torch.device):
-    """nano as shipped, or SDXL with random weights, the frozen parts in bf16."""
+def random_sdxl(
+    device: torch.device,
+    dtype: Mapping[str, str],
+    quantization: Mapping[str, str],
+    attention: Any,
+    gradient_checkpointing: bool,
+    channels_last: bool,
+    compile: Any,
+    offload_idle: bool,
+    tiled_vae: bool,
+    **_: Any,
+):
+    """What `pretrained` makes of these options, with random weights, and quickly, as they are made on the device.
+
+    nano's tokenizers do: their ids are below SDXL's, and ends are found by the tokenizer's own mark.
+    """
     from sdft.formats.architecture import PARTS, empty_network
-    from sdft.models.attention import set_attention
-    from sdft.models.load import SDXL_BASE, pretrained
+    from sdft.models import load
+    from sdft.models.quantized import quantize, quantize_layers
     from sdft.models.sdxl import SDXL
 
-    options = VARIANTS.get(args.variant, {})
-    model = pretrained("nano")
-    if args.model == "sdxl":
-        networks = {}
-        for part in PARTS:
-            network = empty_network(part, SDXL_BASE / part).to_empty(device=device)
-            networks[part] = network.to(dtypes(args.mode)[part])
-            for name, parameter in network.named_parameters():
-                randomise(name, parameter.data)
-        # The tokenizers of nano do: their ids are below SDXL's, and ends are found by the tokenizer's own mark.
-        model = SDXL(**networks, tokenizer=model.tokenizer, tokenizer_2=model.tokenizer_2, scheduler=model.scheduler)
-        if options.get("gradient_checkpointing", True):
-            model.unet.enable_gradient_checkpointing()
-        for encoder in (model.text_encoder, model.text_encoder_2):
-            position_ids(encoder, device)
-    set_attention(model.unet, options.get("attention", "sdpa"))
-    if options.get("channels_last"):
-        model.unet.to(memory_format=torch.channels_last)
-    if options.get("compile"):
-        model.unet.compile()
-    return model.to(device)
-
-
-def dtypes(mode: str) -> dict[str, torch.dtype]:
-    """Of the parts, as the recipes set them."""
-    frozen = {"text_encoder": torch.bfloat16, "text_encoder_2": torch.bfloat16, "vae": torch.float32}
-    return {**frozen, "unet": torch.float32 if mode == "full" else torch.bfloat16}
+    quantized = load.quantized_parts(quantization, SDXL)  # type: ignore[arg-type]
+    networks = {}
+    for part in PARTS:
+        network = empty_network(part, load.SDXL_BASE / part).to(load.part_dtypes(dtype)[part])  # type: ignore[arg-type]
+        network.to_empty(device=device)
+        for name, parameter in network.named_parameters():
+            randomise(name, parameter.data)
+        if part in quantized:
+            format, suffixes = quantized[part]
+            full = dict(network.named_parameters())
+            for name, layer in quantize_layers(network, suffixes, format).items():
+                values = quantize(full.pop(f"{name}.weight").data, format)
+                layer.codes, layer.scales = (nn.Parameter(v, requires_grad=False) for v in values)
+        networks[part] = network
+    model = load.assemble(networks, load.SDXL_BASE, load.NANO, SDXL, 1, None, offload_idle, tiled_vae)
+    load.set_up(model.unet, attention, gradient_checkpointing, channels_last, compile)
+    for encoder in (model.text_encoder, model.text_encoder_2):
+        position_ids(encoder, device)
+    return model
 
 
 def randomise(name: str, value: torch.Tensor) -> None:
@@ -113,74 +139,43 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16)
 
 
-def tuning_of(mode: str):
-    """The tuning of a mode, as the config builds it."""
-    from sdft.tuning.adapter import Adapter
-    from sdft.tuning.full import Full
-
-    parts = ("unet", "text_encoder", "text_encoder_2") if mode == "lora_unet_te" else ("unet",)
-    return Full() if mode == "full" else Adapter(rank=16, parts=parts)
-
-
-def data_of(args: argparse.Namespace):
-    """Pictures for a few steps, whose latents are cached."""
-    from sdft.data.datamodule import Images
-
-    train, validation = Noise(max(8, args.batch_size), args.size, "train"), Noise(1, args.size, "validation")
-    return Images(train, validation, batch_size=args.batch_size, size=args.size)
-
-
-def module_of(args: argparse.Namespace, model):
-    """The LightningModule of a run."""
-    from sdft.module import Finetuning
-    from sdft.objective.denoising import Denoising
-    from sdft.objective.weighting import MinSNR
-    from sdft.optimizers.optimizers import adamw
-    from sdft.optimizers.schedules import constant
-
-    objective = Denoising("epsilon", weighting=MinSNR())
-    return Finetuning(model, tuning_of(args.mode), objective, partial(adamw, lr=1e-5), constant, seed=0)
-
-
-def ours(args: argparse.Namespace, device: torch.device) -> tuple[Any, Clock]:
+def ours(args: argparse.Namespace, cfg: DictConfig, device: torch.device) -> tuple[Any, Clock]:
     """The model, and the clock of its steps as `train.py` makes them."""
     import lightning as L
-    from lightning.pytorch.loggers import CSVLogger
 
-    from sdft.training.callbacks.ema import EMA
-    from sdft.training.callbacks.guard import Guard
-    from sdft.training.trainer import trainer
+    from sdft.config.command import build
+    from sdft.module import Finetuning
 
     clock = Clock(args, device)
 
     class Steps(L.Callback):
-        def on_train_batch_end(self, *_: Any) -> None:
-            clock.step_done()
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step > clock.done:  # an accumulated batch is no step
+                clock.step_done()
 
-    model = build_model(args, device)
-    with tempfile.TemporaryDirectory() as folder:
-        fit = trainer(
-            max_steps=clock.num_steps,
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=1,
-            progress_bar=False,
-            callbacks=[EMA(0.999), Guard(folder), Steps()],
-            loggers=[CSVLogger(folder)],
-            run_dir=folder,
-        )
-        fit.fit(module_of(args, model), data_of(args))
+    model = build_model(cfg, device)
+    cfg.trainer.max_steps = clock.num_steps
+    callbacks = [build(cfg.callbacks[name]) for name in ("ema", "guard")]
+    loggers = [build(logger) for logger in cfg.logger.values()]
+    trainer = build(cfg.trainer, callbacks=[*callbacks, Steps()], loggers=loggers)
+    tuning, objective, optimizer, schedule, data = (
+        build(cfg[name]) for name in ("tuning", "objective", "optimizer", "lr_schedule", "data")
+    )
+    trainer.fit(Finetuning(model, tuning, objective, optimizer, schedule, cfg.seed, cfg.fused_backward), data)
     return model.to(device), clock
 
 
-def plain(args: argparse.Namespace, device: torch.device) -> tuple[Any, Clock]:
+def plain(args: argparse.Namespace, cfg: DictConfig, device: torch.device) -> tuple[Any, Clock]:
     """The model, and the clock of the same steps in the way of the public example scripts."""
-    model = build_model(args, device)
-    tuning_of(args.mode).attach(model)
+    from sdft.config.command import build
+
+    model = build_model(cfg, device)
+    build(cfg.tuning).attach(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     average = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5)
     alphas_cumprod = model.scheduler.alphas_cumprod.to(device)
-    moments_BCHW, time_ids_B6 = fake_latents(args, model, device)
+    moments_BCHW, time_ids_B6 = fake_latents(cfg, model, device)
     model.train()
     model.vae.cpu()
     clock = Clock(args, device)
@@ -205,12 +200,12 @@ def plain(args: argparse.Namespace, device: torch.device) -> tuple[Any, Clock]:
     return model, clock
 
 
-def fake_latents(args: argparse.Namespace, model, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def fake_latents(cfg: DictConfig, model, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Moments of a batch of latents, and the sizes that SDXL is conditioned on."""
-    side, channels = args.size // model.vae_factor, model.latent_channels
+    side, channels, batch_size = cfg.size // model.vae_factor, model.latent_channels, cfg.data.batch_size
     generator = torch.Generator().manual_seed(0)
-    moments_BCHW = torch.randn(args.batch_size, 2 * channels, side, side, generator=generator).to(device)
-    sizes = [[args.size, args.size, 0, 0, args.size, args.size]] * args.batch_size
+    moments_BCHW = torch.randn(batch_size, 2 * channels, side, side, generator=generator).to(device)
+    sizes = [[cfg.size, cfg.size, 0, 0, cfg.size, cfg.size]] * batch_size
     return moments_BCHW, torch.tensor(sizes, dtype=torch.float32, device=device)
 
 
@@ -259,17 +254,17 @@ class Clock:
         Path(self.file).write_text(f"{busy}\n\n{table}\n\n{calls}\n")
 
 
-def flops_of_a_step(args: argparse.Namespace, model, device: torch.device) -> float:
+def flops_of_a_batch(cfg: DictConfig, model, device: torch.device) -> float:
     """Twice the forward for a LoRA, three times for a full step: a LoRA needs no gradient of the frozen weights."""
     from sdft.batch import Conditioning
 
-    moments_BCHW, time_ids_B6 = fake_latents(args, model, device)
+    moments_BCHW, time_ids_B6 = fake_latents(cfg, model, device)
     with torch.no_grad(), autocast(device), FlopCounterMode(display=False) as counter:
-        context, pooled = model.encode_prompts([CAPTION] * args.batch_size)
+        context, pooled = model.encode_prompts([CAPTION] * cfg.data.batch_size)
         before = counter.get_total_flops()
-        z_BCHW, t_B = moments_BCHW.chunk(2, dim=1)[0], torch.zeros(args.batch_size, dtype=torch.long, device=device)
+        z_BCHW, t_B = moments_BCHW.chunk(2, dim=1)[0], torch.zeros(cfg.data.batch_size, dtype=torch.long, device=device)
         model.denoise(z_BCHW, t_B, Conditioning(context, pooled, time_ids_B6))
-    return (counter.get_total_flops() - before) * (3 if args.mode == "full" else 2)
+    return (counter.get_total_flops() - before) * (2 if "Adapter" in cfg.tuning._target_ else 3)
 
 
 def matmul_rate(device: torch.device) -> float:
@@ -290,13 +285,18 @@ def one(args: argparse.Namespace) -> dict[str, float]:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.init()
-    model, clock = (plain if args.variant == PLAIN else ours)(args, device)
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = config_of(args, folder)
+        model, clock = (plain if args.variant == PLAIN else ours)(args, cfg, device)
+    accumulated = cfg.trainer.accumulate_grad_batches
     memory = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else float("nan")
     reserved = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else float("nan")
     model.unet._compiled_call_impl = None  # compiled kernels hide their FLOPs
-    share = flops_of_a_step(args, model, device) / clock.seconds / matmul_rate(device)
+    share = accumulated * flops_of_a_batch(cfg, model, device) / clock.seconds / matmul_rate(device)
     return {
-        "images_per_s": args.batch_size / clock.seconds,
+        "batch_size": cfg.data.batch_size,
+        "accumulated": accumulated,
+        "images_per_s": accumulated * cfg.data.batch_size / clock.seconds,
         "share_of_matmul": share,
         "memory_gib": memory,
         "reserved_gib": reserved,
@@ -305,28 +305,23 @@ def one(args: argparse.Namespace) -> dict[str, float]:
 
 
 def forecast(args: argparse.Namespace) -> dict[str, float]:
-    """GiB that `dry_run` forecasts for the recipe of a mode, without the allowance for libraries."""
-    from sdft.models.load import SDXL_ID, pretrained_on_meta
-    from sdft.planning.footprint import MetaBuild, Setup, memory_needs
+    """GiB that `dry_run` forecasts for the steps and the start of the line, without the allowance for libraries."""
+    from sdft.planning.dry_run import planned
+    from sdft.planning.footprint import memory_needs
 
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-    chosen = {part: names[dtype] for part, dtype in dtypes(args.mode).items()}
-    checkpointing = VARIANTS[args.variant].get("gradient_checkpointing", True)
-    if args.model == "sdxl":
-        model = pretrained_on_meta(SDXL_ID, dtype=chosen, gradient_checkpointing=checkpointing)
-    else:
-        model = pretrained_on_meta("nano")
-    with MetaBuild():
-        module = module_of(args, model)
-    needs = memory_needs(module, data_of(args), Setup(1, 1, "bf16-mixed", 1, 1, on_gpu=True), num_averages=1)
-    return {"forecast_gib": needs.total / 2**30}
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = config_of(args, folder)
+        cfg.preflight.memory, cfg.callbacks = 1, {"ema": cfg.callbacks.ema}  # planned for a GPU
+        needs = memory_needs(*planned(cfg))
+    return {"steps": needs.training / 2**30, "start": max(needs.training, needs.caching) / 2**30}
 
 
-def line(args: argparse.Namespace, variant: str, *flags: str, **changed: Any) -> dict[str, float] | str:
+def line(args: argparse.Namespace, *flags: str, **changed: Any) -> dict[str, float] | str:
     """One line, measured in a separate process; the error if it fails."""
     values = {**vars(args), **changed}
-    words = [f"--{name}={values[name]}" for name in ("model", "size", "batch_size", "steps", "mode")]
-    command = [sys.executable, "-m", "benchmarks.gpu", *words, "--variant", variant, *flags]
+    names = ("model", "size", "batch_size", "steps", "mode", "variant", "hardware")
+    words = [f"--{name}={values[name]}" for name in names if values[name]]
+    command = [sys.executable, "-m", "benchmarks.gpu", *words, *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
     if done.returncode:
         errors = [row for row in done.stderr.strip().splitlines() if row.strip()]
@@ -341,10 +336,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=0, help="side of the pictures; 1024, or 64 for nano")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=["lora_unet", "full"])
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=["lora_unet", "full"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["sdft", "compile"])
+    parser.add_argument("--presets", nargs="*", choices=(*PRESETS, *FULL_PRESETS), default=[*PRESETS, *FULL_PRESETS])
     parser.add_argument("--profile", help="with --variant: file for the kernels of five more steps")
     parser.add_argument("--variant", choices=(PLAIN, *VARIANTS), help="print one line as JSON")
+    parser.add_argument("--hardware", choices=(*PRESETS, *FULL_PRESETS), help="with --variant: the preset of the line")
     parser.add_argument("--forecast", action="store_true", help="with --variant: print the forecast only")
     parser.add_argument("--mode", choices=MODES, default="lora_unet")
     parser.add_argument("--batch_size", type=int, default=1)
@@ -355,39 +352,55 @@ def main() -> None:
         return
     if args.model == "sdxl" and not torch.cuda.is_available():
         raise SystemExit("error: SDXL at full size needs a GPU; --model nano runs on any device")
+    table(args)
+
+
+def table(args: argparse.Namespace) -> None:
+    """Print all lines, each when it has been measured; forecasts are made meanwhile."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{args.model}, {args.size} px, cached latents, {where}, torch {torch.__version__}; {args.steps} steps")
-    measures = ("images/s", "x plain loop", "of the matmul rate", "peak GiB", "reserved", "forecast", "at the start")
-    print(f"| mode | batch | | {' | '.join(measures)} |")
-    print("|---" * (3 + len(measures)) + "|")
+    measures = ("images/s", "x plain loop", "of the matmul rate", "peak GiB", "forecast", "at the start", "forecast")
+    print(f"| mode | batch | | {' | '.join([*measures, 'reserved'])} |")
+    print("|---" * (4 + len(measures)) + "|")
+    bare: dict[tuple[str, int], float] = {}
     cases = [{"mode": mode, "batch_size": size} for mode in args.modes for size in args.batch_sizes]
-    with ThreadPoolExecutor(4) as pool:
-        forecasts = [pool.submit(partial(line, args, "sdft", "--forecast", **case)) for case in cases]
-        for case, planned in zip(cases, forecasts, strict=True):
-            measured = partial(line, args, **case)
-            bare = measured(PLAIN)
-            row(case, PLAIN, bare, bare)
-            for variant in args.variants:
-                row(case, variant, measured(variant), bare, planned)
+    lines = [(variant, {**case, "variant": variant}) for case in cases for variant in (PLAIN, *args.variants)]
+    for preset in args.presets:
+        mode = "full" if preset in FULL_PRESETS else "lora_unet"
+        lines.append((f"hardware={preset}", {"mode": mode, "variant": "sdft", "hardware": preset}))
+    on_gpu = torch.cuda.is_available()
+    with ThreadPoolExecutor(4 if on_gpu else 1) as pool:
+        # The plain loop has the memory of sdft's line, but for what Lightning keeps.
+        plans = [{**case, "variant": "sdft"} if name == PLAIN else case for name, case in lines]
+        forecasts = [pool.submit(partial(line, args, "--forecast", **plan)) for plan in plans]
+        if not on_gpu:
+            wait(forecasts)  # which take the cores from what is measured
+        for (name, case), planned in zip(lines, forecasts, strict=True):
+            values = line(args, **case)
+            if name == PLAIN and isinstance(values, dict):
+                bare[case["mode"], case["batch_size"]] = values["images_per_s"]
+            print(row(name, case, values, bare, planned), flush=True)
 
 
 def row(
-    case: dict[str, Any],
     name: str,
-    values: dict[str, float] | str,
-    bare: dict[str, float] | str,
-    planned: Future | None = None,
-) -> None:
-    """One row of the table."""
-    first = f"| {case['mode']} | {case['batch_size']} | {name} |"
+    case: Mapping[str, Any],
+    values: Mapping[str, float] | str,
+    bare: Mapping[tuple[str, int], float],
+    planned: Future,
+) -> str:
+    """One row of the table. bare: mode and batch size -> images/s of the plain loop."""
     if isinstance(values, str):
-        print(first, f"{values} | | | | | | |", flush=True)
-        return
-    ratio = f"{values['images_per_s'] / bare['images_per_s']:.2f}" if isinstance(bare, dict) else ""
-    forecast_gib = planned.result() if planned else {}
-    text = f"{forecast_gib.get('forecast_gib', float('nan')):.1f}" if isinstance(forecast_gib, dict) else forecast_gib
-    memory = f"{values['memory_gib']:.1f} | {values['reserved_gib']:.1f} | {text} | {values['start_gib']:.1f}"
-    print(first, f"{values['images_per_s']:.2f} | {ratio} | {values['share_of_matmul']:.0%} | {memory} |", flush=True)
+        return f"| {case['mode']} | {case.get('batch_size', '')} | {name} | {values} | | | | | | | |"
+    batch_size, accumulated = int(values["batch_size"]), int(values["accumulated"])
+    batch = f"{batch_size} x {accumulated}" if accumulated > 1 else str(batch_size)
+    beside = bare.get((case["mode"], batch_size))
+    ratio = f"{values['images_per_s'] / beside:.2f}" if beside else ""
+    gib, plan = {name: f"{values[f'{name}_gib']:.2f}" for name in ("memory", "start", "reserved")}, planned.result()
+    steps, start = (plan, "") if isinstance(plan, str) else (f"{plan['steps']:.2f}", f"{plan['start']:.2f}")
+    memory = f"{gib['memory']} | {steps} | {gib['start']} | {start} | {gib['reserved']}"
+    speed = f"{values['images_per_s']:.2f} | {ratio} | {values['share_of_matmul']:.0%}"
+    return f"| {case['mode']} | {batch} | {name} | {speed} | {memory} |"
 
 
 if __name__ == "__main__":

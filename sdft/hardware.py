@@ -90,7 +90,7 @@ def found_preset() -> str | None:
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     if presets := fitting_presets(memory):
         return presets[0]
-    problem = f"this GPU has {memory:.1f} GiB, and the smallest preset is for 8"
+    problem = f"this GPU has {memory:.1f} GiB, and the smallest preset is for {min(PRESETS.values())} GB"
     raise UserError(f"hardware=auto: {problem}; set the options by hand")
 
 

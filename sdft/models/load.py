@@ -99,29 +99,55 @@ def pretrained(
     networks = load_networks(f"model.weights={weights}", checkpoint, configs, dtypes, quantized)
     if vae is not None:
         networks["vae"] = load_vae(vae, folder / "vae", dtypes["vae"])
+    model = assemble(networks, folder, folder, family, prompt_chunks, empty_prompt, offload_idle, tiled_vae)
+    if quantized:
+        model.original_weights = functools.partial(find_checkpoint, weights, variant, allow_pickle)
+    if not checkpoint.is_folder:
+        model.set_prediction_type(checkpoint.prediction or "epsilon", checkpoint.zero_terminal_snr)
+    set_up(model.unet, attention, gradient_checkpointing, channels_last, compile)
+    return model
+
+
+def assemble(
+    networks: Mapping[str, nn.Module],
+    folder: Path,
+    tokenizers: Path,
+    family: type[SDXL],
+    prompt_chunks: int,
+    empty_prompt: EmptyPrompt | None,
+    offload_idle: bool,
+    tiled_vae: bool,
+) -> SDXL:
+    """The model of these networks, with the scheduler of a folder and the tokenizers of another."""
     model = family(
         **networks,
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
+        tokenizer=CLIPTokenizer.from_pretrained(tokenizers / "tokenizer"),
+        tokenizer_2=CLIPTokenizer.from_pretrained(tokenizers / "tokenizer_2"),
         scheduler=EulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
         empty_prompt=empty_prompt or recorded_empty_prompt(folder),
         prompt_chunks=prompt_chunks,
     )
     model.offload_idle, model.decoded_tile = offload_idle, TILE if tiled_vae else None
-    if quantized:
-        model.original_weights = functools.partial(find_checkpoint, weights, variant, allow_pickle)
-    if not checkpoint.is_folder:
-        model.set_prediction_type(checkpoint.prediction or "epsilon", checkpoint.zero_terminal_snr)
-    set_attention(model.unet, attention)
-    if gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-    if channels_last:
-        model.unet.to(memory_format=torch.channels_last)
-    if compile == "blocks":
-        model.unet.compile_repeated_blocks()
-    elif compile:
-        model.unet.compile()
     return model
+
+
+def set_up(
+    unet: nn.Module,
+    attention: Attention,
+    gradient_checkpointing: bool,
+    channels_last: bool = False,
+    compile: bool | Compiled = False,
+) -> None:
+    """Set how the UNet computes, as `pretrained` describes."""
+    set_attention(unet, attention)
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if compile == "blocks":
+        unet.compile_repeated_blocks()
+    elif compile:
+        unet.compile()
 
 
 def pretrained_on_meta(
@@ -158,19 +184,9 @@ def pretrained_on_meta(
     for part, (format, suffixes) in quantized_parts(quantization, family).items():
         quantize_layers(networks[part], suffixes, format)
     tokenizers = folder if (folder / "tokenizer").is_dir() else NANO
-    model = family(
-        **networks,
-        tokenizer=CLIPTokenizer.from_pretrained(tokenizers / "tokenizer"),
-        tokenizer_2=CLIPTokenizer.from_pretrained(tokenizers / "tokenizer_2"),
-        scheduler=EulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        empty_prompt=empty_prompt or recorded_empty_prompt(folder),
-        prompt_chunks=prompt_chunks,
-    )
-    model.offload_idle, model.decoded_tile = offload_idle, TILE if tiled_vae else None
+    model = assemble(networks, folder, tokenizers, family, prompt_chunks, empty_prompt, offload_idle, tiled_vae)
     # xformers keeps the same activations as sdpa, and need not be installed for a forecast.
-    set_attention(model.unet, "sdpa" if attention == "xformers" else attention)
-    if gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
+    set_up(model.unet, "sdpa" if attention == "xformers" else attention, gradient_checkpointing)
     return model
 
 

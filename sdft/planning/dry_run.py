@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
@@ -28,12 +28,34 @@ def print_plan(configs: Sequence[DictConfig], jobs: Sequence[Sequence[str]] = ()
     print(f"{len(jobs)} jobs; as an array of SLURM: sbatch --array=0-{len(jobs) - 1} slurm/sweep.sbatch ...")
 
 
+class Planned(NamedTuple):
+    """A run on the meta device, as `memory_needs` and `Preflight` take it."""
+
+    module: Any
+    data: Any
+    setup: Any
+    num_averages: int
+    num_offloaded_averages: int
+
+
 def forecast(cfg: DictConfig, look_for_preset: bool = True) -> list[str]:
     """Parameters, batches, memory and time of a run. Raises UserError where it cannot work."""
+    from sdft.planning.preflight import MemoryShortage
+
+    run = planned(cfg)
+    try:
+        lines = build(cfg.preflight)(*run)
+    except MemoryShortage as short:
+        remedy = preset_that_fits(cfg, short.limit) if look_for_preset else None
+        raise UserError(f"{short.problem}; {remedy}") if remedy else short from None
+    return [f"{cfg.name}: {cfg.size} px; nothing is trained or written", *lines]
+
+
+def planned(cfg: DictConfig) -> Planned:
+    """The run of a config. Raises UserError where it cannot be built; sets the number of steps in the config."""
     from sdft.module import Finetuning
     from sdft.optimizers.schedules import refuse_schedule
     from sdft.planning.footprint import MetaBuild
-    from sdft.planning.preflight import MemoryShortage
 
     token = COMMANDS_RUN.set(False)
     try:
@@ -49,12 +71,7 @@ def forecast(cfg: DictConfig, look_for_preset: bool = True) -> list[str]:
         module = Finetuning(model, tuning, objective, optimizer, schedule, cfg.seed, cfg.fused_backward)
     averages = [callback for callback in cfg.callbacks.values() if is_average(callback._target_)]
     num_offloaded = sum(bool(callback.get("offload")) for callback in averages)
-    try:
-        lines = build(cfg.preflight)(module, data, run_setup(cfg), len(averages) - num_offloaded, num_offloaded)
-    except MemoryShortage as short:
-        remedy = preset_that_fits(cfg, short.limit) if look_for_preset else None
-        raise UserError(f"{short.problem}; {remedy}") if remedy else short from None
-    return [f"{cfg.name}: {cfg.size} px; nothing is trained or written", *lines]
+    return Planned(module, data, run_setup(cfg), len(averages) - num_offloaded, num_offloaded)
 
 
 def preset_that_fits(cfg: DictConfig, memory: float) -> str | None:

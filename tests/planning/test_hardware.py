@@ -55,7 +55,7 @@ def test_without_a_card_nothing_is_set_and_a_small_one_is_refused(monkeypatch) -
     assert with_found_hardware(["hardware=auto"]) == ["hardware=auto"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Card", (), {"total_memory": 4 * 2**30}))
-    with pytest.raises(UserError, match=r"hardware=auto: this GPU has 4\.0 GiB, and the smallest preset is for 8"):
+    with pytest.raises(UserError, match=r"hardware=auto: this GPU has 4\.0 GiB, and the smallest preset is for 6 GB"):
         with_found_hardware(["hardware=auto"])
 
 
