@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
@@ -49,19 +50,35 @@ WARM_UP, PROFILED = 3, 5
 CAPTION = "a photo of a cat"
 
 
+class Noise:
+    """A data source: pictures of noise, held in memory."""
+
+    def __init__(self, num: int, size: int):
+        self.keys = [str(i) for i in range(num)]
+        self.size = size
+
+    def __getitem__(self, index: int):
+        from sdft.data.source import Sample
+
+        pixels = np.random.default_rng(index).integers(0, 256, (self.size, self.size, 3), dtype=np.uint8)
+        return Sample(self.keys[index], pixels, CAPTION)
+
+
 def config_of(args: argparse.Namespace, folder: str) -> DictConfig:
     """The config of a line, whose run folder is `folder`. A preset sets batch and accumulation by itself."""
     from sdft.api import compose
 
     words = [f"model={args.model}", f"tuning={args.mode}", f"size={args.size}", "verdict=none", "logger=csv"]
-    words += ["data.train.num_scenes=8", "data.validation.num_scenes=1", f"run_dir={folder}"]
-    words += ["trainer.progress_bar=false", "lr_schedule=constant"]
+    words += [f"run_dir={folder}", "trainer.progress_bar=false", "lr_schedule=constant"]
     if args.hardware:
         words.append(f"hardware={args.hardware}")
     else:
         words += [f"data.batch_size={args.batch_size}", "trainer.accumulate_grad_batches=1"]
     cfg = compose("train", [*words, *VARIANTS.get(args.variant, ())])
-    cfg.data.update(cache="ram", cache_dir=None)
+    train, validation = (
+        {"_target_": "benchmarks.gpu.Noise", "num": num, "size": args.size} for num in (max(8, cfg.data.batch_size), 1)
+    )
+    cfg.data.update(cache="ram", cache_dir=None, train=train, validation=validation)
     return cfg
 
 
@@ -84,6 +101,7 @@ def random_sdxl(
     channels_last: bool,
     compile: Any,
     offload_idle: bool,
+    offload_blocks: Any,
     tiled_vae: bool,
     **_: Any,
 ):
@@ -111,7 +129,7 @@ def random_sdxl(
                 layer.codes, layer.scales = (nn.Parameter(v, requires_grad=False) for v in values)
         networks[part] = network
     model = load.assemble(networks, load.SDXL_BASE, load.NANO, SDXL, 1, None, offload_idle, tiled_vae)
-    load.set_up(model.unet, attention, gradient_checkpointing, channels_last, compile)
+    load.set_up(model.unet, attention, gradient_checkpointing, offload_blocks, channels_last, compile)
     for encoder in (model.text_encoder, model.text_encoder_2):
         position_ids(encoder, device)
     return model

@@ -20,6 +20,7 @@ from sdft.errors import UserError
 from sdft.models.attention import refuse_device
 from sdft.models.offload import alone_on_device
 from sdft.models.quantized import quantized_layers
+from sdft.models.streaming import streams
 from sdft.optimizers.optimizers import Groups, averages_weights, probe, scale_rates
 from sdft.optimizers.parameterwise import ParameterwiseOptimizer, refuse_fused_backward
 from sdft.protocols import DiffusionModel, Objective, OptimizerFactory, ScheduleFactory, Tuning, strategy_hooks
@@ -109,6 +110,8 @@ class Finetuning(L.LightningModule):
 
     def configure_model(self) -> None:
         """Let the strategy shard the model; Lightning calls this once the processes are connected."""
+        if self.trainer.world_size > 1 and streams(self.model):
+            raise UserError("model.offload_blocks: strategies want all weights on the device; use one, or set it to 0")
         hooks = strategy_hooks(self.trainer.strategy)
         if hooks.num_shards(self.trainer.world_size) == 1:
             return

@@ -28,6 +28,8 @@ NumScenes = Annotated[int, Ge(1), Le(10**6)]
 NumNodes = Annotated[int, Ge(1), Le(100_000)]
 SamplerSteps = Annotated[int, Ge(1), Le(1000)]
 """SDXL was trained with 1000 noise levels."""
+OffloadedBlocks = Annotated[int, Ge(0), Le(1_000_000)] | Literal["all"]
+"""Number of blocks."""
 Devices = Annotated[int, Ge(1), Le(1024)] | Literal["auto", -1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtypes by the names that configs use."""

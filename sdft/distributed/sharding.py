@@ -46,10 +46,12 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def clip_gradients(parameters: Iterable[Tensor], largest: float) -> None:
-    """Scale the gradients down to a total L2 norm of at most `largest`."""
+    """Scale the gradients, which may be on several devices, down to a total L2 norm of at most `largest`."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     factor = (largest / (norm(gradients) + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([local_shard(gradient) for gradient in gradients], factor)
+    for device in {gradient.device for gradient in gradients}:
+        shards = [local_shard(gradient) for gradient in gradients if gradient.device == device]
+        torch._foreach_mul_(shards, factor.to(device))
 
 
 def snapshot(state: Any) -> tuple[Any, list[Tensor]]:

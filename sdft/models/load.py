@@ -30,7 +30,8 @@ from sdft.models.attention import Attention, set_attention
 from sdft.models.nano import WEIGHTS as NANO
 from sdft.models.quantized import Format, quantize, quantize_layers
 from sdft.models.sdxl import SDXL, TILE, EmptyPrompt
-from sdft.types import DTYPES, Count
+from sdft.models.streaming import stream_blocks
+from sdft.types import DTYPES, Count, OffloadedBlocks
 
 # Their bars count files, not bytes.
 diffusers.utils.logging.disable_progress_bar()
@@ -62,6 +63,7 @@ def pretrained(
     variant: str | None = None,
     allow_pickle: bool = False,
     offload_idle: bool = False,
+    offload_blocks: OffloadedBlocks = 0,
     tiled_vae: bool = False,
     family: type[SDXL] = SDXL,
 ) -> SDXL:
@@ -86,6 +88,8 @@ def pretrained(
     allow_pickle: also open `.ckpt` files; a pickle can run code if torch's restricted unpickler has a hole.
     offload_idle: the other parts wait on the CPU while the VAE encodes or decodes: for small GPUs. Moving them takes a
         second or two for each batch of decoded images.
+    offload_blocks: so many of the UNet's transformer blocks keep their weights in the memory of the machine, and copy
+        them to the GPU whenever they run (`sdft.models.streaming`); `all` for all. Needs gradient checkpointing.
     tiled_vae: decode images in overlapping tiles of 448 px: a third of the memory, and seams that are hard to see.
     family: the class that is built, for loaders of subclasses.
 
@@ -104,7 +108,7 @@ def pretrained(
         model.original_weights = functools.partial(find_checkpoint, weights, variant, allow_pickle)
     if not checkpoint.is_folder:
         model.set_prediction_type(checkpoint.prediction or "epsilon", checkpoint.zero_terminal_snr)
-    set_up(model.unet, attention, gradient_checkpointing, channels_last, compile)
+    set_up(model.unet, attention, gradient_checkpointing, offload_blocks, channels_last, compile)
     return model
 
 
@@ -135,11 +139,17 @@ def set_up(
     unet: nn.Module,
     attention: Attention,
     gradient_checkpointing: bool,
+    offload_blocks: OffloadedBlocks,
     channels_last: bool = False,
     compile: bool | Compiled = False,
 ) -> None:
     """Set how the UNet computes, as `pretrained` describes."""
     set_attention(unet, attention)
+    if offload_blocks:
+        if not gradient_checkpointing or compile:
+            remedy = "set model.gradient_checkpointing=true and model.compile=false, or model.offload_blocks=0"
+            raise UserError(f"model.offload_blocks={offload_blocks}: needs checkpoints, and no compilation; {remedy}")
+        stream_blocks(unet, offload_blocks)
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if channels_last:
@@ -162,6 +172,7 @@ def pretrained_on_meta(
     variant: str | None = None,
     allow_pickle: bool = False,
     offload_idle: bool = False,
+    offload_blocks: OffloadedBlocks = 0,
     tiled_vae: bool = False,
     family: type[SDXL] = SDXL,
     **_: Any,
@@ -186,7 +197,7 @@ def pretrained_on_meta(
     tokenizers = folder if (folder / "tokenizer").is_dir() else NANO
     model = assemble(networks, folder, tokenizers, family, prompt_chunks, empty_prompt, offload_idle, tiled_vae)
     # xformers keeps the same activations as sdpa, and need not be installed for a forecast.
-    set_up(model.unet, "sdpa" if attention == "xformers" else attention, gradient_checkpointing)
+    set_up(model.unet, "sdpa" if attention == "xformers" else attention, gradient_checkpointing, offload_blocks)
     return model
 
 

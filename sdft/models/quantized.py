@@ -39,9 +39,10 @@ class QuantizedLinear(nn.Linear):
         codes, scales = quantize(torch.empty(out_features, in_features, device="meta"), format)
         self.codes, self.scales = nn.Parameter(codes, requires_grad=False), nn.Parameter(scales, requires_grad=False)
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weights, out x in, in `dtype`."""
-        return dequantize(self.codes, self.scales, self.format, (self.out_features, self.in_features), dtype)
+    def dequantized(self, dtype: torch.dtype, codes: Tensor | None = None, scales: Tensor | None = None) -> Tensor:
+        """The weights, out x in, in `dtype`; those of other codes and scales if given."""
+        codes, scales = self.codes if codes is None else codes, self.scales if scales is None else scales
+        return dequantize(codes, scales, self.format, (self.out_features, self.in_features), dtype)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -64,11 +65,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None, layer: QuantizedLinear) -> Any:
         ctx.layer = layer
+        ctx.save_for_backward(codes, scales)  # not those of the layer, which may be on another device by then
         return F.linear(x, layer.dequantized(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        return grad @ ctx.layer.dequantized(grad.dtype), None, None, None, None
+        codes, scales = ctx.saved_tensors
+        return grad @ ctx.layer.dequantized(grad.dtype, codes, scales), None, None, None, None
 
 
 def quantize(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:

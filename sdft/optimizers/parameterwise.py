@@ -121,7 +121,9 @@ class ParameterwiseOptimizer(torch.optim.Optimizer):
 
     def gradient_norm(self) -> Tensor:
         """L2 norm of the gradients of the last backward pass before clipping, if they are freed there."""
-        return torch.stack(self._squared_norms).sum().sqrt()
+        # Those of weights on the host join the others, so that nobody waits for the device.
+        device = max((norm.device for norm in self._squared_norms), key=lambda device: device.type != "cpu")
+        return torch.stack([norm.to(device, non_blocking=True) for norm in self._squared_norms]).sum().sqrt()
 
     def state_dict(self) -> dict[str, Any]:
         return self.inner.state_dict()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,13 +34,16 @@ FLOPS = {
 class AllocationTracker(TorchDispatchMode):
     """Tracks the bytes of live tensors that were allocated inside the `with`, and counts FLOPs.
 
-    peak: the most bytes at any time. Parameters, buffers and gradients of the modules `known` are not counted.
+    peak: the most bytes at any time. Parameters, buffers and gradients of the modules `known`, and `tensors`, are not
+        counted.
     """
 
-    def __init__(self, *known: nn.Module):
+    def __init__(self, *known: nn.Module, tensors: Iterable[Tensor] = ()):
         super().__init__()
         self.now = self.peak = self.flops = 0
         self._seen = WeakIdKeyDictionary()
+        for tensor in tensors:
+            self._seen[tensor.untyped_storage()] = True
         for module in known:
             for tensor in (*module.parameters(), *module.buffers()):
                 self._seen[tensor.untyped_storage()] = True

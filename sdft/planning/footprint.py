@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from sdft.batch import Batch
 from sdft.hardware import autocast_precision
+from sdft.models.streaming import on_host, streams
 from sdft.planning.allocations import AllocationTracker
 from sdft.planning.repeated import RepeatedBlocks
 from sdft.planning.updates import Kind, optimizer_memory, update_in_backward
@@ -109,21 +110,23 @@ def memory_needs(
     """
     offloaded = module.cached_parts(data.cache)
     tensors = [*module.model.named_parameters(), *module.model.named_buffers()]
-    held = [t for name, t in tensors if part_of(name) not in offloaded]
-    trained = sum(p.nbytes for _, p in trainable_parameters(module.model))
-    states, updates, update = optimizer_memory(module, setup.on_gpu)
-    average = 4 * sum(p.numel() for _, p in trainable_parameters(module.model))
+    away = on_host(module.model)
+    held = [t for name, t in tensors if part_of(name) not in offloaded and t not in away]
+    trainable = [p for _, p in trainable_parameters(module.model)]
+    trained, hosted = (sum(p.nbytes for p in trainable if (p in away) == there) for there in (False, True))
+    optimizer = optimizer_memory(module, setup.on_gpu)
+    average, hosted_average = (4 * sum(p.numel() for p in trainable if (p in away) == there) for there in (False, True))
     everything = sum(t.nbytes for _, t in tensors)
     autoencoder = sum(t.nbytes for name, t in tensors if part_of(name) == getattr(module.model, "VAE", None))
     alone = setup.on_gpu and getattr(module.model, "offload_idle", False)
-    traces = trace(module, data, setup, updates if module.fused_backward else {})
+    traces = trace(module, data, setup, optimizer.updates if module.fused_backward else {})
     needs = MemoryNeeds(
-        weights=sum(t.nbytes for t in held) / setup.num_shards,
+        weights=sum(t.nbytes for t in held) / setup.num_shards + traces.slots,
         gradients=0 if module.fused_backward else trained / setup.num_shards,
-        states=states / setup.num_shards,
+        states=optimizer.states / setup.num_shards,
         average=num_averages * average / setup.num_shards,
         step=traces.step,
-        update=update / setup.num_shards,
+        update=optimizer.step / setup.num_shards,
         flops=traces.flops,
         caching=traces.encode and traces.encode + (autoencoder if alone else everything / setup.num_shards),
     )
@@ -133,8 +136,9 @@ def memory_needs(
         needs = replace(needs, drawing=needs.held + max(traces.denoise, decoding))
     # Full tuning keeps the initial weights, and while the base model draws, the tuned ones too.
     kept = everything - sum(t.nbytes for t in held) + cached_bytes(module, data)
-    kept += 0 if module.tuning.trains_adapters else 1.5 * trained
-    kept += num_offloaded_averages * average
+    kept += 0 if module.tuning.trains_adapters else 1.5 * (trained + hosted)
+    kept += num_offloaded_averages * average + (num_averages + num_offloaded_averages) * hosted_average
+    kept += optimizer.hosted_states + (0 if module.fused_backward else hosted)
     host = max(everything, kept) if setup.on_gpu else needs.total + kept
     return replace(needs, host=host)
 
@@ -152,10 +156,14 @@ def cached_bytes(module: Any, data: Any) -> int:
 
 
 class Traces(NamedTuple):
-    """Peak bytes of what the stages compute, without weights, and the FLOPs of a training step."""
+    """Peak bytes of what the stages compute, without weights, and the FLOPs of a training step.
+
+    slots: room for the weights of blocks that are copied to the device when they run.
+    """
 
     step: int
     flops: int
+    slots: int
     encode: int
     denoise: int
     decode: int
@@ -171,18 +179,21 @@ def trace(module: Any, data: Any, setup: Setup, updates: Mapping[Kind, float]) -
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         module.model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))  # `to_empty` takes long
+        away = on_host(module.model)
         for _, parameter in trainable_parameters(module.model):
             if updates:
-                parameter.register_post_accumulate_grad_hook(update_in_backward(updates))
+                size = 0 if parameter in away else updates[tuple(parameter.shape), parameter.dtype]
+                parameter.register_post_accumulate_grad_hook(update_in_backward(size))
             else:
                 parameter.grad = torch.zeros_like(parameter)
         if narrow is not None and setup.on_gpu:
             for norm in module.model.modules():
                 if isinstance(norm, nn.GroupNorm | nn.LayerNorm):
                     norm.forward = norm_in_fp32(norm)  # type: ignore[method-assign]
+        slots = [slot for stream in streams(module.model) for slot in stream.allocate(torch.device("cpu"))]
         batch = fake_batch(module, data)
         stack.enter_context(sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]))
-        ledger = stack.enter_context(AllocationTracker(module.model))
+        ledger = stack.enter_context(AllocationTracker(module.model, tensors=slots))
         repeated = stack.enter_context(RepeatedBlocks(module.model, ledger))
         with torch.autocast("cpu", narrow, enabled=narrow is not None):
             draws = Draws(0, batch.keys, batch.visits)
@@ -197,7 +208,7 @@ def trace(module: Any, data: Any, setup: Setup, updates: Mapping[Kind, float]) -
         with torch.autocast("cpu", narrow, enabled=narrow is not None):
             drawn = draws_images(module.model, setup)
             denoise, decode = trace_drawing(module.model, setup, ledger) if drawn else (0, 0)
-    return Traces(step, flops, encode, denoise, decode)
+    return Traces(step, flops, sum(slot.nbytes for slot in slots), encode, denoise, decode)
 
 
 def draws_images(model: Any, setup: Setup) -> bool:

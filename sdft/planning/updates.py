@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sdft.models.streaming import on_host
 from sdft.planning.allocations import AllocationTracker
 from sdft.tuning.parameters import trainable_parameters
 
@@ -20,26 +21,40 @@ Kind = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a weight."""
 
 
-def optimizer_memory(module: Any, on_gpu: bool) -> tuple[float, dict[Kind, float], float]:
-    """(bytes of the optimizer's states, temporary bytes of one weight's update, of the optimizer step).
+class OptimizerMemory(NamedTuple):
+    """Bytes of the optimizer's states on the device and on the host, of one weight's update, of the optimizer step."""
+
+    states: float
+    hosted_states: float
+    updates: dict[Kind, float]
+    step: float
+
+
+def optimizer_memory(module: Any, on_gpu: bool) -> OptimizerMemory:
+    """What the optimizer holds. Weights that stay on the host are updated there, one at a time or not.
 
     Measured on small weights of the same shapes. Weights that are updated one at a time need the temporary memory of
     the largest; during the backward pass, that of each in turn.
     """
-    counts = Counter((tuple(p.shape), p.dtype) for _, p in trainable_parameters(module.model))
-    found = {kind: update_memory(module, *kind, on_gpu) for kind in counts}
-    states = sum(count * found[kind][0] for kind, count in counts.items())
+    away = on_host(module.model)
+    trained = [p for _, p in trainable_parameters(module.model)]
+    counts, hosted = (
+        Counter((tuple(p.shape), p.dtype) for p in trained if (p in away) == there) for there in (False, True)
+    )
+    found = {kind: update_memory(module, *kind, on_gpu) for kind in counts | hosted}
+    states, hosted_states = (sum(n * found[kind][0] for kind, n in group.items()) for group in (counts, hosted))
     updates = {kind: temporary for kind, (_, temporary) in found.items()}
     if module.fused_backward:
-        return states, updates, 0.0
+        return OptimizerMemory(states, hosted_states, updates, 0.0)
     if module.updates_parameterwise():
-        return states, updates, max(updates.values())
+        return OptimizerMemory(states, hosted_states, updates, max((updates[kind] for kind in counts), default=0.0))
     # Multi-tensor updates hold the temporary memory of all weights at once, others that of one.
-    largest = max(updates, key=updates.__getitem__)
+    largest = max(counts, key=updates.__getitem__)
     _, two = update_memory(module, *largest, on_gpu, count=2)
     if two < 1.5 * updates[largest]:
-        return states, updates, updates[largest]
-    return states, updates, sum(count * updates[kind] for kind, count in counts.items())
+        return OptimizerMemory(states, hosted_states, updates, updates[largest])
+    every = sum(count * updates[kind] for kind, count in counts.items())
+    return OptimizerMemory(states, hosted_states, updates, every)
 
 
 def update_memory(
@@ -66,11 +81,11 @@ def update_memory(
     return kept * scale, ledger.peak * scale
 
 
-def update_in_backward(updates: Mapping[Kind, float]) -> Callable[[Tensor], None]:
-    """A hook that takes the memory of a parameter's update for a moment, and frees the gradient."""
+def update_in_backward(size: float) -> Callable[[Tensor], None]:
+    """A hook that takes the bytes of a parameter's update for a moment, and frees the gradient."""
 
     def update(parameter: Tensor) -> None:
-        torch.empty(round(updates[tuple(parameter.shape), parameter.dtype]), dtype=torch.uint8)
+        torch.empty(round(size), dtype=torch.uint8)
         parameter.grad = None
 
     return update

@@ -13,6 +13,9 @@ import pytest
 import torch
 from small_runs import EVERYTHING, KillAt, Run, assert_same_end, finish, result, start
 
+from sdft.distributed.sharding import clip_gradients
+from sdft.models.load import pretrained
+from sdft.models.streaming import on_host
 from sdft.module import Finetuning
 from sdft.objective.denoising import Denoising
 from sdft.optimizers.optimizers import adamw
@@ -113,3 +116,24 @@ def test_parts_wait_on_the_cpu_while_the_vae_works(tiny_model, monkeypatch) -> N
     assert np.array_equal(generate(model, ["a red cat"], [0], sampler, (32, 32)), expected)
     assert seen == [{(True, "cuda"), (False, "cpu")}]
     assert {p.device.type for p in model.parameters()} == {"cuda"}
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_streamed_blocks_compute_the_same_and_stay_on_the_host(tuning: str, tiny_batch) -> None:
+    """`model.offload_blocks`: several steps, so that blocks are copied ahead while others compute."""
+    losses, gradients = [], []
+    for count in (0, "all"):
+        model = pretrained("nano", gradient_checkpointing=True, offload_blocks=count)
+        module = Finetuning(model, TUNINGS[tuning](), Denoising(), partial(adamw, lr=1e-3), constant, seed=0).cuda()
+        optimizer = module.build_optimizer()
+        for step in range(4):
+            optimizer.zero_grad()
+            module.training_step(tiny_batch(4).to(torch.device("cuda")), step).backward()
+            clip_gradients([p for _, p in trainable_parameters(model)], 1.0)
+            optimizer.step()
+        losses.append(float(module.latest.mean_loss))
+        gradients.append(torch.cat([p.grad.flatten().cpu() for _, p in trainable_parameters(model)]))
+    assert {p.device.type for p in on_host(model)} == {"cpu"}
+    assert all(p.is_pinned() for p in on_host(model))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-5)

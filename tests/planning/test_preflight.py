@@ -15,12 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import train
 from sdft.data.datamodule import Images
 from sdft.errors import UserError
+from sdft.models.load import pretrained_on_meta
+from sdft.models.streaming import on_host, streams
 from sdft.module import Finetuning
 from sdft.objective.denoising import Denoising
 from sdft.optimizers.optimizers import adafactor, adamw, adamw_8bit
 from sdft.optimizers.schedules import constant
 from sdft.planning.allocations import AllocationTracker
-from sdft.planning.footprint import MetaBuild, Setup, memory_needs
+from sdft.planning.footprint import MemoryNeeds, MetaBuild, Setup, memory_needs
 from sdft.planning.preflight import Preflight, refuse_batch
 from sdft.planning.updates import update_memory
 from sdft.rng import Draws
@@ -238,3 +240,39 @@ def test_a_network_that_draws_no_images_is_forecast_too(experiment: str, monkeyp
     printed = dry(monkeypatch, capsys, f"experiment={experiment}", "preflight.tflops=1")
     assert "memory of each device" in printed
     assert "while training" in printed
+
+
+@pytest.mark.parametrize(("tuning", "fused"), [(partial(Adapter, rank=2), False), (Full, False), (Full, True)])
+def test_blocks_on_the_host_take_two_slots_on_the_device(tuning, fused: bool, tiny_source) -> None:
+    """Their weights, and gradients, states and averages where they learn, are counted for the machine."""
+
+    def needs(count) -> tuple[MemoryNeeds, Finetuning]:
+        data = Images(tiny_source(6), tiny_source(2, "held out"), 2, size=32, cache="off")
+        with MetaBuild():
+            model = pretrained_on_meta("nano", gradient_checkpointing=True, offload_blocks=count)
+            build = partial(adamw, lr=1e-3)
+            module = Finetuning(model, tuning(), Denoising(), build, constant, seed=0, fused_backward=fused)
+        found = memory_needs(module, data, replace(PLAIN, on_gpu=True), num_averages=1)
+        return found, module
+
+    usual, _ = needs(0)
+    found, module = needs("all")
+    hosted, (stream,) = on_host(module.model), streams(module.model)
+    there = sum(p.nbytes for p in hosted)
+    learning = tuning is Full
+    blocks = [[p for p in stream.weights(i) if not p.requires_grad] for i in range(len(stream.places))]
+    kinds = {tuple(p.shape for p in block): sum(p.nbytes for p in block) for block in blocks}
+    assert found.weights == usual.weights - there + 2 * sum(kinds.values())
+    largest = max(sum(p.nbytes for p in stream.weights(i)) for i in range(len(stream.places)))
+    # Where blocks learn, the copy of one and its gradients.
+    assert found.step == pytest.approx(usual.step + learning * largest, rel=0.05, abs=learning * largest)
+    assert found.flops == usual.flops
+    if learning:
+        assert found.gradients == usual.gradients - (0 if fused else there)
+        assert found.states == pytest.approx(usual.states - 2 * there, rel=1e-3)
+        assert found.average == usual.average - there
+        extra = 2 * there + there + (0 if fused else there)  # states, average, gradients
+        assert found.host == pytest.approx(usual.host + extra, rel=0.15)
+    else:
+        assert (found.gradients, found.states, found.average) == (usual.gradients, usual.states, usual.average)
+        assert found.host == pytest.approx(usual.host)

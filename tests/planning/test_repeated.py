@@ -46,7 +46,7 @@ def traces(monkeypatch, model, tiny_source, kind: str, setup: Setup, checkpointi
         tuning = Adapter(rank=2) if kind == "lora" else Full()
         build = partial(adafactor if kind == "fused" else adamw, lr=1e-3)
         module = Finetuning(model, tuning, Denoising(), build, constant, seed=0, fused_backward=kind == "fused")
-    _, updates, _ = optimizer_memory(module, setup.on_gpu)
+    updates = optimizer_memory(module, setup.on_gpu).updates
     with monkeypatch.context() as patch:
         if every_block:
             patch.setattr(repeated, "repeated_blocks", lambda model: set())
