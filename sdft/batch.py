@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from sdft.hardware import send
+
 
 @dataclass
 class Batch:
@@ -52,7 +54,7 @@ class Batch:
         """The same batch with its tensors on `device`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        return replace(self, **{name: send(tensor, device) for name, tensor in tensors.items()})
 
 
 @dataclass

@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from sdft.errors import UserError
 from sdft.types import Precision
 
 CGROUPS = Path("/sys/fs/cgroup")
+
+
+def send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on `device`; to a GPU from pinned memory, so that the host does not wait for what the GPU does."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def reuse_freed_memory() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdft.batch import Batch, Conditioning
+from sdft.hardware import send
 from sdft.models.offload import alone_on_device
 from sdft.models.words import ExtendedEmbedding, add_words
 from sdft.protocols import DiffusionModel
@@ -194,7 +195,7 @@ class SDXL(DiffusionModel):
             if dropped_BE is not None and self.empty_prompt == "empty":
                 emptied = dropped_BE[:, place].tolist()
                 texts = ["" if empty else text for text, empty in zip(captions, emptied, strict=True)]
-            ids_BNL = tokenize(tokenizer, texts, self.prompt_chunks).to(encoder.device)
+            ids_BNL = send(tokenize(tokenizer, texts, self.prompt_chunks), encoder.device)
             states = encoder(ids_BNL.flatten(0, 1), output_hidden_states=True)
             contexts.append(states.hidden_states[-2].unflatten(0, ids_BNL.shape[:2]).flatten(1, 2))
         # Not `text_embeds`: where the config has eos_token_id=2, as SDXL's does, transformers pools at the largest id,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sdft.batch import Batch, LossReport
 from sdft.errors import UserError
+from sdft.hardware import send
 from sdft.objective.noise_schedule import noise_schedule
 from sdft.objective.timesteps import UniformTimesteps
 from sdft.objective.weighting import Uniform
@@ -55,15 +56,15 @@ class Denoising(Objective):
         """The weighted squared error of each sample; the value `eps_mse` compares across objectives."""
         schedule = noise_schedule(self.zero_terminal_snr, model.noise_config)
         shape = model.latent_shape(batch)
-        z0 = model.encode_images(batch, draws.normal("posterior", shape).to(model.device))
+        z0 = model.encode_images(batch, send(draws.normal("posterior", shape), model.device))
         cond = model.condition(batch)
-        eps = self._noise(draws, shape).to(z0)
+        eps = send(self._noise(draws, shape), z0.device).to(z0.dtype)
         t_B = self.timesteps(draws.uniform("timestep"), len(schedule))
         a, s = schedule.at(t_B, z0.device)
-        prediction = model.denoise(a * z0 + s * eps, t_B.to(z0.device), cond)
+        prediction = model.denoise(a * z0 + s * eps, send(t_B, z0.device), cond)
         target = eps if self.prediction == "epsilon" else a * eps - s * z0
         mse_B = (prediction - target).square().mean(dim=(1, 2, 3))
-        weight_B = self.weighting(schedule.snr[t_B], self.prediction).float().to(mse_B)
+        weight_B = send(self.weighting(schedule.snr[t_B], self.prediction).float(), mse_B.device).to(mse_B.dtype)
         # An error d in v is an error a d in eps: eps = a v + s z_t.
         eps_mse_B = mse_B if self.prediction == "epsilon" else mse_B * a.flatten().square()
         return LossReport(weight_B * mse_B, {"eps_mse": eps_mse_B})

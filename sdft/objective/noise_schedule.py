@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sdft.hardware import send
 from sdft.protocols import NoiseConfig
 
 
@@ -33,7 +34,7 @@ class NoiseSchedule:
 
     def at(self, t_B: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """(a, s) of each timestep of the CPU tensor `t_B`: B x 1 x 1 x 1, fp32, on `device`."""
-        return tuple(x[t_B].float().to(device)[:, None, None, None] for x in (self.a, self.s))
+        return tuple(send(x[t_B].float(), device)[:, None, None, None] for x in (self.a, self.s))
 
 
 _CACHED: dict[tuple[bool, NoiseConfig], NoiseSchedule] = {}

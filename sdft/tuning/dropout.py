@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sdft.hardware import send
 from sdft.rng import Draws, seed_of
 
 LOW = 2**32 - 1
@@ -30,7 +31,7 @@ class SampleSeeds:
         samples = zip(draws.keys, draws.visits, strict=True)
         seeds = [seed_of(draws.run_seed, "dropout", key, visit) for key, visit in samples]
         words = [[signed(seed & LOW) for seed in seeds], [signed(seed >> 32) for seed in seeds]]
-        self.words_2B = torch.tensor(words, dtype=torch.int32).to(device, non_blocking=True)
+        self.words_2B = send(torch.tensor(words, dtype=torch.int32), device)
 
 
 class SampleDropout(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -125,3 +126,38 @@ def test_a_scalar_is_what_it_was_when_it_was_launched() -> None:
     lagged = LaggedScalar(value)
     value += 1
     assert lagged.read() == 2.5
+
+
+class Unpinned(TorchDispatchMode):
+    """Records what goes to the device, for which `meta` stands, other than by `hardware.send`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent, self.found = 0, list[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        target = (kwargs or {}).get("device")
+        if function is torch.ops.aten._to_copy.default and target == torch.device("meta") and args[0].device != target:
+            stack = traceback.extract_stack()
+            if any(frame.name == "send" for frame in stack):
+                self.sent += 1
+            else:
+                self.found.append(" < ".join(f"{frame.filename}:{frame.lineno}" for frame in stack[-4:]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_what_a_step_draws_goes_to_the_device_from_pinned_memory(
+    spoilt: bool, tiny_model, tiny_batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = Denoising(weighting=MinSNR(), offset_noise=0.1)
+    tuning = Adapter(rank=2, dropout=0.5)
+    module = Finetuning(tiny_model(), tuning, objective, partial(adamw, lr=1e-3), constant, seed=0).to("meta")
+    if spoilt:
+        monkeypatch.setattr("sdft.objective.denoising.send", lambda tensor, device: tensor.to(device))
+    moments = torch.zeros(4, 2 * module.model.latent_channels, 16, 16)
+    batch = replace(tiny_batch(4), pixels_BCHW=None, moments_BCHW=moments)
+    with Unpinned() as copies:
+        module.training_step(batch.to("meta"), 0)
+    assert bool(copies.found) == spoilt, copies.found
+    assert copies.sent >= 5
