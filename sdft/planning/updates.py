@@ -73,12 +73,17 @@ def update_memory(
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     optimizer.step()
-    kept = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+    states = tensors_of(optimizer)
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    with AllocationTracker() as ledger:
+    with AllocationTracker(tensors=[*states, *weights, *(w.grad for w in weights if w.grad is not None)]) as ledger:
         optimizer.step()
-    return kept * scale, ledger.peak * scale
+    return sum(t.nbytes for t in states) * scale, ledger.peak * scale
+
+
+def tensors_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors of an optimizer's states."""
+    return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
 
 
 def update_in_backward(size: float) -> Callable[[Tensor], None]:
