@@ -54,7 +54,7 @@ def test_lion_by_hand() -> None:
     momentum = 0.01 * GRADIENT
     first = WEIGHT * (1 - LR * DECAY) - LR * GRADIENT.sign()
     other = -3 * GRADIENT.flip(0)
-    second = first * (1 - LR * DECAY) - LR * (0.9 * momentum + 0.1 * other).sign()
+    second = first * (1 - LR * DECAY) - LR * (0.98 * momentum + 0.02 * other).sign()
     torch.testing.assert_close(stepped(library.lion, [GRADIENT, other], weight_decay=DECAY), second)
 
 
@@ -170,7 +170,7 @@ def test_norms_and_biases_do_not_decay(name: str, tiny_model) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_it_can_be_chosen_and_has_a_rate_of_its_own(name: str) -> None:
     cfg = compose("train", ["experiment=dreamy_style", f"optimizer={name}"])
-    factors = {"lion": 0.35, "came": 0.1, "schedule_free_adamw": 2, "muon": 2, "sgd": 1300, "prodigy": 1 / cfg.base_lr}
+    factors = {"lion": 1 / 3, "came": 0.1, "schedule_free_adamw": 2, "muon": 2, "sgd": 1300, "prodigy": 1 / cfg.base_lr}
     assert cfg.base_lr == 1.5e-3
     assert cfg.optimizer.lr == pytest.approx(cfg.base_lr * factors.get(name, 1))
     assert compose("train", [f"optimizer={name}", "optimizer.lr=0.5"]).optimizer.lr == 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +39,19 @@ def wandb_logger(
         mode="offline" if offline else "online",  # Lightning would set WANDB_MODE, which was already read with the key
     )  # fmt: skip
     logger._wandb_init.pop("anonymous", None)  # Lightning 2.6 always passes it, and W&B warns of it
+    start_without_launcher()
     return logger
+
+
+def start_without_launcher() -> None:
+    """Let a W&B run start without importing W&B Launch, which takes a second.
+
+    W&B does so to look for inputs of a job, which only Launch itself can have set in this process.
+    """
+    from wandb.sdk.wandb_run import Run
+
+    if "wandb.sdk.launch" not in sys.modules and hasattr(Run, "_detect_and_apply_job_inputs"):
+        Run._detect_and_apply_job_inputs = lambda self: None  # type: ignore[method-assign, assignment, misc]
 
 
 def run_id(folder: Path, resumed: bool) -> str | None:
