@@ -4,36 +4,47 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from argparse import Namespace
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu import build_model
+from benchmarks import gpu
 from sdft.api import compose
 from sdft.batch import Conditioning
 from sdft.config.command import build
+from sdft.errors import UserError
 from sdft.models import load
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
-def test_the_gpu_benchmark_runs_on_nano() -> None:
-    words = ["--model=nano", "--steps=1", "--modes", "lora_unet", "--batch-sizes", "1", "--presets", "6gb"]
-    command = [sys.executable, "-m", "benchmarks.gpu", *words, "--variants", "xformers"]
+def test_the_gpu_benchmark_measures_a_preset_on_nano() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "--model=nano", "--steps=1", "--modes", "--presets", "6gb"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
-    rows = [row.split("|")[1:-1] for row in done.stdout.splitlines() if row.startswith("| lora")]
-    plain, refused, ours = ([cell.strip() for cell in row] for row in rows)
-    assert plain[2] == "plain loop"
-    assert float(plain[3]) > 0
-    assert float(ours[3]) > 0
-    assert float(ours[4]) > 0
-    assert float(ours[7]) > 0, "the forecast"
-    assert refused[2] == "xformers"
-    assert "model.attention=xformers" in refused[3]
-    assert ours[1:3] == ["1 x 4", "hardware=6gb"]
+    (row,) = [row for row in done.stdout.splitlines() if row.startswith("| lora")]
+    _, batch, name, images_per_s, _, _, _, forecast, *_ = [cell.strip() for cell in row.split("|")[1:-1]]
+    assert (batch, name) == ("1 x 4", "hardware=6gb")
+    assert float(images_per_s) > 0
+    assert float(forecast) > 0
+
+
+def test_its_plain_loop_is_measured_and_errors_are_rows() -> None:
+    args = Namespace(model="nano", size=64, batch_size=2, steps=1, mode="lora_unet", hardware=None, profile=None)
+    values = gpu.one(Namespace(**vars(args), variant=gpu.PLAIN))
+    plan = Future()
+    plan.set_result({"steps": 0.5, "start": 1.5})
+    case = {"mode": "lora_unet", "batch_size": 2}
+    cells = gpu.row("sdft", case, values, {("lora_unet", 2): values["images_per_s"] / 2}, plan).split(" | ")
+    assert cells[:5] == ["| lora_unet", "2", "sdft", f"{values['images_per_s']:.2f}", "2.00"]
+    assert (cells[7], cells[9]) == ("0.50", "1.50")
+    with pytest.raises(UserError, match=r"model.attention=xformers"):
+        gpu.one(Namespace(**vars(args), variant="xformers"))
+    assert gpu.row("xformers", case, "no xformers", {}, plan).startswith("| lora_unet | 2 | xformers | no xformers |")
 
 
 @pytest.mark.parametrize("preset", [[], ["hardware=6gb"], ["hardware=8gb"]])
@@ -41,7 +52,7 @@ def test_its_random_sdxl_is_what_the_loader_makes(preset, thin_sdxl, monkeypatch
     """The same layers, dtypes, formats and switches, on SDXL's topology, and values of the same scale."""
     monkeypatch.setattr(load, "SDXL_BASE", thin_sdxl.config)
     cfg = compose("train", ["model=sdxl", *preset])
-    made = build_model(cfg, torch.device("cpu"))
+    made = gpu.build_model(cfg, torch.device("cpu"))
     cfg.model.weights, cfg.model.config = str(thin_sdxl.weights), str(thin_sdxl.config)
     loaded = build(cfg.model)
     kinds = [[(n, p.dtype, p.shape, p.requires_grad) for n, p in m.named_parameters()] for m in (made, loaded)]
