@@ -16,7 +16,7 @@ from torch import Tensor
 def seed_of(run_seed: int, purpose: str, key: str = "", counter: int = 0) -> int:
     """A 63-bit seed; different purposes, keys and counters are independent (BLAKE2b of the four)."""
     text = f"{run_seed}\x1f{purpose}\x1f{key}\x1f{counter}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "little") >> 1
 
 
 def generator(run_seed: int, purpose: str, key: str = "", counter: int = 0) -> torch.Generator:

@@ -53,6 +53,9 @@ class Unbreakable:
         """See `io.TextIOBase.write`."""
         try:
             return self._stream.write(text)
+        except UnicodeEncodeError:  # the name of a file that is not valid UTF-8
+            encoding = self._stream.encoding or "utf-8"
+            return self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         except BrokenPipeError:
             self._discard()
             return len(text)

@@ -43,7 +43,7 @@ def check(cfg: DictConfig) -> None:
     model = cfg.get("model")
     counter = token_counter(model.weights, model.config) if model else None
     found = summarize(parts, visit, partial(tqdm, desc="checking", unit="image"), counter)
-    found.broken = data.skipped
+    found.broken, found.left_out = data.skipped, data.left_out
     most_tokens = 75 * model.prompt_chunks + 2 if model else 0
     print("\n".join(found.lines(cfg.caption.format(caption=MISSING), most_tokens)))
     for (h, w), sheet in sorted(sheets.items()):

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sdft.data.images import CropPlan
+from sdft.data.packed_strings import printable
 
 CELL, GAP, TEXT_LINES, COLUMNS, MOST = 220, 12, 4, 6, 48
 INK, PAPER, FRAME = (40, 40, 46), (252, 252, 253), (230, 30, 60)
@@ -51,7 +52,7 @@ class ContactSheet:
             row, column = divmod(place, columns)
             x, y = GAP + column * (CELL + GAP), GAP + 2 * line + row * (height + GAP)
             sheet.paste(thumb, (x + (CELL - thumb.width) // 2, y + tallest - thumb.height))
-            draw.text((x, y + tallest + 2), fitted(key, font), FRAME, font=font)
+            draw.text((x, y + tallest + 2), fitted(printable(key), font), FRAME, font=font)
             for number, text in enumerate(wrapped(caption, font)):
                 draw.text((x, y + tallest + 2 + (number + 1) * line), text, INK, font=font)
         path.parent.mkdir(parents=True, exist_ok=True)

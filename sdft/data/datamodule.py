@@ -26,7 +26,7 @@ from sdft.data.images import Crop
 from sdft.data.packed_strings import PackedStrings, unique
 from sdft.data.scan import OnUnreadable, only_readable
 from sdft.data.scan_cache import ScanCache
-from sdft.data.source import Source
+from sdft.data.source import Source, left_out
 from sdft.data.sources import Folder, HuggingFace, Shards
 from sdft.errors import UserError
 from sdft.progress import tqdm
@@ -80,6 +80,7 @@ class Images(L.LightningDataModule):
         check_sizes(size, bucket_step)
         if cache == "disk" and cache_dir is None:
             raise UserError("data.cache=disk: set data.cache_dir=DIR, the folder of the cache")
+        self.left_out = list(dict.fromkeys(line for part in (train, validation) for line in left_out(part)))
         ((train, scan), (validation, validation_scan)), self.skipped = only_readable(
             [train, validation], unreadable, ScanCache(cache_dir)
         )

@@ -5,6 +5,8 @@ Knows file formats and colour, not where the bytes come from.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import io
 import warnings
 from collections.abc import Callable
@@ -14,6 +16,21 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from sdft.errors import UserError
+
+PLUGINS = {"pillow_heif": ((".heic", ".heif"), "pillow-heif"), "pillow_jxl": ((".jxl",), "pillow-jxl-plugin")}
+"""Module that teaches Pillow a format -> suffixes of its files, and the package to install."""
+IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+"""Of files that are read as pictures here."""
+CAMERA_RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")
+OTHER_PICTURES = dict.fromkeys(CAMERA_RAW, "save it as JPEG or PNG")
+"""Suffixes of pictures that cannot be read here -> what to do."""
+for module, (suffixes, package) in PLUGINS.items():
+    if importlib.util.find_spec(module):
+        plugin = importlib.import_module(module)  # the one for JPEG XL registers itself
+        getattr(plugin, "register_heif_opener", lambda: None)()
+        IMAGE_SUFFIXES |= {*suffixes}
+    else:
+        OTHER_PICTURES |= dict.fromkeys(suffixes, f"pip install {package}")
 
 # Pillow warns from 89 megapixels on, which large scans have; from twice that on it refuses, and so does this module.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

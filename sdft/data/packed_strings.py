@@ -74,6 +74,11 @@ class Concatenated:
         return number, int(position - self._starts[number])
 
 
+def printable(name: str) -> str:
+    """The name of a file, with `\\udc..` for bytes that are not valid UTF-8."""
+    return name.encode(errors="backslashreplace").decode()
+
+
 def unique(texts: PackedStrings) -> SearchableStrings:
     """The strings without duplicates."""
     again = {later for later, _ in repeated(texts)}

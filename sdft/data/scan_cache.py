@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import PIL
 
+from sdft.data.packed_strings import printable
+
 RULES = 1
 """Version of what `decode.examine` accepts; with another number every image is scanned again."""
 SETTLED_SECONDS = 2
@@ -89,4 +91,4 @@ def stamp_of(file: Path) -> str | None:
         return None
     if time.time_ns() - stat.st_ctime_ns < SETTLED_SECONDS * 1e9:
         return None
-    return f"{os.path.abspath(file)} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+    return f"{printable(os.path.abspath(file))} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"

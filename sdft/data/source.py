@@ -68,6 +68,11 @@ class StoredSource(ABC):
         """The stored image of a sample, without reading it; None for a sample that is generated."""
 
 
+def left_out(source: Source) -> Sequence[str]:
+    """What a source has left out, a line for each reason, if it says so."""
+    return getattr(source, "left_out", ())
+
+
 def stored_image(source: Source, index: int) -> StoredImage | None:
     """The stored image of a sample; None if the source generates its images."""
     return source.stored(index) if isinstance(source, StoredSource) else None

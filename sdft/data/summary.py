@@ -40,6 +40,7 @@ class DataSummary:
     duplicates: list[list[str]] = field(default_factory=list)
     near_duplicates: list[list[str]] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def lines(self, missing: str | None = None, most_tokens: int = 77) -> list[str]:
         """The summary as lines of text.
@@ -56,6 +57,7 @@ class DataSummary:
         found = [
             f"images           {len(self.keys)}, and {len(self.broken)} that cannot be read",
             *(f"  {name} ({problem})" for name, problem in self.broken),
+            *(f"  left out: {line}" for line in self.left_out),
             f"sizes            {w[0]} to {w[-1]} wide, {h[0]} to {h[-1]} high, "
             f"median {statistics.median(w):.0f} x {statistics.median(h):.0f}",
             f"enlarged         {counted(large)}",

@@ -155,6 +155,7 @@ def describe_run(module: Any, data: Any, max_steps: int, accumulate: int, num_de
     num_images = len(data.train_set.source.keys)
     per_step = data.batch_size * accumulate * num_devices
     lines = [f"  left out: {name} ({problem})" for name, problem in data.skipped]
+    lines += [f"  left out: {line}" for line in data.left_out]
     if data.bucketed:
         lines.append("  sizes (w x h), with the steps of a pass:")
         for (h, w), indices in data.train_set.by_size().items():

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 
 from sdft.data.captions import Captions, Tags, checked_template, checked_texts
-from sdft.data.decode import StoredImage
+from sdft.data.decode import IMAGE_SUFFIXES, OTHER_PICTURES, StoredImage
 from sdft.data.error_messages import join_problems
 from sdft.data.packed_strings import PackedStrings
 from sdft.data.scan_cache import stamp_of
 from sdft.data.source import Sample, StoredSource
 from sdft.data.sources import metadata
+from sdft.data.sources.listing import Listing
 from sdft.data.sources.splits import Split, split_indices
 from sdft.errors import UserError
 from sdft.types import Fraction, NonNegative
 
-IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 CAPTION_SUFFIXES = (".txt", ".caption")
 
 
 class Folder(StoredSource):
     """Images of a folder and its subfolders. The caption of `cat.jpg` is in `cat.txt` or `cat.caption`, or in a table
-    `metadata.jsonl`, `.csv` or `.parquet`; a file beside the image takes precedence over a table.
+    `metadata.jsonl`, `.csv` or `.parquet`; a file beside the image takes precedence over a table. Names may be in
+    upper or lower case. What is left out (`sdft.data.sources.listing`) is counted in `left_out`.
 
     root: the folder.
     split: `train`, `validation` or `all`. Images are assigned by file name, so adding images never moves others.
@@ -49,8 +51,10 @@ class Folder(StoredSource):
     ):
         self.root, self.loss_weight, self.tags = Path(root).expanduser(), loss_weight, tags
         self.template = checked_template("data.caption", caption)
-        keys = list_images(self.root, least=1 if split == "all" else 2)
-        texts = read_captions(self.root, keys, default_caption)
+        listing = Listing(self.root)
+        keys = list_images(listing, least=1 if split == "all" else 2)
+        texts = read_captions(listing, keys, default_caption)
+        self.left_out = [*listing.lines(), *unreadable_kinds(listing)]
         places = split_indices(keys, split, held_out)
         self.keys, self._texts = (PackedStrings(column[place] for place in places) for column in (keys, texts))
 
@@ -64,45 +68,45 @@ class Folder(StoredSource):
         return Sample(self.keys[index], self.stored(index), captions.plain, self.loss_weight, captions=captions)
 
 
-def files_below(folder: str | Path, name: str = "") -> Iterator[str]:
-    """Every file below a folder as a path with slashes, prefixed by `name`, sorted."""
-    try:
-        with os.scandir(folder) as opened:
-            inside = sorted(opened, key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"data.root: {folder} cannot be listed ({error.strerror}); check its permissions") from error
-    for entry in inside:
-        if entry.is_dir(follow_symlinks=False):
-            yield from files_below(entry.path, f"{name}{entry.name}/")
-        elif not entry.is_dir():
-            yield name + entry.name
-
-
-def list_images(root: Path, least: int = 2) -> PackedStrings:
-    """Every image below `root` as a relative path, sorted. Raises UserError for fewer than `least`."""
-    if not root.is_dir():
-        raise UserError(f"data.root={root}: no such folder")
-    keys = PackedStrings(key for key in files_below(root) if os.path.splitext(key)[1].lower() in IMAGE_SUFFIXES)
+def list_images(listing: Listing, least: int = 2) -> PackedStrings:
+    """Every image of a listing as a relative path, sorted. Raises UserError for fewer than `least`."""
+    keys = PackedStrings(key for key in listing.files if suffix_of(key) in IMAGE_SUFFIXES)
     if len(keys) < least:
+        others = "".join(f"; {line}" for line in [*listing.lines(), *unreadable_kinds(listing)])
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise UserError(f"data.root={root}: found {len(keys)} images, need at least {least} ({kinds})")
+        raise UserError(f"data.root={listing.root}: found {len(keys)} images, need at least {least} ({kinds}){others}")
     return keys
 
 
-def read_captions(root: Path, keys: Sequence[str], default: str | None) -> PackedStrings:
+def unreadable_kinds(listing: Listing) -> list[str]:
+    """How many pictures have formats that cannot be read here, a line for each, with the remedy."""
+    found = Counter(suffix for key in listing.files if (suffix := suffix_of(key)) in OTHER_PICTURES)
+    return [
+        f"{count} x a picture that cannot be read here ({suffix}: {OTHER_PICTURES[suffix]})"
+        for suffix, count in sorted(found.items())
+    ]
+
+
+def suffix_of(key: str) -> str:
+    """The suffix of a file name in lower case."""
+    return os.path.splitext(key)[1].lower()
+
+
+def read_captions(listing: Listing, keys: Sequence[str], default: str | None) -> PackedStrings:
     """The captions of every image, packed. Raises UserError naming all that are missing or wrong."""
-    tables = [key for key in files_below(root) if key.rpartition("/")[2] in metadata.NAMES]
+    root = listing.root
+    tables = [key for key in listing.files if key.rpartition("/")[2].lower() in metadata.NAMES]
     in_tables, wrong = metadata.read_tables(root, tables)
     wrong += [f"{root / key} is named in a table but does not exist" for key in sorted(set(in_tables) - set(keys))]
     if wrong:
         raise UserError(f"data.root: {join_problems(wrong)}; repair the table")
-    found, missing = PackedStrings(), []
+    found, missing, texts_beside = PackedStrings(), [], TextsBeside(listing, keys)
     for key in keys:
         try:
-            beside = text_beside(root / key)
-            texts = (checked_texts([beside]), ()) if beside is not None else in_tables.get(key)
+            beside = texts_beside.of(key)
+            texts = (checked_texts([beside]), ()) if beside and not beside.isspace() else in_tables.get(key)
             if texts is None and default is None:
-                raise ValueError("has no caption")
+                raise ValueError("has no caption" if beside is None else "has an empty caption")
             found.append(metadata.packed(texts or ((default or "",), ())))
         except ValueError as error:
             missing.append((root / key, str(error)))
@@ -111,19 +115,52 @@ def read_captions(root: Path, keys: Sequence[str], default: str | None) -> Packe
     return found
 
 
-def text_beside(file: Path) -> str | None:
-    """The text of the caption file of an image; None if there is none. Raises ValueError with the reason."""
-    for suffix in CAPTION_SUFFIXES:
-        beside = file.with_suffix(suffix)
-        try:
-            return beside.read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            continue
-        except UnicodeDecodeError as error:
-            raise ValueError(f"has a caption that is not UTF-8 (byte {error.start} of {beside.name})") from error
-        except OSError as error:
-            raise ValueError(f"has a caption that cannot be read ({beside.name}: {error.strerror})") from error
-    return None
+class TextsBeside:
+    """The caption files beside images.
+
+    That of `cat.jpg` is `cat.txt` or `cat.caption`. Where there is none, one that differs in upper and lower case only
+    is taken, such as `CAT.TXT`, unless another image has it.
+    """
+
+    def __init__(self, listing: Listing, keys: Sequence[str]):
+        self.root, self.listing, self.keys = listing.root, listing, keys
+
+    def of(self, key: str) -> str | None:
+        """The text for an image; None if there is none. Raises ValueError with the reason."""
+        stem = os.path.splitext(key)[0]
+        for suffix in CAPTION_SUFFIXES:
+            text = read_text(self.root / f"{stem}{suffix}")
+            if text is not None:
+                return text
+        others = self._in_other_cases.get(stem.lower(), [])
+        if len(others) > 1:
+            raise ValueError(f"has several captions ({', '.join(others)}); keep one")
+        return read_text(self.root / others[0]) if others else None
+
+    @cached_property
+    def _in_other_cases(self) -> dict[str, list[str]]:
+        """Stem in lower case -> caption files that are not those of an image by their exact name."""
+        stems = {os.path.splitext(key)[0] for key in self.keys}
+        found = defaultdict(list)
+        for name in self.listing.files:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in CAPTION_SUFFIXES and not (stem in stems and suffix in CAPTION_SUFFIXES):
+                found[stem.lower()].append(name)
+        return found
+
+
+def read_text(file: Path) -> str | None:
+    """The text of a caption file; None if there is none. Raises ValueError with the reason."""
+    try:
+        if file.is_fifo():
+            return None  # it would be waited for
+        return file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"has a caption that is not UTF-8 (byte {error.start} of {file.name})") from error
+    except OSError as error:
+        raise ValueError(f"has a caption that cannot be read ({file.name}: {error.strerror})") from error
 
 
 def remedy(missing: list[tuple[Path, str]]) -> str:

@@ -71,7 +71,8 @@ def texts_of(row: Mapping[str, Any]) -> WeightedTexts:
 
 def rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(name of the row for messages, row) of a table."""
-    if table.suffix == ".parquet":
+    suffix = table.suffix.lower()
+    if suffix == ".parquet":
         for number, row in enumerate(parquet_rows(table), 1):
             yield f"{table} row {number}", row
         return
@@ -79,7 +80,7 @@ def rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         text = table.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"data.root: {table} is not UTF-8 (byte {error.start}); save it as UTF-8") from error
-    if table.suffix == ".csv":
+    if suffix == ".csv":
         yield from csv_rows(table, text)
         return
     # Lines end with \n alone: other separators, such as U+2028, may be in a caption.

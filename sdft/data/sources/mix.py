@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from sdft.data.decode import StoredImage
 from sdft.data.packed_strings import Concatenated, PackedStrings
-from sdft.data.source import Sample, Source, StoredSource, stored_image
+from sdft.data.source import Sample, Source, StoredSource, left_out, stored_image
 from sdft.errors import UserError
 from sdft.types import Count, Positive
 
@@ -43,6 +43,11 @@ class Mix(StoredSource):
         self.keys = PackedStrings(
             f"{name}/{key}" + (f"#{again}" if again else "") for name, again in rounds for key in sources[name].keys
         )
+
+    @property
+    def left_out(self) -> list[str]:
+        """What the sources have left out."""
+        return list(dict.fromkeys(line for source in self._rounds for line in left_out(source)))
 
     def _locate(self, position: int) -> tuple[Source, int]:
         round_, index = self._all.locate(position)

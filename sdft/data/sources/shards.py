@@ -20,13 +20,12 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from sdft.data.captions import Captions, Tags, checked_template, checked_texts
-from sdft.data.decode import StoredImage
+from sdft.data.decode import IMAGE_SUFFIXES, StoredImage
 from sdft.data.error_messages import join_problems
 from sdft.data.packed_strings import Concatenated, PackedStrings, repeated
 from sdft.data.scan_cache import stamp_of
 from sdft.data.source import Sample, StoredSource
 from sdft.data.sources import metadata
-from sdft.data.sources.folder import IMAGE_SUFFIXES
 from sdft.data.sources.splits import Split, split_indices
 from sdft.errors import UserError
 from sdft.types import Fraction, NonNegative
