@@ -38,6 +38,8 @@ ERROR = "error.txt"
 """In the folder of a job of a sweep that failed."""
 
 Function = Callable[[DictConfig], Any]
+PLACES = ("run_dir", "out", "hydra.run.dir", "hydra.sweep.dir")
+"""Options that name a folder or file to write."""
 
 
 def compose(
@@ -144,7 +146,7 @@ class command:
                 self.finish_sweep(plan.sweep_dir)
 
     def _plan(self, args: Any, function: Function) -> Plan:
-        overrides = self.recall(args.overrides)
+        overrides = [with_home(override) for override in self.recall(args.overrides)]
         if args.help or args.hydra_help or args.info or args.shell_completion or args.experimental_rerun:
             return Plan(overrides)
         file = Path(inspect.getfile(function))
@@ -198,6 +200,19 @@ def _plan_sweep(opened: Composer, overrides: Sequence[str]) -> Plan:
     if not is_grid or num >= len(jobs):
         raise ConfigError(f"hydra.job.num={num}: the grid has {len(jobs)} jobs, numbered from 0")
     return Plan([*fixed, *jobs[num], pinned("hydra.run.dir", run_dir)], sweep_dir, run_dir=run_dir)
+
+
+def with_home(override: str) -> str:
+    """An override whose value is a folder to write, with the home directory for `~`, which shells leave behind a `=`.
+
+    Options that are read expand it where they are read.
+    """
+    key, equals, value = override.partition("=")
+    quote = value[:1] if value[:1] in ("'", '"') else ""
+    place = value.removeprefix(quote)
+    if key.lstrip("+") not in PLACES or not place.startswith("~"):
+        return override
+    return f"{key}{equals}{quote}{os.path.expanduser(place)}"
 
 
 def refuse_places(cfg: DictConfig, key: str, folder: Any) -> None:
