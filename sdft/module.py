@@ -111,7 +111,7 @@ class Finetuning(L.LightningModule):
     def configure_model(self) -> None:
         """Let the strategy shard the model; Lightning calls this once the processes are connected."""
         if self.trainer.world_size > 1 and streams(self.model):
-            raise UserError("model.offload_blocks: strategies want all weights on the device; use one, or set it to 0")
+            raise UserError("model.offload_blocks: it works on one device; set trainer.devices=1, or set it to 0")
         hooks = strategy_hooks(self.trainer.strategy)
         if hooks.num_shards(self.trainer.world_size) == 1:
             return

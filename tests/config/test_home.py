@@ -41,7 +41,6 @@ def test_the_home_directory_takes_the_place_of_the_sign(override: str, expected:
     ids=["data", "train"],
 )
 def test_a_command_writes_there(words: list[str], tmp_path: Path) -> None:
-
     env = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     words = [str(ROOT / words[0]) if words[0] == "train.py" else words[0], *words[1:]]
     done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, env=env, check=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,10 @@ from sdft.distributed.sharding import clip_gradients
 from sdft.errors import UserError
 from sdft.models.load import pretrained
 from sdft.models.streaming import BlockStream, on_host, streams
+from sdft.module import Finetuning
+from sdft.objective.denoising import Denoising
 from sdft.optimizers.optimizers import adamw
+from sdft.optimizers.schedules import constant
 from sdft.tuning.adapter import Adapter
 from sdft.tuning.full import Full
 
@@ -201,3 +205,11 @@ def test_too_many_blocks_and_missing_checkpoints_are_refused() -> None:
         pretrained("nano", offload_blocks="all")
     with pytest.raises(UserError, match=r"compile=false"):
         pretrained("nano", gradient_checkpointing=True, compile="blocks", offload_blocks=2)
+
+
+def test_several_devices_are_refused() -> None:
+    model = pretrained("nano", gradient_checkpointing=True, offload_blocks="all")
+    module = Finetuning(model, Adapter(rank=2), Denoising(), partial(adamw, lr=1e-3), constant, seed=0)
+    module._trainer = SimpleNamespace(world_size=2)  # type: ignore[assignment]
+    with pytest.raises(UserError, match=r"model.offload_blocks: .* set it to 0"):
+        module.configure_model()
