@@ -88,8 +88,7 @@ def pretrained(
     allow_pickle: also open `.ckpt` files; a pickle can run code if torch's restricted unpickler has a hole.
     offload_idle: the other parts wait on the CPU while the VAE encodes or decodes: for small GPUs. Moving them takes a
         second or two for each batch of decoded images.
-    offload_blocks: so many of the UNet's transformer blocks keep their weights in the memory of the machine, and copy
-        them to the GPU whenever they run (`sdft.models.streaming`); `all` for all. Needs gradient checkpointing.
+    offload_blocks: number of transformer blocks of the UNet, or `all`, that wait on the host (`sdft.models.streaming`).
     tiled_vae: decode images in overlapping tiles of 448 px: a third of the memory, and seams that are hard to see.
     family: the class that is built, for loaders of subclasses.
 
@@ -97,8 +96,7 @@ def pretrained(
     """
     checkpoint = find_checkpoint(weights, variant, allow_pickle)
     folder = checkpoint.root if checkpoint.is_folder else find_folder("model.config", config, CONFIGS)
-    dtypes = part_dtypes(dtype)
-    quantized = quantized_parts(quantization, family)
+    dtypes, quantized = part_dtypes(dtype), quantized_parts(quantization, family)
     configs = {part: folder / part for part in PARTS if vae is None or part != "vae"}
     networks = load_networks(f"model.weights={weights}", checkpoint, configs, dtypes, quantized)
     if vae is not None:

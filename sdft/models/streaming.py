@@ -99,8 +99,7 @@ class BlockStream:
 
     def _fetch(self, index: int, device: torch.device) -> Sequence[Tensor]:
         """The frozen weights of a block on the device."""
-        frozen = self._frozen(index)
-        if not frozen:
+        if not (frozen := self._frozen(index)):
             return ()
         pair, stamp = self._pair(frozen, device), stamp_of(frozen)
         slot = next((slot for slot in pair if slot.stamp == stamp), pair[0])
@@ -115,8 +114,7 @@ class BlockStream:
 
     def _fetch_ahead(self, index: int, device: torch.device) -> None:
         """Begin to copy the frozen weights of a block, after what the device has been told to do so far."""
-        frozen = self._frozen(index)
-        if not frozen:
+        if not (frozen := self._frozen(index)):
             return
         pair, stamp = self._pair(frozen, device), stamp_of(frozen)
         if any(slot.stamp == stamp for slot in pair):
@@ -173,7 +171,8 @@ def stream_blocks(network: nn.Module, count: OffloadedBlocks) -> None:
 
 def streams(model: nn.Module) -> list[BlockStream]:
     """The streams of a model's blocks."""
-    return list(dict.fromkeys(block.stream for block in model.modules() if isinstance(_stream(block), BlockStream)))  # type: ignore[misc]
+    found = (module.__dict__.get("stream") for module in model.modules())
+    return list(dict.fromkeys(stream for stream in found if isinstance(stream, BlockStream)))
 
 
 def on_host(model: nn.Module) -> set[nn.Parameter]:
@@ -191,20 +190,16 @@ def stamp_of(weights: Sequence[Tensor]) -> Any:
     return tuple((p.untyped_storage()._cdata, p.storage_offset(), p._version) for p in weights)
 
 
-def _stream(block: nn.Module) -> Any:
-    return block.__dict__.get("stream")
-
-
-def _forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _forward(block: Any, *args: Any, **kwargs: Any) -> Any:
     """`block.forward` on the device of its inputs."""
     device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-    with _stream(block).on_device(block.stream_index, device):
+    with block.stream.on_device(block.stream_index, device):
         return type(block).forward(block, *args, **kwargs)
 
 
-def _apply(block: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+def _apply(block: Any, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """`block._apply`, which leaves weights on the host where they would go to another device."""
-    hosted = {id(p) for p in _stream(block).weights(block.stream_index)}
+    hosted = {id(p) for p in block.stream.weights(block.stream_index)}
 
     def stay(t: Tensor) -> Tensor:
         target = change(t.new_empty(0)) if id(t) in hosted else None

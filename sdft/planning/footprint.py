@@ -22,7 +22,7 @@ from sdft.hardware import autocast_precision
 from sdft.models.streaming import on_host, streams
 from sdft.planning.allocations import AllocationTracker
 from sdft.planning.repeated import RepeatedBlocks
-from sdft.planning.updates import Kind, optimizer_memory, update_in_backward
+from sdft.planning.updates import Kind, optimizer_memory, trained_here_and_there, update_in_backward
 from sdft.protocols import DiffusionModel
 from sdft.rng import Draws
 from sdft.tuning.parameters import part_of, trainable_parameters
@@ -112,10 +112,10 @@ def memory_needs(
     tensors = [*module.model.named_parameters(), *module.model.named_buffers()]
     away = on_host(module.model)
     held = [t for name, t in tensors if part_of(name) not in offloaded and t not in away]
-    trainable = [p for _, p in trainable_parameters(module.model)]
-    trained, hosted = (sum(p.nbytes for p in trainable if (p in away) == there) for there in (False, True))
+    trainable = trained_here_and_there(module.model)
+    trained, hosted = (sum(p.nbytes for p in group) for group in trainable)
+    average, hosted_average = (4 * sum(p.numel() for p in group) for group in trainable)
     optimizer = optimizer_memory(module, setup.on_gpu)
-    average, hosted_average = (4 * sum(p.numel() for p in trainable if (p in away) == there) for there in (False, True))
     everything = sum(t.nbytes for _, t in tensors)
     autoencoder = sum(t.nbytes for name, t in tensors if part_of(name) == getattr(module.model, "VAE", None))
     alone = setup.on_gpu and getattr(module.model, "offload_idle", False)

@@ -36,10 +36,8 @@ def optimizer_memory(module: Any, on_gpu: bool) -> OptimizerMemory:
     Measured on small weights of the same shapes. Weights that are updated one at a time need the temporary memory of
     the largest; during the backward pass, that of each in turn.
     """
-    away = on_host(module.model)
-    trained = [p for _, p in trainable_parameters(module.model)]
     counts, hosted = (
-        Counter((tuple(p.shape), p.dtype) for p in trained if (p in away) == there) for there in (False, True)
+        Counter((tuple(p.shape), p.dtype) for p in group) for group in trained_here_and_there(module.model)
     )
     found = {kind: update_memory(module, *kind, on_gpu) for kind in counts | hosted}
     states, hosted_states = (sum(n * found[kind][0] for kind, n in group.items()) for group in (counts, hosted))
@@ -55,6 +53,12 @@ def optimizer_memory(module: Any, on_gpu: bool) -> OptimizerMemory:
         return OptimizerMemory(states, hosted_states, updates, updates[largest])
     every = sum(count * updates[kind] for kind, count in counts.items())
     return OptimizerMemory(states, hosted_states, updates, every)
+
+
+def trained_here_and_there(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trainable parameters that are on the device, and those that stay on the host."""
+    away, trained = on_host(model), [p for _, p in trainable_parameters(model)]
+    return [p for p in trained if p not in away], [p for p in trained if p in away]
 
 
 def update_memory(

@@ -115,7 +115,7 @@ def test_two_captions_that_might_be_meant_are_an_error(tmp_path: Path) -> None:
 
 def test_pictures_that_cannot_be_read_here_are_counted_with_the_remedy(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(decode.OTHER_PICTURES, ".heic", "pip install pillow-heif")
-    monkeypatch.setattr(decode, "IMAGE_SUFFIXES", decode.IMAGE_SUFFIXES - {".heic"})
+    monkeypatch.setattr("sdft.data.sources.folder.IMAGE_SUFFIXES", decode.IMAGE_SUFFIXES - {".heic"})
     for number in range(6):
         (tmp_path / f"{number}.HEIC").write_bytes(b"heic")
     (tmp_path / "raw.nef").write_bytes(b"raw")

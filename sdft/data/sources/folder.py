@@ -129,7 +129,8 @@ class TextsBeside:
         """The text for an image; None if there is none. Raises ValueError with the reason."""
         stem = os.path.splitext(key)[0]
         for suffix in CAPTION_SUFFIXES:
-            text = read_text(self.root / f"{stem}{suffix}")
+            name = f"{stem}{suffix}"
+            text = None if name in self.listing.never_opened else read_text(self.root / name)
             if text is not None:
                 return text
         others = self._in_other_cases.get(stem.lower(), [])
@@ -152,8 +153,6 @@ class TextsBeside:
 def read_text(file: Path) -> str | None:
     """The text of a caption file; None if there is none. Raises ValueError with the reason."""
     try:
-        if file.is_fifo():
-            return None  # it would be waited for
         return file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         return None

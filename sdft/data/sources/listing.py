@@ -34,7 +34,7 @@ class Listing:
         if not root.is_dir():
             raise UserError(f"data.root={root}: no such folder")
         self.root = root
-        self.left_out = Counter[str]()
+        self.left_out, self.never_opened = Counter[str](), set[str]()
         self._own: set[Identity] | None = None
         self._linked: set[Identity] = set()
         self.files = PackedStrings(self._below(str(root), ""))
@@ -55,6 +55,7 @@ class Listing:
             elif entry.is_file() or not os.path.exists(entry.path):
                 yield name + entry.name
             else:
+                self.never_opened.add(name + entry.name)
                 self.left_out["no file, but a pipe, socket or device"] += 1
 
     def _leads_elsewhere(self, link: os.DirEntry[str]) -> bool:
