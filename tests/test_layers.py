@@ -63,7 +63,7 @@ RESERVED = {
     "peft": ("sdft.tuning.adapter", "sdft.formats"),
     "diffusers": ("sdft.models", "sdft.sampling", "sdft.evaluation", "sdft.formats"),
     "transformers": ("sdft.models", "sdft.optimizers", "sdft.sampling", "sdft.evaluation", "sdft.formats"),
-    "webdataset": ("sdft.data.sources",),
+    "webdataset": ("sdft.data.sources", "sdft.data.sharding"),
     "datasets": ("sdft.data.sources",),
     "pyarrow": ("sdft.data.sources", "sdft.evaluation.tables"),
     "wandb": ("sdft.training.callbacks.tracking",),

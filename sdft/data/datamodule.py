@@ -10,6 +10,7 @@ import typing
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, Literal
 
 import lightning as L
@@ -20,17 +21,17 @@ from torch.utils.data import DataLoader, Sampler
 from sdft.batch import Batch
 from sdft.data.buckets import bucket_sizes
 from sdft.data.cache import Cache, fingerprint
-from sdft.data.dataset import BatchOrder, ImageDataset, Variant, collate
+from sdft.data.dataset import BatchOrder, ImageDataset, ShardWindows, Variant, collate
 from sdft.data.encoding import Ranks, cached_embeddings, cached_moments, prepared
 from sdft.data.images import Crop
 from sdft.data.packed_strings import PackedStrings, unique
 from sdft.data.scan import OnUnreadable, only_readable
 from sdft.data.scan_cache import ScanCache
-from sdft.data.source import Source, left_out
+from sdft.data.source import Source, left_out, shard_numbers, shards_that_fit
 from sdft.data.sources import Folder, HuggingFace, Shards
 from sdft.errors import UserError
 from sdft.progress import tqdm
-from sdft.types import BatchSize, Fraction, NumWorkers, Seed, Side
+from sdft.types import BatchSize, Count, Fraction, NumWorkers, Seed, Side
 
 NUM_PREFETCHED = 4
 """Batches whose cached entries are prefetched: one is too few to keep a disk busy."""
@@ -54,6 +55,8 @@ class Images(L.LightningDataModule):
         None crops squares.
     cache_dir: folder of `cache=disk`, which any number of runs can share, and of the results of scans, which are in the
         user's cache folder if it is None.
+    shuffle_shards: reads a set of shards this many at a time, shuffled together, instead of all in one random order; for
+        sets that are larger than `cache_limit_gb`.
     unreadable: with `error`, images that cannot be decoded end the run before training, all named; `skip` omits them.
 
     Raises UserError for sizes that the latents cannot have, for a disk cache without folder, and for unreadable images.
@@ -75,6 +78,7 @@ class Images(L.LightningDataModule):
         cache_dir: str | None = None,
         unreadable: OnUnreadable = "error",
         encoder_dropout: tuple[Fraction, Fraction] | None = None,
+        shuffle_shards: Count | None = None,
     ):
         super().__init__()
         check_sizes(size, bucket_step)
@@ -97,6 +101,18 @@ class Images(L.LightningDataModule):
         self.batch_size, self.seed, self.cache, self.num_workers = batch_size, seed, cache, num_workers
         self.store = Cache(cache_dir) if cache == "disk" and cache_dir else None
         self.bucketed = bool(bucket_step)
+        self.windows = None
+        fitting = shards_that_fit(train)
+        if fitting is not None and cache == "off" and shuffle_shards is None:
+            raise UserError(
+                f"data.cache_limit_gb: the shards take more space than that; set data.shuffle_shards={fitting} to read "
+                "them a few at a time, or data.cache=disk to keep their latents"
+            )
+        if shuffle_shards is not None:
+            numbers = shard_numbers(train)
+            if numbers is None:
+                raise UserError(f"data.shuffle_shards={shuffle_shards}: the data has no shards; leave it null")
+            self.windows = ShardWindows(numbers, shuffle_shards, seed)
         self._batches_done = 0
 
     def train_dataloader(self) -> DataLoader:
@@ -114,10 +130,11 @@ class Images(L.LightningDataModule):
             world_size=trainer.world_size,
             accumulate=trainer.accumulate_grad_batches,
             buckets={f"{h}x{w}": indices for (h, w), indices in sizes.items()},
+            windows=self.windows,
         )
         return DataLoader(
             self.train_set,
-            batch_sampler=PrefetchOrder(order, self.train_set.prefetch),
+            batch_sampler=PrefetchOrder(order, self.train_set.prefetch, self.train_set.prefetch_files),
             collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=False,
@@ -188,17 +205,30 @@ class Images(L.LightningDataModule):
 
 
 class PrefetchOrder(Sampler[list[tuple[int, int]]]):
-    """Yields the batches of an order, and passes each to `prefetch` a few batches earlier."""
+    """Yields the batches of an order, and passes each to `prefetch` a few batches earlier.
 
-    def __init__(self, order: BatchOrder, prefetch: Callable[[list[tuple[int, int]]], None]):
-        self.order, self.prefetch = order, prefetch
+    prefetch_files: is given the batches too, and earlier by those of a window of shards.
+    """
+
+    def __init__(
+        self,
+        order: BatchOrder,
+        prefetch: Callable[[list[tuple[int, int]]], None],
+        prefetch_files: Callable[[list[tuple[int, int]]], None] = lambda batch: None,
+    ):
+        self.order, self.prefetch, self.prefetch_files = order, prefetch, prefetch_files
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         waiting: deque[list[tuple[int, int]]] = deque()
+        later = iter(self.order)
+        for batch in islice(later, self.order.batches_of_a_window()):
+            self.prefetch_files(batch)
         for batch in self.order:
+            for further in islice(later, 1):
+                self.prefetch_files(further)
             self.prefetch(batch)
             waiting.append(batch)
             if len(waiting) > NUM_PREFETCHED:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Sampler
 from sdft.batch import Batch
 from sdft.data.buckets import nearest_bucket
 from sdft.data.images import Crop, CropPlan, crop_image, plan_crop
-from sdft.data.source import Sample, Source
+from sdft.data.source import Sample, Source, prefetch
 from sdft.errors import UserError
 from sdft.rng import Draws, generator
 from sdft.types import Count, Fraction
@@ -36,6 +36,7 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
         whose samples are one endless sequence of permutations: the last batch of a pass is filled up from the next
         pass, so no sample is dropped.
     accumulate: batches per optimizer step, which are all of one bucket.
+    windows: which shards are read together; None shuffles all samples.
     """
 
     def __init__(
@@ -49,10 +50,18 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
         world_size: int = 1,
         accumulate: int = 1,
         buckets: Mapping[str, Sequence[int]] | None = None,
+        windows: ShardWindows | None = None,
     ):
         self.batch_size, self.seed, self.start, self.stop = batch_size, seed, start, stop
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
-        self.buckets = buckets or {"": range(size)}
+        self.buckets, self.windows = buckets or {"": range(size)}, windows
+
+    def batches_of_a_window(self) -> int:
+        """About how many batches read the samples of the shards that are shuffled together."""
+        if self.windows is None:
+            return 0
+        samples = len(self.windows.shard_of) * self.windows.at_once / self.windows.num_shards
+        return int(samples / (self.batch_size * self.world_size)) + 1
 
     def __len__(self) -> int:
         return self.stop
@@ -60,7 +69,7 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         per_batch = self.batch_size * self.world_size
         sizes = [len(indices) for indices in self.buckets.values()]
-        streams = [ShuffledStream(indices, self.seed, name) for name, indices in self.buckets.items()]
+        streams = [ShuffledStream(indices, self.seed, name, self.windows) for name, indices in self.buckets.items()]
         first_step, part = divmod(self.start, self.accumulate)
         steps = bucket_order(sizes, per_batch * self.accumulate, self.seed, first_step)
         bucket, steps_before = next(steps)
@@ -72,11 +81,29 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
             part += 1
 
 
+class ShardWindows:
+    """The order in which a set is read `at_once` shards at a time: the shards of a pass in random order, the same for
+    all buckets, and the samples of each group of shards shuffled.
+
+    shard_of: the number of the shard of each sample.
+    """
+
+    def __init__(self, shard_of: np.ndarray, at_once: Count, seed: int):
+        self.shard_of, self.at_once, self.seed = shard_of, at_once, seed
+        self.num_shards = len(np.unique(shard_of))
+
+    def of(self, indices: np.ndarray, visit: int) -> np.ndarray:
+        """The number of the window of each sample in a pass."""
+        num = int(self.shard_of.max()) + 1
+        order = torch.randperm(num, generator=generator(self.seed, "shard order", visit)).numpy()
+        return np.argsort(order)[self.shard_of[indices]] // self.at_once
+
+
 class ShuffledStream:
     """An endless sequence of (index, visit): one random permutation of the indices after another."""
 
-    def __init__(self, indices: Sequence[int], seed: int, name: str):
-        self.indices, self.seed, self.name = indices, seed, name
+    def __init__(self, indices: Sequence[int], seed: int, name: str, windows: ShardWindows | None = None):
+        self.indices, self.seed, self.name, self.windows = indices, seed, name, windows
         self._visit, self._order = -1, torch.empty(0)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
@@ -84,6 +111,9 @@ class ShuffledStream:
         if visit != self._visit:
             order = generator(self.seed, "order", self.name, visit)
             self._visit, self._order = visit, torch.randperm(len(self.indices), generator=order)
+            if self.windows is not None:
+                window = self.windows.of(np.asarray(self.indices)[self._order.numpy()], visit)
+                self._order = self._order[np.argsort(window, kind="stable")]
         return self.indices[int(self._order[place])], visit
 
 
@@ -213,6 +243,11 @@ class ImageDataset(Dataset):
         if self.text_embeddings is not None:
             captions = (visit.encoder_captions(self.source[visit.index]) for visit in visits)
             self.text_embeddings.prefetch([text for each in captions for text in each])
+
+    def prefetch_files(self, items: Sequence[tuple[int, int]]) -> None:
+        """Start fetching the files of samples that will be needed later, unless all images are encoded already."""
+        if not self.moments:
+            prefetch(self.source, [index for index, _ in items])
 
     def _visit(self, index: int, visit: int) -> Visit:
         draws = Draws(self.seed, [self.source.keys[index]], [visit])

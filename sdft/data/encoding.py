@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sdft.data.cache import Cache, digest, fingerprint
 from sdft.data.dataset import Embeddings, ImageDataset, Variant, collate
 from sdft.data.packed_strings import PackedStrings, SearchableStrings
-from sdft.data.scan import Scan, in_threads
+from sdft.data.scan import Scan
+from sdft.data.threads import in_threads
 from sdft.progress import tqdm
 
 PIXELS_AT_ONCE = 4 * 1024 * 1024

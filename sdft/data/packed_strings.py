@@ -73,6 +73,10 @@ class Concatenated:
         number = int(np.searchsorted(self._starts, position, side="right")) - 1
         return number, int(position - self._starts[number])
 
+    def numbers(self, positions: np.ndarray) -> np.ndarray:
+        """The number of the sequence of each position."""
+        return np.searchsorted(self._starts, positions, side="right") - 1
+
 
 def printable(name: str) -> str:
     """The name of a file, with `\\udc..` for bytes that are not valid UTF-8."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
@@ -19,12 +16,11 @@ from sdft.data.error_messages import join_problems
 from sdft.data.scan_cache import ImageFacts, ScanCache
 from sdft.data.source import Source, stored_image
 from sdft.data.sources.splits import Subset
+from sdft.data.threads import in_threads
 from sdft.errors import UserError
 from sdft.progress import tqdm
 
 OnUnreadable = Literal["error", "skip"]
-T = TypeVar("T")
-R = TypeVar("R")
 ENOUGH_FOR_A_BAR = 512
 
 
@@ -140,15 +136,3 @@ def _examine(source: Source, cache: ScanCache, index: int) -> tuple[int, str, st
         return index, image.name, stamp, ImageFacts(digest, *examine(content), "")
     except UnreadableImage as error:
         return index, image.name, stamp, ImageFacts(digest, 0, 0, str(error))
-
-
-def in_threads(function: Callable[[T], R], items: Iterable[T], ahead: int = 32) -> Iterator[R]:
-    """Map `function` over items in threads, in order, `ahead` items in advance; image decoders release the GIL."""
-    waiting: deque = deque()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

@@ -67,10 +67,37 @@ class StoredSource(ABC):
     def stored(self, index: int) -> StoredImage | None:
         """The stored image of a sample, without reading it; None for a sample that is generated."""
 
+    def shard_numbers(self) -> np.ndarray | None:
+        """For each sample, the number of the file that it shares with others; None where each has its own."""
+        return None
+
+    def shards_that_fit(self) -> int | None:
+        """How many of its shards have space on this machine at a time; None if all have."""
+        return None
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Start fetching what the samples need that is not on this machine."""
+
 
 def left_out(source: Source) -> Sequence[str]:
     """What a source has left out, a line for each reason, if it says so."""
     return getattr(source, "left_out", ())
+
+
+def shard_numbers(source: Source) -> np.ndarray | None:
+    """For each sample, the number of the shard that has it; None for a source without shards."""
+    return source.shard_numbers() if isinstance(source, StoredSource) else None
+
+
+def shards_that_fit(source: Source) -> int | None:
+    """How many shards of a source have space on this machine at a time; None if all have, or it has none."""
+    return source.shards_that_fit() if isinstance(source, StoredSource) else None
+
+
+def prefetch(source: Source, indices: Sequence[int]) -> None:
+    """Start fetching what samples need that is not on this machine."""
+    if isinstance(source, StoredSource):
+        source.prefetch(indices)
 
 
 def stored_image(source: Source, index: int) -> StoredImage | None:

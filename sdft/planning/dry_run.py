@@ -10,7 +10,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from sdft.config.command import CONF_DIR, build, build_optional
-from sdft.data.sources.shards import COMMANDS_RUN
+from sdft.data.sources.shard_copies import MAY_FETCH
 from sdft.distributed.processes import num_processes
 from sdft.errors import UserError
 from sdft.hardware import PRESETS, default_precision, fitting_presets, num_gpus
@@ -57,12 +57,12 @@ def planned(cfg: DictConfig) -> Planned:
     from sdft.optimizers.schedules import refuse_schedule
     from sdft.planning.footprint import MetaBuild
 
-    token = COMMANDS_RUN.set(False)
+    token = MAY_FETCH.set(False)
     try:
         data, tuning, objective, _ = (build(cfg[name]) for name in ("data", "tuning", "objective", "export"))
         build_optional(cfg.verdict)
     finally:
-        COMMANDS_RUN.reset(token)
+        MAY_FETCH.reset(token)
     set_steps(cfg, data)
     model = model_on_meta(cfg.model)
     with MetaBuild():

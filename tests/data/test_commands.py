@@ -95,7 +95,7 @@ def test_shard_refuses_what_is_broken_and_writes_the_rest(root: Path, tmp_path: 
     told = run("shard", capsys, monkeypatch, *words)
     assert "5 images in 2 shards" in told
     assert f"data.shards='{tmp_path}/out/{{000000..000001}}.tar'" in told
-    names = ["000000.tar", "000000.tar.index.jsonl", "000001.tar", "000001.tar.index.jsonl"]
+    names = ["000000.tar", "000000.tar.index.jsonl", "000001.tar", "000001.tar.index.jsonl", "shards.json"]
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == names
 
 

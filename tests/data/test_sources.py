@@ -17,7 +17,8 @@ from sdft.data.captions import Tags
 from sdft.data.scan import readable
 from sdft.data.sharding import sample_names, write_shards
 from sdft.data.sources import Folder, HuggingFace, Mix, Shards, metadata
-from sdft.data.sources.shards import INDEX_SUFFIX, expand
+from sdft.data.sources.shard_index import INDEX_SUFFIX
+from sdft.data.sources.shard_urls import expand
 from sdft.errors import UserError
 from sdft.rng import Draws
 
@@ -132,7 +133,7 @@ class TestShards:
         shards = write_shards(folder, tmp_path / "out", per_shard=2)
         assert [path.name for path in shards] == ["000000.tar", "000001.tar"]
         source = Shards(str(tmp_path / "out" / "{000000..000001}.tar"), "all", caption="{caption}, dreamy")
-        assert list(source.keys) == ["a", "b/c_v2", "d"]
+        assert list(source.keys) == list(folder.keys) == ["a.png", "b/c.v2.png", "d.png"]
         for i in range(3):
             assert source[i].caption == folder[i].caption
             assert source[i].image.content() == folder[i].image.content()

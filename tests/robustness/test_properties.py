@@ -21,7 +21,8 @@ from sdft.config.command import compose
 from sdft.config.keys import ConfigError
 from sdft.config.run_folder import refuse_folder, refuse_name
 from sdft.data.captions import Captions, checked_template
-from sdft.data.sources.shards import expand, read_shard
+from sdft.data.sources.shard_index import read_shard
+from sdft.data.sources.shard_urls import expand
 from sdft.errors import UserError
 from sdft.formats.safetensors_io import read_header
 
@@ -102,7 +103,7 @@ def test_the_members_of_a_shard_stay_in_it(tmp_path_factory: Any, members: list[
             tar.addfile(member, io.BytesIO(content))
     with limited():
         try:
-            entries = read_shard(file)
+            entries = read_shard(file, file.name)
         except UserError as error:
             assert "x.tar" in str(error)
             return
@@ -170,4 +171,4 @@ def test_good_shards_are_read(tmp_path: Path) -> None:
     """So that the properties above are not those of a reader that refuses all."""
     for number, content in enumerate(tar_bytes()):
         (tmp_path / f"{number}.tar").write_bytes(content)
-        assert len(read_shard(tmp_path / f"{number}.tar")) == 3
+        assert len(read_shard(tmp_path / f"{number}.tar", "x.tar")) == 3

@@ -9,7 +9,7 @@ from typing import Any
 from sdft.data.captions import Captions, Tags, checked_template
 from sdft.data.decode import StoredImage
 from sdft.data.error_messages import join_problems
-from sdft.data.packed_strings import PackedStrings
+from sdft.data.packed_strings import PackedStrings, repeated
 from sdft.data.source import Sample, StoredSource
 from sdft.data.sources import metadata
 from sdft.data.sources.splits import Split, split_indices
@@ -28,6 +28,8 @@ class HuggingFace(StoredSource):
     subset: the split of the dataset on the Hub.
     config: configuration of the dataset, if it has several.
     image, text: names of the columns with the image, and with the caption or list of captions.
+    key: name of a column with a unique name for each row, by which seeds, caches and held-out rows go; if it is None,
+        they go by the number of the row, and change for all rows behind one that is inserted.
     caption, held_out, tags, loss_weight: as in `Folder`.
 
     Raises UserError if the dataset or a column cannot be loaded, and for rows without captions.
@@ -45,11 +47,12 @@ class HuggingFace(StoredSource):
         caption: str = "{caption}",
         tags: Tags | None = None,
         loss_weight: NonNegative = 1.0,
+        key: str | None = None,
     ):
         self.name, self.image, self.tags, self.loss_weight = name, image, tags, loss_weight
         self.template = checked_template("data.caption", caption)
         self._rows = load(name, config, subset, image, text)
-        keys = PackedStrings(f"{subset}/{place:08d}" for place in range(len(self._rows)))
+        keys = keys_of(name, self._rows, key) if key else numbered(subset, len(self._rows))
         if len(keys) < (1 if split == "all" else 2):
             raise UserError(f"data.name={name}: {subset} has {len(keys)} rows, need at least 2")
         texts = captions_of(name, self._rows, text)
@@ -90,6 +93,25 @@ def load(name: str, config: str | None, subset: str, image: str, text: str) -> A
         return rows.cast_column(image, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's are kinds of these
         raise UserError(f"data.image={image}: this column of {name} has no images") from error
+
+
+def numbered(subset: str, num: int) -> PackedStrings:
+    """Keys by number."""
+    return PackedStrings(f"{subset}/{place:08d}" for place in range(num))
+
+
+def keys_of(name: str, rows: Any, column: str) -> PackedStrings:
+    """The names of all rows. Raises UserError naming those that have none, or the same."""
+    if column not in rows.column_names:
+        raise UserError(f"data.key={column}: {name} has the columns {', '.join(rows.column_names)}")
+    texts = rows[column]
+    wrong = [f"row {place} has no {column}" for place, text in enumerate(texts) if not isinstance(text, str) or not text]
+    if not wrong:
+        keys = PackedStrings(texts)
+        wrong = [f"row {later} has that of row {earlier}, {keys[later]}" for later, earlier in repeated(keys)]
+    if wrong:
+        raise UserError(f"data.key={column}: {join_problems(wrong)}; choose a column with a name for each row")
+    return keys
 
 
 def captions_of(name: str, rows: Mapping[str, Sequence[Any]], column: str) -> PackedStrings:

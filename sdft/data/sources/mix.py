@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from sdft.data.decode import StoredImage
 from sdft.data.packed_strings import Concatenated, PackedStrings
-from sdft.data.source import Sample, Source, StoredSource, left_out, stored_image
+from sdft.data.source import Sample, Source, StoredSource, left_out, prefetch, shard_numbers, shards_that_fit, stored_image
 from sdft.errors import UserError
 from sdft.types import Count, Positive
 
@@ -59,6 +61,30 @@ class Mix(StoredSource):
 
     def stored(self, position: int) -> StoredImage | None:
         return stored_image(*self._locate(position))
+
+    def shard_numbers(self) -> np.ndarray | None:
+        """Shards of one source are told from those of another; and a source without counts as one shard."""
+        if all(shard_numbers(source) is None for source in self._rounds):
+            return None
+        found: list[np.ndarray] = []
+        by_source: dict[int, np.ndarray] = {}
+        first = 0
+        for source in self._rounds:
+            if id(source) not in by_source:
+                numbers = shard_numbers(source)
+                by_source[id(source)] = first + (np.zeros(len(source.keys), int) if numbers is None else numbers)
+                first = int(by_source[id(source)].max(initial=first)) + 1
+            found.append(by_source[id(source)])
+        return np.concatenate(found)
+
+    def shards_that_fit(self) -> int | None:
+        found = [num for source in self._rounds if (num := shards_that_fit(source)) is not None]
+        return min(found, default=None)
+
+    def prefetch(self, positions: Sequence[int]) -> None:
+        for position in positions:
+            source, index = self._locate(position)
+            prefetch(source, [index])
 
 
 def repeats_of(sources: Mapping[str, Source], weights: Mapping[str, float]) -> dict[str, int]:

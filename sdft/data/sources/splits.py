@@ -9,7 +9,7 @@ import numpy as np
 
 from sdft.data.decode import StoredImage
 from sdft.data.packed_strings import PackedStrings
-from sdft.data.source import Sample, Source, StoredSource, stored_image
+from sdft.data.source import Sample, Source, StoredSource, prefetch, shard_numbers, shards_that_fit, stored_image
 from sdft.rng import seed_of
 
 Split = Literal["all", "train", "validation"]
@@ -46,3 +46,13 @@ class Subset(StoredSource):
 
     def stored(self, index: int) -> StoredImage | None:
         return stored_image(self.source, self.indices[index])
+
+    def shard_numbers(self) -> np.ndarray | None:
+        numbers = shard_numbers(self.source)
+        return None if numbers is None else numbers[np.asarray(self.indices)]
+
+    def shards_that_fit(self) -> int | None:
+        return shards_that_fit(self.source)
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        prefetch(self.source, [self.indices[index] for index in indices])

@@ -1,0 +1,103 @@
+"""The names of tar shards: brace patterns, and lists in the format of WebDataset's `wids`."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+
+from sdft.errors import UserError
+
+MAX_SHARDS = 100_000
+LIST_KIND = "wids-shard-index-v1"
+
+
+@dataclass(frozen=True)
+class ShardUrl:
+    """A shard as it was named: a path, a URL, or `pipe:COMMAND`.
+
+    size: in bytes, and md5: in hex digits, as a list of shards states them; None if it does not.
+    """
+
+    url: str
+    size: int | None = None
+    md5: str | None = None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is no local file: reading it needs a copy."""
+        return urlparse(self.url).scheme not in ("", "file")
+
+    @property
+    def path(self) -> Path:
+        """The path of a local shard."""
+        return Path(self.url.removeprefix("file://")).expanduser()
+
+
+def named(shards: str) -> list[ShardUrl]:
+    """The shards of patterns joined by `::`, and of the lists (`.json`) among them.
+
+    Raises UserError for patterns that mean nothing, for more than MAX_SHARDS, and for files that are no lists.
+    """
+    found: list[ShardUrl] = []
+    for url in expand(shards):
+        found += listed(Path(url).expanduser()) if url.endswith(".json") and not urlparse(url).scheme else [ShardUrl(url)]
+    return found
+
+
+def expand(shards: str) -> list[str]:
+    """The paths, URLs and commands of a brace pattern."""
+    from braceexpand import braceexpand
+
+    for low, high, step in re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?\}", shards):
+        if abs(int(high) - int(low)) // max(abs(int(step or 1)), 1) >= MAX_SHARDS:
+            pattern = f"{{{low}..{high}}}"
+            raise UserError(f"data.shards: {pattern} are more than {MAX_SHARDS:,} shards; name those that exist")
+    try:
+        urls = (url for pattern in shards.split("::") for url in braceexpand(pattern))
+        found = list(itertools.islice(urls, MAX_SHARDS + 1))
+    except (ValueError, RecursionError) as error:
+        reason = "braces in braces too deep" if isinstance(error, RecursionError) else f"an unclosed brace ({error})"
+        raise UserError(f"data.shards={shards[:200]}: {reason}") from error
+    if len(found) > MAX_SHARDS:
+        raise UserError(f"data.shards={shards[:200]}: are more than {MAX_SHARDS:,} shards; name those that exist")
+    return found
+
+
+def listed(file: Path) -> list[ShardUrl]:
+    """The shards of a list, `{"shardlist": [{"url": ..., "filesize": ..., "md5sum": ...}]}`; names relative to it.
+
+    Lists come from elsewhere, so commands in them are refused.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        rows = [(row["url"], row.get("filesize"), row.get("md5sum")) for row in content["shardlist"]]
+    except OSError as error:
+        raise UserError(f"data.shards={file}: cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f'data.shards={file}: is no list of shards; one is {{"__kind__": "{LIST_KIND}", "shardlist": [{{"url": '
+            '"000000.tar"}]}, as python -m sdft.data shard writes it'
+        ) from error
+    found = []
+    for url, size, md5 in rows:
+        if not (isinstance(url, str) and isinstance(size, int | None) and isinstance(md5, str | None)):
+            raise UserError(f"data.shards={file}: has a shard without a url, or with a size that is no number")
+        if url.startswith("pipe:"):
+            raise UserError(f"data.shards={file}: has the command {url!r}; name commands in data.shards itself")
+        whole = url if urlparse(url).scheme else str(file.parent / Path(url).expanduser())
+        found.append(ShardUrl(whole, size, md5))
+    return found
+
+
+def write_list(file: Path, shards: list[ShardUrl], samples: list[int]) -> None:
+    """Write a list of shards, which `wids` and `data.shards` read."""
+    rows = [
+        {"url": shard.url, "filesize": shard.size, "md5sum": shard.md5, "nsamples": num}
+        for shard, num in zip(shards, samples, strict=True)
+    ]
+    content = {"__kind__": LIST_KIND, "wids_version": 1, "name": file.parent.name, "shardlist": rows}
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
