@@ -55,8 +55,8 @@ class Images(L.LightningDataModule):
         None crops squares.
     cache_dir: folder of `cache=disk`, which any number of runs can share, and of the results of scans, which are in the
         user's cache folder if it is None.
-    shuffle_shards: reads a set of shards this many at a time, shuffled together, instead of all in one random order; for
-        sets that are larger than `cache_limit_gb`.
+    shuffle_shards: reads a set of shards this many at a time, shuffled together, instead of all in one random order,
+        for sets that are larger than `cache_limit_gb`.
     unreadable: with `error`, images that cannot be decoded end the run before training, all named; `skip` omits them.
 
     Raises UserError for sizes that the latents cannot have, for a disk cache without folder, and for unreadable images.

@@ -95,7 +95,7 @@ class ShardWindows:
     def of(self, indices: np.ndarray, visit: int) -> np.ndarray:
         """The number of the window of each sample in a pass."""
         num = int(self.shard_of.max()) + 1
-        order = torch.randperm(num, generator=generator(self.seed, "shard order", visit)).numpy()
+        order = torch.randperm(num, generator=generator(self.seed, "shard order", counter=visit)).numpy()
         return np.argsort(order)[self.shard_of[indices]] // self.at_once
 
 

@@ -50,7 +50,14 @@ def write_shards(
         shards.append(Path(name))
 
     pattern = str(out).replace("%", "%%") + "/%06d.tar"
-    options: dict[str, Any] = {"encoder": False, "mtime": 0, "format": "PAX_FORMAT", "user": "", "group": "", "verbose": 0}
+    options: dict[str, Any] = {
+        "encoder": False,
+        "mtime": 0,
+        "format": "PAX_FORMAT",
+        "user": "",
+        "group": "",
+        "verbose": 0,
+    }
     try:
         with ShardWriter(pattern, per_shard, most_gb * 1e9, post=end, opener=begin, **options) as writer:
             for index in bar(range(len(names))):
@@ -68,8 +75,8 @@ def write_shards(
 
 
 def members_of(source: Source, index: int, name: str) -> list[tuple[str, bytes]]:
-    """(suffix, content) of the files of one sample: the image, one caption as text, and as JSON what does not fit there:
-    several captions, and a name that has changed."""
+    """(suffix, content) of the files of one sample: the image, one caption as text, and as JSON what does not fit
+    there: several captions, and a name that has changed."""
     sample = source[index]
     if not isinstance(sample.image, StoredImage) or sample.captions is None:
         raise UserError(f"data: {sample.key} is generated; only stored images can be written to shards")

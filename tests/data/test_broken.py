@@ -131,7 +131,7 @@ SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a name that points out": (lambda p: tar(p, GOOD | {"../x.png": stored()}), r"s\.tar .*'\.\./x\.png'.* points out"),
     "an absolute name": (lambda p: tar(p, GOOD | {"/etc/x.png": stored()}), r"s\.tar .*'/etc/x\.png'.* points out"),
     "a link": (lambda p: tar(p, {"0.png": b""}, tarfile.SYMTYPE), r"s\.tar:0\.png is not a regular file"),
-    "one name twice, apart": (lambda p: tar(p, GOOD | {"0.PNG": stored()}), r"s\.tar:0 occurs twice: its files have to be nei"),
+    "one name twice, apart": (lambda p: tar(p, GOOD | {"0.PNG": stored()}), r"s\.tar:0 occurs twice: its files have"),
     "one name twice": (lambda p: tar(p, {"0.PNG": stored()} | GOOD), r"s\.tar:0\.png occurs twice"),
     "cut between files": (lambda p: (tar(p, GOOD), without_end(p)), r"not a whole .*its end is missing"),
     "two pictures": (lambda p: tar(p, {"0.jpg": stored()} | GOOD), r"s\.tar:0 has 2 images, needs one"),

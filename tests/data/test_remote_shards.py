@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -146,7 +147,9 @@ def assert_same(source: Shards, folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("trouble", [cut_off, too_short, a_page, busy, slow, stalled, None])
-def test_what_goes_wrong_once_is_tried_again(trouble: Trouble | None, server: Server, shards: Path, tmp_path: Path) -> None:
+def test_what_goes_wrong_once_is_tried_again(
+    trouble: Trouble | None, server: Server, shards: Path, tmp_path: Path
+) -> None:
     server.trouble = {"000001.tar": [trouble, trouble]} if trouble else {}
     assert_same(remote(server, tmp_path), Folder(str(shards / "pictures"), "all"))
     assert server.requests["000000.tar"] == 1
@@ -200,7 +203,8 @@ def test_copies_stay_below_the_limit_and_come_again(server: Server, shards: Path
     for _ in range(2):
         assert_same(source, folder)
         kept = [file.stat().st_size for file in (tmp_path / "shards").iterdir()]
-        assert len(kept) == 2 and sum(kept) <= 2.5 * size
+        assert len(kept) == 2
+        assert sum(kept) <= 2.5 * size
     assert sum(server.requests.values()) > 3
 
 
@@ -240,7 +244,10 @@ def test_a_list_states_sizes_and_checksums(server: Server, shards: Path, tmp_pat
         ("{", "is no list of shards"),
         ("[1]", "is no list of shards"),
         ('{"shardlist": [{"filesize": 3}]}', "is no list of shards"),
-        ('{"shardlist": [{"url": "a.tar", "filesize": "3"}]}', "has a shard without a url, or with a size that is no number"),
+        (
+            '{"shardlist": [{"url": "a.tar", "filesize": "3"}]}',
+            "has a shard without a url, or with a size that is no number",
+        ),
         ('{"shardlist": [{"url": "pipe:rm -rf /"}]}', r"has the command 'pipe:rm -rf /'"),
     ],
 )
@@ -299,9 +306,10 @@ class TestOrder:
         numbers = np.repeat(np.arange(6), 10)
         order = BatchOrder(60, 5, seed=0, start=0, stop=24, windows=ShardWindows(numbers, 2, 0))
         batches = [[numbers[index] for index, _ in batch] for batch in order]
-        windows = [sorted(set(sum(map(list, batches[i : i + 4]), []))) for i in range(0, 24, 4)]
+        windows = [sorted({n for batch in batches[i : i + 4] for n in batch}) for i in range(0, 24, 4)]
         assert all(len(window) == 2 for window in windows)
-        assert sorted(sum(windows[:3], [])) == sorted(sum(windows[3:], [])) == list(range(6))
+        for a_pass in (windows[:3], windows[3:]):
+            assert sorted(chain.from_iterable(a_pass)) == list(range(6))
         assert windows[:3] != windows[3:], "each pass has another order"
         plain = BatchOrder(60, 5, seed=0, start=0, stop=24)
         seen = [item for batch in order for item in batch]
@@ -318,7 +326,8 @@ class TestOrder:
         data = Images(source, source, 2, 32, cache="off", shuffle_shards=1, cache_dir=str(tmp_path))
         data.trainer = SimpleNamespace(max_steps=12, accumulate_grad_batches=1, global_rank=0, world_size=1)
         seen = Counter(key for batch in data.train_dataloader() for key in batch.keys)
-        assert set(seen.values()) == {2} and len(seen) == 12
+        assert set(seen.values()) == {2}
+        assert len(seen) == 12
 
     def test_without_shards_it_is_refused(self, shards: Path) -> None:
         source = Folder(str(shards / "pictures"), "all")

@@ -66,7 +66,13 @@ def parquet(pictures: Path) -> Path:
 
 def command(folder: Path, *words: str) -> partial:
     """`train.py` with what both runs share."""
-    common = [f"trainer.max_steps={STEPS}", "trainer.validate_every=6", "callbacks.last.every=1", "verdict=none", "data.cache=off"]
+    common = [
+        f"trainer.max_steps={STEPS}",
+        "trainer.validate_every=6",
+        "callbacks.last.every=1",
+        "verdict=none",
+        "data.cache=off",
+    ]
     common += ["~callbacks.previews", "logger=csv", "trainer.progress_bar=false", "resume=auto", "data.batch_size=2"]
     common += [f"data.cache_dir={folder}/cache", "data.flip=true", "data.held_out=0.2", "data.crop=random"]
     return partial(train_py, [*common, *words])

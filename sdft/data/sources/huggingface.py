@@ -105,7 +105,7 @@ def keys_of(name: str, rows: Any, column: str) -> PackedStrings:
     if column not in rows.column_names:
         raise UserError(f"data.key={column}: {name} has the columns {', '.join(rows.column_names)}")
     texts = rows[column]
-    wrong = [f"row {place} has no {column}" for place, text in enumerate(texts) if not isinstance(text, str) or not text]
+    wrong = [f"row {place} has no {column}" for place, text in enumerate(texts) if not (text and isinstance(text, str))]
     if not wrong:
         keys = PackedStrings(texts)
         wrong = [f"row {later} has that of row {earlier}, {keys[later]}" for later, earlier in repeated(keys)]

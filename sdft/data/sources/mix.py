@@ -9,7 +9,16 @@ import numpy as np
 
 from sdft.data.decode import StoredImage
 from sdft.data.packed_strings import Concatenated, PackedStrings
-from sdft.data.source import Sample, Source, StoredSource, left_out, prefetch, shard_numbers, shards_that_fit, stored_image
+from sdft.data.source import (
+    Sample,
+    Source,
+    StoredSource,
+    left_out,
+    prefetch,
+    shard_numbers,
+    shards_that_fit,
+    stored_image,
+)
 from sdft.errors import UserError
 from sdft.types import Count, Positive
 

@@ -71,7 +71,9 @@ class ShardCopies:
 
     def __init__(self, folder: str | Path, limit_gb: Positive | None = None, retries: Index = 5):
         root = Path(folder).expanduser()
-        self.folder, self.indexes, self.unfinished = (root / name for name in ("shards", "shard_index", "shards_partial"))
+        self.folder, self.indexes, self.unfinished = (
+            root / name for name in ("shards", "shard_index", "shards_partial")
+        )
         self.limit = None if limit_gb is None else int(limit_gb * 1e9)
         self.retries = retries
         self._pool: ThreadPoolExecutor | None = None
@@ -98,8 +100,10 @@ class ShardCopies:
         if path.is_file():
             return used(path)
         if not MAY_FETCH.get():
-            raise UserError(f"data.shards={shard.url}: dry_run=true fetches no shards and runs no commands, and there is "
-                            f"no copy of it in {self.folder} yet")  # fmt: skip
+            raise UserError(
+                f"data.shards={shard.url}: dry_run=true fetches no shards and runs no commands, and there is no copy of "
+                f"it in {self.folder} yet"
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.unfinished.mkdir(exist_ok=True)
@@ -115,8 +119,8 @@ class ShardCopies:
                     partial.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
-                f"data.cache_dir={self.folder.parent}: the copy of {shard.url} cannot be stored ({error.strerror}); free "
-                "some space, or set data.cache_limit_gb"
+                f"data.cache_dir={self.folder.parent}: the copy of {shard.url} cannot be stored ({error.strerror}); "
+                "free some space, or set data.cache_limit_gb"
             ) from error
         return path
 

@@ -81,7 +81,7 @@ def write_index(index: Path, identity: Identity, entries: PackedStrings) -> None
 
 
 def index_of(file: Path) -> PackedStrings:
-    """The entries of a local shard: from the index file beside it if that matches the shard, else from the shard itself.
+    """The entries of a local shard: from the index file beside it if that matches, else from the shard itself.
 
     The index is then written if possible. Raises UserError naming all problems of the shard.
     """
@@ -178,7 +178,12 @@ def entry_of(key: str, parts: dict[str, tarfile.TarInfo], opened) -> Entry:
     row = json.loads(text("json")) if "json" in parts else {}
     row = row if isinstance(row, dict) else {}
     named = row.get("file_name")
-    place = (named if isinstance(named, str) and named else picture.name, picture.name, picture.offset_data, picture.size)
+    place = (
+        named if isinstance(named, str) and named else picture.name,
+        picture.name,
+        picture.offset_data,
+        picture.size,
+    )
     plain = sorted((s for s in parts if s.rpartition(".")[2] in ("txt", "caption")), key=lambda s: (s.count("."), s))
     if plain:
         texts = [text(suffix) for suffix in plain]

@@ -44,7 +44,9 @@ def named(shards: str) -> list[ShardUrl]:
     """
     found: list[ShardUrl] = []
     for url in expand(shards):
-        found += listed(Path(url).expanduser()) if url.endswith(".json") and not urlparse(url).scheme else [ShardUrl(url)]
+        found += (
+            listed(Path(url).expanduser()) if url.endswith(".json") and not urlparse(url).scheme else [ShardUrl(url)]
+        )
     return found
 
 

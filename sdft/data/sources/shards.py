@@ -83,7 +83,8 @@ class RemoteShard:
             kept = kept_index(copies.index(shard))
         if kept is None:
             raise UserError(f"data.cache_dir: {copies.index(shard)} cannot be written; check its permissions")
-        (self.size, self._md5), self.entries = kept
+        (size, md5), self.entries = kept
+        self.size, self._md5 = int(size), str(md5)
 
     def _check(self, file: Path, arrived: Arrived) -> None:
         """Whether a fetched shard is whole and the one that was indexed; makes the index at the first time."""
@@ -139,7 +140,7 @@ class Shards(StoredSource):
         self.loss_weight, self.tags = loss_weight, tags
         self.template = checked_template("data.caption", caption)
         copies = None if cache_dir is None else ShardCopies(cache_dir, cache_limit_gb, retries)
-        self._limit = copies and copies.limit
+        self._limit = copies.limit if copies else None
         self.shards = opened(named(shards), copies)
         self._all = Concatenated(len(shard.entries) for shard in self.shards)
         self._places = np.arange(len(self._all))
