@@ -16,6 +16,7 @@ from PIL import Image
 from sdft.config.command import build, command
 from sdft.data.contact_sheet import ContactSheet
 from sdft.data.dataset import ImageDataset
+from sdft.data.error_messages import collected
 from sdft.data.sharding import write_shards
 from sdft.data.summary import summarize
 from sdft.errors import UserError
@@ -32,7 +33,8 @@ def check(cfg: DictConfig) -> None:
     options = {"unreadable": "skip", "cache": "off"}
     if "default_caption" in cfg.data and cfg.data.default_caption is None:
         options["default_caption"] = MISSING
-    data = build(cfg.data, **options)
+    with collected() as errors:
+        data = build(cfg.data, **options)
     sheets: dict[tuple[int, int], ContactSheet] = defaultdict(ContactSheet)
 
     def visit(dataset: ImageDataset, index: int, image: np.ndarray) -> None:
@@ -50,6 +52,8 @@ def check(cfg: DictConfig) -> None:
         num = found.target_hw.count((h, w))
         sheet.save(Path(cfg.out) / f"{w}x{h}.png", f"{w} x {h}: {len(sheet.cells)} of {num} images")
     print(f"contact sheets in {cfg.out}")
+    if errors:
+        raise UserError("\n".join(map(str, errors)))
 
 
 @command("data_cache")

@@ -134,3 +134,19 @@ def test_near_groups_are_those_within_reach() -> None:
                 assert any({a, b} <= group for group in groups)
     assert groups == {frozenset(f"{c}-{k}" for k in range(3)) for c in range(20)}
     assert near_groups({"a": 5, "b": 5}, known=[["a", "b"]]) == []
+
+
+def test_check_goes_on_to_the_pictures_when_captions_are_wrong(root: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """Everything that is wrong is told at once, and the exit status says so."""
+    (root / "a.txt").write_bytes(b"caf\xe9")
+    (root / "high.txt").write_text("")
+    (root / "metadata.jsonl").write_text('{"file_name": "bare.png", "text": 3}\n{oops\n')
+    with pytest.raises(SystemExit):
+        run("check", capsys, monkeypatch, f"data.root={root}", f"out={tmp_path}/sheets", "size=64")
+    told = capsys.readouterr()
+    assert "5, and 1 that cannot be read" in told.out
+    assert f"{root}/broken.png (not a known image format)" in told.out
+    assert "a.png has a caption that is not UTF-8 (byte 3 of a.txt)" in told.err
+    assert "metadata.jsonl line 1 has a caption that is neither text nor a list" in told.err
+    assert "metadata.jsonl line 2 is not JSON" in told.err
+    assert list((tmp_path / "sheets").glob("*.png"))

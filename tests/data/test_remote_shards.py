@@ -260,7 +260,7 @@ def test_lists_that_are_none_or_run_commands_are_refused(content: str, complaint
 def test_nothing_is_fetched_in_a_dry_run(server: Server, tmp_path: Path) -> None:
     token = MAY_FETCH.set(False)
     try:
-        with pytest.raises(UserError, match="dry_run=true fetches no shards"):
+        with pytest.raises(UserError, match="dry_run=true runs no commands and fetches nothing"):
             remote(server, tmp_path)
         assert not server.requests
         MAY_FETCH.reset(token)

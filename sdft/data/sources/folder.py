@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sdft.data.captions import Captions, Tags, checked_template, checked_texts
 from sdft.data.decode import IMAGE_SUFFIXES, OTHER_PICTURES, StoredImage
-from sdft.data.error_messages import join_problems
+from sdft.data.error_messages import complain, join_problems
 from sdft.data.packed_strings import PackedStrings
 from sdft.data.scan_cache import stamp_of
 from sdft.data.source import Sample, StoredSource
@@ -99,7 +99,7 @@ def read_captions(listing: Listing, keys: Sequence[str], default: str | None) ->
     in_tables, wrong = metadata.read_tables(root, tables)
     wrong += [f"{root / key} is named in a table but does not exist" for key in sorted(set(in_tables) - set(keys))]
     if wrong:
-        raise UserError(f"data.root: {join_problems(wrong)}; repair the table")
+        complain(UserError(f"data.root: {join_problems(wrong)}; repair the table"))
     found, missing, texts_beside = PackedStrings(), [], TextsBeside(listing, keys)
     for key in keys:
         try:
@@ -110,8 +110,9 @@ def read_captions(listing: Listing, keys: Sequence[str], default: str | None) ->
             found.append(metadata.packed(texts or ((default or "",), ())))
         except ValueError as error:
             missing.append((root / key, str(error)))
+            found.append(metadata.packed(((default or "",), ())))
     if missing:
-        raise UserError(f"data.root: {remedy(missing)}")
+        complain(UserError(f"data.root: {remedy(missing)}"))
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sdft.data.captions import Captions, Tags, checked_template
 from sdft.data.decode import StoredImage
-from sdft.data.error_messages import join_problems
+from sdft.data.error_messages import complain, join_problems
 from sdft.data.packed_strings import PackedStrings, repeated
 from sdft.data.source import Sample, StoredSource
 from sdft.data.sources import metadata
@@ -122,8 +122,9 @@ def captions_of(name: str, rows: Mapping[str, Sequence[Any]], column: str) -> Pa
             found.append(metadata.packed(metadata.texts_of({"text": value})))
         except ValueError as error:
             wrong.append(f"row {place} {error}")
+            found.append(metadata.packed((("",), ())))
     if wrong:
-        raise UserError(f"data.name={name}: {join_problems(wrong)}; choose data.text=COLUMN, or correct the rows")
+        complain(UserError(f"data.name={name}: {join_problems(wrong)}; choose data.text=COLUMN, or correct the rows"))
     return found
 
 

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sdft.data.captions import checked_texts
+from sdft.data.error_messages import complain
 from sdft.errors import UserError
 from sdft.types import LARGEST
 
@@ -29,7 +30,7 @@ def read_tables(root: Path, tables: list[str]) -> tuple[dict[str, WeightedTexts]
     problems = []
     for table in tables:
         folder = PurePosixPath(table).parent
-        for where, row in rows(root / table):
+        for where, row in readable_rows(root / table):
             try:
                 name = row.get("file_name")
                 if not isinstance(name, str) or not name:
@@ -41,6 +42,14 @@ def read_tables(root: Path, tables: list[str]) -> tuple[dict[str, WeightedTexts]
             except ValueError as error:
                 problems.append(f"{where} {error}")
     return found, problems
+
+
+def readable_rows(table: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a table, up to where it is broken."""
+    try:
+        yield from rows(table)
+    except UserError as error:
+        complain(error)
 
 
 def packed(texts: WeightedTexts) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 
 from sdft.data.captions import Captions, Tags, checked_template
 from sdft.data.decode import StoredImage
-from sdft.data.error_messages import join_problems
+from sdft.data.error_messages import complain, join_problems
 from sdft.data.packed_strings import Concatenated, PackedStrings, repeated
 from sdft.data.scan_cache import stamp_of
 from sdft.data.source import Sample, StoredSource
@@ -197,9 +197,11 @@ class Shards(StoredSource):
             here, there = (self._entry(place)[0].name for place in (later, earlier))
             wrong.append(f"{here}:{keys[later]} has the same name as a sample of {there}")
         if wrong:
-            raise UserError(
-                f"data.shards: {join_problems(wrong)}; write the shards again, or set data.default_caption='...' for "
-                "samples without a caption"
+            complain(
+                UserError(
+                    f"data.shards: {join_problems(wrong)}; write the shards again, or set data.default_caption='...' for "
+                    "samples without a caption"
+                )
             )
         return keys
 
