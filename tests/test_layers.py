@@ -20,6 +20,7 @@ LAYERS = {
     "eval": COMMANDS,
     "sdft.config": COMMANDS,
     "sdft.api": COMMANDS,
+    "sdft.captioning.commands": COMMANDS,
     "sdft.training.run": COMMANDS,
     "sdft.training.sweep": COMMANDS,
     "sdft.evaluation.run": COMMANDS,
@@ -33,6 +34,7 @@ LAYERS = {
     "sdft.sampling": SERVICES,
     "sdft.planning": SERVICES,
     "sdft.training.receipt": SERVICES,
+    "sdft.captioning": SERVICES,
     "sdft.evaluation": SERVICES,
     "sdft.merging": SERVICES,
     "sdft.batch": BASICS,
@@ -49,6 +51,7 @@ LAYERS = {
 
 SIDEWAYS = {
     ("models", "formats"): "a checkpoint is loaded through its format",
+    ("captioning", "evaluation"): "the judge of the toy world can also name what it sees",
     ("evaluation", "sampling"): "a verdict generates the images that it evaluates",
 }
 """Packages of one layer do not import each other, except these."""
@@ -62,7 +65,8 @@ RESERVED = {
     "pytorch_lightning": (),
     "peft": ("sdft.tuning.adapter", "sdft.formats"),
     "diffusers": ("sdft.models", "sdft.sampling", "sdft.evaluation", "sdft.formats"),
-    "transformers": ("sdft.models", "sdft.optimizers", "sdft.sampling", "sdft.evaluation", "sdft.formats"),
+    "transformers": ("sdft.captioning", "sdft.models", "sdft.optimizers", "sdft.sampling", "sdft.evaluation", "sdft.formats"),
+    "onnxruntime": ("sdft.captioning",),
     "webdataset": ("sdft.data.sources", "sdft.data.sharding"),
     "datasets": ("sdft.data.sources",),
     "pyarrow": ("sdft.data.sources", "sdft.evaluation.tables"),

@@ -1,11 +1,13 @@
-"""Work on data from the command line: `python -m sdft.data check | cache | shard | toy`, each with `key=value`."""
+"""Work on data from the command line: `python -m sdft.data check | cache | shard | toy | caption | edit | tags`, with `key=value`."""
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -99,7 +101,13 @@ def toy(cfg: DictConfig) -> None:
     print(f"{cfg.count} images in {out}")
 
 
-COMMANDS = {"check": check, "cache": cache, "shard": shard, "toy": toy}
+def captions(name: str) -> Callable[[], None]:
+    """A command for captions, which imports models only when it runs."""
+    return lambda: getattr(importlib.import_module("sdft.captioning.commands"), name)()
+
+
+COMMANDS: dict[str, Callable[[], None]] = {"check": check, "cache": cache, "shard": shard, "toy": toy}
+COMMANDS |= {name: captions(name) for name in ("caption", "edit", "tags")}
 
 
 def main() -> None:

@@ -1,29 +1,4 @@
-// Builds the page: title, recommendation, theme, sections. Runs last.
-
-const THEME = "sdft theme";
-
-function stored(name) {
-  try {
-    return localStorage.getItem(name);
-  } catch {
-    return null;
-  }
-}
-
-function setTheme(theme) {
-  document.documentElement.dataset.theme = theme;
-  const other = theme === "dark" ? "light" : "dark";
-  at("theme").textContent = other === "dark" ? "Dark" : "Light";
-  at("theme").setAttribute("aria-label", `Switch to the ${other} theme`);
-  at("theme").onclick = () => {
-    setTheme(other);
-    try {
-      localStorage.setItem(THEME, other);
-    } catch {
-      // Without storage, the choice lasts until the page is closed.
-    }
-  };
-}
+// Builds the page: title, recommendation, sections. Runs last.
 
 function showLead() {
   document.title = results.title;
@@ -48,7 +23,7 @@ function listContents() {
     make("a", { href: `#${section.id}` }, section.querySelector("h2").textContent)));
 }
 
-setTheme(stored(THEME) ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
+startTheme();
 showLead();
 buildGridControls();
 buildFilters();

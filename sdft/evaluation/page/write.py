@@ -5,26 +5,23 @@ All texts of users are embedded as data and never as markup. The layout is in pa
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
-import json
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
 from sdft.errors import UserError
 from sdft.evaluation.results import HeatMap, Results
+from sdft.pages import html
 
 HERE = Path(__file__).parent
-SCRIPTS = ("elements", "pictures", "grid", "enlarge", "tables", "charts", "bradley_terry", "vote", "page")
+SCRIPTS = ("pictures", "grid", "enlarge", "tables", "charts", "bradley_terry", "vote", "page")
 """In the order of their dependencies."""
 
 LONGEST = 256
@@ -32,9 +29,6 @@ LONGEST = 256
 MAX_TOTAL_PIXELS = 70_000_000
 """Pixels of all thumbnails together. With more than 1,068 images they get smaller, so that a page stays at about 40 MB:
 a pixel takes 0.1 to 0.4 bytes in WebP of this quality, and base64 a third more."""
-QUALITY = 78
-LOSSLESS = 4
-"""Ratio of bytes per pixel, lossless to lossy: an image smaller than the limit by this ratio is embedded losslessly."""
 
 
 def write_page(path: Path, results: Results) -> None:
@@ -48,32 +42,8 @@ def write_page(path: Path, results: Results) -> None:
     for picture, small in zip(data["pictures"], thumbnails, strict=True):
         picture["thumbnail"] = small
     # The key of votes in the browser's storage: the same page opened again finds them, another page does not.
-    data["id"] = hashlib.sha256(json_text(data).encode()).hexdigest()[:16]
-    unfinished = path.with_name(f"{path.name}.partial")
-    unfinished.write_text(page(json_text(data)), encoding="utf-8", newline="\n")
-    unfinished.replace(path)
-
-
-def page(data: str) -> str:
-    """The template with style, scripts and data. Its security policy allows only these, and no request to a network."""
-    style = (HERE / "page.css").read_text(encoding="utf-8")
-    script = "\n".join((HERE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
-    policy = (
-        f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(style)}'; "
-        "img-src 'self' file: data:; base-uri 'none'; form-action 'none'"
-    )
-    template = Template((HERE / "page.html").read_text(encoding="utf-8"))
-    return template.substitute(policy=policy, style=style, script=script, data=data)
-
-
-def digest(text: str) -> str:
-    """The hash by which a Content-Security-Policy allows an inline element."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-
-
-def json_text(value: Any) -> str:
-    """JSON for a script element: escaped so that no text can end the element or begin another."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    data["id"] = hashlib.sha256(html.json_text(data).encode()).hexdigest()[:16]
+    html.write_whole(path, html.page(HERE, "page", SCRIPTS, data))
 
 
 def plain(value: Any) -> Any:
@@ -96,15 +66,9 @@ def thumbnail(path: Path, side: int) -> dict[str, Any]:
     """A thumbnail as WebP in a data URI, at most `side` pixels wide and high, and the size of the original."""
     try:
         with Image.open(path) as opened:
-            width, height = opened.size
             image = opened.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"{path}: this image is missing; run the comparison again.") from None
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"{path}: not a readable image ({error}); delete it and run the comparison again.") from None
-    whole = width * height * LOSSLESS <= side * side
-    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    file = io.BytesIO()
-    image.save(file, "WEBP", lossless=whole, quality=QUALITY, method=4)
-    uri = "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-    return {"uri": uri, "width": width, "height": height, "whole": whole}
+    return html.thumbnail(image, side)

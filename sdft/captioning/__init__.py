@@ -1,0 +1,1 @@
+"""Captions of images: made by models, corrected by people, and edited by rule."""

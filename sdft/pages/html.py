@@ -1,0 +1,67 @@
+"""Writes a page as one file.
+
+All texts of users are embedded as data and never as markup, and a security policy allows nothing but what is in the file.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from PIL import Image
+
+HERE = Path(__file__).parent
+QUALITY = 78
+LOSSLESS = 4
+"""Ratio of bytes per pixel, lossless to lossy: an image smaller than the limit by this ratio is embedded losslessly."""
+
+
+def page(folder: Path, name: str, scripts: Sequence[str], data: Any) -> str:
+    """The page `NAME.html` of a folder, with its style `NAME.css`, its scripts and its data.
+
+    scripts: in the order of their dependencies, behind those that all pages share. data: what `json_text` takes.
+    """
+    style = "\n".join(file.read_text(encoding="utf-8") for file in (HERE / "base.css", folder / f"{name}.css"))
+    files = (HERE / "elements.js", HERE / "theme.js", *(folder / f"{script}.js" for script in scripts))
+    script = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    policy = (
+        f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(style)}'; "
+        "img-src 'self' file: data:; base-uri 'none'; form-action 'none'"
+    )
+    template = Template((folder / f"{name}.html").read_text(encoding="utf-8"))
+    return template.substitute(policy=policy, style=style, script=script, data=json_text(data))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is either the old or the new one."""
+    unfinished = path.with_name(f"{path.name}.partial")
+    unfinished.write_text(text, encoding="utf-8", newline="\n")
+    unfinished.replace(path)
+
+
+def digest(text: str) -> str:
+    """The hash by which a Content-Security-Policy allows an inline element."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def json_text(value: Any) -> str:
+    """JSON for a script element: escaped so that no text can end the element or begin another."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def thumbnail(image: Image.Image, side: int) -> dict[str, Any]:
+    """A thumbnail as WebP in a data URI, at most `side` pixels wide and high, and the size of the original."""
+    width, height = image.size
+    image = image.convert("RGB")
+    whole = width * height * LOSSLESS <= side * side
+    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    file = io.BytesIO()
+    image.save(file, "WEBP", lossless=whole, quality=QUALITY, method=4)
+    uri = "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return {"uri": uri, "width": width, "height": height, "whole": whole}
