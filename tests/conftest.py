@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
+from urllib.parse import urlsplit
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -23,6 +26,7 @@ from sdft.batch import Batch
 from sdft.models.sdxl import SDXL
 
 torch.set_num_threads(1)
+LOCAL = {"file", "data", "blob"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,3 +69,41 @@ def python() -> Iterator[WarmPython]:
     """Runs commands as a shell would, in a fraction of the time."""
     with WarmPython() as python:
         yield python
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[dev]'")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs a browser: apt install chromium")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def open_page(browser) -> Iterator[Callable]:
+    """Opens a file; at the end, there was no complaint on the console, no pop-up, and no request left the machine."""
+    complaints, addresses, contexts = [], [], []
+
+    def open_page(path: Path, before: str = "", **options):
+        contexts.append(browser.new_context(**options))
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+        page.on("request", lambda request: addresses.append(request.url))
+        page.set_default_timeout(20_000)
+        if before:
+            page.add_init_script(before)
+        page.goto(path.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+    assert addresses
+    assert {urlsplit(address).scheme for address in addresses} <= LOCAL

@@ -65,7 +65,9 @@ RESERVED = {
     "pytorch_lightning": (),
     "peft": ("sdft.tuning.adapter", "sdft.formats"),
     "diffusers": ("sdft.models", "sdft.sampling", "sdft.evaluation", "sdft.formats"),
-    "transformers": ("sdft.captioning", "sdft.models", "sdft.optimizers", "sdft.sampling", "sdft.evaluation", "sdft.formats"),
+    "transformers": tuple(
+        f"sdft.{part}" for part in ("captioning", "models", "optimizers", "sampling", "evaluation", "formats")
+    ),
     "onnxruntime": ("sdft.captioning",),
     "webdataset": ("sdft.data.sources", "sdft.data.sharding"),
     "datasets": ("sdft.data.sources",),

@@ -41,7 +41,9 @@ def caption(cfg: DictConfig) -> None:
                 texts = [wording(text) for text in captioner(images)] if images else []
                 made = {index: text for index, text in zip(indices, texts, strict=True) if text}
                 files.write(made, cfg.captioner_name)
-                unreadable += [f"{files.keys[index]} (the captioner says nothing)" for index in set(indices) - set(made)]
+                unreadable += [
+                    f"{files.keys[index]} (the captioner says nothing)" for index in set(indices) - set(made)
+                ]
                 written += len(made)
                 bar.update(len(images) + len(problems))
         print(f"{written} captions written in {time.monotonic() - started:.0f} s")
@@ -57,7 +59,7 @@ def _readable(files: CaptionFiles, indices: Sequence[int]) -> tuple[list[int], l
         try:
             images.append(decode(files.source.stored(index).content()))
             good.append(index)
-        except Exception as error:  # noqa: BLE001 - whatever a decoder says
+        except Exception as error:
             problems.append(f"{files.keys[index]} ({error})")
     return good, images, problems
 

@@ -44,7 +44,8 @@ class ImageToText:
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise UserError(
-                f"captioner.model={model}: no image-to-text model can be loaded ({' '.join(str(error).split())[:500]}); "
+                f"captioner.model={model}: no image-to-text model can be loaded "
+                f"({' '.join(str(error).split())[:500]}); "
                 "give a folder or a hub id of one in safetensors, such as Salesforce/blip-image-captioning-large"
             ) from error
         self.model: Any = loaded.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,8 +74,10 @@ class ImageToText:
                 [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": ask}]}]
                 for picture in pictures
             ]
-            options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "padding": True}
-            return self.processor.apply_chat_template(talks, return_tensors="pt", **options)
+            options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+            return self.processor.apply_chat_template(
+                talks, return_tensors="pt", processor_kwargs={"padding": True}, **options
+            )
         if self.prompt:
             texts = [self.prompt] * len(pictures)
             return self.processor(images=pictures, text=texts, padding=True, return_tensors="pt")

@@ -17,7 +17,8 @@ FRAME = ("A picture of ", ".")
 """Of a sentence that is made of tags."""
 ARTICLES = re.compile(r"^(?:an?|the|some)\s+", re.IGNORECASE)
 OPENINGS = re.compile(
-    r"^(?:this is |there is |there are )?(?:an? |the )?(?:picture|photo|photograph|image|painting|drawing|illustration)s? of\s+",
+    r"^(?:this is |there is |there are )?(?:an? |the )?"
+    r"(?:picture|photo|photograph|image|painting|drawing|illustration)s? of\s+",
     re.IGNORECASE,
 )
 """What captions begin with before they say what is seen."""
@@ -29,8 +30,8 @@ class Wording:
 
     form: `tags` takes a sentence apart, `sentence` makes one of tags; see `tags_of` and `sentence_of`.
     replace: words, phrases or tags to replace, whole and in any case. drop: those to remove; `*` stands for any letters
-        in tags between commas. least, most_share: tags in fewer captions than `least`, or in a larger share of them than
-        `most_share`, are removed; they need to be counted, see `counted`.
+        in tags between commas. least, most_share: tags in fewer captions than `least`, or in a larger share of them
+        than `most_share`, are removed; they need to be counted, see `counted`.
     trigger, template: the final caption; the template has the fields `{caption}` and `{trigger}`.
     """
 
@@ -65,7 +66,8 @@ class Wording:
     def __call__(self, caption: str) -> str:
         """The caption as it is written; a caption that has the trigger word already is not given it again."""
         text = " ".join(caption.split())
-        text = {"unchanged": str, "tags": lambda t: ", ".join(tags_of(t)), "sentence": sentence_of}[self.form](text)
+        if self.form != "unchanged":
+            text = ", ".join(tags_of(text)) if self.form == "tags" else sentence_of(text)
         for old, new in self.replace.items():
             text = whole(old).sub(lambda _, new=new: new, text)  # type: ignore[misc]
         text = self._without_dropped(text)

@@ -1,4 +1,4 @@
-"""Work on data from the command line: `python -m sdft.data check | cache | shard | toy | caption | edit | tags`, with `key=value`."""
+"""Work on data from the command line: `python -m sdft.data COMMAND`, with `key=value`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Writes a page as one file.
 
-All texts of users are embedded as data and never as markup, and a security policy allows nothing but what is in the file.
+All texts of users are embedded as data and never as markup, and a security policy allows only what is in the file.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ import pytest
 
 from sdft.config.command import CONF_DIR, check, compose
 
-ROOTS = {"train", "eval", "merge", "strip", "formats", "nano", "data_toy", "data_check", "data_cache", "data_shard"}
+DATA = ("toy", "check", "cache", "shard", "caption", "edit", "tags")
+ROOTS = {"train", "eval", "merge", "strip", "formats", "nano", *(f"data_{command}" for command in DATA)}
 NEEDS = {
     "data/folder": ["data.root=somewhere"],
     "data/webdataset": ["data.shards=somewhere"],
@@ -44,6 +45,7 @@ ROOT_NEEDS = {
     "data_check": ["data.root=x"],
     "data_cache": ["data.root=x", "out=y"],
     "data_shard": ["root=x", "out=y"],
+    **{f"data_{command}": ["root=x"] for command in ("caption", "edit", "tags")},
     "eval": ["subjects={base: nano}"],
 }
 
@@ -60,6 +62,9 @@ def test_every_option_composes_and_binds(option: str) -> None:
     group, _, name = option.rpartition("/")
     if group == "merge":
         check(compose("merge", [f"merge={name}", "out=x", *MERGE_NEEDS.get(name, ["a=x", "b=x"])]))
+        return
+    if group == "captioner":
+        check(compose("data_caption", [f"captioner={name}", *ROOT_NEEDS["data_caption"]]))
         return
     if group in ("eval", "metrics"):
         check(compose("eval", [f"{group}={name}", *ROOT_NEEDS["eval"]]))

@@ -9,12 +9,9 @@ import base64
 import io
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -39,7 +36,6 @@ RIGHT_TO_LEFT = "חתול אדום 🐈 & שולחן"
 PROMPTS = ("a photo of a cat", ALERT, RIGHT_TO_LEFT)
 COLOURS = {"base": (200, 30, 30), "tuned": (30, 160, 30), "<b>blend</b>": (30, 30, 200)}
 PHONE = {"width": 390, "height": 844}
-LOCAL = {"file", "data", "blob"}
 
 
 def draw(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (64, 64)) -> None:
@@ -153,44 +149,6 @@ def test_a_missing_or_broken_picture_is_named_and_the_old_page_stays(tmp_path: P
         write_page(page, results)
     assert page.read_text() == "old"
     assert not list(tmp_path.glob("*.partial"))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[dev]'")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs a browser: apt install chromium")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def open_page(browser) -> Iterator[Callable]:
-    """Opens a file; at the end, there was no complaint on the console, no pop-up, and no request left the machine."""
-    complaints, addresses, contexts = [], [], []
-
-    def open_page(path: Path, before: str = "", **options):
-        contexts.append(browser.new_context(**options))
-        page = contexts[-1].new_page()
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
-        page.on("request", lambda request: addresses.append(request.url))
-        page.set_default_timeout(20_000)
-        if before:
-            page.add_init_script(before)
-        page.goto(path.as_uri())
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert complaints == []
-    assert addresses
-    assert {urlsplit(address).scheme for address in addresses} <= LOCAL
 
 
 def colour_at(page, selector: str, x: float) -> tuple[int, ...]:

@@ -75,7 +75,7 @@ function card(item) {
   const update = () => {
     element.classList.toggle("changed", isChanged(item));
     undo.hidden = !isChanged(item);
-    state.textContent = isChanged(item) ? "changed" : item.by ?? (item.text ? "" : "no caption");
+    state.textContent = isChanged(item) ? "changed" : item.by !== null ? `made by ${item.by}` : item.text ? "" : "no caption";
     showCount();
   };
   area.addEventListener("input", () => { setText(item, area.value); update(); });

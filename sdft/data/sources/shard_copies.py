@@ -101,8 +101,8 @@ class ShardCopies:
             return used(path)
         if not MAY_FETCH.get():
             raise UserError(
-                f"data.shards={shard.url}: dry_run=true runs no commands and fetches nothing, and there is no copy of it "
-                f"in {self.folder} yet"
+                f"data.shards={shard.url}: dry_run=true runs no commands and fetches nothing, and there is no copy of "
+                f"it in {self.folder} yet"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -197,12 +197,8 @@ class Shards(StoredSource):
             here, there = (self._entry(place)[0].name for place in (later, earlier))
             wrong.append(f"{here}:{keys[later]} has the same name as a sample of {there}")
         if wrong:
-            complain(
-                UserError(
-                    f"data.shards: {join_problems(wrong)}; write the shards again, or set data.default_caption='...' for "
-                    "samples without a caption"
-                )
-            )
+            remedy = "write the shards again, or set data.default_caption='...' for samples without a caption"
+            complain(UserError(f"data.shards: {join_problems(wrong)}; {remedy}"))
         return keys
 
 
