@@ -9,7 +9,7 @@ import inspect
 import typing
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from sdft.data.cache import Cache, fingerprint
 from sdft.data.dataset import BatchOrder, ImageDataset, ShardWindows, Variant, collate
 from sdft.data.encoding import Ranks, cached_embeddings, cached_moments, prepared
 from sdft.data.images import Crop
+from sdft.data.inventory import Inventory
 from sdft.data.packed_strings import PackedStrings, unique
 from sdft.data.scan import OnUnreadable, only_readable
 from sdft.data.scan_cache import ScanCache
@@ -101,6 +102,8 @@ class Images(L.LightningDataModule):
         self.batch_size, self.seed, self.cache, self.num_workers = batch_size, seed, cache, num_workers
         self.store = Cache(cache_dir) if cache == "disk" and cache_dir else None
         self.bucketed = bool(bucket_step)
+        self.resume_with_changed_data = False
+        """Whether a run may go on with other images than its checkpoint was saved with."""
         self.windows = None
         fitting = shards_that_fit(train)
         if fitting is not None and cache == "off" and shuffle_shards is None:
@@ -198,10 +201,36 @@ class Images(L.LightningDataModule):
         return Ranks(self.trainer.global_rank, self.trainer.world_size, self.trainer.strategy.barrier)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batches_done": self.trainer.global_step * self.trainer.accumulate_grad_batches}
+        return {
+            "batches_done": self.trainer.global_step * self.trainer.accumulate_grad_batches,
+            "samples_per_step": self._samples_per_step(),
+            "inventory": self._inventory.state(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint was saved. Raises UserError if the images or the effective batch are others, unless
+        `resume_with_changed_data` is set, which goes on at the same step with what is there now."""
         self._batches_done = state["batches_done"]
+        changes = []
+        if "inventory" in state:  # checkpoints of earlier versions have none
+            changes = self._inventory.changes_since(Inventory.from_state(state["inventory"]))
+        per_step = self._samples_per_step()
+        if state.get("samples_per_step", per_step) != per_step:
+            changes.append(f"{per_step} images a step instead of {state['samples_per_step']}")
+        if changes and not self.resume_with_changed_data:
+            raise UserError(
+                f"resume: the checkpoint was saved with other data: {', '.join(changes)}; restore them, or set "
+                "resume_with_changed_data=true to go on with what is there now"
+            )
+        if changes and self.trainer.is_global_zero:
+            print(f"the data have changed since the checkpoint: {', '.join(changes)}", flush=True)
+
+    def _samples_per_step(self) -> int:
+        return self.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+
+    @cached_property
+    def _inventory(self) -> Inventory:
+        return Inventory.of(self.train_set.source, self.train_scan)
 
 
 class PrefetchOrder(Sampler[list[tuple[int, int]]]):

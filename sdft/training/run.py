@@ -67,6 +67,7 @@ def finetune(cfg: DictConfig, overrides: Sequence[str] | None, report: Report) -
     # The cheap parts first: a wrong number or an empty folder is reported before any weights are read.
     data, tuning, objective, export = (build(cfg[name]) for name in ("data", "tuning", "objective", "export"))
     verdict = build_optional(cfg.verdict)
+    data.resume_with_changed_data = cfg.resume_with_changed_data
     set_steps(cfg, data)
     optimizer, lr_schedule = build(cfg.optimizer), build(cfg.lr_schedule)
     refuse_schedule(optimizer, lr_schedule)
