@@ -51,6 +51,7 @@ LAYERS = {
 
 SIDEWAYS = {
     ("models", "formats"): "a checkpoint is loaded through its format",
+    ("data", "pages"): "images to look at are shown on a page",
     ("captioning", "evaluation"): "the judge of the toy world can also name what it sees",
     ("evaluation", "sampling"): "a verdict generates the images that it evaluates",
 }

@@ -14,9 +14,9 @@ from typing import Literal
 
 from sdft.data.error_messages import join_problems
 from sdft.data.sources import Folder
+from sdft.data.sources.listing import OWN_RECORD
 from sdft.errors import UserError
 
-RECORD = ".sdft_captions.jsonl"
 KIND = "sdft captions"
 Overwrite = Literal["never", "made", "all"]
 
@@ -46,7 +46,7 @@ class CaptionFiles:
     def _recorded(self) -> Iterator[tuple[str, tuple[str, str]]]:
         """(key, (text, who wrote it)) of everything written here."""
         try:
-            lines = (self.root / RECORD).read_text(encoding="utf-8").split("\n")
+            lines = (self.root / OWN_RECORD).read_text(encoding="utf-8").split("\n")
         except FileNotFoundError:
             return
         for number, line in enumerate(lines, 1):
@@ -57,7 +57,7 @@ class CaptionFiles:
                 yield row["file"], (row["text"], row["by"])
             except (ValueError, KeyError, TypeError) as error:
                 if number < len(lines):  # the last line may be cut by a kill
-                    raise UserError(f"{self.root / RECORD} line {number} is damaged; remove the line") from error
+                    raise UserError(f"{self.root / OWN_RECORD} line {number} is damaged; remove the line") from error
 
     def __getitem__(self, index: int) -> str:
         captions = self.source[index].captions
@@ -95,7 +95,7 @@ class CaptionFiles:
             row = {"file": self.keys[index], "text": " ".join(text.split()), "by": by}
             rows.append(row | ({"before": self[index]} if self[index] else {}))
         try:
-            with (self.root / RECORD).open("a", encoding="utf-8") as record:
+            with (self.root / OWN_RECORD).open("a", encoding="utf-8") as record:
                 record.writelines(json.dumps(row) + "\n" for row in rows)
             for row in rows:
                 file = caption_file(self.root / row["file"])

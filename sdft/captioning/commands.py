@@ -16,6 +16,7 @@ from sdft.captioning.wording import tag_table
 from sdft.config.command import build, command
 from sdft.data.decode import decode
 from sdft.data.error_messages import join_problems
+from sdft.data.sources.listing import OWN_RECORD
 from sdft.data.threads import in_threads
 from sdft.errors import UserError
 from sdft.progress import tqdm
@@ -94,7 +95,7 @@ def edit(cfg: DictConfig) -> None:
         print(f"{len(changes)} captions would change; nothing was written")
         return
     files.write(changes, by)
-    print(f"{len(changes)} captions changed; what they were is in {files.root / '.sdft_captions.jsonl'}")
+    print(f"{len(changes)} captions changed; what they were is in {files.root / OWN_RECORD}")
 
 
 @command("data_tags")

@@ -12,19 +12,22 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from sdft.config.command import build, command
+from sdft.config.command import CONF_DIR, build, command
 from sdft.data.contact_sheet import ContactSheet
 from sdft.data.dataset import ImageDataset
 from sdft.data.error_messages import collected
+from sdft.data.packed_strings import printable
+from sdft.data.page.write import write_page
 from sdft.data.sharding import write_shards
-from sdft.data.summary import summarize
+from sdft.data.summary import DataSummary, summarize
 from sdft.errors import UserError
 from sdft.progress import tqdm
 
 MISSING = "(no caption)"
+TASKS = ("style", "word", "product", "character", "brand")
 
 
 @command("data_check")
@@ -50,12 +53,40 @@ def check(cfg: DictConfig) -> None:
     found.broken, found.left_out = data.skipped, data.left_out
     most_tokens = 75 * model.prompt_chunks + 2 if model else 0
     print("\n".join(found.lines(cfg.caption.format(caption=MISSING), most_tokens)))
+    print("\n".join(sensible_steps(len(data.train_set.source.keys))))
     for (h, w), sheet in sorted(sheets.items()):
         num = found.target_hw.count((h, w))
         sheet.save(Path(cfg.out) / f"{w}x{h}.png", f"{w} x {h}: {len(sheet.cells)} of {num} images")
     print(f"contact sheets in {cfg.out}")
+    look_at(found, Path(cfg.out))
     if errors:
         raise UserError("\n".join(map(str, errors)))
+
+
+def sensible_steps(num: int) -> list[str]:
+    """How many steps each task of `experiment=` would take with `num` training images, and where that comes from."""
+    recipe = OmegaConf.load(CONF_DIR / "recipe" / "sdxl_lora_unet.yaml")
+    per_step = recipe.data.batch_size * recipe.trainer.accumulate_grad_batches
+    found = [f"steps of {per_step} images that experiment=NAME model=sdxl takes for {num} training images:"]
+    for task in TASKS:
+        options = OmegaConf.load(CONF_DIR / "experiment" / f"{task}.yaml")
+        wanted = -(-options.epochs * num // per_step)
+        steps = min(max(wanted, options.min_steps), options.trainer.max_steps)
+        bound = {options.min_steps: ", the least", options.trainer.max_steps: ", the most"}.get(steps, "")
+        found.append(f"  {task:<10} {steps:>6} ({options.epochs} passes{bound if steps != wanted else ''})")
+    return [*found, "  (passes of the best runs on nano, see docs/recipes.md; a first guess for other sets)"]
+
+
+def look_at(found: DataSummary, out: Path) -> None:
+    """Write the page of flagged images, and the list of those that are nearly the same as another."""
+    if not found.thumbnails:
+        return
+    num = write_page(out / "flagged.html", found, str(out))
+    print(f"next: open {out / 'flagged.html'}, {num} images to look at, and train with data.exclude=FILE")
+    if found.proposed:
+        lines = [f"# nearly the same as {printable(best)}\n{printable(key)}\n" for key, best in found.proposed.items()]
+        (out / "exclude.txt").write_text("".join(lines), encoding="utf-8")
+        print(f"{len(found.proposed)} that are nearly the same as another are listed in {out / 'exclude.txt'}")
 
 
 @command("data_cache")
@@ -78,7 +109,8 @@ def cache(cfg: DictConfig) -> None:
 def shard(cfg: DictConfig) -> None:
     """Write the images and captions of a source as tar shards, each with an index."""
     source = build(cfg.source)
-    shards = write_shards(source, Path(cfg.out), cfg.per_shard, partial(tqdm, desc="writing", unit="shard"))
+    bar = partial(tqdm, desc="writing", unit="image")
+    shards = write_shards(source, Path(cfg.out), cfg.per_shard, bar, cfg.most_gb)
     print(f"{len(source.keys)} images in {len(shards)} shards")
     print(f"next: data=webdataset data.shards='{cfg.out}/{{000000..{len(shards) - 1:06d}}}.tar'")
 

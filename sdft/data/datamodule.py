@@ -23,6 +23,7 @@ from sdft.data.buckets import bucket_sizes
 from sdft.data.cache import Cache, fingerprint
 from sdft.data.dataset import BatchOrder, ImageDataset, ShardWindows, Variant, collate
 from sdft.data.encoding import Ranks, cached_embeddings, cached_moments, prepared
+from sdft.data.exclusions import without
 from sdft.data.images import Crop
 from sdft.data.inventory import Inventory
 from sdft.data.packed_strings import PackedStrings, unique
@@ -56,6 +57,7 @@ class Images(L.LightningDataModule):
         None crops squares.
     cache_dir: folder of `cache=disk`, which any number of runs can share, and of the results of scans, which are in the
         user's cache folder if it is None.
+    exclude: a text file with the keys of images to leave out, one a line.
     shuffle_shards: reads a set of shards this many at a time, shuffled together, instead of all in one random order,
         for sets that are larger than `cache_limit_gb`.
     unreadable: with `error`, images that cannot be decoded end the run before training, all named; `skip` omits them.
@@ -80,12 +82,15 @@ class Images(L.LightningDataModule):
         unreadable: OnUnreadable = "error",
         encoder_dropout: tuple[Fraction, Fraction] | None = None,
         shuffle_shards: Count | None = None,
+        exclude: str | None = None,
     ):
         super().__init__()
         check_sizes(size, bucket_step)
         if cache == "disk" and cache_dir is None:
             raise UserError("data.cache=disk: set data.cache_dir=DIR, the folder of the cache")
         self.left_out = list(dict.fromkeys(line for part in (train, validation) for line in left_out(part)))
+        if exclude is not None:
+            train, validation = without([train, validation], exclude)
         ((train, scan), (validation, validation_scan)), self.skipped = only_readable(
             [train, validation], unreadable, ScanCache(cache_dir)
         )

@@ -30,9 +30,7 @@ class Inventory:
     @classmethod
     def of(cls, source: Source, scan: Scan) -> Inventory:
         """Of a source whose images were scanned; reads no image."""
-        return cls(
-            source.keys, np.fromiter((digest_of(source, scan, i) for i in range(len(source.keys))), np.uint64)
-        )
+        return cls(source.keys, np.fromiter((digest_of(source, scan, i) for i in range(len(source.keys))), np.uint64))
 
     def state(self) -> dict[str, bytes]:
         """For a checkpoint."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from sdft.data.decode import UnreadableImage, examine
 from sdft.data.error_messages import join_problems
+from sdft.data.exclusions import without
 from sdft.data.scan_cache import ImageFacts, ScanCache
 from sdft.data.source import Source, stored_image
 from sdft.data.sources.splits import Subset
@@ -77,11 +78,16 @@ def scan(source: Source, cache: ScanCache) -> Scan:
     return found
 
 
-def readable(source: Source, unreadable: OnUnreadable = "error", cache_dir: str | None = None) -> Source:
+def readable(
+    source: Source, unreadable: OnUnreadable = "error", cache_dir: str | None = None, exclude: str | None = None
+) -> Source:
     """The source without images that cannot be decoded. With `unreadable=error`, raises UserError if there are any.
 
-    cache_dir: folder for the results of scans; the user's cache folder if None.
+    cache_dir: folder for the results of scans; the user's cache folder if None. exclude: a text file with the keys of
+    images to leave out; it may also name others.
     """
+    if exclude is not None:
+        (source,) = without([source], exclude, whole=False)
     ((left, _),), _ = only_readable([source], unreadable, ScanCache(cache_dir))
     return left
 

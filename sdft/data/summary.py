@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -16,11 +16,14 @@ from imagehash import dhash
 from PIL import Image
 
 from sdft.data.dataset import ImageDataset
+from sdft.data.quality import flags_of, to_leave_out
 from sdft.data.scan import Scan
+from sdft.pages.html import thumbnail
 
 NEAR = 4
 """Bits of 64 in which the difference hashes of near-duplicates may differ."""
 MOST_NAMED = 5
+THUMBNAIL = 256
 
 
 @dataclass
@@ -41,6 +44,12 @@ class DataSummary:
     near_duplicates: list[list[str]] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    flags: dict[str, list[str]] = field(default_factory=dict)
+    """why images should be looked at; see `quality.flags_of`"""
+    proposed: dict[str, str] = field(default_factory=dict)
+    """images that are nearly the same as another -> the one to keep"""
+    thumbnails: dict[str, dict] = field(default_factory=dict)
+    """of images with a flag, or nearly the same as another"""
 
     def lines(self, missing: str | None = None, most_tokens: int = 77) -> list[str]:
         """The summary as lines of text.
@@ -64,6 +73,7 @@ class DataSummary:
             f"cropped by > 25% {counted(cropped)}",
             f"duplicates       {grouped(self.duplicates)}",
             f"near-duplicates  {grouped(self.near_duplicates)}",
+            f"to look at       {flag_counts(self.flags)}",
             f"captions         {min(words)} to {max(words)} words, median {statistics.median(words):.0f}; "
             f"{len(set(self.captions))} different ones",
             f"without caption  {counted(bare)}",
@@ -91,19 +101,26 @@ def grouped(groups: Sequence[Sequence[str]]) -> str:
     return counted([" = ".join(group) for group in groups])
 
 
+def flag_counts(flags: Mapping[str, Sequence[str]]) -> str:
+    """How many images have each kind of flag."""
+    counts = Counter(flag.partition(" (")[0] for each in flags.values() for flag in each)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "none"
+
+
 def summarize(
     parts: Sequence[tuple[ImageDataset, Scan]],
     visit: Callable[[ImageDataset, int, np.ndarray], None],
     bar: Callable[[Iterable], Iterable] = iter,
     count_tokens: Callable[[str], int] | None = None,
 ) -> DataSummary:
-    """Reads every image once.
+    """Reads every image once, and those that are nearly the same as another twice.
 
     parts: datasets with the scans of their sources. visit: called with dataset, index and image. bar: wraps the loop.
     count_tokens: of a caption.
     """
     found = DataSummary()
     same, hashes = defaultdict(list), {}
+    places: dict[str, tuple[ImageDataset, int]] = {}
     rows = [(dataset, scan, index) for dataset, scan in parts for index in range(len(dataset.source.keys))]
     for dataset, scan, index in bar(rows):
         sample = dataset.source[index]
@@ -120,9 +137,19 @@ def summarize(
             found.tokens.append(max(count_tokens(text) for text in texts or (sample.caption,)))
         same[scan.digest(index) or sample.key].append(sample.key)
         hashes[sample.key] = difference_hash(image)
+        places[sample.key] = (dataset, index)
+        if flags := flags_of(image, plan.target_hw, plan.resized_hw):
+            found.flags[sample.key] = flags
+            found.thumbnails[sample.key] = thumbnail(Image.fromarray(image), THUMBNAIL)
         visit(dataset, index, image)
     found.duplicates = [keys for keys in same.values() if len(keys) > 1]
     found.near_duplicates = near_groups(hashes, found.duplicates)
+    sizes = dict(zip(found.keys, found.original_hw, strict=True))
+    groups = [*found.duplicates, *found.near_duplicates]
+    found.proposed = to_leave_out(groups, sizes)
+    for key in (key for group in groups for key in group if key not in found.thumbnails):
+        dataset, index = places[key]
+        found.thumbnails[key] = thumbnail(Image.fromarray(dataset.source[index].image_HWC), THUMBNAIL)
     return found
 
 

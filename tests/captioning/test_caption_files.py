@@ -17,10 +17,11 @@ import pytest
 from PIL import Image
 from small_runs import Run, command_py, finish, start
 
-from sdft.captioning.caption_files import RECORD, CaptionFiles
+from sdft.captioning.caption_files import CaptionFiles
 from sdft.captioning.wording import Wording, sentence_of, tag_table, tags_of
 from sdft.data import __main__ as commands
 from sdft.data.sources import Folder, ToyWorld
+from sdft.data.sources.listing import OWN_RECORD
 from sdft.errors import UserError
 
 
@@ -76,7 +77,7 @@ def test_only_made_captions_are_made_again(root: Path, tmp_path: Path, capsys, m
     told = run("caption", capsys, monkeypatch, *words, "overwrite=all")
     assert "7 to caption, 1 captions stay" in told
     assert texts(root)["3.png"] == ("one", "two"), "several captions are never replaced"
-    rows = [json.loads(line) for line in (root / RECORD).read_text().splitlines()]
+    rows = [json.loads(line) for line in (root / OWN_RECORD).read_text().splitlines()]
     replaced = {row["file"]: row["before"] for row in rows if "before" in row}
     assert {"mine, red", "also mine", "of a table", "corrected by hand"} <= set(replaced.values()), "nothing is lost"
 

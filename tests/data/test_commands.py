@@ -56,7 +56,7 @@ def test_check_tells_what_there_is(root: Path, tmp_path: Path, capsys, monkeypat
     assert "1: high.png" in lines["enlarged"]
     sizes = [line.split()[:4] for line in told.splitlines() if " x " in line and line.startswith("     ")]
     assert sizes == [["80", "x", "48", "3"], ["64", "x", "64", "1"], ["48", "x", "80", "1"]]
-    sheets = {file.name: Image.open(file).size for file in (tmp_path / "sheets").iterdir()}
+    sheets = {file.name: Image.open(file).size for file in (tmp_path / "sheets").glob("*.png")}
     assert sheets.keys() == {"80x48.png", "64x64.png", "48x80.png"}
     assert sheets["80x48.png"][0] > 2 * sheets["64x64.png"][0], "three pictures stand beside each other"
 

@@ -15,6 +15,8 @@ SYSTEM_NAMES = {
 }  # fmt: skip
 """What operating systems leave beside pictures, besides names that begin with a dot."""
 
+OWN_RECORD = ".sdft_captions.jsonl"
+"""What sdft has written to caption files; neither a picture nor left out."""
 Identity = tuple[int, int]
 """Device and number of a folder, which all links to it share."""
 
@@ -41,6 +43,8 @@ class Listing:
 
     def _below(self, folder: str, name: str) -> Iterator[str]:
         for entry in entries(folder):
+            if entry.name == OWN_RECORD:
+                continue
             if entry.name.startswith("."):
                 self.left_out["hidden: the name begins with a dot"] += 1
             elif entry.name.lower() in SYSTEM_NAMES:

@@ -1,0 +1,1 @@
+"""The page of images to look at before a training."""
