@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from sdft.batch import Batch
+from sdft.data.augmentation import Augmentation
 from sdft.data.buckets import bucket_sizes
 from sdft.data.cache import Cache, fingerprint
 from sdft.data.dataset import BatchOrder, ImageDataset, ShardWindows, Variant, collate
@@ -45,7 +46,8 @@ class Images(L.LightningDataModule):
     train, validation: the sources; `validation` is never trained on.
     batch_size: samples of one device and one accumulation step.
     size: side of the square training images, in pixels; with buckets, the root of their area.
-    crop, flip: position of the crop, and whether half of the visits are flipped horizontally.
+    crop, flip: position of the crop, and whether half of the visits are flipped horizontally, but for images whose
+        caption says left or right.
     caption_dropout: probability of training on the empty prompt instead of the caption.
     encoder_dropout: probabilities of the empty prompt for the first (CLIP-L) and second text encoder (CLIP-G), drawn
         independently of each other and of `caption_dropout`; None for the same prompt for both.
@@ -57,6 +59,8 @@ class Images(L.LightningDataModule):
         None crops squares.
     cache_dir: folder of `cache=disk`, which any number of runs can share, and of the results of scans, which are in the
         user's cache folder if it is None.
+    augmentation: random zoom, rotation and colours of training images. variants: number of random crops, zooms,
+        rotations and colours of each image, so that they can be cached; others at every visit if it is None.
     exclude: a text file with the keys of images to leave out, one a line.
     shuffle_shards: reads a set of shards this many at a time, shuffled together, instead of all in one random order,
         for sets that are larger than `cache_limit_gb`.
@@ -83,6 +87,8 @@ class Images(L.LightningDataModule):
         encoder_dropout: tuple[Fraction, Fraction] | None = None,
         shuffle_shards: Count | None = None,
         exclude: str | None = None,
+        augmentation: Augmentation | None = None,
+        variants: Count | None = None,
     ):
         super().__init__()
         check_sizes(size, bucket_step)
@@ -98,12 +104,14 @@ class Images(L.LightningDataModule):
         dataset_of = partial(ImageDataset, size_hw=(size, size), seed=seed, buckets=buckets)
         self.train_set = dataset_of(
             train, crop=crop, flip=flip, caption_dropout=caption_dropout, encoder_dropout=encoder_dropout or (),
-            hw_N2=scan.hw_N2,
+            hw_N2=scan.hw_N2, augmentation=augmentation, variants=variants,
         )  # fmt: skip
         self.validation_set = dataset_of(validation, hw_N2=validation_scan.hw_N2)
         self.train_scan, self.validation_scan = scan, validation_scan
         if cache != "off":
             self.train_set.cacheable_variants()
+        if flip and (fixed := sum(map(self.train_set.names_direction, range(len(train.keys))))):
+            self.left_out.append(f"{fixed} x not flipped: the caption says left or right")
         self.batch_size, self.seed, self.cache, self.num_workers = batch_size, seed, cache, num_workers
         self.store = Cache(cache_dir) if cache == "disk" and cache_dir else None
         self.bucketed = bool(bucket_step)

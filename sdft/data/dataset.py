@@ -7,6 +7,7 @@ independently of workers, of ranks, and of how a global batch is split.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from sdft.batch import Batch
+from sdft.data.augmentation import Augmentation, Colours, Geometry
 from sdft.data.buckets import nearest_bucket
 from sdft.data.images import Crop, CropPlan, crop_image, plan_crop
 from sdft.data.source import Sample, Source, prefetch
@@ -142,8 +144,10 @@ def bucket_order(sizes: Sequence[int], num: int, seed: int, first: int) -> Itera
         visit += 1
 
 
-Variant = tuple[int, bool]
-"""(index of a sample, whether it is flipped)"""
+Variant = tuple[int, bool, int]
+"""(index of a sample, whether it is flipped, number of its crop and colours)"""
+DIRECTION = re.compile(r"\b(left|right)(most|wards?|-handed|-facing)?\b", re.IGNORECASE)
+"""Words of a caption that a flip would make untrue."""
 Embeddings = tuple[Tensor, Tensor]
 """Prompt embeddings of one caption: context L x D, pooled P."""
 
@@ -165,12 +169,15 @@ class EmbeddingLookup(Prefetches, Protocol):
 class Visit:
     """The random choices of one reading of a sample; the defaults are those of validation.
 
+    number: of the crop and colours; 0 where there is one. draws: of the captions. looks: of the crop and colours.
     dropped: whether the caption is replaced by the empty one. dropped_encoders: the same for each text encoder.
     """
 
     index: int
     flip: bool
+    number: int = 0
     draws: Draws | None = None
+    looks: Draws | None = None
     dropped: bool = False
     dropped_encoders: Sequence[bool] = ()
 
@@ -190,6 +197,8 @@ class ImageDataset(Dataset):
     buckets: sizes (h, w); each image is cropped to the one with the nearest aspect ratio.
     caption_dropout: share of visits with the empty caption. encoder_dropout: the same for each text encoder, besides.
     hw_N2: heights and widths of the images that are known without reading them, 0 for others.
+    augmentation: changes of the images. variants: number of crops and colours of each image, in turn at its visits, so
+        that they can be encoded once; None for others at every visit.
 
     Examples have pixels and captions. Once they are set, `moments` (of the VAE's posterior, by variant) replace the
     pixels, and `text_embeddings` the captions. `moments_on_disk` is set as well if `moments` reads the disk cache.
@@ -206,9 +215,11 @@ class ImageDataset(Dataset):
         encoder_dropout: Sequence[Fraction] = (),
         buckets: Sequence[tuple[int, int]] = (),
         hw_N2: np.ndarray | None = None,
+        augmentation: Augmentation | None = None,
+        variants: Count | None = None,
     ):
         self.source, self.size_hw, self.seed = source, size_hw, seed
-        self.crop, self.flip = crop, flip
+        self.crop, self.flip, self.augmentation, self.variants = crop, flip, augmentation or Augmentation(), variants
         self.caption_dropout, self.encoder_dropout = caption_dropout, encoder_dropout
         self.hw_N2 = np.zeros((len(source.keys), 2), np.int32) if hw_N2 is None else hw_N2
         self.targets = [nearest_bucket(self._hw(i), buckets) for i in range(len(source.keys))] if buckets else None
@@ -239,7 +250,7 @@ class ImageDataset(Dataset):
         if self.moments_on_disk is None:
             return  # no disk cache, so no text embeddings there either
         visits = [self._visit(*item) for item in items]
-        self.moments_on_disk.prefetch([(visit.index, visit.flip) for visit in visits])
+        self.moments_on_disk.prefetch([(visit.index, visit.flip, visit.number) for visit in visits])
         if self.text_embeddings is not None:
             captions = (visit.encoder_captions(self.source[visit.index]) for visit in visits)
             self.text_embeddings.prefetch([text for each in captions for text in each])
@@ -251,23 +262,35 @@ class ImageDataset(Dataset):
 
     def _visit(self, index: int, visit: int) -> Visit:
         draws = Draws(self.seed, [self.source.keys[index]], [visit])
-        flip = self.flip and bool(draws.uniform("flip") < 0.5)
+        flip = self.flip and bool(draws.uniform("flip") < 0.5) and not self.names_direction(index, draws)
+        number = visit % self.variants if self.variants else 0
+        looks = self._looks(index, number) if self.variants else draws
         dropped = bool(draws.uniform("caption dropout") < self.caption_dropout)
         shares = enumerate(self.encoder_dropout)
         alone = [bool(draws.uniform(f"caption dropout of encoder {place}") < share) for place, share in shares]
-        return Visit(index, flip, draws, dropped, alone)
+        return Visit(index, flip, number, draws, looks, dropped, alone)
 
-    def variant(self, index: int, flip: bool) -> dict:
-        """One sample with the crop and the caption of validation."""
-        return self._example(Visit(index, flip))
+    def _looks(self, index: int, number: int) -> Draws:
+        """The random numbers of one of the `variants` of an image."""
+        return Draws(self.seed, [self.source.keys[index]], [number])
+
+    def names_direction(self, index: int, draws: Draws | None = None) -> bool:
+        """Whether the caption of a visit, or of validation, says left or right; such images are not flipped."""
+        sample = self.source[index]
+        caption = sample.captions.draw(draws) if sample.captions and draws else sample.caption
+        return bool(DIRECTION.search(caption))
+
+    def variant(self, index: int, flip: bool, number: int = 0) -> dict:
+        """One sample with the caption of validation, and its crop, or one of its `variants`."""
+        return self._example(Visit(index, flip, number, looks=self._looks(index, number) if self.variants else None))
 
     def _example(self, visit: Visit) -> dict:
         """One example, with moments if they are cached and pixels otherwise."""
         index, sample = visit.index, self.source[visit.index]
-        moments = self.moments.get((index, visit.flip))
+        moments = self.moments.get((index, visit.flip, visit.number))
         h, w = self.hw_N2[index].tolist()
         image = sample.image_HWC if moments is None or not h else None
-        crop = self.crop_plan(index, (h, w) if image is None else image.shape[:2], visit.flip, visit.draws)
+        crop = self.crop_plan(index, (h, w) if image is None else image.shape[:2], visit.flip, visit.looks)
         conditioned = replace(crop, original_hw=sample.original_hw) if sample.original_hw else crop
         example = {
             "keys": sample.key,
@@ -284,20 +307,36 @@ class ImageDataset(Dataset):
         if moments is not None:
             return example | {"moments_BCHW": moments}
         assert image is not None
-        return example | {"pixels_BCHW": crop_image(image, crop)}
+        return example | {"pixels_BCHW": crop_image(image, crop, self.colours(visit.looks))}
 
-    def crop_plan(self, index: int, hw: tuple[int, int], flip: bool, draws: Draws | None = None) -> CropPlan:
-        """The crop of an image of the size `hw`; `draws` of a visit place a random crop."""
-        at = (0.5, 0.5)
-        if self.crop == "random" and draws is not None:
-            at = (float(draws.uniform("crop top")), float(draws.uniform("crop left")))
-        return plan_crop(hw, self.target_hw(index), at, flip)
+    def crop_plan(self, index: int, hw: tuple[int, int], flip: bool, looks: Draws | None = None) -> CropPlan:
+        """The crop of an image of the size `hw`; `looks` of a visit place a random crop, zoom and turn it."""
+        at, geometry = (0.5, 0.5), Geometry()
+        if looks is not None:
+            geometry = self.augmentation.geometry(looks)
+            if self.crop == "random":
+                at = (float(looks.uniform("crop top")), float(looks.uniform("crop left")))
+        return plan_crop(hw, self.target_hw(index), at, flip, geometry)
+
+    def colours(self, looks: Draws | None) -> Colours:
+        """The colours of a visit."""
+        return Colours() if looks is None else self.augmentation.colours(looks)
+
+    def plan_of(self, variant: Variant, hw: tuple[int, int]) -> tuple[CropPlan, Colours]:
+        """Crop and colours of a variant of an image of the size `hw`."""
+        index, flip, number = variant
+        looks = self._looks(index, number) if self.variants else None
+        return self.crop_plan(index, hw, flip, looks), self.colours(looks)
 
     def cacheable_variants(self) -> Iterator[Variant]:
-        """Every variant that the run can read. Raises UserError with random crops, of which there is no finite list."""
-        if self.crop == "random":
-            raise UserError("data.cache stores one crop per image: set data.crop=center, or data.cache=off")
-        return ((i, flip) for i in range(len(self.source.keys)) for flip in ((False, True) if self.flip else (False,)))
+        """Every variant that the run can read. Raises UserError if there is no finite list of them."""
+        if self.variants is None and (self.crop == "random" or self.augmentation.changes):
+            raise UserError(
+                "data.cache stores a list of crops and colours of each image: set data.variants=N for N of them, "
+                "data.cache=off for others at every visit, or data.crop=center and no data.augmentation"
+            )
+        indices, flips = range(len(self.source.keys)), (False, True) if self.flip else (False,)
+        return ((index, flip, number) for index in indices for number in range(self.variants or 1) for flip in flips)
 
 
 def collate(examples: Sequence[dict]) -> Batch:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdft.data.augmentation import Colours
 from sdft.data.cache import Cache, digest, fingerprint
 from sdft.data.dataset import Embeddings, ImageDataset, Variant, collate
 from sdft.data.packed_strings import PackedStrings, SearchableStrings
@@ -42,13 +43,13 @@ def prepared(
 ) -> Iterator[tuple[list[Variant], Tensor]]:
     """Batches of variants of one size with their pixels (B x C x H x W), decoded in threads in advance."""
     groups = []
-    for (h, w), indices in dataset.by_size(dict.fromkeys(index for index, _ in variants)).items():
+    for (h, w), indices in dataset.by_size(dict.fromkeys(index for index, *_ in variants)).items():
         members, num = set(indices), max(1, min(batch_size, PIXELS_AT_ONCE // (h * w)))
         same = [variant for variant in variants if variant[0] in members]
         groups += [same[i : i + num] for i in range(0, len(same), num)]
 
     def pixels_of(group: list[Variant]) -> tuple[list[Variant], Tensor]:
-        return group, collate([dataset.variant(index, flip) for index, flip in group]).pixels_BCHW
+        return group, collate([dataset.variant(*variant) for variant in group]).pixels_BCHW
 
     return in_threads(pixels_of, groups, ahead=4)
 
@@ -63,8 +64,9 @@ class CachedMoments(Mapping[Variant, Tensor]):
         self.cache, self.dataset, self.addresses = cache, dataset, addresses
 
     def _address(self, variant: Variant) -> str:
-        index, flip = variant
-        return self.addresses[2 * index + flip if self.dataset.flip else index]
+        index, flip, number = variant
+        place = index * (self.dataset.variants or 1) + number
+        return self.addresses[2 * place + flip if self.dataset.flip else place]
 
     def __getitem__(self, variant: Variant) -> Tensor:
         return self.cache[self._address(variant)]
@@ -148,13 +150,14 @@ def cached_moments(
 
 def moments_address(dataset: ImageDataset, scan: Scan, variant: Variant, encoder: str) -> str:
     """The address of the bytes of an image, its crop, and its encoder."""
-    index, flip = variant
+    index, flip, _ = variant
     content, hw = scan.digest(index), tuple(scan.hw_N2[index].tolist())
     if content is None:
         image = dataset.source[index].image_HWC
         content, hw = hashlib.sha256(image.tobytes()).hexdigest(), image.shape[:2]
-    plan = dataset.crop_plan(index, hw, flip)
-    return digest([TRANSFORM, content, plan.resized_hw, plan.top, plan.left, plan.target_hw, flip, encoder])
+    plan, colours = dataset.plan_of(variant, hw)
+    changes = [plan.angle, colours] if plan.angle or colours != Colours() else []
+    return digest([TRANSFORM, content, plan.resized_hw, plan.top, plan.left, plan.target_hw, flip, encoder, *changes])
 
 
 def cached_embeddings(

@@ -148,7 +148,7 @@ class TestCache:
         model = tiny_model()
         live, data = (Images(tiny_source(5), tiny_source(2, "held out"), 2, 32, flip=True, seed=3) for _ in range(2))
         data.encode_once(model.encode_moments, torch.device("cpu"), batch_size=3)
-        assert set(data.train_set.moments) == {(i, flip) for i in range(5) for flip in (False, True)}
+        assert set(data.train_set.moments) == {(i, flip, 0) for i in range(5) for flip in (False, True)}
         for cached, fresh in ((data.train_set, live.train_set), (data.validation_set, live.validation_set)):
             for item in [(i, visit) for i in range(len(fresh.source.keys)) for visit in range(3)]:
                 with_moments, with_pixels = cached[item], fresh[item]
@@ -166,7 +166,7 @@ class TestCache:
         assert torch.equal(model.encode_images(batch, eps), live)
 
     def test_random_crops_have_no_cache(self, tiny_source) -> None:
-        with pytest.raises(UserError, match=r"data.crop=center, or data.cache=off"):
+        with pytest.raises(UserError, match=r"data.cache=off for others at every visit, or data.crop=center"):
             Images(tiny_source(3), tiny_source(2), 2, 32, crop="random")
         Images(tiny_source(3), tiny_source(2), 2, 32, crop="random", cache="off")
 

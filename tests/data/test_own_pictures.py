@@ -64,7 +64,7 @@ def test_own_pictures_are_looked_at_cached_and_learned(tmp_path: Path, monkeypat
     sizes = {f"{w} x {h}": int(num) for w, _, h, num, _ in rows}
     # 250 x 100 is 2.5 : 1, nearer to 80 x 48 than to 128 x 32; 80 x 64 and 201 x 199 are nearer to a square.
     assert sizes == {"80 x 48": 6, "64 x 64": 9, "48 x 80": 3}
-    assert {file.name for file in (tmp_path / "sheets").iterdir()} == {"80x48.png", "64x64.png", "48x80.png"}
+    assert {file.name for file in (tmp_path / "sheets").glob("*.png")} == {"80x48.png", "64x64.png", "48x80.png"}
 
     cached = [*common, f"out={tmp_path}/cache"]
     run(commands.cache, monkeypatch, capsys, *cached)

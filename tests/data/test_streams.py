@@ -13,6 +13,7 @@ import torch
 from checks import slow
 
 from sdft.batch import Batch
+from sdft.data.augmentation import Augmentation
 from sdft.data.datamodule import Images
 from sdft.data.source import Source
 from sdft.module import Finetuning
@@ -72,6 +73,8 @@ def run(
     """The samples of a run in their order. batches: size, how many are accumulated, and on how many ranks."""
     batch_size, accumulate, ranks = batches
     options = {"crop": "random", "flip": True, "caption_dropout": 0.3, "encoder_dropout": (0.2, 0.3), "cache": "off"}
+    changes = Augmentation(zoom=0.2, rotation=10, brightness=0.2, contrast=0.2, saturation=0.3, hue=0.05)
+    options["augmentation"] = changes
     data = Images(source, others, batch_size, 64, seed=5, bucket_step=16, num_workers=workers, **options)
     module = Finetuning(model(), Adapter(rank=2), Denoising(), partial(adamw, lr=1e-3), constant, seed=7)
     folder.mkdir(exist_ok=True)
