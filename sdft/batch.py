@@ -38,6 +38,8 @@ class Batch:
     context_BLD: Tensor | None = None
     pooled_BP: Tensor | None = None
     """Cached text embeddings, of the empty string where dropped; None when the encoders run in the step."""
+    mask_B1HW: Tensor | None = None
+    """fp32 in [0, 1], at the size of the pixels: how much of the loss counts where; None without masks."""
     dropped_BE: Tensor | None = None
     """bool: text encoders for which alone the caption is dropped; None if that is never the case."""
 

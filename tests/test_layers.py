@@ -21,6 +21,7 @@ LAYERS = {
     "sdft.config": COMMANDS,
     "sdft.api": COMMANDS,
     "sdft.captioning.commands": COMMANDS,
+    "sdft.masking.commands": COMMANDS,
     "sdft.training.run": COMMANDS,
     "sdft.training.sweep": COMMANDS,
     "sdft.evaluation.run": COMMANDS,
@@ -36,6 +37,7 @@ LAYERS = {
     "sdft.training.receipt": SERVICES,
     "sdft.captioning": SERVICES,
     "sdft.evaluation": SERVICES,
+    "sdft.masking": SERVICES,
     "sdft.merging": SERVICES,
     "sdft.batch": BASICS,
     "sdft.distributed.processes": BASICS,
@@ -67,7 +69,8 @@ RESERVED = {
     "peft": ("sdft.tuning.adapter", "sdft.formats"),
     "diffusers": ("sdft.models", "sdft.sampling", "sdft.evaluation", "sdft.formats"),
     "transformers": tuple(
-        f"sdft.{part}" for part in ("captioning", "models", "optimizers", "sampling", "evaluation", "formats")
+        f"sdft.{part}"
+        for part in ("captioning", "masking", "models", "optimizers", "sampling", "evaluation", "formats")
     ),
     "onnxruntime": ("sdft.captioning",),
     "webdataset": ("sdft.data.sources", "sdft.data.sharding"),

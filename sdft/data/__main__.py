@@ -133,13 +133,14 @@ def toy(cfg: DictConfig) -> None:
     print(f"{cfg.count} images in {out}")
 
 
-def captions(name: str) -> Callable[[], None]:
-    """A command for captions, which imports models only when it runs."""
-    return lambda: getattr(importlib.import_module("sdft.captioning.commands"), name)()
+def later(module: str, name: str) -> Callable[[], None]:
+    """A command that imports its module, and the libraries of models, only when it runs."""
+    return lambda: getattr(importlib.import_module(module), name)()
 
 
 COMMANDS: dict[str, Callable[[], None]] = {"check": check, "cache": cache, "shard": shard, "toy": toy}
-COMMANDS |= {name: captions(name) for name in ("caption", "edit", "tags")}
+COMMANDS |= {name: later("sdft.captioning.commands", name) for name in ("caption", "edit", "tags")}
+COMMANDS["mask"] = later("sdft.masking.commands", "mask")
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ from sdft.data.exclusions import without
 from sdft.data.images import Crop
 from sdft.data.inventory import Inventory
 from sdft.data.packed_strings import PackedStrings, unique
-from sdft.data.scan import OnUnreadable, only_readable
+from sdft.data.scan import OnUnreadable, check_masks, only_readable
 from sdft.data.scan_cache import ScanCache
 from sdft.data.source import Source, left_out, shard_numbers, shards_that_fit
 from sdft.data.sources import Folder, HuggingFace, Shards
@@ -61,6 +61,7 @@ class Images(L.LightningDataModule):
         user's cache folder if it is None.
     augmentation: random zoom, rotation and colours of training images. variants: number of random crops, zooms,
         rotations and colours of each image, so that they can be cached; others at every visit if it is None.
+    masks: weight the loss of training images by their masks (`objective.outside`); an image without one counts whole.
     exclude: a text file with the keys of images to leave out, one a line.
     shuffle_shards: reads a set of shards this many at a time, shuffled together, instead of all in one random order,
         for sets that are larger than `cache_limit_gb`.
@@ -89,6 +90,7 @@ class Images(L.LightningDataModule):
         exclude: str | None = None,
         augmentation: Augmentation | None = None,
         variants: Count | None = None,
+        masks: bool = False,
     ):
         super().__init__()
         check_sizes(size, bucket_step)
@@ -104,7 +106,7 @@ class Images(L.LightningDataModule):
         dataset_of = partial(ImageDataset, size_hw=(size, size), seed=seed, buckets=buckets)
         self.train_set = dataset_of(
             train, crop=crop, flip=flip, caption_dropout=caption_dropout, encoder_dropout=encoder_dropout or (),
-            hw_N2=scan.hw_N2, augmentation=augmentation, variants=variants,
+            hw_N2=scan.hw_N2, augmentation=augmentation, variants=variants, masks=masks,
         )  # fmt: skip
         self.validation_set = dataset_of(validation, hw_N2=validation_scan.hw_N2)
         self.train_scan, self.validation_scan = scan, validation_scan
@@ -112,6 +114,8 @@ class Images(L.LightningDataModule):
             self.train_set.cacheable_variants()
         if flip and (fixed := sum(map(self.train_set.names_direction, range(len(train.keys))))):
             self.left_out.append(f"{fixed} x not flipped: the caption says left or right")
+        if masks:
+            self.num_masked = check_masks(train, scan)
         self.batch_size, self.seed, self.cache, self.num_workers = batch_size, seed, cache, num_workers
         self.store = Cache(cache_dir) if cache == "disk" and cache_dir else None
         self.bucketed = bool(bucket_step)

@@ -21,8 +21,8 @@ from torch.utils.data import Dataset, Sampler
 from sdft.batch import Batch
 from sdft.data.augmentation import Augmentation, Colours, Geometry
 from sdft.data.buckets import nearest_bucket
-from sdft.data.images import Crop, CropPlan, crop_image, plan_crop
-from sdft.data.source import Sample, Source, prefetch
+from sdft.data.images import Crop, CropPlan, crop_image, crop_mask, plan_crop
+from sdft.data.source import Sample, Source, prefetch, stored_mask
 from sdft.errors import UserError
 from sdft.rng import Draws, generator
 from sdft.types import Count, Fraction
@@ -198,7 +198,7 @@ class ImageDataset(Dataset):
     caption_dropout: share of visits with the empty caption. encoder_dropout: the same for each text encoder, besides.
     hw_N2: heights and widths of the images that are known without reading them, 0 for others.
     augmentation: changes of the images. variants: number of crops and colours of each image, in turn at its visits, so
-        that they can be encoded once; None for others at every visit.
+        that they can be encoded once; None for others at every visit. masks: whether examples have the masks of images.
 
     Examples have pixels and captions. Once they are set, `moments` (of the VAE's posterior, by variant) replace the
     pixels, and `text_embeddings` the captions. `moments_on_disk` is set as well if `moments` reads the disk cache.
@@ -217,7 +217,9 @@ class ImageDataset(Dataset):
         hw_N2: np.ndarray | None = None,
         augmentation: Augmentation | None = None,
         variants: Count | None = None,
+        masks: bool = False,
     ):
+        self.masks = masks
         self.source, self.size_hw, self.seed = source, size_hw, seed
         self.crop, self.flip, self.augmentation, self.variants = crop, flip, augmentation or Augmentation(), variants
         self.caption_dropout, self.encoder_dropout = caption_dropout, encoder_dropout
@@ -304,6 +306,9 @@ class ImageDataset(Dataset):
             example["dropped_BE"] = torch.tensor(visit.dropped_encoders)
         if self.text_embeddings is not None:
             example["context_BLD"], example["pooled_BP"] = self.text_embeddings(visit.encoder_captions(sample))
+        if self.masks:
+            mask = stored_mask(self.source, index)
+            example["mask_B1HW"] = torch.ones(1, *crop.target_hw) if mask is None else crop_mask(mask.mask(), crop)
         if moments is not None:
             return example | {"moments_BCHW": moments}
         assert image is not None

@@ -65,6 +65,13 @@ class StoredImage:
         except OSError as error:
             raise UnreadableImage(error.strerror or str(error)) from error
 
+    def mask(self) -> np.ndarray:
+        """uint8, H x W, of an image that is a mask. Raises UserError with the name if it cannot be decoded."""
+        try:
+            return decode_mask(self.content())
+        except UnreadableImage as error:
+            raise UserError(f"{self.name} cannot be read as a mask ({error}); repair or remove it") from error
+
     def pixels(self) -> np.ndarray:
         """uint8, H x W x RGB. Raises UserError with the name if it cannot be decoded."""
         try:
@@ -79,6 +86,21 @@ def decode(content: bytes) -> np.ndarray:
     Raises UnreadableImage.
     """
     return _guarded(content, lambda picture: np.asarray(_rgb(_eight_bits(_upright(picture)))))
+
+
+def decode_mask(content: bytes) -> np.ndarray:
+    """The mask in an image, uint8 H x W: its transparency if it has any, else its grey values.
+
+    Raises UnreadableImage.
+    """
+
+    def look(picture: Image.Image) -> np.ndarray:
+        picture = _upright(picture)
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            return np.asarray(picture.convert("RGBA").getchannel("A"))
+        return np.asarray(_eight_bits(picture).convert("L"))
+
+    return _guarded(content, look)
 
 
 def stored_hw(content: bytes) -> tuple[int, int]:

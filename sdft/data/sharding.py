@@ -10,9 +10,9 @@ from typing import IO, Any
 from webdataset import ShardWriter
 
 from sdft.data.decode import StoredImage
-from sdft.data.source import Source
+from sdft.data.source import Source, stored_mask
 from sdft.data.sources.shard_copies import Arrived
-from sdft.data.sources.shard_index import index_of
+from sdft.data.sources.shard_index import MASK, index_of
 from sdft.data.sources.shard_urls import ShardUrl, write_list
 from sdft.errors import UserError
 from sdft.types import Count, Positive
@@ -75,15 +75,18 @@ def write_shards(
 
 
 def members_of(source: Source, index: int, name: str) -> list[tuple[str, bytes]]:
-    """(suffix, content) of the files of one sample: the image, one caption as text, and as JSON what does not fit
-    there: several captions, and a name that has changed."""
+    """(suffix, content) of the files of one sample: the image, its mask, one caption as text, and as JSON what does
+    not fit there: several captions, and a name that has changed."""
     sample = source[index]
     if not isinstance(sample.image, StoredImage) or sample.captions is None:
         raise UserError(f"data: {sample.key} is generated; only stored images can be written to shards")
+    mask = stored_mask(source, index)
     texts, weights = sample.captions.texts, sample.captions.weights
     suffix = PurePosixPath(sample.key).suffix or ".jpg"
     members = [(suffix.removeprefix("."), sample.image.content())]
     row: dict[str, Any] = {} if f"{name}{suffix}" == sample.key else {"file_name": sample.key}
+    if mask is not None:
+        members.append((MASK, mask.content()))
     if len(texts) == 1:
         members.append(("txt", texts[0].encode()))
     else:

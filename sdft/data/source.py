@@ -67,6 +67,10 @@ class StoredSource(ABC):
     def stored(self, index: int) -> StoredImage | None:
         """The stored image of a sample, without reading it; None for a sample that is generated."""
 
+    def mask(self, index: int) -> StoredImage | None:
+        """The stored mask of a sample: white where the loss counts; None for a sample without one."""
+        return None
+
     def shard_numbers(self) -> np.ndarray | None:
         """For each sample, the number of the file that it shares with others; None where each has its own."""
         return None
@@ -83,6 +87,11 @@ class StoredSource(ABC):
 def left_out(source: Source) -> Sequence[str]:
     """What a source has left out, a line for each reason, if it says so."""
     return getattr(source, "left_out", ())
+
+
+def stored_mask(source: Source, index: int) -> StoredImage | None:
+    """The stored mask of a sample; None for one without."""
+    return source.mask(index) if isinstance(source, StoredSource) else None
 
 
 def shard_numbers(source: Source) -> np.ndarray | None:

@@ -8,9 +8,10 @@ import pytest
 
 from sdft.config.command import CONF_DIR, check, compose
 
-DATA = ("toy", "check", "cache", "shard", "caption", "edit", "tags")
+DATA = ("toy", "check", "cache", "shard", "caption", "edit", "tags", "mask")
 ROOTS = {"train", "eval", "merge", "strip", "formats", "nano", *(f"data_{command}" for command in DATA)}
 NEEDS = {
+    "segmenter/text": ["segmenter.text=cat"],
     "data/folder": ["data.root=somewhere"],
     "data/webdataset": ["data.shards=somewhere"],
     "data/huggingface": ["data.name=someone/some"],
@@ -45,7 +46,7 @@ ROOT_NEEDS = {
     "data_check": ["data.root=x"],
     "data_cache": ["data.root=x", "out=y"],
     "data_shard": ["root=x", "out=y"],
-    **{f"data_{command}": ["root=x"] for command in ("caption", "edit", "tags")},
+    **{f"data_{command}": ["root=x"] for command in ("caption", "edit", "tags", "mask")},
     "eval": ["subjects={base: nano}"],
 }
 
@@ -63,8 +64,9 @@ def test_every_option_composes_and_binds(option: str) -> None:
     if group == "merge":
         check(compose("merge", [f"merge={name}", "out=x", *MERGE_NEEDS.get(name, ["a=x", "b=x"])]))
         return
-    if group == "captioner":
-        check(compose("data_caption", [f"captioner={name}", *ROOT_NEEDS["data_caption"]]))
+    if group in ("captioner", "segmenter"):
+        root = {"captioner": "data_caption", "segmenter": "data_mask"}[group]
+        check(compose(root, [f"{group}={name}", *ROOT_NEEDS[root], *NEEDS.get(option, [])]))
         return
     if group in ("eval", "metrics"):
         check(compose("eval", [f"{group}={name}", *ROOT_NEEDS["eval"]]))

@@ -21,12 +21,15 @@ from sdft.errors import UserError
 from sdft.types import Fraction, NonNegative
 
 CAPTION_SUFFIXES = (".txt", ".caption")
+MASK_ENDINGS = (".mask.png", "-masklabel.png")
+"""What the name of a mask ends with, behind that of its image without suffix; the second is OneTrainer's."""
 
 
 class Folder(StoredSource):
     """Images of a folder and its subfolders. The caption of `cat.jpg` is in `cat.txt` or `cat.caption`, or in a table
     `metadata.jsonl`, `.csv` or `.parquet`; a file beside the image takes precedence over a table. Names may be in
-    upper or lower case. What is left out (`sdft.data.sources.listing`) is counted in `left_out`.
+    upper or lower case. A mask is in `cat.mask.png`. What is left out (see `sdft.data.sources.listing`) is counted in
+    `left_out`.
 
     root: the folder.
     split: `train`, `validation` or `all`. Images are assigned by file name, so adding images never moves others.
@@ -54,23 +57,46 @@ class Folder(StoredSource):
         listing = Listing(self.root)
         keys = list_images(listing, least=1 if split == "all" else 2)
         texts = read_captions(listing, keys, default_caption)
+        self._masks = masks_of(listing, keys)
         self.left_out = [*listing.lines(), *unreadable_kinds(listing)]
         places = split_indices(keys, split, held_out)
         self.keys, self._texts = (PackedStrings(column[place] for place in places) for column in (keys, texts))
 
     def stored(self, index: int) -> StoredImage:
         """The image file."""
-        file = self.root / self.keys[index]
-        return StoredImage(str(file), file.read_bytes, partial(stamp_of, file))
+        return stored_file(self.root / self.keys[index])
+
+    def mask(self, index: int) -> StoredImage | None:
+        name = self._masks.get(self.keys[index])
+        return stored_file(self.root / name) if name else None
 
     def __getitem__(self, index: int) -> Sample:
         captions = Captions(*metadata.unpacked(self._texts[index]), self.template, self.tags)
         return Sample(self.keys[index], self.stored(index), captions.plain, self.loss_weight, captions=captions)
 
 
+def stored_file(file: Path) -> StoredImage:
+    """An image file."""
+    return StoredImage(str(file), file.read_bytes, partial(stamp_of, file))
+
+
+def mask_base(key: str) -> str | None:
+    """The image of a mask without its suffix; None for a name that is not that of a mask."""
+    return next((key[: -len(ending)] for ending in MASK_ENDINGS if key.lower().endswith(ending)), None)
+
+
+def masks_of(listing: Listing, keys: Sequence[str]) -> dict[str, str]:
+    """Image -> its mask, `cat.mask.png` beside `cat.jpg`. Masks without an image are counted as left out."""
+    masks = {base: name for name in listing.files if (base := mask_base(name)) is not None}
+    found = {key: masks.pop(os.path.splitext(key)[0]) for key in keys if os.path.splitext(key)[0] in masks}
+    if masks:
+        listing.left_out["a mask without its image"] += len(masks)
+    return found
+
+
 def list_images(listing: Listing, least: int = 2) -> PackedStrings:
     """Every image of a listing as a relative path, sorted. Raises UserError for fewer than `least`."""
-    keys = PackedStrings(key for key in listing.files if suffix_of(key) in IMAGE_SUFFIXES)
+    keys = PackedStrings(key for key in listing.files if suffix_of(key) in IMAGE_SUFFIXES and not mask_base(key))
     if len(keys) < least:
         others = "".join(f"; {line}" for line in [*listing.lines(), *unreadable_kinds(listing)])
         kinds = ", ".join(sorted(IMAGE_SUFFIXES))

@@ -18,6 +18,7 @@ from sdft.data.source import (
     shard_numbers,
     shards_that_fit,
     stored_image,
+    stored_mask,
 )
 from sdft.errors import UserError
 from sdft.types import Count, Positive
@@ -70,6 +71,9 @@ class Mix(StoredSource):
 
     def stored(self, position: int) -> StoredImage | None:
         return stored_image(*self._locate(position))
+
+    def mask(self, position: int) -> StoredImage | None:
+        return stored_mask(*self._locate(position))
 
     def shard_numbers(self) -> np.ndarray | None:
         """Shards of one source are told from those of another; and a source without counts as one shard."""

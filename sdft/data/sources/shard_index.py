@@ -19,8 +19,10 @@ from sdft.data.packed_strings import PackedStrings
 from sdft.data.sources import metadata
 from sdft.errors import UserError
 
+MASK = "mask.png"
+"""Suffix of the mask in a sample."""
 INDEX_SUFFIX = ".index.jsonl"
-FORMAT = 2
+FORMAT = 3
 """Of index files; others are made again."""
 Identity = list[int | str]
 """What tells the bytes of a shard from others: size and time of a local file, size and MD5 of a remote one."""
@@ -28,7 +30,8 @@ Identity = list[int | str]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One sample: key, name, offset and size of the image member in the shard, captions and their weights.
+    """One sample: key, name, offset and size of the image member in the shard, captions and their weights, offset and
+    size of its mask.
 
     The key is the name of the image: that of the member, or `file_name` of the sample's JSON.
     """
@@ -39,15 +42,16 @@ class Entry:
     size: int
     texts: tuple[str, ...]
     weights: tuple[float, ...] = ()
+    mask: tuple[int, int] | None = None
 
     def packed(self) -> str:
         """The entry as one line of JSON."""
-        return json.dumps([self.key, self.member, self.offset, self.size, self.texts, self.weights])
+        return json.dumps([self.key, self.member, self.offset, self.size, self.texts, self.weights, self.mask])
 
     @classmethod
     def unpacked(cls, line: str) -> Entry:
-        key, member, offset, size, texts, weights = json.loads(line)
-        return cls(key, member, offset, size, tuple(texts), tuple(weights))
+        key, member, offset, size, texts, weights, mask = json.loads(line)
+        return cls(key, member, offset, size, tuple(texts), tuple(weights), tuple(mask) if mask else None)
 
 
 class ShardDamaged(UserError):
@@ -162,6 +166,8 @@ def members(file: Path, name: str) -> Iterator[tarfile.TarInfo]:
 
 def entry_of(key: str, parts: dict[str, tarfile.TarInfo], opened) -> Entry:
     """One sample. Raises ValueError with the reason if it is not complete."""
+    masking = parts.pop(MASK, None)
+    mask = (masking.offset_data, masking.size) if masking else None
     pictures = [suffix for suffix in parts if f".{suffix.rpartition('.')[2]}" in IMAGE_SUFFIXES]
     if len(pictures) != 1:
         raise ValueError(f"has {len(pictures)} images, needs one ({', '.join(sorted(parts))})")
@@ -188,7 +194,7 @@ def entry_of(key: str, parts: dict[str, tarfile.TarInfo], opened) -> Entry:
     if plain:
         texts = [text(suffix) for suffix in plain]
         if any(words and not words.isspace() for words in texts):
-            return Entry(*place, checked_texts([words for words in texts if words and not words.isspace()]))
+            return Entry(*place, checked_texts([words for words in texts if words and not words.isspace()]), mask=mask)
     if any(row.get(column) is not None for column in metadata.CAPTION_COLUMNS):
-        return Entry(*place, *metadata.texts_of(row))
-    return Entry(*place, ())
+        return Entry(*place, *metadata.texts_of(row), mask=mask)
+    return Entry(*place, (), mask=mask)

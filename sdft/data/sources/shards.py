@@ -166,11 +166,18 @@ class Shards(StoredSource):
     def stored(self, index: int) -> StoredImage:
         """The image member of a sample."""
         shard, entry = self._entry(index)
+        return self._member(shard, entry.member, entry.offset, entry.size)
+
+    def _member(self, shard: Shard, name: str, offset: int, size: int) -> StoredImage:
         return StoredImage(
-            f"{shard.name}:{entry.member}",
-            partial(shard.read, entry.offset, entry.size),
-            lambda: f"{stamp} {entry.offset} {entry.size}" if (stamp := shard.stamp()) else None,
+            f"{shard.name}:{name}",
+            partial(shard.read, offset, size),
+            lambda: f"{stamp} {offset} {size}" if (stamp := shard.stamp()) else None,
         )
+
+    def mask(self, index: int) -> StoredImage | None:
+        shard, entry = self._entry(index)
+        return self._member(shard, f"{entry.member} (mask)", *entry.mask) if entry.mask else None
 
     def shard_numbers(self) -> np.ndarray:
         """The number of the shard of each sample."""

@@ -9,7 +9,16 @@ import numpy as np
 
 from sdft.data.decode import StoredImage
 from sdft.data.packed_strings import PackedStrings
-from sdft.data.source import Sample, Source, StoredSource, prefetch, shard_numbers, shards_that_fit, stored_image
+from sdft.data.source import (
+    Sample,
+    Source,
+    StoredSource,
+    prefetch,
+    shard_numbers,
+    shards_that_fit,
+    stored_image,
+    stored_mask,
+)
 from sdft.rng import seed_of
 
 Split = Literal["all", "train", "validation"]
@@ -46,6 +55,9 @@ class Subset(StoredSource):
 
     def stored(self, index: int) -> StoredImage | None:
         return stored_image(self.source, self.indices[index])
+
+    def mask(self, index: int) -> StoredImage | None:
+        return stored_mask(self.source, self.indices[index])
 
     def shard_numbers(self) -> np.ndarray | None:
         numbers = shard_numbers(self.source)

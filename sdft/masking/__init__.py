@@ -1,0 +1,1 @@
+"""Masks of images: made by a segmenter, one file beside each image."""
