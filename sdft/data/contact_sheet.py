@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from sdft.data.images import CropPlan
 from sdft.data.packed_strings import printable
+from sdft.pages.lettering import Lettering, broken
 
 CELL, GAP, TEXT_LINES, COLUMNS, MOST = 220, 12, 4, 6, 48
+ASCENT = 12
+"""From the top of a line to the foot of its letters, in pixels."""
 INK, PAPER, FRAME = (40, 40, 46), (252, 252, 253), (230, 30, 60)
 
 
@@ -38,7 +41,7 @@ class ContactSheet:
 
     def save(self, path: Path, title: str) -> None:
         """Write the sheet as PNG."""
-        font = ImageFont.load_default(13)
+        font = Lettering(13)
         line = 16
         tallest = max(thumb.height for thumb, _, _ in self.cells)
         height = tallest + (TEXT_LINES + 1) * line + GAP
@@ -47,14 +50,14 @@ class ContactSheet:
         size = (columns * (CELL + GAP) + GAP, num_rows * (height + GAP) + GAP + 2 * line)
         sheet = Image.new("RGB", size, PAPER)
         draw = ImageDraw.Draw(sheet)
-        draw.text((GAP, GAP), title, INK, font=font)
+        font.draw(draw, (GAP, GAP + ASCENT), title, INK)
         for place, (thumb, key, caption) in enumerate(self.cells):
             row, column = divmod(place, columns)
             x, y = GAP + column * (CELL + GAP), GAP + 2 * line + row * (height + GAP)
             sheet.paste(thumb, (x + (CELL - thumb.width) // 2, y + tallest - thumb.height))
-            draw.text((x, y + tallest + 2), fitted(printable(key), font), FRAME, font=font)
+            font.draw(draw, (x, y + tallest + 2 + ASCENT), fitted(printable(key), font), FRAME)
             for number, text in enumerate(wrapped(caption, font)):
-                draw.text((x, y + tallest + 2 + (number + 1) * line), text, INK, font=font)
+                font.draw(draw, (x, y + tallest + 2 + ASCENT + (number + 1) * line), text, INK)
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
 
@@ -71,7 +74,7 @@ def fitted(text: str, font) -> str:
 def wrapped(text: str, font) -> list[str]:
     """The text wrapped to the width of a cell, with an ellipsis after TEXT_LINES lines."""
     lines = [""]
-    for word in text.split():
+    for word in (piece for whole in text.split() for piece in broken(whole, font, CELL)):
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= CELL or not lines[-1]:
             lines[-1] = longer

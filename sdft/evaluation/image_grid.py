@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from sdft.pages.lettering import Lettering, broken
 
 GAP = 4
 INK, PAPER = (40, 40, 46), (252, 252, 253)
@@ -21,7 +23,7 @@ def grid(
     """
     h, w = (side * scale for side in rows[0].shape[1:3])
     points = max(12, h // 9)
-    font = ImageFont.load_default(points)
+    font = Lettering(points)
     margin = max((int(font.getlength(label)) for label in labels), default=-2 * GAP) + 2 * GAP
     wrapped = [_wrap(text, font, w) for text in columns]
     header = max((len(lines) for lines in wrapped), default=0) * int(points * 1.25) + (GAP if columns else 0)
@@ -29,11 +31,12 @@ def grid(
     sheet = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(sheet)
     for c, lines in enumerate(wrapped):
-        draw.multiline_text((margin + GAP + c * (w + GAP), GAP), "\n".join(lines), INK, font=font, spacing=1)
+        for number, text in enumerate(lines):
+            font.draw(draw, (margin + GAP + c * (w + GAP), GAP + points + number * int(points * 1.25)), text, INK)
     for r, row in enumerate(rows):
         top = header + GAP + r * (h + GAP)
         if labels:
-            draw.text((GAP, top + h // 2), labels[r], INK, font=font, anchor="lm")
+            font.draw(draw, (GAP, top + h // 2), labels[r], INK, anchor="lm")
         for c, image in enumerate(row):
             tile = Image.fromarray(image).resize((w, h), Image.Resampling.NEAREST)
             sheet.paste(tile, (margin + GAP + c * (w + GAP), top))
@@ -48,7 +51,7 @@ def save_grid(path: Path, rows: Sequence[np.ndarray], labels: Sequence[str] = ()
 
 def _wrap(text: str, font, width: int, max_lines: int = 3) -> list[str]:
     lines = [""]
-    for word in (piece for whole in text.split() for piece in _broken(whole, font, width)):
+    for word in (piece for whole in text.split() for piece in broken(whole, font, width)):
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer
@@ -57,13 +60,3 @@ def _wrap(text: str, font, width: int, max_lines: int = 3) -> list[str]:
     if len(lines) > max_lines:
         lines = [*lines[: max_lines - 1], lines[max_lines - 1] + "…"]
     return lines
-
-
-def _broken(word: str, font, width: int) -> list[str]:
-    """A word split into pieces that are at most `width` pixels wide."""
-    pieces = [""]
-    for letter in word:
-        if pieces[-1] and font.getlength(pieces[-1] + letter) > width:
-            pieces.append("")
-        pieces[-1] += letter
-    return pieces
