@@ -77,7 +77,8 @@ def loaded(file: str, size: float) -> ImageFont.FreeTypeFont:
 def has(file: str, letter: str, size: float) -> bool:
     """Whether a font has a glyph for a character."""
     try:
-        font = loaded(file, size)
+        # Not Raqm's layout, which adds a circle below a mark.
+        font = ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
         drawn = bytes(font.getmask(letter))
         return letter.isspace() or (any(drawn) and drawn != bytes(font.getmask(NOTHING)))
     except OSError:
