@@ -34,6 +34,7 @@ SHARD_BYTES = 256 * 2**20
 """A shard is written once this much is pending; a killed process loses at most that."""
 MOST_OPEN = 256
 """Files that a process has open at a time; the usual limit is 1024."""
+MOST_COMING = 4096
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Names of dtypes in safetensors."""
 HEX = re.compile("[0-9a-f]{16}")
@@ -51,6 +52,8 @@ class Cache:
         self._places = CacheIndex()
         self._sound = bytearray()
         """1 for each row whose checksum was verified."""
+        self._coming: dict[str, int] = {}
+        """rows of addresses that were announced, so that they are searched once"""
         self._files: dict[int, FileIO] = {}
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
@@ -82,7 +85,8 @@ class Cache:
 
     def __getitem__(self, address: str) -> Tensor:
         """The tensor of an address. Raises UserError if its checksum does not match."""
-        row = self._row(address)
+        row = self._coming.pop(address, None)
+        row = self._row(address) if row is None else row
         place = self._places[row]
         content = self._read(place)
         if not self._sound[row]:
@@ -93,8 +97,11 @@ class Cache:
 
     def prefetch(self, addresses: Iterable[str]) -> None:
         """Advise the system to read entries that will be needed soon: many at once are faster than one by one."""
+        if len(self._coming) > MOST_COMING:  # those that other processes read stay here
+            self._coming.clear()
         for address in addresses:
-            place = self._places[self._row(address)]
+            row = self._coming[address] = self._row(address)
+            place = self._places[row]
             if not self._in_memory(place):
                 file = self._file(place.shard).fileno()
                 os.posix_fadvise(file, place.first, place.kind.size, os.POSIX_FADV_WILLNEED)
