@@ -19,8 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 ELSEWHERE = ("make ", "pip ", "git ", "source ", "sudo ", "sbatch ", "srun ", "torchrun ", "wandb ", "cd ", "scancel ")
 """Starts of lines that are run by other tests: CI's own targets, tests/slurm, tests/distributed."""
-APART = ("--config-dir", "RUN_FOLDER", "hydra/launcher=slurm", "hydra/sweeper=search")
-"""Of commands that need more than a checkout: test_extending, test_receipt, tests/slurm, test_sweep."""
+APART = ("captioner=image_to_text", "--config-dir", "RUN_FOLDER", "hydra/launcher=slurm", "hydra/sweeper=search")
+"""Of commands that need more than a checkout: tests/captioning, tests/slurm, test_extending, test_receipt, test_sweep.
+"""
 SHORT = {
     "train.py": ["trainer.max_steps=2", "sampler.steps=2", "logger=csv"],
     "eval.py": ["sampler.steps=2", "seeds=1"],

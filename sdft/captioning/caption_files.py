@@ -128,10 +128,11 @@ class CaptionFiles:
 
 
 def caption_file(image: Path) -> Path:
-    """The .txt file beside an image: the one that is there, also with a suffix in upper case, or a new one."""
+    """The caption file beside an image: the one that is there, also with a suffix in upper case, or a new one."""
     for suffix in (".txt", ".caption", ".TXT"):
-        if (file := image.with_suffix(suffix)).is_file():
-            return file
+        for file in (image.with_suffix(suffix), image.with_name(image.name + suffix)):
+            if file.is_file():
+                return file
     return image.with_suffix(".txt")
 
 

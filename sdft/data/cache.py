@@ -35,6 +35,7 @@ SHARD_BYTES = 256 * 2**20
 MOST_OPEN = 256
 """Files that a process has open at a time; the usual limit is 1024."""
 MOST_COMING = 4096
+"""Announced entries that are remembered; those that other processes read stay until then."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Names of dtypes in safetensors."""
 HEX = re.compile("[0-9a-f]{16}")

@@ -119,6 +119,8 @@ def checked_texts(texts: Sequence[str]) -> tuple[str, ...]:
     lines = tuple(" ".join(text.split()) for text in texts)
     if not lines:
         raise ValueError("has no caption")
+    if any("\0" in line for line in lines):
+        raise ValueError("has a caption with a zero byte")
     if not all(lines):
         raise ValueError("has an empty caption")
     return lines

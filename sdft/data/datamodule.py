@@ -6,6 +6,7 @@ Knows batch sizes, workers and ranks; examples come from `dataset`, cached encod
 from __future__ import annotations
 
 import inspect
+import os
 import typing
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,8 @@ from sdft.errors import UserError
 from sdft.progress import tqdm
 from sdft.types import BatchSize, Count, Fraction, NumWorkers, Seed, Side
 
+MOST_WORKERS = 8
+"""Of `num_workers=auto`; more seldom decode faster than a GPU trains."""
 NUM_PREFETCHED = 4
 """Batches whose cached entries are prefetched: one is too few to keep a disk busy."""
 
@@ -54,7 +57,8 @@ class Images(L.LightningDataModule):
     cache: `ram` encodes each image once per run and stores the mean and log variance of the posterior; `disk` stores
         them in `cache_dir` for later runs, and the prompt embeddings too if no text encoder trains; `off` encodes at
         every visit.
-    num_workers: processes that read images; 0 reads them in the training process.
+    num_workers: processes that read images; 0 reads them in the training process. `auto` takes one for each core that
+        this process may use beyond its own, at most 8, if images are decoded at every visit, and 0 if they are cached.
     bucket_step: images keep their aspect ratio, in buckets of about `size`^2 pixels whose sides are multiples of this;
         None crops squares.
     cache_dir: folder of `cache=disk`, which any number of runs can share, and of the results of scans, which are in the
@@ -81,7 +85,7 @@ class Images(L.LightningDataModule):
         flip: bool = False,
         caption_dropout: Fraction = 0.0,
         cache: Literal["ram", "disk", "off"] = "ram",
-        num_workers: NumWorkers = 0,
+        num_workers: NumWorkers | Literal["auto"] = 0,
         bucket_step: Side | None = None,
         cache_dir: str | None = None,
         unreadable: OnUnreadable = "error",
@@ -137,7 +141,9 @@ class Images(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The remaining batches of the run; the length counts from the start of the run."""
-        trainer = self.trainer
+        trainer, num_workers = self.trainer, self.num_workers
+        if num_workers == "auto":
+            num_workers = useful_workers(self.cache == "off", trainer.num_devices)
         num_batches = trainer.max_steps * trainer.accumulate_grad_batches
         sizes = self.train_set.by_size() if self.bucketed else {}
         order = BatchOrder(
@@ -156,7 +162,7 @@ class Images(L.LightningDataModule):
             self.train_set,
             batch_sampler=PrefetchOrder(order, self.train_set.prefetch, self.train_set.prefetch_files),
             collate_fn=collate,
-            num_workers=self.num_workers,
+            num_workers=num_workers,
             persistent_workers=False,
         )
 
@@ -307,6 +313,12 @@ def images_from(source: type) -> Callable[..., Images]:
 
 
 folder, shards, huggingface = images_from(Folder), images_from(Shards), images_from(HuggingFace)
+
+
+def useful_workers(decodes: bool, num_devices: int) -> int:
+    """The number of `num_workers=auto` for each of the devices of this machine."""
+    cores = len(os.sched_getaffinity(0)) // num_devices
+    return min(max(cores - 1, 0), MOST_WORKERS) if decodes else 0
 
 
 def check_sizes(size: int, bucket_step: int | None) -> None:

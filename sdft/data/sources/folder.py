@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -123,7 +124,8 @@ def read_captions(listing: Listing, keys: Sequence[str], default: str | None) ->
     root = listing.root
     tables = [key for key in listing.files if key.rpartition("/")[2].lower() in metadata.NAMES]
     in_tables, wrong = metadata.read_tables(root, tables)
-    wrong += [f"{root / key} is named in a table but does not exist" for key in sorted(set(in_tables) - set(keys))]
+    in_tables, lost = as_spelled_here(in_tables, keys)
+    wrong += [f"{root / key} is named in a table but does not exist" for key in lost]
     if wrong:
         complain(UserError(f"data.root: {join_problems(wrong)}; repair the table"))
     found, missing, texts_beside = PackedStrings(), [], TextsBeside(listing, keys)
@@ -142,11 +144,42 @@ def read_captions(listing: Listing, keys: Sequence[str], default: str | None) ->
     return found
 
 
+def as_spelled_here(
+    in_tables: Mapping[str, metadata.WeightedTexts], keys: Sequence[str]
+) -> tuple[dict[str, metadata.WeightedTexts], list[str]]:
+    """The captions of tables by the keys of their images, and names that are of none.
+
+    A name that is of none as it is may differ in case, in its slashes, or in how accents are composed: tables come from
+    other systems.
+    """
+    known = set(keys)
+    found = {name: texts for name, texts in in_tables.items() if name in known}
+    others = {name: texts for name, texts in in_tables.items() if name not in known}
+    if not others:
+        return found, []
+    here = defaultdict(list)
+    for key in keys:
+        here[spelling(key)].append(key)
+    lost = []
+    for name, texts in others.items():
+        matching = [key for key in here[spelling(name)] if key not in found]
+        if len(matching) == 1:
+            found[matching[0]] = texts
+        else:
+            lost.append(name)
+    return found, sorted(lost)
+
+
+def spelling(name: str) -> str:
+    """The same for names that differ in case, slashes or composition of accents only."""
+    return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
+
+
 class TextsBeside:
     """The caption files beside images.
 
-    That of `cat.jpg` is `cat.txt` or `cat.caption`. Where there is none, one that differs in upper and lower case only
-    is taken, such as `CAT.TXT`, unless another image has it.
+    That of `cat.jpg` is `cat.txt` or `cat.caption`, else `cat.jpg.txt`. Where there is none, one that differs in case or
+    in the composition of accents only is taken, such as `CAT.TXT`, unless another image has it.
     """
 
     def __init__(self, listing: Listing, keys: Sequence[str]):
@@ -155,25 +188,24 @@ class TextsBeside:
     def of(self, key: str) -> str | None:
         """The text for an image; None if there is none. Raises ValueError with the reason."""
         stem = os.path.splitext(key)[0]
-        for suffix in CAPTION_SUFFIXES:
-            name = f"{stem}{suffix}"
+        for name in (f"{start}{suffix}" for start in (stem, key) for suffix in CAPTION_SUFFIXES):
             text = None if name in self.listing.never_opened else read_text(self.root / name)
             if text is not None:
                 return text
-        others = self._in_other_cases.get(stem.lower(), [])
+        others = self._spelled_otherwise.get(spelling(stem), [])
         if len(others) > 1:
             raise ValueError(f"has several captions ({', '.join(others)}); keep one")
         return read_text(self.root / others[0]) if others else None
 
     @cached_property
-    def _in_other_cases(self) -> dict[str, list[str]]:
-        """Stem in lower case -> caption files that are not those of an image by their exact name."""
-        stems = {os.path.splitext(key)[0] for key in self.keys}
+    def _spelled_otherwise(self) -> dict[str, list[str]]:
+        """Spelling of a stem -> caption files that are not those of an image by their exact name."""
+        stems = {os.path.splitext(key)[0] for key in self.keys} | set(self.keys)
         found = defaultdict(list)
         for name in self.listing.files:
             stem, suffix = os.path.splitext(name)
             if suffix.lower() in CAPTION_SUFFIXES and not (stem in stems and suffix in CAPTION_SUFFIXES):
-                found[stem.lower()].append(name)
+                found[spelling(stem)].append(name)
         return found
 
 
