@@ -156,6 +156,9 @@ class command:
             overrides = opened.fill_open_dicts(overrides)
             if not args.multirun and "hydra.mode=MULTIRUN" not in overrides:
                 cfg, job = opened.load(overrides)
+                if added := homes(cfg, overrides):
+                    overrides = [*overrides, *added]
+                    cfg, job = opened.load(overrides)
                 hide_environment(cfg)
                 if args.cfg:
                     return Plan(overrides)
@@ -213,6 +216,17 @@ def with_home(override: str) -> str:
     if key.lstrip("+") not in PLACES or not place.startswith("~"):
         return override
     return f"{key}{equals}{quote}{os.path.expanduser(place)}"
+
+
+def homes(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Overrides with the home directory for the `~` of folders to write that a file of options names."""
+    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    places = {key: OmegaConf.to_container(cfg, resolve=False).get(key) for key in ("run_dir", "out")}  # type: ignore[union-attr]
+    return [
+        f"{key}={quoted(os.path.expanduser(place))}"
+        for key, place in places.items()
+        if key not in given and isinstance(place, str) and place.startswith("~")
+    ]
 
 
 def refuse_places(cfg: DictConfig, key: str, folder: Any) -> None:

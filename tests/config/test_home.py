@@ -47,3 +47,16 @@ def test_a_command_writes_there(words: list[str], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert any((tmp_path / "made").iterdir())
     assert not (tmp_path / "~").exists()
+
+
+def test_so_it_is_in_a_file_of_options(tmp_path: Path) -> None:
+    """Interpolations of the folder stay."""
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\nname: mine\nrun_dir: ~/made/${name}\ntrainer: {max_steps: 1}\n"
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text(text)
+    words = ["train.py", "--config-dir", f"{tmp_path}/conf", "experiment=mine", "--cfg", "job"]
+    env = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    words = [str(ROOT / words[0]), *words[1:]]
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"run_dir: {tmp_path}/made/${{name}}" in done.stdout

@@ -178,8 +178,8 @@ def spelling(name: str) -> str:
 class TextsBeside:
     """The caption files beside images.
 
-    That of `cat.jpg` is `cat.txt` or `cat.caption`, else `cat.jpg.txt`. Where there is none, one that differs in case or
-    in the composition of accents only is taken, such as `CAT.TXT`, unless another image has it.
+    That of `cat.jpg` is `cat.txt` or `cat.caption`, else `cat.jpg.txt`. Where there is none, one that differs in case
+    or in the composition of accents only is taken, such as `CAT.TXT`, unless another image has it.
     """
 
     def __init__(self, listing: Listing, keys: Sequence[str]):
