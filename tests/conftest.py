@@ -71,7 +71,7 @@ def python() -> Iterator[WarmPython]:
         yield python
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator:
     sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install '.[dev]'")
     chromium = shutil.which("chromium")

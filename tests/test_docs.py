@@ -17,7 +17,8 @@ from sdft.config.command import check, compose
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"^python (train\.py|eval\.py|-m sdft\.[a-z.]+(?: (?:check|cache|shard|toy)\b)?) (.*)$")
+COMMAND = re.compile(r"^python (train\.py|eval\.py|-m sdft\.[a-z.]+(?: (?:cache|caption|check|edit|mask|shard|tags|toy)\b)?) (.*)$")
+DATA = ("cache", "caption", "check", "edit", "mask", "shard", "tags", "toy")
 ROOTS = {
     "train.py": "train",
     "eval.py": "eval",
@@ -25,7 +26,7 @@ ROOTS = {
     "-m sdft.merging.strip": "strip",
     "-m sdft.formats": "formats",
     "-m sdft.models.nano": "nano",
-    **{f"-m sdft.data {name}": f"data_{name}" for name in ("check", "cache", "shard", "toy")},
+    **{f"-m sdft.data {name}": f"data_{name}" for name in DATA},
 }
 OUTSIDE = ("--config-dir", "hydra.searchpath", "reproduce=")
 """Of commands that need more than this checkout: tests/test_extending.py, tests/training/test_receipt.py."""
