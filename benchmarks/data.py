@@ -19,13 +19,14 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image
 
 from sdft.data.cache import Cache
-from sdft.data.datamodule import NUM_PREFETCHED, folder
+from sdft.data.datamodule import NUM_PREFETCHED, Images, folder
 from sdft.data.encoding import prepared
 from sdft.data.sharding import write_shards
 from sdft.data.sources import Folder, Shards
@@ -83,6 +84,22 @@ def decoding(root: Path, num: int) -> None:
     rates = f"Pillow {num / loop:.1f}, folder {num / of_folder:.1f}, shards {num / of_shards:.1f}"
     print(f"{num} pictures decoded, a second of one core: {rates}")
     print(f"  as a fraction of the Pillow loop: folder {loop / of_folder:.2f}, shards {loop / of_shards:.2f}")
+
+
+def workers(root: Path) -> None:
+    """Training batches of decoded and cropped pictures with 0 workers, and with one for each core."""
+    source = Folder(str(root), "all")
+    rates = []
+    for num in (0, *range(1, len(os.sched_getaffinity(0)) + 1)):
+        data = Images(source, source, 4, 512, cache="off", num_workers=num)
+        steps = max(8, len(source.keys) // 4)
+        data.trainer = SimpleNamespace(max_steps=steps, accumulate_grad_batches=1, global_rank=0, world_size=1)
+        batches = iter(data.train_dataloader())
+        next(batches)  # workers have started
+        rates.append(4 * (steps - 1) / seconds(lambda batches=batches: list(batches)))
+    told = ", ".join(f"{num} workers {rate:.0f}" for num, rate in enumerate(rates))
+    ratio = rates[-1] / rates[1]
+    print(f"pictures a second, decoded and cropped to 512 x 512: {told}; the last is {ratio:.2f} of one worker")
 
 
 def reading(place: Path, num: int) -> None:
@@ -232,6 +249,7 @@ def main() -> None:
         write_pictures(root, options["pictures"], options["side"])
         building(root, options["built"])
         decoding(root, options["pictures"])
+        workers(root)
         for num in (1000, options["samples"]):
             starting(Path(place) / f"of {num}", num)
 

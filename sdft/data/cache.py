@@ -38,6 +38,8 @@ MOST_COMING = 4096
 """Announced entries that are remembered; those that other processes read stay until then."""
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Names of dtypes in safetensors."""
+ARRAYS = {torch.float32: np.float32, torch.bfloat16: np.int16, torch.float16: np.float16}
+"""Dtypes of the arrays into which entries are read."""
 HEX = re.compile("[0-9a-f]{16}")
 
 
@@ -53,8 +55,8 @@ class Cache:
         self._places = CacheIndex()
         self._sound = bytearray()
         """1 for each row whose checksum was verified."""
-        self._coming: dict[str, int] = {}
-        """rows of addresses that were announced, so that they are searched once"""
+        self._coming: dict[str, tuple[int, CacheEntry]] = {}
+        """places of addresses that were announced, so that they are searched once"""
         self._files: dict[int, FileIO] = {}
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
@@ -86,23 +88,22 @@ class Cache:
 
     def __getitem__(self, address: str) -> Tensor:
         """The tensor of an address. Raises UserError if its checksum does not match."""
-        row = self._coming.pop(address, None)
-        row = self._row(address) if row is None else row
-        place = self._places[row]
+        coming = self._coming.pop(address, None)
+        row, place = self._place(address) if coming is None else coming
         content = self._read(place)
         if not self._sound[row]:
             if place.checksum != checksum(content):
                 raise self._damaged(place.shard, address)
             self._sound[row] = 1
-        return torch.frombuffer(content, dtype=place.kind.dtype).view(place.kind.shape)
+        tensor = torch.from_numpy(content)
+        return tensor.view(torch.bfloat16) if place.kind.dtype == torch.bfloat16 else tensor
 
     def prefetch(self, addresses: Iterable[str]) -> None:
         """Advise the system to read entries that will be needed soon: many at once are faster than one by one."""
         if len(self._coming) > MOST_COMING:  # those that other processes read stay here
             self._coming.clear()
         for address in addresses:
-            row = self._coming[address] = self._row(address)
-            place = self._places[row]
+            _, place = self._coming[address] = self._place(address)
             if not self._in_memory(place):
                 file = self._file(place.shard).fileno()
                 os.posix_fadvise(file, place.first, place.kind.size, os.POSIX_FADV_WILLNEED)
@@ -147,11 +148,12 @@ class Cache:
         self._pending, self._pending_bytes = {}, 0
         self.refresh()
 
-    def _row(self, address: str) -> int:
+    def _place(self, address: str) -> tuple[int, CacheEntry]:
+        """(row, place) of an entry."""
         row = self._places.row(address)
         if row is None:
             raise KeyError(address)
-        return row
+        return row, self._places[row]
 
     def _read_header(self, number: int) -> None:
         """Add the entries of a shard to the index; safetensors validates the header."""
@@ -183,10 +185,11 @@ class Cache:
         return file
 
     def _read(self, place: CacheEntry) -> np.ndarray:
-        file, content = self._file(place.shard), np.empty(place.kind.size, np.uint8)
+        file, content = self._file(place.shard), np.empty(place.kind.shape, ARRAYS[place.kind.dtype])
         done = os.preadv(file.fileno(), [content.data], place.first)
-        while done < len(content):
-            more = os.preadv(file.fileno(), [content[done:].data], place.first + done)
+        while done < content.nbytes:
+            rest = content.reshape(-1).view(np.uint8)[done:]
+            more = os.preadv(file.fileno(), [rest.data], place.first + done)
             if not more:
                 raise self._damaged(place.shard, "the file is truncated")
             done += more
@@ -200,7 +203,7 @@ class Cache:
 
 
 def checksum(content: np.ndarray) -> int:
-    """XXH3 of bytes, 64 bits."""
+    """XXH3 of the bytes of an array, 64 bits."""
     return xxhash.xxh3_64_intdigest(content.data)
 
 

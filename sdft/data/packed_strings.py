@@ -50,12 +50,14 @@ class SearchableStrings(PackedStrings):
             order = np.argsort(hashes)
             self._by_hash = array("Q", hashes[order].tobytes()), array("q", order.tobytes())
         hashes_sorted, places = self._by_hash
+        content = text.encode(errors="surrogateescape")
         sought = string_hash(text)
-        for at in range(bisect_left(hashes_sorted, sought), len(hashes_sorted)):
-            if hashes_sorted[at] != sought:
-                break
-            if self[places[at]] == text:
-                return places[at]
+        at = bisect_left(hashes_sorted, sought)
+        while at < len(hashes_sorted) and hashes_sorted[at] == sought:
+            place = places[at]
+            if self._block[self._ends[place] : self._ends[place + 1]] == content:
+                return place
+            at += 1
         return None
 
 
