@@ -19,8 +19,7 @@ from PIL import Image
 from sdft.data.datamodule import Images
 from sdft.data.sharding import write_shards
 from sdft.data.sources import Folder, Shards, shard_copies
-from sdft.data.sources.shard_copies import MAY_FETCH
-from sdft.data.sources.shard_urls import named
+from sdft.data.sources.shard_copies import MAY_FETCH, named
 from sdft.errors import UserError
 
 
@@ -236,6 +235,10 @@ def test_a_list_states_sizes_and_checksums(server: Server, shards: Path, tmp_pat
     assert_same(source, Folder(str(shards / "pictures"), "all"))
     assert server.requests["000002.tar"] == 2, "the flipped bit was found"
     assert_same(Shards(str(shards / "shards" / "shards.json"), "all"), Folder(str(shards / "pictures"), "all"))
+    there = Shards(f"{server.url}/shards.json", "all", cache_dir=str(tmp_path / "there"))
+    assert_same(there, Folder(str(shards / "pictures"), "all"))
+    with pytest.raises(UserError, match=r"gone\.json: cannot be fetched \(.*404"):
+        named(f"{server.url}/gone.json")
 
 
 @pytest.mark.parametrize(

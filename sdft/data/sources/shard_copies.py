@@ -22,7 +22,7 @@ from urllib.parse import urlparse
 
 from filelock import FileLock
 
-from sdft.data.sources.shard_urls import ShardUrl
+from sdft.data.sources.shard_urls import ShardUrl, expand, listed
 from sdft.errors import UserError
 from sdft.progress import tqdm
 from sdft.types import Index, Positive
@@ -163,6 +163,30 @@ class ShardCopies:
         from webdataset.cache import LRUCleanup
 
         LRUCleanup(str(self.folder), self.limit - size, keyfn=os.path.getmtime, interval=None).cleanup()
+
+
+def named(shards: str) -> list[ShardUrl]:
+    """The shards of patterns joined by `::`, and of the lists (`.json`) among them, which may be URLs too.
+
+    Raises UserError for patterns that mean nothing, for too many shards, and for files that are no lists.
+    """
+    found: list[ShardUrl] = []
+    for url in expand(shards):
+        shard = ShardUrl(url)
+        if not url.endswith(".json"):
+            found.append(shard)
+        elif shard.is_remote:
+            if not MAY_FETCH.get():
+                raise UserError(f"data.shards={url}: dry_run=true fetches nothing; name a list on this machine")
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    download(shard, Path(folder) / "list.json")
+                except FailedFetch as failure:
+                    raise UserError(f"data.shards={url}: cannot be fetched ({failure})") from failure
+                found += listed(Path(folder) / "list.json", url)
+        else:
+            found += listed(shard.path, url)
+    return found
 
 
 def name_of(shard: ShardUrl) -> str:

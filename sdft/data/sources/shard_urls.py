@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlparse
+from urllib.parse import urljoin, urlparse
 
 from sdft.errors import UserError
 
@@ -37,19 +37,6 @@ class ShardUrl:
         return Path(self.url.removeprefix("file://")).expanduser()
 
 
-def named(shards: str) -> list[ShardUrl]:
-    """The shards of patterns joined by `::`, and of the lists (`.json`) among them.
-
-    Raises UserError for patterns that mean nothing, for more than MAX_SHARDS, and for files that are no lists.
-    """
-    found: list[ShardUrl] = []
-    for url in expand(shards):
-        found += (
-            listed(Path(url).expanduser()) if url.endswith(".json") and not urlparse(url).scheme else [ShardUrl(url)]
-        )
-    return found
-
-
 def expand(shards: str) -> list[str]:
     """The paths, URLs and commands of a brace pattern."""
     from braceexpand import braceexpand
@@ -69,28 +56,32 @@ def expand(shards: str) -> list[str]:
     return found
 
 
-def listed(file: Path) -> list[ShardUrl]:
-    """The shards of a list, `{"shardlist": [{"url": ..., "filesize": ..., "md5sum": ...}]}`; names relative to it.
+def listed(file: Path, url: str) -> list[ShardUrl]:
+    """The shards of a list, `{"shardlist": [{"url": ..., "filesize": ..., "md5sum": ...}]}`.
 
-    Lists come from elsewhere, so commands in them are refused.
+    url: where the list is from; names in it are relative to that. Lists come from elsewhere, so commands in them are
+    refused.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         rows = [(row["url"], row.get("filesize"), row.get("md5sum")) for row in content["shardlist"]]
     except OSError as error:
-        raise UserError(f"data.shards={file}: cannot be read ({error.strerror})") from error
+        raise UserError(f"data.shards={url}: cannot be read ({error.strerror})") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f'data.shards={file}: is no list of shards; one is {{"__kind__": "{LIST_KIND}", "shardlist": [{{"url": '
+            f'data.shards={url}: is no list of shards; one is {{"__kind__": "{LIST_KIND}", "shardlist": [{{"url": '
             '"000000.tar"}]}, as python -m sdft.data shard writes it'
         ) from error
     found = []
-    for url, size, md5 in rows:
-        if not (isinstance(url, str) and isinstance(size, int | None) and isinstance(md5, str | None)):
-            raise UserError(f"data.shards={file}: has a shard without a url, or with a size that is no number")
-        if url.startswith("pipe:"):
-            raise UserError(f"data.shards={file}: has the command {url!r}; name commands in data.shards itself")
-        whole = url if urlparse(url).scheme else str(file.parent / Path(url).expanduser())
+    for name, size, md5 in rows:
+        if not (isinstance(name, str) and isinstance(size, int | None) and isinstance(md5, str | None)):
+            raise UserError(f"data.shards={url}: has a shard without a url, or with a size that is no number")
+        if name.startswith("pipe:"):
+            raise UserError(f"data.shards={url}: has the command {name!r}; name commands in data.shards itself")
+        if urlparse(name).scheme:
+            whole = name
+        else:
+            whole = urljoin(url, name) if urlparse(url).scheme else str(file.parent / Path(name).expanduser())
         found.append(ShardUrl(whole, size, md5))
     return found
 

@@ -18,9 +18,9 @@ from sdft.data.error_messages import complain, join_problems
 from sdft.data.packed_strings import Concatenated, PackedStrings, repeated
 from sdft.data.scan_cache import stamp_of
 from sdft.data.source import Sample, StoredSource
-from sdft.data.sources.shard_copies import AT_A_TIME, Arrived, FailedFetch, ShardCopies, read_range
+from sdft.data.sources.shard_copies import AT_A_TIME, Arrived, FailedFetch, ShardCopies, named, read_range
 from sdft.data.sources.shard_index import Entry, Identity, ShardDamaged, index_of, kept_index, read_shard, write_index
-from sdft.data.sources.shard_urls import ShardUrl, named
+from sdft.data.sources.shard_urls import ShardUrl
 from sdft.data.sources.splits import Split, split_indices
 from sdft.data.threads import in_threads
 from sdft.errors import UserError
