@@ -17,8 +17,8 @@ from sdft.config.command import check, compose
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"^python (train\.py|eval\.py|-m sdft\.[a-z.]+(?: (?:cache|caption|check|edit|mask|shard|tags|toy)\b)?) (.*)$")
 DATA = ("cache", "caption", "check", "edit", "mask", "shard", "tags", "toy")
+COMMAND = re.compile(rf"^python (train\.py|eval\.py|-m sdft\.[a-z.]+(?: (?:{'|'.join(DATA)})\b)?) (.*)$")
 ROOTS = {
     "train.py": "train",
     "eval.py": "eval",
