@@ -26,8 +26,9 @@ import torch
 from PIL import Image
 
 from sdft.data.cache import Cache
-from sdft.data.datamodule import NUM_PREFETCHED, Images, folder
+from sdft.data.datamodule import Images, folder
 from sdft.data.encoding import prepared
+from sdft.data.order import NUM_PREFETCHED
 from sdft.data.sharding import write_shards
 from sdft.data.sources import Folder, Shards
 

@@ -63,7 +63,8 @@ def steps() -> tuple[list[float], list[float]]:
 
 def bare() -> Iterator[None]:
     """Steps of a plain loop over the same model, loss, optimiser and average."""
-    from sdft.data.dataset import BatchOrder, collate
+    from sdft.data.dataset import collate
+    from sdft.data.order import BatchOrder
     from sdft.hardware import default_precision
     from sdft.rng import Draws
     from sdft.tuning.parameters import trainable_parameters

@@ -8,30 +8,29 @@ from __future__ import annotations
 import inspect
 import os
 import typing
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from itertools import islice
 from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from sdft.batch import Batch
 from sdft.data.augmentation import Augmentation
 from sdft.data.buckets import bucket_sizes
 from sdft.data.cache import Cache, fingerprint
-from sdft.data.dataset import BatchOrder, ImageDataset, ShardWindows, Variant, collate
+from sdft.data.dataset import ImageDataset, Variant, collate
 from sdft.data.encoding import Ranks, cached_embeddings, cached_moments, prepared
 from sdft.data.exclusions import without
 from sdft.data.images import Crop
 from sdft.data.inventory import Inventory
+from sdft.data.order import BatchOrder, PrefetchOrder, shard_windows
 from sdft.data.packed_strings import PackedStrings, unique
 from sdft.data.scan import OnUnreadable, check_masks, only_readable
 from sdft.data.scan_cache import ScanCache
-from sdft.data.source import Source, left_out, shard_numbers, shards_that_fit
+from sdft.data.source import Source, left_out
 from sdft.data.sources import Folder, HuggingFace, Shards
 from sdft.errors import UserError
 from sdft.progress import tqdm
@@ -39,8 +38,6 @@ from sdft.types import BatchSize, Count, Fraction, NumWorkers, Seed, Side
 
 MOST_WORKERS = 8
 """Of `num_workers=auto`; more seldom decode faster than a GPU trains."""
-NUM_PREFETCHED = 4
-"""Batches whose cached entries are prefetched: one is too few to keep a disk busy."""
 
 
 class Images(L.LightningDataModule):
@@ -125,18 +122,7 @@ class Images(L.LightningDataModule):
         self.bucketed = bool(bucket_step)
         self.resume_with_changed_data = False
         """Whether a run may go on with other images than its checkpoint was saved with."""
-        self.windows = None
-        fitting = shards_that_fit(train)
-        if fitting is not None and cache == "off" and shuffle_shards is None:
-            raise UserError(
-                f"data.cache_limit_gb: the shards take more space than that; set data.shuffle_shards={fitting} to read "
-                "them a few at a time, or data.cache=disk to keep their latents"
-            )
-        if shuffle_shards is not None:
-            numbers = shard_numbers(train)
-            if numbers is None:
-                raise UserError(f"data.shuffle_shards={shuffle_shards}: the data has no shards; leave it null")
-            self.windows = ShardWindows(numbers, shuffle_shards, seed)
+        self.windows = shard_windows(train, shuffle_shards, seed, stored=cache != "off")
         self._batches_done = 0
 
     def train_dataloader(self) -> DataLoader:
@@ -254,38 +240,6 @@ class Images(L.LightningDataModule):
     @cached_property
     def _inventory(self) -> Inventory:
         return Inventory.of(self.train_set.source, self.train_scan)
-
-
-class PrefetchOrder(Sampler[list[tuple[int, int]]]):
-    """Yields the batches of an order, and passes each to `prefetch` a few batches earlier.
-
-    prefetch_files: is given the batches too, and earlier by those of a window of shards.
-    """
-
-    def __init__(
-        self,
-        order: BatchOrder,
-        prefetch: Callable[[list[tuple[int, int]]], None],
-        prefetch_files: Callable[[list[tuple[int, int]]], None] = lambda batch: None,
-    ):
-        self.order, self.prefetch, self.prefetch_files = order, prefetch, prefetch_files
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        waiting: deque[list[tuple[int, int]]] = deque()
-        later = iter(self.order)
-        for batch in islice(later, self.order.batches_of_a_window()):
-            self.prefetch_files(batch)
-        for batch in self.order:
-            for further in islice(later, 1):
-                self.prefetch_files(further)
-            self.prefetch(batch)
-            waiting.append(batch)
-            if len(waiting) > NUM_PREFETCHED:
-                yield waiting.popleft()
-        yield from waiting
 
 
 def images_from(source: type) -> Callable[..., Images]:

@@ -1,8 +1,6 @@
-"""The map-style dataset of a run, and the order in which its samples are read.
+"""The map-style dataset of a run: examples of the samples of a source, by index and visit.
 
-A run reads one endless sequence of samples, one random permutation of the source after another; with buckets, one such
-sequence per size. Everything is a function of (run seed, position), so a resumed run continues where it stopped,
-independently of workers, of ranks, and of how a global batch is split.
+Everything random about an example is a function of (run seed, key, visit).
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from sdft.batch import Batch
 from sdft.data.augmentation import Augmentation, Colours, Geometry
@@ -24,125 +22,8 @@ from sdft.data.buckets import nearest_bucket
 from sdft.data.images import Crop, CropPlan, crop_image, crop_mask, plan_crop
 from sdft.data.source import Sample, Source, prefetch, stored_mask
 from sdft.errors import UserError
-from sdft.rng import Draws, generator
+from sdft.rng import Draws
 from sdft.types import Count, Fraction
-
-
-class BatchOrder(Sampler[list[tuple[int, int]]]):
-    """Batch sampler: batches of (index, visit) from batch number `start` to `stop`.
-
-    A visit counts how often a sample was read before. Rank r yields its slice of each global batch.
-
-    size: number of samples. batch_size: samples per rank.
-    buckets: name -> indices of the images of one size; None puts all into one. Each optimizer step is of one bucket,
-        whose samples are one endless sequence of permutations: the last batch of a pass is filled up from the next
-        pass, so no sample is dropped.
-    accumulate: batches per optimizer step, which are all of one bucket.
-    windows: which shards are read together; None shuffles all samples.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        seed: int,
-        start: int,
-        stop: int,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
-        buckets: Mapping[str, Sequence[int]] | None = None,
-        windows: ShardWindows | None = None,
-    ):
-        self.batch_size, self.seed, self.start, self.stop = batch_size, seed, start, stop
-        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
-        self.buckets, self.windows = buckets or {"": range(size)}, windows
-
-    def batches_of_a_window(self) -> int:
-        """About how many batches read the samples of the shards that are shuffled together."""
-        if self.windows is None:
-            return 0
-        samples = len(self.windows.shard_of) * self.windows.at_once / self.windows.num_shards
-        return int(samples / (self.batch_size * self.world_size)) + 1
-
-    def __len__(self) -> int:
-        return self.stop
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        per_batch = self.batch_size * self.world_size
-        sizes = [len(indices) for indices in self.buckets.values()]
-        streams = [ShuffledStream(indices, self.seed, name, self.windows) for name, indices in self.buckets.items()]
-        first_step, part = divmod(self.start, self.accumulate)
-        steps = bucket_order(sizes, per_batch * self.accumulate, self.seed, first_step)
-        bucket, steps_before = next(steps)
-        for _ in range(self.start, self.stop):
-            if part == self.accumulate:
-                part, (bucket, steps_before) = 0, next(steps)
-            first = (steps_before * self.accumulate + part) * per_batch + self.rank * self.batch_size
-            yield [streams[bucket][position] for position in range(first, first + self.batch_size)]
-            part += 1
-
-
-class ShardWindows:
-    """The order in which a set is read `at_once` shards at a time: the shards of a pass in random order, the same for
-    all buckets, and the samples of each group of shards shuffled.
-
-    shard_of: the number of the shard of each sample.
-    """
-
-    def __init__(self, shard_of: np.ndarray, at_once: Count, seed: int):
-        self.shard_of, self.at_once, self.seed = shard_of, at_once, seed
-        self.num_shards = len(np.unique(shard_of))
-
-    def of(self, indices: np.ndarray, visit: int) -> np.ndarray:
-        """The number of the window of each sample in a pass."""
-        num = int(self.shard_of.max()) + 1
-        order = torch.randperm(num, generator=generator(self.seed, "shard order", counter=visit)).numpy()
-        return np.argsort(order)[self.shard_of[indices]] // self.at_once
-
-
-class ShuffledStream:
-    """An endless sequence of (index, visit): one random permutation of the indices after another."""
-
-    def __init__(self, indices: Sequence[int], seed: int, name: str, windows: ShardWindows | None = None):
-        self.indices, self.seed, self.name, self.windows = indices, seed, name, windows
-        self._visit, self._order = -1, torch.empty(0)
-
-    def __getitem__(self, position: int) -> tuple[int, int]:
-        visit, place = divmod(position, len(self.indices))
-        if visit != self._visit:
-            order = generator(self.seed, "order", self.name, visit)
-            self._visit, self._order = visit, torch.randperm(len(self.indices), generator=order)
-            if self.windows is not None:
-                window = self.windows.of(np.asarray(self.indices)[self._order.numpy()], visit)
-                self._order = self._order[np.argsort(window, kind="stable")]
-        return self.indices[int(self._order[place])], visit
-
-
-def bucket_order(sizes: Sequence[int], num: int, seed: int, first: int) -> Iterator[tuple[int, int]]:
-    """(bucket, its number of earlier steps) of each optimizer step, from step `first` on.
-
-    sizes: samples of each bucket. num: samples of a step.
-
-    By the end of pass p over the data, a bucket of n samples has had ceil(p n / num) steps, the least number that reads
-    each sample p times. The buckets of a pass are in random order.
-    """
-    done = [0] * len(sizes)
-    visit = 0
-    while True:
-        due = [-(-(visit + 1) * size // num) for size in sizes]
-        turns = [bucket for bucket, (a, b) in enumerate(zip(done, due, strict=True)) for _ in range(b - a)]
-        if first >= len(turns):
-            first, done = first - len(turns), due
-        else:
-            order = torch.randperm(len(turns), generator=generator(seed, "buckets", counter=visit)).tolist()
-            for place, turn in enumerate(order):
-                if place >= first:
-                    yield turns[turn], done[turns[turn]]
-                done[turns[turn]] += 1
-            first = 0
-        visit += 1
-
 
 Variant = tuple[int, bool, int]
 """(index of a sample, whether it is flipped, number of its crop and colours)"""

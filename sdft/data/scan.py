@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from sdft.data.decode import UnreadableImage, decode_mask, examine
-from sdft.data.error_messages import join_problems
+from sdft.data.error_messages import complain, join_problems
 from sdft.data.exclusions import without
 from sdft.data.scan_cache import ImageFacts, ScanCache
 from sdft.data.source import Source, stored_image, stored_mask
@@ -138,9 +138,11 @@ def check_masks(source: Source, found: Scan) -> int:
         if isinstance(told, str):
             wrong.append(told)
     if wrong:
-        raise UserError(f"data.masks: {join_problems(wrong)}; a mask has the size of its image, white where it counts")
+        complain(
+            UserError(f"data.masks: {join_problems(wrong)}; a mask has the size of its image, white where it counts")
+        )
     if not num:
-        raise UserError("data.masks=true: no image has a mask; cat.mask.png is that of cat.jpg")
+        complain(UserError("data.masks=true: no image has a mask; cat.mask.png is that of cat.jpg"))
     return num
 
 

@@ -22,10 +22,25 @@ LOSSLESS = 4
 """Ratio of bytes per pixel, lossless to lossy: an image smaller than the limit by this ratio is embedded losslessly."""
 
 
-def page(folder: Path, name: str, scripts: Sequence[str], data: Any) -> str:
-    """The page `NAME.html` of a folder, with its style `NAME.css`, its scripts and its data.
+HEAD = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="$policy">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<link rel="icon" href="data:,">
+<title>$title</title>
+<style>$style</style>
+</head>
+""")
 
-    scripts: in the order of their dependencies, behind those that all pages share. data: what `json_text` takes.
+
+def page(folder: Path, name: str, title: str, scripts: Sequence[str], data: Any) -> str:
+    """The page whose body is `NAME.html` in a folder, with its style `NAME.css`, its scripts and its data.
+
+    title: plain words. scripts: in the order of their dependencies, behind those that all pages share. data: what
+    `json_text` takes.
     """
     style = "\n".join(file.read_text(encoding="utf-8") for file in (HERE / "base.css", folder / f"{name}.css"))
     files = (HERE / "elements.js", HERE / "theme.js", *(folder / f"{script}.js" for script in scripts))
@@ -34,8 +49,9 @@ def page(folder: Path, name: str, scripts: Sequence[str], data: Any) -> str:
         f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(style)}'; "
         "img-src 'self' file: data:; base-uri 'none'; form-action 'none'"
     )
-    template = Template((folder / f"{name}.html").read_text(encoding="utf-8"))
-    return template.substitute(policy=policy, style=style, script=script, data=json_text(data))
+    body = Template((folder / f"{name}.html").read_text(encoding="utf-8"))
+    head = HEAD.substitute(policy=policy, title=title, style=style)
+    return f"{head}{body.substitute(script=script, data=json_text(data))}</html>\n"
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -13,7 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from sdft.data.datamodule import Images, folder
-from sdft.data.dataset import BatchOrder, ImageDataset, Sample, collate
+from sdft.data.dataset import ImageDataset, Sample, collate
+from sdft.data.order import BatchOrder
 from sdft.data.sources import Folder, Mix, ToyWorld, held_out
 from sdft.errors import UserError
 

@@ -7,8 +7,8 @@ from itertools import chain, islice
 
 import pytest
 
-from sdft.data.datamodule import NUM_PREFETCHED, Images, PrefetchOrder, folder
-from sdft.data.dataset import BatchOrder, bucket_order
+from sdft.data.datamodule import Images, folder
+from sdft.data.order import NUM_PREFETCHED, BatchOrder, PrefetchOrder, bucket_order
 from sdft.errors import UserError
 
 BUCKETS = {"wide": list(range(0, 7)), "high": list(range(7, 10)), "square": [10]}

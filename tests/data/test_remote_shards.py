@@ -304,7 +304,7 @@ class TestOrder:
     """A set larger than the space for its copies is read a few shards at a time."""
 
     def test_a_pass_reads_each_shard_once(self, server: Server, shards: Path, tmp_path: Path) -> None:
-        from sdft.data.dataset import BatchOrder, ShardWindows
+        from sdft.data.order import BatchOrder, ShardWindows
 
         numbers = np.repeat(np.arange(6), 10)
         order = BatchOrder(60, 5, seed=0, start=0, stop=24, windows=ShardWindows(numbers, 2, 0))

@@ -41,5 +41,5 @@ def write_page(path: Path, files: CaptionFiles, bar: Callable[[Iterable], Iterab
     name = hashlib.sha256(html.json_text([str(files.root), content]).encode()).hexdigest()[:16]
     data = {"id": name, "folder": printable(str(files.root)), "items": items}
     path.parent.mkdir(parents=True, exist_ok=True)
-    html.write_whole(path, html.page(HERE, "captions", ("captions",), data))
+    html.write_whole(path, html.page(HERE, "captions", "Captions", ("captions",), data))
     return len(items)

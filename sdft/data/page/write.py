@@ -32,5 +32,5 @@ def write_page(path: Path, found: DataSummary, name: str) -> int:
     place = hashlib.sha256(content.encode()).hexdigest()[:16]
     data = {"id": place, "folder": name, "items": items, "groups": groups, "total": len(found.keys)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    html.write_whole(path, html.page(HERE, "flagged", ("flagged",), data))
+    html.write_whole(path, html.page(HERE, "flagged", "Images to look at", ("flagged",), data))
     return len(items)

@@ -43,7 +43,7 @@ def write_page(path: Path, results: Results) -> None:
         picture["thumbnail"] = small
     # The key of votes in the browser's storage: the same page opened again finds them, another page does not.
     data["id"] = hashlib.sha256(html.json_text(data).encode()).hexdigest()[:16]
-    html.write_whole(path, html.page(HERE, "page", SCRIPTS, data))
+    html.write_whole(path, html.page(HERE, "page", "Comparison", SCRIPTS, data))
 
 
 def plain(value: Any) -> Any:
