@@ -15,6 +15,8 @@ class whose defaults are right for most.
 | `Verdict` | `verdict=` | the training command, after the last step |
 | `DiffusionModel` | `model=` | everything that trains or draws |
 | `Source` (`sdft.data.source`) | `data=` | `sdft.data.datamodule.Images` |
+| `Captioner` (`sdft.captioning.captioner`) | `captioner=` | `python -m sdft.data caption` |
+| `Segmenter` (`sdft.masking.segmenters`) | `segmenter=` | `python -m sdft.data mask` |
 | `Metric` (`sdft.evaluation.metrics.protocol`) | `metrics=` | `sdft.evaluation.comparison` |
 | `MergeMethod` (`sdft.merging.annotations`) | `merge=` | `sdft.merging.merge` |
 """

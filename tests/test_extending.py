@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from page_commands import PICTURES, write_pictures
 from safetensors.torch import load_file
 from warm import WarmPython
 
@@ -23,6 +24,7 @@ COMMANDS = [
     command for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for command in block.strip().splitlines()
 ]
 ROOTS = {"train.py": "train", "eval.py": "eval", "sdft.merging": "merge"}
+ROOTS |= {name: f"data_{name}" for name in ("caption", "mask")}
 SHORT = {
     "train": ["trainer.max_steps=2", "verdict=none", "~callbacks.previews", "logger=csv", "+export.tolerance=1"],
     "eval": ["sampler.steps=6", "sampler.batch_size=2", "prompts=[a cat]"],
@@ -50,14 +52,16 @@ def split(command: str) -> tuple[list[str], str, list[str]]:
     """How Python is called, the root of the configs, and the overrides."""
     words = shlex.split(command)
     assert words[0] == "python"
-    program, rest = (words[1:3], words[3:]) if words[1] == "-m" else (words[1:2], words[2:])
+    num = {"train.py": 1, "eval.py": 1}.get(words[1], 3 if words[2] == "sdft.data" else 2)
+    program, rest = words[1 : 1 + num], words[1 + num :]
     overrides = [word for word in rest if word not in ("-m", "--config-dir", "my_lab/conf")]
     return program, ROOTS[program[-1]], overrides
 
 
 def test_the_page_shows_every_extension() -> None:
     groups = {name.split("/")[2] for name in FILES if name.startswith("my_lab/conf/")}
-    assert groups == {"optimizer", "objective", "callbacks", "data", "sampler", "metrics", "merge", "model"}
+    expected = {"optimizer", "objective", "callbacks", "captioner", "data", "sampler", "segmenter", "metrics", "merge"}
+    assert groups == {*expected, "model"}
     assert len(COMMANDS) >= 10
 
 
@@ -113,14 +117,20 @@ def test_a_place_that_does_not_exist_is_named(place: str, message: str) -> None:
 def test_every_command_runs(lab: Path) -> None:
     for name in ("train.py", "eval.py"):
         (lab / name).symlink_to(ROOT / name)
+    write_pictures(lab / "pictures")
+    for caption in (lab / "pictures").glob("*.txt"):
+        caption.unlink()
     with WarmPython(PYTHONPATH=f"{lab}:{ROOT}") as python:
         for number, command in enumerate(COMMANDS):
             program, root, _ = split(command)
-            words = [word for word in shlex.split(command)[1 + len(program) :]]
-            if root != "merge":
+            words = [word.replace("DIR", "pictures") for word in shlex.split(command)[1 + len(program) :]]
+            if root in ("train", "eval"):
                 words += SHORT[root] + ([f"run_dir=runs/{number}"] if "-m" not in words else [])
             status, printed = python.run([*program, *words], lab)
             assert status == 0, f"{command}\n{printed[-4000:]}"
+    told = {file.read_text() for file in (lab / "pictures").glob("*.txt")}
+    assert told <= {"a bright picture\n", "a dark picture\n"}
+    assert len(list((lab / "pictures").glob("*.txt"))) == len(list((lab / "pictures").glob("*.mask.png"))) == PICTURES
     table = next((lab / "multirun").rglob("table.txt")).read_text()
     assert len(table.splitlines()) == 6  # a heading, four jobs, and by what they are ranked without a style gain
     for job in (lab / "multirun").rglob("lora.safetensors"):
