@@ -184,6 +184,14 @@ def test_what_is_not_there_is_told_at_once(server: Server, tmp_path: Path) -> No
     assert server.requests["gone.tar"] == 1
 
 
+def test_no_message_has_a_password_or_a_signature(server: Server, tmp_path: Path) -> None:
+    url = server.url.replace("http://", "http://me:secret@") + "/gone.tar?X-Amz-Signature=secret"
+    with pytest.raises(UserError) as told:
+        Shards(url, "all", cache_dir=str(tmp_path))
+    assert f"data.shards={server.url}/gone.tar?...: cannot be fetched" in str(told.value)
+    assert "secret" not in str(told.value)
+
+
 def test_copies_and_indexes_are_kept(server: Server, tmp_path: Path) -> None:
     first = remote(server, tmp_path)
     stamps = [first.stored(i).stamp() for i in range(12)]

@@ -101,7 +101,7 @@ class ShardCopies:
             return used(path)
         if not MAY_FETCH.get():
             raise UserError(
-                f"data.shards={shard.url}: dry_run=true runs no commands and fetches nothing, and there is no copy of "
+                f"data.shards={shard.name}: dry_run=true runs no commands and fetches nothing, and there is no copy of "
                 f"it in {self.folder} yet"
             )
         try:
@@ -119,7 +119,7 @@ class ShardCopies:
                     partial.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
-                f"data.cache_dir={self.folder.parent}: the copy of {shard.url} cannot be stored ({error.strerror}); "
+                f"data.cache_dir={self.folder.parent}: the copy of {shard.name} cannot be stored ({error.strerror}); "
                 "free some space, or set data.cache_limit_gb"
             ) from error
         return path
@@ -135,8 +135,8 @@ class ShardCopies:
                 last = attempt == self.retries or bool(GONE_FOR_GOOD.search(str(failure)))
                 if last or shard.url.startswith("pipe:"):
                     tries = "" if attempt == 0 else f", after {attempt + 1} tries"
-                    raise UserError(f"data.shards={shard.url}: cannot be fetched ({failure}){tries}") from failure
-                tqdm.write(f"{shard.url}: {failure}; trying again")
+                    raise UserError(f"data.shards={shard.name}: cannot be fetched ({failure}){tries}") from failure
+                tqdm.write(f"{shard.name}: {failure}; trying again")
                 time.sleep(FIRST_WAIT * 2**attempt)
 
     def read(self, shard: ShardUrl, offset: int, size: int, check: Check) -> bytes:
@@ -177,12 +177,12 @@ def named(shards: str) -> list[ShardUrl]:
             found.append(shard)
         elif shard.is_remote:
             if not MAY_FETCH.get():
-                raise UserError(f"data.shards={url}: dry_run=true fetches nothing; name a list on this machine")
+                raise UserError(f"data.shards={shard.name}: dry_run=true fetches nothing; name a list on this machine")
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     download(shard, Path(folder) / "list.json")
                 except FailedFetch as failure:
-                    raise UserError(f"data.shards={url}: cannot be fetched ({failure})") from failure
+                    raise UserError(f"data.shards={shard.name}: cannot be fetched ({failure})") from failure
                 found += listed(Path(folder) / "list.json", url)
         else:
             found += listed(shard.path, url)

@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urljoin, urlparse
+from urllib.parse import urljoin, urlparse, urlsplit, urlunsplit
 
 from sdft.errors import UserError
 
@@ -30,6 +30,15 @@ class ShardUrl:
     def is_remote(self) -> bool:
         """Whether it is no local file: reading it needs a copy."""
         return urlparse(self.url).scheme not in ("", "file")
+
+    @property
+    def name(self) -> str:
+        """The URL for messages: without a password, and without a query, where signed URLs have their key."""
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https"):
+            return self.url
+        shown = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="..." if parts.query else "")
+        return urlunsplit(shown)
 
     @property
     def path(self) -> Path:

@@ -73,7 +73,7 @@ class RemoteShard:
     same: another one under the same URL is an error."""
 
     def __init__(self, shard: ShardUrl, copies: ShardCopies):
-        self.shard, self.name, self.copies = shard, shard.url, copies
+        self.shard, self.name, self.copies = shard, shard.name, copies
         kept = kept_index(copies.index(shard))
         if kept is None:
             file = copies.fetched(shard, self._check)  # which writes the index, unless the copy was there
@@ -211,7 +211,7 @@ class Shards(StoredSource):
 
 def opened(urls: Sequence[ShardUrl], copies: ShardCopies | None) -> list[Shard]:
     """The shards of some URLs with their indexes; several are fetched at a time, with a bar if that takes long."""
-    if copies is None and (remote := [url.url for url in urls if url.is_remote]):
+    if copies is None and (remote := [url.name for url in urls if url.is_remote]):
         raise UserError(f"data.shards={remote[0]}: set data.cache_dir=DIR, where copies of remote shards are stored")
 
     def open_one(url: ShardUrl) -> Shard:
