@@ -1,7 +1,7 @@
 """Draws texts of any language into pictures.
 
 Pillow's own font has ASCII only. Other texts are drawn with the fonts in `fonts/`, then with fonts of this machine that
-fontconfig finds, and what no font has is written by its Unicode name, or that of its script: `[cat]` or `[thai]`.
+fontconfig finds; what no font has is written by its Unicode name, or that of its script: `[melting face]` or `[thai]`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from PIL import ImageDraw, ImageFont
 
-FONTS = tuple(str(Path(__file__).parent / "fonts" / name) for name in ("DejaVuSans.ttf", "DroidSansFallback.ttf"))
+FILES = ("DejaVuSans.ttf", "DroidSansFallback.ttf", "SymbolaEmoji.ttf")
+FONTS = tuple(str(Path(__file__).parent / "fonts" / name) for name in FILES)
 NOTHING = "\U0010ffff"
 """A character that no font has."""
 INVISIBLE = ("Cf", "Cc")
