@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,8 @@ class ImageToText:
     ):
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        self.name, self.prompt, self.batch_size = model, prompt, batch_size
+        model = os.path.expanduser(model)
+        self.prompt, self.batch_size = prompt, batch_size
         self.options = {"max_new_tokens": max_new_tokens, "num_beams": num_beams, "do_sample": False}
         try:
             self.processor: Any = AutoProcessor.from_pretrained(model, revision=revision)

@@ -27,3 +27,13 @@ def nearest_bucket(original_hw: tuple[int, int], sizes: Sequence[tuple[int, int]
     """The bucket with the nearest aspect ratio, by the difference of the logarithms of width over height."""
     h, w = original_hw
     return min(sizes, key=lambda hw: (abs(math.log(w / h) - math.log(hw[1] / hw[0])), hw))
+
+
+def covered_bucket(original_hw: tuple[int, int], sizes: Sequence[tuple[int, int]], step: int) -> tuple[int, int]:
+    """The nearest bucket if the image covers it, else the largest size in multiples of `step` that it covers, at least
+    one step."""
+    bucket = nearest_bucket(original_hw, sizes)
+    if all(side >= target for side, target in zip(original_hw, bucket, strict=True)):
+        return bucket
+    h, w = (max(min(side, target) // step, 1) * step for side, target in zip(original_hw, bucket, strict=True))
+    return h, w

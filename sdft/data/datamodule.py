@@ -57,7 +57,7 @@ class Images(L.LightningDataModule):
     num_workers: processes that read images; 0 reads them in the training process. `auto` takes one for each core that
         this process may use beyond its own, at most 8, if images are decoded at every visit, and 0 if they are cached.
     bucket_step: images keep their aspect ratio, in buckets of about `size`^2 pixels whose sides are multiples of this;
-        None crops squares.
+        None crops squares. no_upscale: smaller images are trained at sizes of their own instead of being enlarged.
     cache_dir: folder of `cache=disk`, which any number of runs can share, and of the results of scans, which are in the
         user's cache folder if it is None.
     augmentation: random zoom, rotation and colours of training images. variants: number of random crops, zooms,
@@ -92,6 +92,7 @@ class Images(L.LightningDataModule):
         augmentation: Augmentation | None = None,
         variants: Count | None = None,
         masks: bool = False,
+        no_upscale: bool = False,
     ):
         super().__init__()
         check_sizes(size, bucket_step)
@@ -103,8 +104,11 @@ class Images(L.LightningDataModule):
         ((train, scan), (validation, validation_scan)), self.skipped = only_readable(
             [train, validation], unreadable, ScanCache(cache_dir)
         )
+        if no_upscale and not bucket_step:
+            raise UserError("data.no_upscale=true: small images need sizes of their own; set data.bucket_step=64")
         buckets = bucket_sizes(size, bucket_step) if bucket_step else ()
-        dataset_of = partial(ImageDataset, size_hw=(size, size), seed=seed, buckets=buckets)
+        step_below = bucket_step if no_upscale else None
+        dataset_of = partial(ImageDataset, size_hw=(size, size), seed=seed, buckets=buckets, step_below=step_below)
         self.train_set = dataset_of(
             train, crop=crop, flip=flip, caption_dropout=caption_dropout, encoder_dropout=encoder_dropout or (),
             hw_N2=scan.hw_N2, augmentation=augmentation, variants=variants, masks=masks,

@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.utils.data import Dataset
 
 from sdft.batch import Batch
 from sdft.data.augmentation import Augmentation, Colours, Geometry
-from sdft.data.buckets import nearest_bucket
+from sdft.data.buckets import covered_bucket, nearest_bucket
 from sdft.data.images import Crop, CropPlan, crop_image, crop_mask, plan_crop
 from sdft.data.source import Sample, Source, prefetch, stored_mask
 from sdft.errors import UserError
@@ -75,7 +76,8 @@ class ImageDataset(Dataset):
     """Cropped, captioned training examples of a source.
 
     size_hw: size in pixels to which images are resized and cropped, without buckets.
-    buckets: sizes (h, w); each image is cropped to the one with the nearest aspect ratio.
+    buckets: sizes (h, w); each image is cropped to the one with the nearest aspect ratio. step_below: images that are
+        smaller get sizes of their own, in multiples of this; None enlarges them.
     caption_dropout: share of visits with the empty caption. encoder_dropout: the same for each text encoder, besides.
     hw_N2: heights and widths of the images that are known without reading them, 0 for others.
     augmentation: changes of the images. variants: number of crops and colours of each image, in turn at its visits, so
@@ -95,6 +97,7 @@ class ImageDataset(Dataset):
         caption_dropout: Fraction = 0.0,
         encoder_dropout: Sequence[Fraction] = (),
         buckets: Sequence[tuple[int, int]] = (),
+        step_below: int | None = None,
         hw_N2: np.ndarray | None = None,
         augmentation: Augmentation | None = None,
         variants: Count | None = None,
@@ -105,7 +108,8 @@ class ImageDataset(Dataset):
         self.crop, self.flip, self.augmentation, self.variants = crop, flip, augmentation or Augmentation(), variants
         self.caption_dropout, self.encoder_dropout = caption_dropout, encoder_dropout
         self.hw_N2 = np.zeros((len(source.keys), 2), np.int32) if hw_N2 is None else hw_N2
-        self.targets = [nearest_bucket(self._hw(i), buckets) for i in range(len(source.keys))] if buckets else None
+        choose = nearest_bucket if step_below is None else partial(covered_bucket, step=step_below)
+        self.targets = [choose(self._hw(i), buckets) for i in range(len(source.keys))] if buckets else None
         self.moments: Mapping[Variant, Tensor] = {}
         self.moments_on_disk: Prefetches | None = None
         self.text_embeddings: EmbeddingLookup | None = None

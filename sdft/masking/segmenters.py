@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -52,7 +53,7 @@ class TextSegmenter:
     def __init__(self, text: str, model: str = "CIDAS/clipseg-rd64-refined", threshold: Fraction | None = 0.4):
         from transformers import AutoProcessor, CLIPSegForImageSegmentation
 
-        self.text, self.threshold = text, threshold
+        self.text, self.threshold, model = text, threshold, os.path.expanduser(model)
         try:
             self.processor: Any = AutoProcessor.from_pretrained(model)
             self.model: Any = CLIPSegForImageSegmentation.from_pretrained(model, use_safetensors=True)
@@ -76,6 +77,7 @@ class ClassSegmenter:
     def __init__(self, model: str = "nvidia/segformer-b0-finetuned-ade-512-512", classes: Sequence[str] = ()):
         from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
+        model = os.path.expanduser(model)
         try:
             self.processor: Any = AutoImageProcessor.from_pretrained(model)
             self.model: Any = AutoModelForSemanticSegmentation.from_pretrained(model, use_safetensors=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sdft.data.buckets import bucket_sizes, nearest_bucket
+from sdft.data.buckets import bucket_sizes, covered_bucket, nearest_bucket
 from sdft.data.images import plan_crop
 
 WIDE = [(512, 2048), (576, 1792), (640, 1600), (704, 1472), (768, 1344), (832, 1216), (896, 1152), (960, 1088)]
@@ -47,3 +47,17 @@ def test_awkward_sizes(original, bucket, resized, corner) -> None:
     assert cut.resized_hw == resized
     assert (cut.top, cut.left) == corner
     assert cut.time_ids_6 == (*original, *corner, *bucket)
+
+
+@pytest.mark.parametrize(
+    ("hw", "expected"),
+    [
+        ((1000, 1500), (832, 1216)),
+        ((600, 900), (576, 896)),
+        ((1100, 900), (1088, 896)),
+        ((2000, 700), (1792, 576)),
+        ((40, 30), (64, 64)),
+    ],
+)
+def test_small_images_are_not_enlarged(hw: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert covered_bucket(hw, bucket_sizes(1024, 64), 64) == expected
