@@ -127,7 +127,7 @@ def toy(cfg: DictConfig) -> None:
             sample = world[index]
             Image.fromarray(sample.image_HWC).save(out / f"{index:05d}.png")
             (out / f"{index:05d}.txt").write_text(sample.caption + "\n", encoding="utf-8")
-    except OSError:
+    except (OSError, KeyboardInterrupt):
         shutil.rmtree(out, ignore_errors=True)  # it was empty before
         raise
     print(f"{cfg.count} images in {out}")

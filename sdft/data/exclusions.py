@@ -13,7 +13,8 @@ from sdft.errors import UserError, did_you_mean
 
 
 def without(sources: Sequence[Source], file: str, whole: bool = True) -> list[Source]:
-    """The sources without the images that a text file names, one key a line; lines that begin with # are comments.
+    """The sources without the images that a text file names, one key a line; lines that begin with # are comments,
+    unless they are the key of an image.
 
     whole: whether the sources are a whole set, in which every name has to occur. Raises UserError if one does not.
     """
@@ -22,7 +23,9 @@ def without(sources: Sequence[Source], file: str, whole: bool = True) -> list[So
         lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
     except OSError as error:
         raise UserError(f"data.exclude={file}: cannot be read ({error.strerror})") from error
-    names = {line.rstrip("\r") for line in lines if line.strip() and not line.startswith("#")}
+    written = {line.rstrip("\r") for line in lines if line.strip()}
+    keys = {key for source in sources for key in source.keys if key.startswith("#")} if any_marked(written) else set()
+    names = {line for line in written if not line.startswith("#") or line in keys}
     left, seen = [], set()
     for source in sources:
         found = [named for key in source.keys if (named := name_in(key, names))]
@@ -36,6 +39,11 @@ def without(sources: Sequence[Source], file: str, whole: bool = True) -> list[So
     if not all(len(source.keys) for source in left):
         raise UserError(f"data.exclude={file}: leaves no image to train on, or none to validate on")
     return left
+
+
+def any_marked(lines: set[str]) -> bool:
+    """Whether any line could be a comment."""
+    return any(line.startswith("#") for line in lines)
 
 
 def name_in(key: str, names: set[str]) -> str | None:

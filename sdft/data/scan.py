@@ -79,15 +79,19 @@ def scan(source: Source, cache: ScanCache) -> Scan:
 
 
 def readable(
-    source: Source, unreadable: OnUnreadable = "error", cache_dir: str | None = None, exclude: str | None = None
+    source: Source,
+    unreadable: OnUnreadable = "error",
+    cache_dir: str | None = None,
+    exclude: str | None = None,
+    whole: bool = False,
 ) -> Source:
     """The source without images that cannot be decoded. With `unreadable=error`, raises UserError if there are any.
 
     cache_dir: folder for the results of scans; the user's cache folder if None. exclude: a text file with the keys of
-    images to leave out; it may also name others.
+    images to leave out. whole: whether the source is a whole set, so that every name in that file has to occur.
     """
     if exclude is not None:
-        (source,) = without([source], exclude, whole=False)
+        (source,) = without([source], exclude, whole)
     ((left, _),), _ = only_readable([source], unreadable, ScanCache(cache_dir))
     return left
 

@@ -236,7 +236,7 @@ def test_a_list_states_sizes_and_checksums(server: Server, shards: Path, tmp_pat
     for row in content["shardlist"]:
         bytes_ = (shards / "shards" / row["url"]).read_bytes()
         assert (row["filesize"], row["md5sum"], row["nsamples"]) == (len(bytes_), hashlib.md5(bytes_).hexdigest(), 4)
-        row["url"] = f"{server.url}/{row['url']}"
+        row["url"], row["md5sum"] = f"{server.url}/{row['url']}", row["md5sum"].upper()
     (tmp_path / "list.json").write_text(json.dumps(content))
     server.trouble = {"000002.tar": [flipped]}
     source = Shards(str(tmp_path / "list.json"), "all", cache_dir=str(tmp_path))
@@ -259,13 +259,22 @@ def test_a_list_states_sizes_and_checksums(server: Server, shards: Path, tmp_pat
             '{"shardlist": [{"url": "a.tar", "filesize": "3"}]}',
             "has a shard without a url, or with a size that is no number",
         ),
-        ('{"shardlist": [{"url": "pipe:rm -rf /"}]}', r"has the command 'pipe:rm -rf /'"),
+        ('{"shardlist": [{"url": "a.tar", "filesize": true}]}', "has a shard without a url, or with a size that is no"),
+        ('{"shardlist": [{"url": "pipe:touch x"}]}', r"has 'pipe:touch x', and lists may name files and http, "),
+        ('{"shardlist": [{"url": "PIPE:touch x"}]}', r"has 'PIPE:touch x', and lists may name"),
+        (r'{"shardlist": [{"url": "pi\tpe:touch x"}]}', r"has 'pi\\tpe:touch x', and lists may name"),
+        (r'{"shardlist": [{"url": "\u0001pipe:touch x"}]}', r"has '\\x01pipe:touch x', and lists may name"),
+        ('{"shardlist": [{"url": " pipe:touch x"}]}', r"has ' pipe:touch x', and lists may name|there is no file"),
+        ('{"shardlist": [{"url": "http://[bad"}]}', r"has 'http://\[bad', and lists may name"),
+        ("[" * 100_000, "is no list of shards"),
     ],
 )
-def test_lists_that_are_none_or_run_commands_are_refused(content: str, complaint: str, tmp_path: Path) -> None:
+def test_lists_that_are_none_or_run_commands_are_refused(content: str, complaint: str, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "list.json").write_text(content)
-    with pytest.raises(UserError, match=rf"data\.shards=.*list\.json: {complaint}"):
-        named(str(tmp_path / "list.json"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"data\.shards=.*list\.json: {complaint}|{complaint}"):
+        Shards("list.json", "all", cache_dir=str(tmp_path), retries=0)
+    assert not (tmp_path / "x").exists()
 
 
 def test_nothing_is_fetched_in_a_dry_run(server: Server, tmp_path: Path) -> None:

@@ -39,9 +39,10 @@ class Listing:
         self.left_out, self.never_opened = Counter[str](), set[str]()
         self._own: set[Identity] | None = None
         self._linked: set[Identity] = set()
-        self.files = PackedStrings(self._below(str(root), ""))
+        self.files = PackedStrings(self._below(str(root), "", linked=False))
 
-    def _below(self, folder: str, name: str) -> Iterator[str]:
+    def _below(self, folder: str, name: str, linked: bool) -> Iterator[str]:
+        """linked: whether the folder was reached by a link, and may hold folders that are listed otherwise."""
         for entry in entries(folder):
             if entry.name == OWN_RECORD:
                 continue
@@ -49,11 +50,11 @@ class Listing:
                 self.left_out["hidden: the name begins with a dot"] += 1
             elif entry.name.lower() in SYSTEM_NAMES:
                 self.left_out["left by an operating system"] += 1
-            elif entry.is_dir(follow_symlinks=False):
-                yield from self._below(entry.path, f"{name}{entry.name}/")
+            elif entry.is_dir(follow_symlinks=False) and not linked:
+                yield from self._below(entry.path, f"{name}{entry.name}/", linked=False)
             elif entry.is_dir():
-                if self._leads_elsewhere(entry):
-                    yield from self._below(entry.path, f"{name}{entry.name}/")
+                if self._is_new(entry):
+                    yield from self._below(entry.path, f"{name}{entry.name}/", linked=True)
                 else:
                     self.left_out["a link to a folder that is listed already"] += 1
             elif entry.is_file() or not os.path.exists(entry.path):
@@ -62,11 +63,11 @@ class Listing:
                 self.never_opened.add(name + entry.name)
                 self.left_out["no file, but a pipe, socket or device"] += 1
 
-    def _leads_elsewhere(self, link: os.DirEntry[str]) -> bool:
-        """Whether a link leads to a folder that is not listed otherwise."""
+    def _is_new(self, folder: os.DirEntry[str]) -> bool:
+        """Whether a link, or a folder below one, is a folder that is not listed otherwise."""
         if self._own is None:
             self._own = set(folders_below(str(self.root)))
-        identity = identity_of(link.path)
+        identity = identity_of(folder.path)
         if identity in self._own or identity in self._linked:
             return False
         self._linked.add(identity)

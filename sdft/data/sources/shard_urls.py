@@ -12,6 +12,8 @@ from urllib.parse import urljoin, urlparse, urlsplit, urlunsplit
 from sdft.errors import UserError
 
 MAX_SHARDS = 100_000
+FETCHED = ("http", "https", "s3", "gs", "hf")
+"""Schemes of URLs that lists may have; `data.shards` itself also takes others and commands."""
 LIST_KIND = "wids-shard-index-v1"
 
 
@@ -43,7 +45,7 @@ class ShardUrl:
     @property
     def path(self) -> Path:
         """The path of a local shard."""
-        return Path(self.url.removeprefix("file://")).expanduser()
+        return expanded(self.url.removeprefix("file://"))
 
 
 def expand(shards: str) -> list[str]:
@@ -76,23 +78,42 @@ def listed(file: Path, url: str) -> list[ShardUrl]:
         rows = [(row["url"], row.get("filesize"), row.get("md5sum")) for row in content["shardlist"]]
     except OSError as error:
         raise UserError(f"data.shards={url}: cannot be read ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
             f'data.shards={url}: is no list of shards; one is {{"__kind__": "{LIST_KIND}", "shardlist": [{{"url": '
             '"000000.tar"}]}, as python -m sdft.data shard writes it'
         ) from error
     found = []
     for name, size, md5 in rows:
-        if not (isinstance(name, str) and isinstance(size, int | None) and isinstance(md5, str | None)):
+        if type(name) is not str or type(size) not in (int, type(None)) or type(md5) not in (str, type(None)):
             raise UserError(f"data.shards={url}: has a shard without a url, or with a size that is no number")
-        if name.startswith("pipe:"):
-            raise UserError(f"data.shards={url}: has the command {name!r}; name commands in data.shards itself")
-        if urlparse(name).scheme:
-            whole = name
-        else:
-            whole = urljoin(url, name) if urlparse(url).scheme else str(file.parent / Path(name).expanduser())
-        found.append(ShardUrl(whole, size, md5))
+        found.append(ShardUrl(placed(name, file, url), size, md5 and md5.lower()))
     return found
+
+
+def placed(name: str, file: Path, url: str) -> str:
+    """Where a shard of a list is. Raises UserError for all but files and what is fetched from a known service."""
+    try:
+        scheme = urlparse(name).scheme  # as the opener has it: in lower case, without tabs and line ends
+        known = scheme in FETCHED or scheme == ""
+    except ValueError:
+        known = False
+    if not known or not name.isprintable():
+        raise UserError(
+            f"data.shards={url}: has {name!r}, and lists may name files and {', '.join(FETCHED)} only; name commands in "
+            "data.shards itself"
+        )
+    if scheme:
+        return name
+    return urljoin(url, name) if urlparse(url).scheme else str(file.parent / expanded(name))
+
+
+def expanded(name: str) -> Path:
+    """A path, its `~` expanded if that is a user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        return Path(name)
 
 
 def write_list(file: Path, shards: list[ShardUrl], samples: list[int]) -> None:
