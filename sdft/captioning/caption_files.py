@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Literal
 
 from sdft.data.error_messages import join_problems
 from sdft.data.sources import Folder
+from sdft.data.sources.folder import read_text
 from sdft.data.sources.listing import OWN_RECORD
 from sdft.errors import UserError
 
@@ -41,6 +43,7 @@ class CaptionFiles:
         self.root = Path(root).expanduser()
         self.source = Folder(str(self.root), "all", default_caption="")
         self.keys = self.source.keys
+        self._stems = Counter(os.path.splitext(key)[0] for key in self.keys)
         self._by = dict(self._recorded())
 
     def _recorded(self) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -83,28 +86,46 @@ class CaptionFiles:
         }[overwrite]
         return [index for index in range(len(self.keys)) if wanted(index)]
 
-    def write(self, texts: Mapping[int, str], by: str) -> None:
-        """Write captions to the .txt files beside the images. The texts that they replace are recorded first.
+    def write(self, texts: Mapping[int, str], by: str) -> list[str]:
+        """Write captions to the .txt files beside the images. The texts that they replace are recorded first, as they
+        were. Returns the images whose caption somebody has changed since it was read, which keep it.
 
-        Raises UserError for an empty text, and if a file cannot be written.
+        Raises UserError for an empty text and one that is no Unicode, and if a file cannot be written.
         """
-        rows = []
+        rows, changed = [], []
         for index, text in texts.items():
-            if not text.strip():
-                raise UserError(f"{self.root / self.keys[index]}: would get an empty caption; remove the file instead")
-            row = {"file": self.keys[index], "text": " ".join(text.split()), "by": by}
-            rows.append(row | ({"before": self[index]} if self[index] else {}))
+            key, text = self.keys[index], " ".join(text.split())
+            if not text or not is_unicode(text):
+                raise UserError(f"{self.root / key}: would get a caption that is empty, or no Unicode")
+            file = self._file(key)
+            try:
+                before = read_text(file) or ""
+            except ValueError:  # it was written meanwhile, and is no text
+                before = "?"
+            if before and " ".join(before.split()) != self[index]:
+                changed.append(key)
+                continue
+            row = {"file": key, "text": text, "by": by}
+            rows.append((file, row | ({"before": before or self[index]} if self[index] else {})))
         try:
             with (self.root / OWN_RECORD).open("a", encoding="utf-8") as record:
-                record.writelines(json.dumps(row) + "\n" for row in rows)
-            for row in rows:
-                file = caption_file(self.root / row["file"])
+                record.writelines(json.dumps(row) + "\n" for _, row in rows)
+            for file, row in rows:
                 partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
                 partial.write_text(row["text"] + "\n", encoding="utf-8")
                 partial.replace(file)
                 self._by[row["file"]] = (row["text"], by)
         except OSError as error:
             raise UserError(f"{self.root}: captions cannot be written ({error.strerror}); check permissions") from error
+        return changed
+
+    def _file(self, key: str) -> Path:
+        """The caption file of an image: the one that is read for it and no other image, or a new one."""
+        image, shared = self.root / key, self._stems[os.path.splitext(key)[0]] > 1
+        whole = [image.with_name(image.name + suffix) for suffix in (".txt", ".caption", ".TXT")]
+        stem = [image.with_suffix(suffix) for suffix in (".txt", ".caption", ".TXT")]
+        candidates = whole if shared else [*whole, *stem]
+        return next((file for file in candidates if file.is_file()), whole[0] if shared else stem[0])
 
     def corrections(self, file: Path) -> dict[int, str]:
         """The captions in a file that the page has exported, which change what is here.
@@ -127,13 +148,13 @@ class CaptionFiles:
         return found
 
 
-def caption_file(image: Path) -> Path:
-    """The caption file beside an image: the one that is there, also with a suffix in upper case, or a new one."""
-    for suffix in (".txt", ".caption", ".TXT"):
-        for file in (image.with_suffix(suffix), image.with_name(image.name + suffix)):
-            if file.is_file():
-                return file
-    return image.with_suffix(".txt")
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_corrections(file: Path) -> dict[str, Correction]:
@@ -147,10 +168,10 @@ def read_corrections(file: Path) -> dict[str, Correction]:
             raise ValueError
     except OSError as error:
         raise UserError(f"corrections={file}: cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"corrections={file}: is no file that the page of captions has exported") from error
-    if empty := [key for key, row in rows.items() if not row.text.strip()]:
-        raise UserError(f"corrections={file}: {join_problems(empty)} would get an empty caption")
+    if empty := [key for key, row in rows.items() if not row.text.strip() or not is_unicode(row.text)]:
+        raise UserError(f"corrections={file}: {join_problems(empty)} would get an empty caption, or one of no letters")
     return {key: Correction(row.before, " ".join(row.text.split())) for key, row in rows.items()}
 
 

@@ -56,6 +56,12 @@ class Wording:
         self.least, self.most_share = least, most_share
         self._rare: set[str] = set()
 
+    @property
+    def changes(self) -> bool:
+        """Whether any caption is changed."""
+        rules = (self.trigger, self.drop, self.replace, self.least, self.form != "unchanged", self.most_share < 1)
+        return any(rules) or self.template != "{caption}"
+
     def counted(self, captions: Sequence[str]) -> Wording:
         """This wording, with the tags of these captions counted for `least` and `most_share`."""
         counts = Counter(tag for caption in captions for tag in set(split_tags(caption)))

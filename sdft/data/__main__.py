@@ -108,9 +108,9 @@ def cache(cfg: DictConfig) -> None:
 @command("data_shard")
 def shard(cfg: DictConfig) -> None:
     """Write the images and captions of a source as tar shards, each with an index."""
-    source = build(cfg.source)
+    job, source = build(cfg.job), build(cfg.source)
     bar = partial(tqdm, desc="writing", unit="image")
-    shards = write_shards(source, Path(cfg.out), cfg.per_shard, bar, cfg.most_gb)
+    shards = write_shards(source, Path(job.out), job.per_shard, bar, job.most_gb)
     print(f"{len(source.keys)} images in {len(shards)} shards")
     print(f"next: data=webdataset data.shards='{cfg.out}/{{000000..{len(shards) - 1:06d}}}.tar'")
 

@@ -24,14 +24,16 @@ def without(sources: Sequence[Source], file: str, whole: bool = True) -> list[So
     except OSError as error:
         raise UserError(f"data.exclude={file}: cannot be read ({error.strerror})") from error
     written = {line.rstrip("\r") for line in lines if line.strip()}
-    keys = {key for source in sources for key in source.keys if key.startswith("#")} if any_marked(written) else set()
-    names = {line for line in written if not line.startswith("#") or line in keys}
-    left, seen = [], set()
+    names = {line for line in written if not line.startswith("#")}
+    if len(names) < len(written):
+        names |= written & {key for source in sources for key in source.keys if key.startswith("#")}
+    left: list[Source] = []
+    seen: set[str] = set()
     for source in sources:
-        found = [named for key in source.keys if (named := name_in(key, names))]
-        seen.update(found)
+        here = {named for key in source.keys if (named := name_in(key, names))}
+        seen |= here
         keep = [index for index, key in enumerate(source.keys) if not name_in(key, names)]
-        left.append(Subset(source, keep) if found else source)
+        left.append(Subset(source, keep) if here else source)
     if whole and (unknown := sorted(names - seen)):
         keys = [printable(key) for source in sources for key in source.keys]
         hint = did_you_mean(unknown[0], keys)
@@ -39,11 +41,6 @@ def without(sources: Sequence[Source], file: str, whole: bool = True) -> list[So
     if not all(len(source.keys) for source in left):
         raise UserError(f"data.exclude={file}: leaves no image to train on, or none to validate on")
     return left
-
-
-def any_marked(lines: set[str]) -> bool:
-    """Whether any line could be a comment."""
-    return any(line.startswith("#") for line in lines)
 
 
 def name_in(key: str, names: set[str]) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,12 +25,23 @@ LEAST, MOST = 0.005, 0.995
 """Shares of an image: smaller and larger masks are named."""
 
 
+@dataclass
+class MaskJob:
+    """Options of `mask`. root: the folder of images. out: of the contact sheet. overwrite: also masks that exist."""
+
+    root: str
+    out: str
+    overwrite: bool
+
+
 @command("data_mask")
 def mask(cfg: DictConfig) -> None:
     """Make masks for the images of a folder that have none, and a contact sheet of them."""
-    root = Path(cfg.root).expanduser()
+    job = build(cfg.job)
+    root = Path(job.root).expanduser()
     source = Folder(str(root), "all", default_caption="")
-    wanted = [index for index in range(len(source.keys)) if cfg.overwrite or source.mask(index) is None]
+    stems = Counter(os.path.splitext(key)[0] for key in source.keys)
+    wanted = [index for index in range(len(source.keys)) if job.overwrite or source.mask(index) is None]
     print(f"{len(source.keys)} images, {len(wanted)} to mask")
     if not wanted:
         return
@@ -43,11 +56,13 @@ def mask(cfg: DictConfig) -> None:
         share = float(found_HW.mean()) / 255
         if not LEAST < share < MOST:
             odd.append(f"{source.keys[index]} ({share:.1%} of it)")
-        write_mask(mask_file(root / source.keys[index]), found_HW)
+        key = source.keys[index]
+        shared = stems[os.path.splitext(key)[0]] > 1
+        write_mask(mask_file(root / key, shared), found_HW)
         shown = np.where(found_HW[..., None] >= 128, image, image // 4 + 150)
         sheet.add(shown, plan_crop(image.shape[:2], image.shape[:2]), source.keys[index], f"{share:.0%}")
     if sheet.cells:
-        path = Path(cfg.out) / "masks.png"
+        path = Path(job.out) / "masks.png"
         sheet.save(path, f"masks: {len(sheet.cells)} of {len(wanted)} images")
         print(f"masks beside the images; look at {path}, and correct any mask by hand")
     for name, problems in (("unreadable", unreadable), ("nothing or everything was found in", odd)):
@@ -56,9 +71,9 @@ def mask(cfg: DictConfig) -> None:
     print("next: train with data.masks=true; objective.outside is the weight outside of them")
 
 
-def mask_file(image: Path) -> Path:
-    """Where the mask of an image is written."""
-    return image.with_name(f"{image.stem}.mask.png")
+def mask_file(image: Path, shared: bool) -> Path:
+    """Where the mask of an image is written. shared: whether another image has the same name but for its suffix."""
+    return image.with_name(f"{image.name if shared else image.stem}.mask.png")
 
 
 def write_mask(file: Path, mask_HW: np.ndarray) -> None:

@@ -78,8 +78,8 @@ def test_only_made_captions_are_made_again(root: Path, tmp_path: Path, capsys, m
     assert "7 to caption, 1 captions stay" in told
     assert texts(root)["3.png"] == ("one", "two"), "several captions are never replaced"
     rows = [json.loads(line) for line in (root / OWN_RECORD).read_text().splitlines()]
-    replaced = {row["file"]: row["before"] for row in rows if "before" in row}
-    assert {"mine, red", "also mine", "of a table", "corrected by hand"} <= set(replaced.values()), "nothing is lost"
+    replaced = {row["before"].strip() for row in rows if "before" in row}
+    assert {"mine, red", "also mine", "of a table", "corrected by hand"} <= replaced, "nothing is lost"
 
 
 def test_what_cannot_be_decoded_is_named_and_the_rest_is_captioned(
@@ -217,3 +217,87 @@ def test_rules_for_all_captions(root: Path, capsys, monkeypatch) -> None:
 def test_the_table_of_tags(root: Path, capsys, monkeypatch) -> None:
     told = run("tags", capsys, monkeypatch, f"root={root}", "most=1")
     assert told.splitlines() == ["1   25%  also mine", "5 tags in 4 captions, 1 shown"]
+
+
+class TestSharedNames:
+    """`cat.jpg` and `cat.png` in one folder."""
+
+    @pytest.fixture
+    def twins(self, root: Path) -> Path:
+        for file in [*root.glob("*.txt"), *root.glob("*.TXT"), root / "metadata.jsonl"]:
+            file.unlink()
+        Image.open(root / "0.png").save(root / "1.jpg")
+        return root
+
+    def test_each_has_its_own_caption(self, twins: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+        run("caption", capsys, monkeypatch, f"root={twins}", f"out={tmp_path}/out")
+        found = texts(twins)
+        assert found["1.jpg"] == found["0.png"] != found["1.png"]
+        assert sorted(file.name for file in twins.glob("1*.txt")) == ["1.jpg.txt", "1.png.txt"]
+
+    def test_a_caption_of_both_stays(self, twins: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+        (twins / "1.txt").write_text("of both\n")
+        run("caption", capsys, monkeypatch, f"root={twins}", f"out={tmp_path}/out", "overwrite=all")
+        assert (twins / "1.txt").read_text() == "of both\n"
+        assert texts(twins)["1.jpg"] == texts(twins)["0.png"]
+
+
+def test_what_a_person_writes_meanwhile_stays(root: Path) -> None:
+    files = CaptionFiles(root)
+    (root / "5.txt").write_text("by a person\n")
+    (root / "6.txt").write_bytes(b"\xff")
+    (root / "0.txt").write_text("mine, now green\n")
+    assert files.write({0: "x", 4: "made", 5: "y", 6: "z"}, "judge") == ["0.png", "5.png", "6.png"]
+    assert (root / "5.txt").read_text() == "by a person\n"
+    assert (root / "0.txt").read_text() == "mine, now green\n"
+    assert (root / "4.txt").read_text() == "made\n"
+
+
+def test_what_is_replaced_is_kept_as_it_was(root: Path) -> None:
+    (root / "0.txt").write_text("line one\n\n  line two, tag\n")
+    CaptionFiles(root).write({0: "new"}, "a rule")
+    (row,) = map(json.loads, (root / OWN_RECORD).read_text().splitlines())
+    assert row["before"] == "line one\n\n  line two, tag\n"
+
+
+def test_no_letters_are_refused_before_anything_is_written(root: Path, tmp_path: Path) -> None:
+    row = {"5.png": {"before": "", "text": "\ud800"}}
+    (tmp_path / "c.json").write_text(json.dumps({"kind": "sdft captions", "captions": row}))
+    with pytest.raises(UserError, match=r"corrections=.*5\.png would get"):
+        CaptionFiles(root).corrections(tmp_path / "c.json")
+    with pytest.raises(UserError, match=r"5\.png: would get a caption that is empty, or no Unicode"):
+        CaptionFiles(root).write({4: "good", 5: "\ud800"}, "x")
+    assert not (root / OWN_RECORD).exists()
+    assert not list(root.glob(".*partial"))
+    (tmp_path / "c.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is no file that the page of captions has exported"):
+        CaptionFiles(root).corrections(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "complaint"),
+    [
+        ("caption", ["overwrite=yes"], "overwrite=yes"),
+        ("edit", ["preview=maybe"], "preview=maybe"),
+        ("edit", ["corrections=5"], "corrections=5"),
+        ("edit", ["corrections=x.json", "wording.trigger=zorbix"], "corrections=FILE is taken as it is"),
+        ("tags", ["most=abc"], "most=abc"),
+        ("tags", ["most=-2"], "most=-2"),
+        ("mask", ["overwrite=no"], "overwrite=no"),
+        ("shard", ["out=x", "per_shard=0"], "per_shard=0"),
+        ("shard", ["out=x", "most_gb=-1"], "most_gb=-1"),
+    ],
+)
+def test_wrong_options_end_in_a_sentence(command: str, words, complaint: str, root: Path, capsys, monkeypatch) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(command, capsys, monkeypatch, f"root={root}", *words)
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert complaint in told
+    assert len(told.strip().splitlines()) <= 2
+
+
+def test_a_folder_called_as_a_number(root: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    with pytest.raises(SystemExit):
+        run("tags", capsys, monkeypatch, "root=1234")
+    assert "root=1234" in capsys.readouterr().err

@@ -176,3 +176,17 @@ def test_such_a_folder_is_checked_from_the_command_line(tmp_path: Path) -> None:
     done = subprocess.run([*command, f"out={tmp_path / 'out'}"], cwd=ROOT, capture_output=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     assert b"caf\\udce9.jpg" in done.stdout
+
+
+def test_a_link_to_a_parent_lists_nothing_twice(tmp_path: Path) -> None:
+    """Folders below a link that are listed by themselves, and a link to the parent of another link's folder."""
+    for place in ("lk/real", "far/a/b"):
+        (tmp_path / place).mkdir(parents=True)
+        for name in "xy":
+            Image.new("RGB", (16, 16)).save(tmp_path / place / f"{name}.png")
+    (tmp_path / "lk" / "real" / "up").symlink_to("..")
+    assert list(Folder(str(tmp_path / "lk" / "real"), "all", default_caption="x").keys) == ["x.png", "y.png"]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "l1").symlink_to(tmp_path / "far" / "a" / "b")
+    (tmp_path / "set" / "l2").symlink_to(tmp_path / "far" / "a")
+    assert len(Folder(str(tmp_path / "set"), "all", default_caption="x").keys) == 2

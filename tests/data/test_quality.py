@@ -152,3 +152,11 @@ def test_names_that_are_not_there_are_told(root: Path, tmp_path: Path) -> None:
     file.write_text("\n".join(Folder(str(root), "all").keys))
     with pytest.raises(UserError, match="leaves no image to train on"):
         without([Folder(str(root), "all")], str(file))
+
+
+def test_names_that_begin_like_comments_are_names_where_they_are(root: Path, tmp_path: Path) -> None:
+    (root / "again.png").rename(root / "#1.png")
+    (tmp_path / "exclude.txt").write_text("# a comment\n#1.png\n")
+    (left,) = without([Folder(str(root), "all", default_caption="x")], str(tmp_path / "exclude.txt"))
+    assert "#1.png" not in set(left.keys)
+    assert len(left.keys) == 8

@@ -269,7 +269,9 @@ def test_a_list_states_sizes_and_checksums(server: Server, shards: Path, tmp_pat
         ("[" * 100_000, "is no list of shards"),
     ],
 )
-def test_lists_that_are_none_or_run_commands_are_refused(content: str, complaint: str, tmp_path: Path, monkeypatch) -> None:
+def test_lists_that_are_none_or_run_commands_are_refused(
+    content: str, complaint: str, tmp_path: Path, monkeypatch
+) -> None:
     (tmp_path / "list.json").write_text(content)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=rf"data\.shards=.*list\.json: {complaint}|{complaint}"):

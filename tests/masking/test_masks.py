@@ -75,6 +75,22 @@ class TestCommand:
         assert "nothing or everything was found in: 0.png (0.0% of it)" in told
 
 
+    def test_images_that_share_a_name_have_their_own(self, root: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+        """A mask by hand, which is that of both, is not replaced."""
+        product((90, 70))[0].save(root / "0.jpg")
+        Image.new("L", (80, 60), 7).save(root / "1.mask.png")
+        words = [f"root={root}", f"out={tmp_path}/out"]
+        assert "5 images, 4 to mask" in run("mask", capsys, monkeypatch, *words)
+        assert {file.name for file in root.glob("0*.mask.png")} == {"0.jpg.mask.png", "0.png.mask.png"}
+        assert "5 images, 0 to mask" in run("mask", capsys, monkeypatch, *words)
+        source = Folder(str(root), "all")
+        assert {key: source.mask(i).mask().shape for i, key in enumerate(source.keys)}["0.jpg"] == (70, 90)
+        Image.new("L", (90, 70), 9).save(root / "2.mask.png")
+        product((90, 70))[0].save(root / "2.jpg")
+        run("mask", capsys, monkeypatch, *words)
+        assert np.asarray(Image.open(root / "2.mask.png")).max() == 9
+
+
 class TestSegmenters:
     def test_a_plain_background(self) -> None:
         picture, truth = product()

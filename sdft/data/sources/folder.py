@@ -87,11 +87,16 @@ def mask_base(key: str) -> str | None:
 
 
 def masks_of(listing: Listing, keys: Sequence[str]) -> dict[str, str]:
-    """Image -> its mask, `cat.mask.png` beside `cat.jpg`. Masks without an image are counted as left out."""
+    """Image -> its mask, `cat.jpg.mask.png` or `cat.mask.png` beside `cat.jpg`. Masks without an image are counted as
+    left out."""
     masks = {base: name for name in listing.files if (base := mask_base(name)) is not None}
-    found = {key: masks.pop(os.path.splitext(key)[0]) for key in keys if os.path.splitext(key)[0] in masks}
-    if masks:
-        listing.left_out["a mask without its image"] += len(masks)
+    found = {}
+    for key in keys:
+        name = masks.get(key) or masks.get(os.path.splitext(key)[0])
+        if name is not None:
+            found[key] = name
+    if lost := set(masks.values()) - set(found.values()):
+        listing.left_out["a mask without its image"] += len(lost)
     return found
 
 
@@ -178,7 +183,7 @@ def spelling(name: str) -> str:
 class TextsBeside:
     """The caption files beside images.
 
-    That of `cat.jpg` is `cat.txt` or `cat.caption`, else `cat.jpg.txt`. Where there is none, one that differs in case
+    That of `cat.jpg` is `cat.jpg.txt`, else `cat.txt` or `cat.caption`. Where there is none, one that differs in case
     or in the composition of accents only is taken, such as `CAT.TXT`, unless another image has it.
     """
 
@@ -188,7 +193,7 @@ class TextsBeside:
     def of(self, key: str) -> str | None:
         """The text for an image; None if there is none. Raises ValueError with the reason."""
         stem = os.path.splitext(key)[0]
-        for name in (f"{start}{suffix}" for start in (stem, key) for suffix in CAPTION_SUFFIXES):
+        for name in (f"{start}{suffix}" for start in (key, stem) for suffix in CAPTION_SUFFIXES):
             text = None if name in self.listing.never_opened else read_text(self.root / name)
             if text is not None:
                 return text

@@ -100,8 +100,8 @@ def placed(name: str, file: Path, url: str) -> str:
         known = False
     if not known or not name.isprintable():
         raise UserError(
-            f"data.shards={url}: has {name!r}, and lists may name files and {', '.join(FETCHED)} only; name commands in "
-            "data.shards itself"
+            f"data.shards={url}: has {name!r}, and lists may name files and {', '.join(FETCHED)} only; name commands "
+            "in data.shards itself"
         )
     if scheme:
         return name
