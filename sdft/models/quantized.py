@@ -10,6 +10,7 @@ first need room in full, and those of 8 bits also round activations. Its kernels
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
@@ -93,7 +94,8 @@ def dequantize(codes: Tensor, scales: Tensor, format: Format, shape: Sequence[in
     """The weight that codes and scales stand for."""
     if format == "nf4":
         _nf4_kernels()
-        return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4", list(shape), dtype)
+        # As one row: on CPUs with AVX-512, bitsandbytes 0.50 takes the wrong scales for rows that are no whole blocks.
+        return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4", [math.prod(shape)], dtype).view(*shape)
     values = codes if format == "int8" else codes.view(torch.float8_e4m3fn)
     return values.to(dtype) * scales.to(dtype)
 
