@@ -95,7 +95,8 @@ def dequantize(codes: Tensor, scales: Tensor, format: Format, shape: Sequence[in
     if format == "nf4":
         _nf4_kernels()
         # As one row: on CPUs with AVX-512, bitsandbytes 0.50 takes the wrong scales for rows that are no whole blocks.
-        return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4", [math.prod(shape)], dtype).view(*shape)
+        row = [math.prod(shape)]
+        return torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4", row, dtype).view(*shape)
     values = codes if format == "int8" else codes.view(torch.float8_e4m3fn)
     return values.to(dtype) * scales.to(dtype)
 
