@@ -130,16 +130,21 @@ def text_encoders(tokenizers: Sequence[CLIPTokenizer]) -> tuple[CLIPTextModel, C
 
 
 def scheduler() -> EulerDiscreteScheduler:
-    """SDXL's own noise schedule."""
-    return EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        num_train_timesteps=1000,
-        steps_offset=1,
-        timestep_spacing="leading",
-        prediction_type="epsilon",
-    )
+    """SDXL's own noise schedule, with what its config says to other schedulers, which read it too.
+
+    `set_alpha_to_one` is false in the config on the hub, which leaves some noise after the last step of DDIM.
+    """
+    for_others = {"clip_sample": False, "sample_max_value": 1.0, "set_alpha_to_one": True, "skip_prk_steps": True}
+    config = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "prediction_type": "epsilon",
+    }
+    return EulerDiscreteScheduler.from_config(config | for_others)  # type: ignore[return-value]
 
 
 def untrained(words: Sequence[str], vae: str, seed: int) -> SDXL:
