@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import unicodedata
 from collections import Counter, defaultdict
@@ -223,6 +224,8 @@ def read_text(file: Path) -> str | None:
     except UnicodeDecodeError as error:
         raise ValueError(f"has a caption that is not UTF-8 (byte {error.start} of {file.name})") from error
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None  # no file can have this name
         raise ValueError(f"has a caption that cannot be read ({file.name}: {error.strerror})") from error
 
 
