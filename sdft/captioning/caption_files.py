@@ -111,7 +111,7 @@ class CaptionFiles:
             with (self.root / OWN_RECORD).open("a", encoding="utf-8") as record:
                 record.writelines(json.dumps(row) + "\n" for _, row in rows)
             for file, row in rows:
-                partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+                partial = file.with_name(f".sdft_{os.getpid()}.partial")  # short: names may be as long as can be
                 partial.write_text(row["text"] + "\n", encoding="utf-8")
                 partial.replace(file)
                 self._by[row["file"]] = (row["text"], by)
@@ -125,7 +125,7 @@ class CaptionFiles:
         whole = [image.with_name(image.name + suffix) for suffix in (".txt", ".caption", ".TXT")]
         stem = [image.with_suffix(suffix) for suffix in (".txt", ".caption", ".TXT")]
         candidates = whole if shared else [*whole, *stem]
-        return next((file for file in candidates if file.is_file()), whole[0] if shared else stem[0])
+        return next((file for file in candidates if os.path.isfile(file)), whole[0] if shared else stem[0])
 
     def corrections(self, file: Path) -> dict[int, str]:
         """The captions in a file that the page has exported, which change what is here.

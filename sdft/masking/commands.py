@@ -78,7 +78,7 @@ def mask_file(image: Path, shared: bool) -> Path:
 
 def write_mask(file: Path, mask_HW: np.ndarray) -> None:
     """Write a mask. Raises UserError if that fails."""
-    partial_file = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial_file = file.with_name(f".sdft_{os.getpid()}.partial")
     try:
         Image.fromarray(mask_HW).save(partial_file, "PNG", optimize=True)
         partial_file.replace(file)

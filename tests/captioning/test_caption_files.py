@@ -301,3 +301,11 @@ def test_a_folder_called_as_a_number(root: Path, tmp_path: Path, capsys, monkeyp
     with pytest.raises(SystemExit):
         run("tags", capsys, monkeypatch, "root=1234")
     assert "root=1234" in capsys.readouterr().err
+
+
+def test_an_image_with_the_longest_name(root: Path) -> None:
+    name = "c" * 250
+    (root / "7.png").rename(root / f"{name}.png")
+    files = CaptionFiles(root)
+    assert files.write({len(files.keys) - 1: "a caption"}, "judge") == []
+    assert texts(root)[f"{name}.png"] == ("a caption",)
