@@ -243,7 +243,7 @@ class Images(L.LightningDataModule):
 
     @cached_property
     def _inventory(self) -> Inventory:
-        return Inventory.of(self.train_set.source, self.train_scan)
+        return Inventory.of(self.train_set.source, self.train_scan, self.train_set.masks)
 
 
 def images_from(source: type) -> Callable[..., Images]:

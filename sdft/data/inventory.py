@@ -13,7 +13,7 @@ import numpy as np
 
 from sdft.data.packed_strings import PackedStrings, SearchableStrings, printable
 from sdft.data.scan import Scan
-from sdft.data.source import Source
+from sdft.data.source import Source, stored_mask
 
 MOST_NAMED = 5
 
@@ -28,9 +28,11 @@ class Inventory:
     """uint64; the beginning of a SHA-256"""
 
     @classmethod
-    def of(cls, source: Source, scan: Scan) -> Inventory:
-        """Of a source whose images were scanned; reads no image."""
-        return cls(source.keys, np.fromiter((digest_of(source, scan, i) for i in range(len(source.keys))), np.uint64))
+    def of(cls, source: Source, scan: Scan, masks: bool = False) -> Inventory:
+        """Of a source whose images were scanned; reads no image. masks: whether the set has masks, which are read."""
+        return cls(
+            source.keys, np.fromiter((digest_of(source, scan, i, masks) for i in range(len(source.keys))), np.uint64)
+        )
 
     def state(self) -> dict[str, bytes]:
         """For a checkpoint."""
@@ -67,13 +69,15 @@ def named(keys: Sequence[str]) -> str:
     return shown + (", ..." if len(keys) > MOST_NAMED else "")
 
 
-def digest_of(source: Source, scan: Scan, index: int) -> int:
-    """Of the image file, the captions and the weight of a sample."""
+def digest_of(source: Source, scan: Scan, index: int, masks: bool) -> int:
+    """Of the image file, the mask, the captions and the weight of a sample."""
     content = scan.digest(index)
     if content is None:
         return 0
     sample = source[index]
     captions = sample.captions
     texts = [captions.texts, captions.weights, captions.template] if captions else sample.caption
-    found = hashlib.sha256(json.dumps([content, texts, sample.loss_weight]).encode())
+    mask = stored_mask(source, index) if masks else None
+    drawn = [hashlib.sha256(mask.content()).hexdigest()] if mask else []
+    found = hashlib.sha256(json.dumps([content, texts, sample.loss_weight, *drawn]).encode())
     return int.from_bytes(found.digest()[:8], "little")

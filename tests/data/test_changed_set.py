@@ -91,6 +91,17 @@ def test_an_inventory_is_small_and_kept_whole(root: Path) -> None:
     ]
 
 
+def test_another_mask_is_an_edit(root: Path) -> None:
+    for i in range(6):
+        Image.new("L", (32, 32), 200).save(root / f"{i}.mask.png")
+    source = Folder(str(root), "all")
+    scan = Images(source, source, 2, 32).train_scan
+    before = Inventory.of(source, scan, masks=True)
+    Image.new("L", (32, 32), 100).save(root / "3.mask.png")
+    assert Inventory.of(source, scan, masks=True).changes_since(before) == ["1 edited (3.png)"]
+    assert Inventory.of(source, scan).changes_since(Inventory.of(source, scan)) == []
+
+
 def test_checkpoints_of_earlier_versions_are_taken(root: Path) -> None:
     images(root).load_state_dict({"batches_done": 5})
 
