@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sdft.data.datamodule import Images, folder
+from sdft.data.datamodule import Images, folder, useful_workers
 from sdft.data.dataset import ImageDataset, Sample, collate
 from sdft.data.order import BatchOrder
 from sdft.data.sources import Folder, Mix, ToyWorld, held_out
@@ -338,3 +340,19 @@ def samples_of(root: Path, **options) -> dict[str, Sample]:
     """Every sample of both splits, by key."""
     splits = [Folder(str(root), split, **options) for split in ("train", "validation")]
     return {key: source[index] for source in splits for index, key in enumerate(source.keys)}
+
+
+def test_as_many_workers_as_have_something_to_do(monkeypatch: pytest.MonkeyPatch, tiny_source) -> None:
+    """`num_workers=auto`: the cores of each device but its own, at most 8, and none where images are cached."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(32)))
+    assert [useful_workers(True, devices) for devices in (1, 8, 32, 64)] == [8, 3, 0, 0]
+    assert useful_workers(False, 1) == 0
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    source = tiny_source(4)
+    live, kept = (Images(source, source, 2, 32, cache=cache, num_workers="auto") for cache in ("off", "ram"))
+    for data in (live, kept):
+        data.trainer = SimpleNamespace(
+            max_steps=2, accumulate_grad_batches=1, global_rank=0, world_size=1, num_devices=1
+        )
+    assert live.train_dataloader().num_workers == 1
+    assert kept.train_dataloader().num_workers == 0
