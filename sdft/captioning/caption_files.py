@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -173,8 +173,3 @@ def read_corrections(file: Path) -> dict[str, Correction]:
     if empty := [key for key, row in rows.items() if not row.text.strip() or not is_unicode(row.text)]:
         raise UserError(f"corrections={file}: {join_problems(empty)} would get an empty caption, or one of no letters")
     return {key: Correction(row.before, " ".join(row.text.split())) for key, row in rows.items()}
-
-
-def batches(indices: Sequence[int], num: int) -> Iterator[Sequence[int]]:
-    """Consecutive groups of at most `num`."""
-    return (indices[first : first + num] for first in range(0, len(indices), num))

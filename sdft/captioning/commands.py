@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 
-from sdft.captioning.caption_files import CaptionFiles, Overwrite, batches
+from sdft.captioning.caption_files import CaptionFiles, Overwrite
 from sdft.captioning.page.write import write_page
 from sdft.captioning.wording import tag_table
 from sdft.config.command import build, command
-from sdft.data.decode import decode
+from sdft.data.decode import UnreadableImage, decode
 from sdft.data.error_messages import join_problems
+from sdft.data.order import chunks
 from sdft.data.sources.listing import OWN_RECORD
 from sdft.data.threads import in_threads
 from sdft.errors import UserError
@@ -67,7 +68,7 @@ def caption(cfg: DictConfig) -> None:
     if wanted:
         captioner = build(cfg.captioner)
         with tqdm(total=len(wanted), desc="captioning", unit="image") as bar:
-            decoded = in_threads(partial(_readable, files), batches(wanted, captioner.batch_size), ahead=2)
+            decoded = in_threads(partial(_readable, files), chunks(wanted, captioner.batch_size), ahead=2)
             for indices, images, problems in decoded:
                 unreadable += problems
                 texts = [wording(text) for text in captioner(images)] if images else []
@@ -93,7 +94,7 @@ def _readable(files: CaptionFiles, indices: Sequence[int]) -> tuple[list[int], l
         try:
             images.append(decode(files.source.stored(index).content()))
             good.append(index)
-        except Exception as error:
+        except UnreadableImage as error:
             problems.append(f"{files.keys[index]} ({error})")
     return good, images, problems
 

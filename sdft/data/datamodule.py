@@ -26,11 +26,11 @@ from sdft.data.encoding import Ranks, cached_embeddings, cached_moments, prepare
 from sdft.data.exclusions import without
 from sdft.data.images import Crop
 from sdft.data.inventory import Inventory
-from sdft.data.order import BatchOrder, PrefetchOrder, shard_windows
+from sdft.data.order import BatchOrder, PrefetchOrder, chunks, shard_windows
 from sdft.data.packed_strings import PackedStrings, unique
 from sdft.data.scan import OnUnreadable, check_masks, only_readable
 from sdft.data.scan_cache import ScanCache
-from sdft.data.source import Source, left_out
+from sdft.data.source import Source, left_out, stored_image
 from sdft.data.sources import Folder, HuggingFace, Shards
 from sdft.errors import UserError
 from sdft.progress import tqdm
@@ -117,7 +117,9 @@ class Images(L.LightningDataModule):
         self.train_scan, self.validation_scan = scan, validation_scan
         if cache != "off":
             self.train_set.cacheable_variants()
-        if flip and (fixed := sum(map(self.train_set.names_direction, range(len(train.keys))))):
+        # Generated images are not asked: each would be drawn only to read its caption.
+        asked = (index for index in range(len(train.keys)) if flip and stored_image(train, index) is not None)
+        if fixed := sum(map(self.train_set.names_direction, asked)):
             self.left_out.append(f"{fixed} x not flipped: the caption says left or right")
         if masks:
             self.num_masked = check_masks(train, scan)
@@ -288,11 +290,6 @@ def check_sizes(size: int, bucket_step: int | None) -> None:
         raise UserError(
             f"data.bucket_step={bucket_step}: must be a multiple of 16 that divides size={size}; 64 is SDXL's"
         )
-
-
-def chunks(items: Sequence[Any], num: int) -> Iterator[Sequence[Any]]:
-    """Consecutive groups of `num` items; the last may be smaller."""
-    return (items[i : i + num] for i in range(0, len(items), num))
 
 
 def _encoder(

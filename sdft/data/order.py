@@ -8,8 +8,8 @@ independently of workers, of ranks, and of how a global batch is split.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from sdft.errors import UserError
 from sdft.rng import generator
 from sdft.types import Count
 
+T = TypeVar("T")
+Batch = list[tuple[int, int]]
+"""(index, visit) of each sample."""
 NUM_PREFETCHED = 4
 """Batches whose cached entries are prefetched: one is too few to keep a disk busy."""
 
@@ -158,18 +161,24 @@ class PrefetchOrder(Sampler[list[tuple[int, int]]]):
         return len(self.order)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        waiting: deque[list[tuple[int, int]]] = deque()
-        later = iter(self.order)
-        for batch in islice(later, self.order.batches_of_a_window()):
-            self.prefetch_files(batch)
-        for batch in self.order:
-            for further in islice(later, 1):
-                self.prefetch_files(further)
-            self.prefetch(batch)
-            waiting.append(batch)
-            if len(waiting) > NUM_PREFETCHED:
-                yield waiting.popleft()
-        yield from waiting
+        later = announced(self.order, self.prefetch_files, self.order.batches_of_a_window())
+        return announced(later, self.prefetch, NUM_PREFETCHED)
+
+
+def announced(batches: Iterable[Batch], announce: Callable[[Batch], None], earlier: int) -> Iterator[Batch]:
+    """The batches, each passed to `announce` when that many others come before it."""
+    waiting: deque[Batch] = deque()
+    for batch in batches:
+        announce(batch)
+        waiting.append(batch)
+        if len(waiting) > earlier:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def chunks(items: Sequence[T], num: int) -> Iterator[Sequence[T]]:
+    """Consecutive groups of `num` items; the last may be smaller."""
+    return (items[i : i + num] for i in range(0, len(items), num))
 
 
 def shard_windows(source: Source, at_once: Count | None, seed: int, stored: bool) -> ShardWindows | None:

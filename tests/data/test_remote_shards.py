@@ -202,6 +202,17 @@ def test_copies_and_indexes_are_kept(server: Server, tmp_path: Path) -> None:
     assert [again[i].image.content() for i in range(12)] == [first[i].image.content() for i in range(12)]
 
 
+def test_a_damaged_copy_without_an_index_is_named(server: Server, tmp_path: Path) -> None:
+    """As earlier versions may have left it."""
+    source = remote(server, tmp_path)
+    shard, copies = source.shards[0].shard, source.shards[0].copies
+    copies.index(shard).unlink()
+    copy = copies.path(shard)
+    copy.write_bytes(copy.read_bytes()[:700])
+    with pytest.raises(UserError, match=rf"data\.cache_dir: {copy}, the copy of .*000000\.tar, is not a .*remove it"):
+        remote(server, tmp_path)
+
+
 def test_copies_stay_below_the_limit_and_come_again(server: Server, shards: Path, tmp_path: Path) -> None:
     """Room for two of the three shards."""
     size = (shards / "shards" / "000000.tar").stat().st_size

@@ -74,32 +74,33 @@ class RemoteShard:
 
     def __init__(self, shard: ShardUrl, copies: ShardCopies):
         self.shard, self.name, self.copies = shard, shard.name, copies
-        kept = kept_index(copies.index(shard))
-        if kept is None:
-            file = copies.fetched(shard, self._check)  # which writes the index, unless the copy was there
-            kept = kept_index(copies.index(shard))
-        if kept is None:
-            self._check(file, Arrived.of(file))
-            kept = kept_index(copies.index(shard))
-        if kept is None:
-            raise UserError(f"data.cache_dir: {copies.index(shard)} cannot be written; check its permissions")
-        (size, md5), self.entries = kept
+        self._kept = kept_index(copies.index(shard))
+        if self._kept is None:
+            file = copies.fetched(shard, self._check)  # which makes the index, unless the copy was there
+            if self._kept is None:
+                try:
+                    self._check(file, Arrived.of(file))
+                except FailedFetch as failure:
+                    what = f"{file}, the copy of {self.name}, {failure}"
+                    raise UserError(f"data.cache_dir: {what}; remove it") from failure
+        assert self._kept is not None
+        (size, md5), self.entries = self._kept
         self.size, self._md5 = int(size), str(md5)
 
     def _check(self, file: Path, arrived: Arrived) -> None:
         """Whether a fetched shard is whole and the one that was indexed; makes the index at the first time."""
-        kept = kept_index(self.copies.index(self.shard))
         identity: Identity = [arrived.size, arrived.md5]
-        if kept is None:
+        if self._kept is None:
             try:
-                entries = read_shard(file, self.name)
+                entries = PackedStrings(entry.packed() for entry in read_shard(file, self.name))
             except ShardDamaged as error:
                 raise FailedFetch(str(error).removeprefix("data.shards: ").removeprefix(f"{self.name} ")) from error
-            write_index(self.copies.index(self.shard), identity, PackedStrings(entry.packed() for entry in entries))
-        elif kept[0] != identity:
+            write_index(self.copies.index(self.shard), identity, entries)
+            self._kept = identity, entries
+        elif self._kept[0] != identity:
             raise UserError(
                 f"data.shards={self.name}: is another file than when the run began or its index was made "
-                f"({arrived.size:,} bytes now, {kept[0][0]:,} then); remove {self.copies.index(self.shard)} to take it"
+                f"({arrived.size:,} bytes now, {self.size:,} then); remove {self.copies.index(self.shard)} to take it"
             )
 
     def read(self, offset: int, size: int) -> bytes:
