@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,12 @@ from typing import Literal
 
 from sdft.data.error_messages import join_problems
 from sdft.data.sources import Folder
-from sdft.data.sources.folder import read_text
+from sdft.data.sources.folder import CAPTION_SUFFIXES, read_text, sharing_stems
 from sdft.data.sources.listing import OWN_RECORD
 from sdft.errors import UserError
 
 KIND = "sdft captions"
+SUFFIXES = (*CAPTION_SUFFIXES, ".TXT")
 Overwrite = Literal["never", "made", "all"]
 
 
@@ -43,7 +43,7 @@ class CaptionFiles:
         self.root = Path(root).expanduser()
         self.source = Folder(str(self.root), "all", default_caption="")
         self.keys = self.source.keys
-        self._stems = Counter(os.path.splitext(key)[0] for key in self.keys)
+        self._sharing = sharing_stems(self.keys)
         self._by = dict(self._recorded())
 
     def _recorded(self) -> Iterator[tuple[str, tuple[str, str]]]:
@@ -121,9 +121,9 @@ class CaptionFiles:
 
     def _file(self, key: str) -> Path:
         """The caption file of an image: the one that is read for it and no other image, or a new one."""
-        image, shared = self.root / key, self._stems[os.path.splitext(key)[0]] > 1
-        whole = [image.with_name(image.name + suffix) for suffix in (".txt", ".caption", ".TXT")]
-        stem = [image.with_suffix(suffix) for suffix in (".txt", ".caption", ".TXT")]
+        image, shared = self.root / key, key in self._sharing
+        whole = [image.with_name(image.name + suffix) for suffix in SUFFIXES]
+        stem = [image.with_suffix(suffix) for suffix in SUFFIXES]
         candidates = whole if shared else [*whole, *stem]
         return next((file for file in candidates if os.path.isfile(file)), whole[0] if shared else stem[0])
 

@@ -23,7 +23,8 @@ from sdft.pages.html import thumbnail
 NEAR = 4
 """Bits of 64 in which the difference hashes of near-duplicates may differ."""
 MOST_NAMED = 5
-THUMBNAIL = 256
+THUMBNAIL, MOST_THUMBNAILS = 256, 2000
+"""Side in pixels, and number: of a large set where all are flagged, the page shows the first."""
 
 
 @dataclass
@@ -49,7 +50,12 @@ class DataSummary:
     proposed: dict[str, str] = field(default_factory=dict)
     """images that are nearly the same as another -> the one to keep"""
     thumbnails: dict[str, dict] = field(default_factory=dict)
-    """of images with a flag, or nearly the same as another"""
+    """of images with a flag, or nearly the same as another, up to MOST_THUMBNAILS"""
+
+    def show(self, key: str, image_HWC: np.ndarray) -> None:
+        """Keep a thumbnail of an image, if there is room."""
+        if len(self.thumbnails) < MOST_THUMBNAILS:
+            self.thumbnails[key] = thumbnail(Image.fromarray(image_HWC), THUMBNAIL)
 
     def lines(self, missing: str | None = None, most_tokens: int = 77) -> list[str]:
         """The summary as lines of text.
@@ -140,7 +146,7 @@ def summarize(
         places[sample.key] = (dataset, index)
         if flags := flags_of(image, plan.target_hw, plan.resized_hw):
             found.flags[sample.key] = flags
-            found.thumbnails[sample.key] = thumbnail(Image.fromarray(image), THUMBNAIL)
+            found.show(sample.key, image)
         visit(dataset, index, image)
     found.duplicates = [keys for keys in same.values() if len(keys) > 1]
     found.near_duplicates = near_groups(hashes, found.duplicates)
@@ -148,8 +154,9 @@ def summarize(
     groups = [*found.duplicates, *found.near_duplicates]
     found.proposed = to_leave_out(groups, sizes)
     for key in (key for group in groups for key in group if key not in found.thumbnails):
-        dataset, index = places[key]
-        found.thumbnails[key] = thumbnail(Image.fromarray(dataset.source[index].image_HWC), THUMBNAIL)
+        if len(found.thumbnails) < MOST_THUMBNAILS:
+            dataset, index = places[key]
+            found.show(key, dataset.source[index].image_HWC)
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from sdft.data.contact_sheet import ContactSheet
 from sdft.data.error_messages import join_problems
 from sdft.data.images import plan_crop
 from sdft.data.sources import Folder
+from sdft.data.sources.folder import sharing_stems
 from sdft.data.threads import in_threads
 from sdft.errors import UserError
 from sdft.progress import tqdm
@@ -40,7 +40,7 @@ def mask(cfg: DictConfig) -> None:
     job = build(cfg.job)
     root = Path(job.root).expanduser()
     source = Folder(str(root), "all", default_caption="")
-    stems = Counter(os.path.splitext(key)[0] for key in source.keys)
+    sharing = sharing_stems(source.keys)
     wanted = [index for index in range(len(source.keys)) if job.overwrite or source.mask(index) is None]
     print(f"{len(source.keys)} images, {len(wanted)} to mask")
     if not wanted:
@@ -52,15 +52,13 @@ def mask(cfg: DictConfig) -> None:
         if isinstance(image, UserError):
             unreadable.append(str(image))
             continue
-        found_HW = segmenter(image)
+        key, found_HW = source.keys[index], segmenter(image)
         share = float(found_HW.mean()) / 255
         if not LEAST < share < MOST:
-            odd.append(f"{source.keys[index]} ({share:.1%} of it)")
-        key = source.keys[index]
-        shared = stems[os.path.splitext(key)[0]] > 1
-        write_mask(mask_file(root / key, shared), found_HW)
+            odd.append(f"{key} ({share:.1%} of it)")
+        write_mask(mask_file(root / key, shared=key in sharing), found_HW)
         shown = np.where(found_HW[..., None] >= 128, image, image // 4 + 150)
-        sheet.add(shown, plan_crop(image.shape[:2], image.shape[:2]), source.keys[index], f"{share:.0%}")
+        sheet.add(shown, plan_crop(image.shape[:2], image.shape[:2]), key, f"{share:.0%}")
     if sheet.cells:
         path = Path(job.out) / "masks.png"
         sheet.save(path, f"masks: {len(sheet.cells)} of {len(wanted)} images")

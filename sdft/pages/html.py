@@ -9,6 +9,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -17,6 +18,8 @@ from typing import Any
 from PIL import Image
 
 HERE = Path(__file__).parent
+MAX_TOTAL_PIXELS = 70_000_000
+"""Pixels of all thumbnails of a page together."""
 QUALITY = 78
 LOSSLESS = 4
 """Ratio of bytes per pixel, lossless to lossy: an image smaller than the limit by this ratio is embedded losslessly."""
@@ -69,6 +72,18 @@ def digest(text: str) -> str:
 def json_text(value: Any) -> str:
     """JSON for a script element: escaped so that no text can end the element or begin another."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def storage_key(content: Any) -> str:
+    """The key of a page in the browser's storage: the same page opened again finds what was left there, another page
+    does not. content: what `json_text` takes."""
+    return hashlib.sha256(json_text(content).encode()).hexdigest()[:16]
+
+
+def thumbnail_side(num: int, longest: int) -> int:
+    """The side of `num` thumbnails, at most `longest`, so that a page stays at about 40 MB: a pixel takes 0.1 to 0.4
+    bytes in WebP of this quality, and base64 a third more."""
+    return min(longest, math.isqrt(MAX_TOTAL_PIXELS // max(1, num)))
 
 
 def thumbnail(image: Image.Image, side: int) -> dict[str, Any]:

@@ -70,16 +70,16 @@ def drawable(letter: str, size: float) -> tuple[str, str]:
 
 
 @functools.lru_cache(maxsize=64)
-def loaded(file: str, size: float) -> ImageFont.FreeTypeFont:
+def loaded(file: str, size: float, layout: ImageFont.Layout | None = None) -> ImageFont.FreeTypeFont:
     """A font at a size. Raises OSError for one that has no letters of this size."""
-    return ImageFont.truetype(file, size)
+    return ImageFont.truetype(file, size, layout_engine=layout)
 
 
 def has(file: str, letter: str, size: float) -> bool:
     """Whether a font has a glyph for a character."""
     try:
         # Not Raqm's layout, which adds a circle below a mark.
-        font = ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
+        font = loaded(file, size, ImageFont.Layout.BASIC)
         drawn = bytes(font.getmask(letter))
         return letter.isspace() or (any(drawn) and drawn != bytes(font.getmask(NOTHING)))
     except OSError:

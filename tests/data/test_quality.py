@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from sdft.data import __main__ as commands
+from sdft.data import summary
 from sdft.data.datamodule import Images
 from sdft.data.exclusions import without
 from sdft.data.quality import flags_of, frame_of, sharpness, to_leave_out
@@ -122,6 +123,15 @@ def test_check_shows_them_on_a_page(root: Path, tmp_path: Path, monkeypatch, cap
     assert file.read_text().split("\n")[1:] == ["blurred.png", ""]
     page.locator("#kinds select").select_option(label="A frame or bars")
     assert page.locator(".item").count() == 1
+
+
+def test_a_page_has_room_for_so_many(root: Path, tmp_path: Path, monkeypatch, capsys, open_page) -> None:
+    monkeypatch.setattr(summary, "MOST_THUMBNAILS", 3)
+    check(root, tmp_path / "out", monkeypatch, capsys)
+    page = open_page(tmp_path / "out" / "flagged.html")
+    told = "3 of 9 images are flagged, 1 are left out, 1 more are flagged and not shown here"
+    assert page.locator("#count").text_content() == told
+    assert page.locator(".item").count() == 3
 
 
 def test_named_images_are_left_out(root: Path, tmp_path: Path, monkeypatch, capsys) -> None:

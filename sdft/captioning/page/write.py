@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,14 +14,13 @@ from sdft.errors import UserError
 from sdft.pages import html
 
 HERE = Path(__file__).parent
-LONGEST = 320
-MAX_TOTAL_PIXELS = 70_000_000
-"""Of all thumbnails: they get smaller with more than 700 images, so that a page stays at about 40 MB."""
+LEAST, LONGEST = 48, 320
+"""Sides of thumbnails in pixels."""
 
 
 def write_page(path: Path, files: CaptionFiles, bar: Callable[[Iterable], Iterable] = iter) -> int:
     """Write the page of a folder, and return its number of images. Images that cannot be decoded are left out."""
-    side = max(48, min(LONGEST, math.isqrt(MAX_TOTAL_PIXELS // max(1, len(files.keys)))))
+    side = max(LEAST, html.thumbnail_side(len(files.keys), LONGEST))
 
     def item(index: int) -> dict | None:
         try:
@@ -38,7 +35,7 @@ def write_page(path: Path, files: CaptionFiles, bar: Callable[[Iterable], Iterab
 
     items = [found for found in bar(in_threads(item, range(len(files.keys)))) if found]
     content = [[item["key"], item["text"]] for item in items]
-    name = hashlib.sha256(html.json_text([str(files.root), content]).encode()).hexdigest()[:16]
+    name = html.storage_key([printable(str(files.root)), content])
     data = {"id": name, "folder": printable(str(files.root)), "items": items}
     path.parent.mkdir(parents=True, exist_ok=True)
     html.write_whole(path, html.page(HERE, "captions", "Captions", ("captions",), data))

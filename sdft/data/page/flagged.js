@@ -43,7 +43,8 @@ function show() {
   at("groups").replaceChildren(...groups.map(({ title, keys }) => make("section", { className: "group" },
     make("h2", { dir: "auto" }, `${title} (${keys.length})`),
     make("div", { className: "row" }, keys.map((key) => card(byKey.get(key)))))));
-  at("count").textContent = `${data.items.length} of ${data.total} images are flagged, ${excluded.size} are left out`;
+  const hidden = data.hidden > 0 ? `, ${data.hidden} more are flagged and not shown here` : "";
+  at("count").textContent = `${data.items.length} of ${data.total} images are flagged, ${excluded.size} are left out${hidden}`;
   if (focused) [...document.querySelectorAll(".item")].find((element) => element.querySelector(".name").title === focused)?.focus();
 }
 

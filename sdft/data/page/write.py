@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from sdft.data.packed_strings import printable
@@ -24,13 +23,14 @@ def write_page(path: Path, found: DataSummary, name: str) -> int:
         for group in (*found.duplicates, *found.near_duplicates)
     ]
     reasons: dict[str, list[str]] = {}
-    for key, flags in found.flags.items():
-        for flag in flags:
+    for key in found.thumbnails:
+        for flag in found.flags.get(key, []):
             reasons.setdefault(flag.partition(" (")[0].capitalize(), []).append(printable(key))
     groups += [{"title": reason, "keys": keys} for reason, keys in sorted(reasons.items())]
-    content = html.json_text([name, [[item["key"], item["flags"]] for item in items]])
-    place = hashlib.sha256(content.encode()).hexdigest()[:16]
-    data = {"id": place, "folder": name, "items": items, "groups": groups, "total": len(found.keys)}
+    place = html.storage_key([name, [[item["key"], item["flags"]] for item in items]])
+    flagged = {*found.flags, *(key for group in (*found.duplicates, *found.near_duplicates) for key in group)}
+    counts = {"total": len(found.keys), "hidden": len(flagged) - len(items)}
+    data = {"id": place, "folder": name, "items": items, "groups": groups, **counts}
     path.parent.mkdir(parents=True, exist_ok=True)
     html.write_whole(path, html.page(HERE, "flagged", "Images to look at", ("flagged",), data))
     return len(items)

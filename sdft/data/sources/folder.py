@@ -82,6 +82,12 @@ def stored_file(file: Path) -> StoredImage:
     return StoredImage(str(file), file.read_bytes, partial(stamp_of, file))
 
 
+def sharing_stems(keys: Sequence[str]) -> set[str]:
+    """The images whose name but for its suffix is that of another one too: a file called after it would be of both."""
+    stems = Counter(os.path.splitext(key)[0] for key in keys)
+    return {key for key in keys if stems[os.path.splitext(key)[0]] > 1}
+
+
 def mask_base(key: str) -> str | None:
     """The image of a mask without its suffix; None for a name that is not that of a mask."""
     return next((key[: -len(ending)] for ending in MASK_ENDINGS if key.lower().endswith(ending)), None)

@@ -5,7 +5,6 @@ All texts of users are embedded as data and never as markup. The layout is in pa
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,23 +25,19 @@ SCRIPTS = ("pictures", "grid", "enlarge", "tables", "charts", "bradley_terry", "
 
 LONGEST = 256
 """Maximal side of a thumbnail in pixels; the page loads the full file, by its path, when an image is enlarged."""
-MAX_TOTAL_PIXELS = 70_000_000
-"""Pixels of all thumbnails together. With more than 1,068 images they get smaller, so that a page stays at about 40 MB:
-a pixel takes 0.1 to 0.4 bytes in WebP of this quality, and base64 a third more."""
 
 
 def write_page(path: Path, results: Results) -> None:
     """Write the page of `results`. Raises UserError for an image that is missing; paths are relative to the page."""
     pictures = [path.parent / picture.path for picture in results.pictures]
-    side = min(LONGEST, math.isqrt(MAX_TOTAL_PIXELS // max(1, len(pictures))))
+    side = html.thumbnail_side(len(pictures), LONGEST)
     # Pillow releases the GIL.
     with ThreadPoolExecutor() as pool:
         thumbnails = list(pool.map(partial(thumbnail, side=side), pictures))
     data = plain(results)
     for picture, small in zip(data["pictures"], thumbnails, strict=True):
         picture["thumbnail"] = small
-    # The key of votes in the browser's storage: the same page opened again finds them, another page does not.
-    data["id"] = hashlib.sha256(html.json_text(data).encode()).hexdigest()[:16]
+    data["id"] = html.storage_key(data)
     html.write_whole(path, html.page(HERE, "page", "Comparison", SCRIPTS, data))
 
 
