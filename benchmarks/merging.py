@@ -30,12 +30,12 @@ import torch
 from benchmarks.formats import private_kib
 from sdft.formats.architecture import PARTS, empty_network, parameter_names
 from sdft.formats.keys import mapping_for_weight
+from sdft.formats.lora_delta import lora_delta
 from sdft.formats.lora_file import read_lora
 from sdft.formats.lora_layer import DOWN
 from sdft.formats.model_checkpoint import open_checkpoint
 from sdft.formats.output import atomic_output
 from sdft.formats.safetensors_io import TensorInfo, write_tensors
-from sdft.merging.sources import lora_delta
 from sdft.models.load import SDXL_BASE
 
 SAMPLED = 5

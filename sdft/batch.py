@@ -14,6 +14,9 @@ from torch import Tensor
 
 from sdft.hardware import send
 
+REJECTED = ("rejected_time_ids_B6", "rejected_pixels_BCHW", "rejected_moments_BCHW")
+"""The columns of rejected pictures."""
+
 
 @dataclass
 class Batch:
@@ -22,7 +25,7 @@ class Batch:
     keys: Sequence[str]
     """Unique, stable name of each sample: a relative path, a shard entry, `toy/dreamy/train/17`."""
     visits: Sequence[int]
-    """How often the run has drawn each sample before: the epoch, for a source of fixed size."""
+    """How often the run has drawn each sample before, at any size: the epoch, for a run of one size."""
     captions: Sequence[str]
     """Captions; those marked in `dropped` are not encoded."""
     dropped_B: Tensor
@@ -42,6 +45,10 @@ class Batch:
     """fp32 in [0, 1], at the size of the pixels: how much of the loss counts where; None without masks."""
     dropped_BE: Tensor | None = None
     """bool: text encoders for which alone the caption is dropped; None if that is never the case."""
+    rejected_time_ids_B6: Tensor | None = None
+    rejected_pixels_BCHW: Tensor | None = None
+    rejected_moments_BCHW: Tensor | None = None
+    """Of the other picture of each pair, which was not preferred; None without pairs."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -51,6 +58,21 @@ class Batch:
         """bool: for which text encoders the caption is dropped; E is 1 if always for all or none."""
         all_B1 = self.dropped_B[:, None]
         return all_B1 if self.dropped_BE is None else all_B1 | self.dropped_BE
+
+    @property
+    def rejected(self) -> Batch | None:
+        """The batch of the rejected pictures, with the same keys and captions; None without pairs."""
+        if self.rejected_time_ids_B6 is None:
+            return None
+        return replace(
+            self,
+            time_ids_B6=self.rejected_time_ids_B6,
+            pixels_BCHW=self.rejected_pixels_BCHW,
+            moments_BCHW=self.rejected_moments_BCHW,
+            rejected_time_ids_B6=None,
+            rejected_pixels_BCHW=None,
+            rejected_moments_BCHW=None,
+        )
 
     def to(self, device: Any) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -75,6 +97,8 @@ class LossReport:
 
     per_sample_B: Tensor
     figures: dict[str, Tensor] = field(default_factory=dict)
+    time_B: Tensor | None = None
+    """On the CPU: the timestep of each sample as a share of the schedule, 0 for no noise; None without timesteps."""
 
     def scalars(self, prefix: str) -> dict[str, Tensor]:
         """The mean loss and the mean of each value, detached, for logging."""

@@ -6,8 +6,9 @@ and nano's own networks all train through this step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import lightning as L
@@ -21,13 +22,23 @@ from sdft.models.attention import refuse_device
 from sdft.models.offload import alone_on_device
 from sdft.models.quantized import quantized_layers
 from sdft.models.streaming import streams
+from sdft.objective.denoising import Denoising
 from sdft.optimizers.optimizers import Groups, averages_weights, probe, scale_rates
 from sdft.optimizers.parameterwise import ParameterwiseOptimizer, refuse_fused_backward
+from sdft.optimizers.schedules import by_part, refuse_unknown_parts
 from sdft.protocols import DiffusionModel, Objective, OptimizerFactory, ScheduleFactory, Tuning, strategy_hooks
-from sdft.rng import Draws, seed_of
+from sdft.rng import Draws, Position, seed_of
 from sdft.tuning.parameters import copy_parameters, part_of, trainable_parameters
+from sdft.tuning.stops import drop_gradients
 
 VALIDATION_SEED = 0
+PREDICTED = {
+    "epsilon": ("epsilon", "epsilon"),
+    "v_prediction": ("v", "v"),
+    "sample": ("x0", "z0"),
+    "flow_prediction": ("flow", "a flow"),
+}
+"""What a model predicts -> the option of `objective` that trains it, and its name."""
 
 
 class Step(NamedTuple):
@@ -38,6 +49,8 @@ class Step(NamedTuple):
     loss_B: Tensor
     mean_loss: Tensor
     """over all processes"""
+    time_B: Tensor | None = None
+    """On the CPU: see `LossReport`."""
 
 
 class Finetuning(L.LightningModule):
@@ -51,6 +64,7 @@ class Finetuning(L.LightningModule):
     seed: of all randomness in training.
     fused_backward: update each parameter during the backward pass, and free its gradient
         (`sdft.optimizers.parameterwise`). Gradients are then clipped one parameter at a time.
+    part_schedules: schedules of single parts, such as `text_encoder`, in place of `lr_schedule`.
 
     Trainable weights are fp32, or bf16 with stochastic rounding.
 
@@ -66,35 +80,52 @@ class Finetuning(L.LightningModule):
         lr_schedule: ScheduleFactory,
         seed: int,
         fused_backward: bool = False,
+        part_schedules: Mapping[str, ScheduleFactory] | None = None,
     ):
         super().__init__()
         require("tuning", tuning, Tuning)
         require("objective", objective, Objective)
         self.model, self.tuning, self.objective = model, tuning, objective
         self.optimizer, self.lr_schedule, self.seed = optimizer, lr_schedule, seed
-        self.fused_backward = fused_backward
+        self.fused_backward, self.part_schedules = fused_backward, dict(part_schedules or {})
         self.strict_loading = False
         self.validation_objective = objective.for_validation()
         if objective.prediction is not None:
-            refuse_other_prediction(model, objective)
+            refuse_other_prediction(model, objective, tuning)
+            tuning.base_scheduler = model.scheduler
             model.set_prediction_type(objective.prediction, objective.zero_terminal_snr)
         if not tuning.trains_adapters:
             refuse_quantized(model)
+        if objective.needs_adapters and not (tuning.trains_adapters and tuning.parts):
+            raise UserError("objective/prior: the base is asked at every step; choose tuning=lora_unet or lora_unet_te")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(seed, "adapters"))
             tuning.attach(model)
         refuse_weights_that_lose_updates(model)
+        if self.part_schedules:
+            refuse_unknown_parts(tuning.groups(model), self.part_schedules)
+        objective.attach(partial(tuning.base, model))
         model.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The weighted mean loss of a batch."""
-        draws = Draws(self.seed, batch.keys, batch.visits)
+        draws = Draws(self.seed, batch.keys, batch.visits, self.position(batch_idx, len(batch)))
         self.tuning.seed_dropout(draws, batch.loss_weight_B.device)
         report = self.objective(self.model, batch, draws)
         values = self.mean_over_ranks(report.scalars("train"))
-        self.latest = Step(batch.keys, batch.visits, report.per_sample_B.detach(), values["train/loss"])
+        loss_B = report.per_sample_B.detach()
+        self.latest = Step(batch.keys, batch.visits, loss_B, values["train/loss"], report.time_B)
         self.log_dict(values, batch_size=len(batch))
         return (report.per_sample_B * batch.loss_weight_B).mean()
+
+    def position(self, batch_idx: int, num: int) -> Position | None:
+        """Where in the run a batch of `num` samples is; None without a trainer."""
+        if self._trainer is None:
+            return None
+        per_batch, accumulated = num * self.trainer.world_size, self.trainer.accumulate_grad_batches
+        first = batch_idx % accumulated * per_batch + self.trainer.global_rank * num
+        step = self.trainer.global_step
+        return Position(step, first, accumulated * per_batch, step / max(self.trainer.max_steps, 1))
 
     def mean_over_ranks(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each value averaged over the processes, which hold equal shares of the batch."""
@@ -117,6 +148,8 @@ class Finetuning(L.LightningModule):
             return
         if not isinstance(self.model, DiffusionModel):
             raise UserError("strategy=fsdp shards diffusion models only; choose strategy=ddp to train a single network")
+        if key := self.tuning.needs_whole:
+            raise UserError(f"{key}: computes with whole weights, which strategy=fsdp shards; choose strategy=ddp")
         refuse_sharded(self.optimizer, self.updates_parameterwise())
         if any(quantized_layers(self.model)):
             raise UserError("strategy=fsdp cannot shard quantised weights: set 'model.quantization={}' or strategy=ddp")
@@ -198,9 +231,19 @@ class Finetuning(L.LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         if self.fused_backward:
             refuse_fused_backward(self.trainer)
+            if self.tuning.stop_at:
+                raise UserError("tuning.stop_at: fused_backward=true keeps no gradients to leave out; set one of them")
         optimizer = self.build_optimizer()
-        schedule = self.lr_schedule(optimizer, num_steps=self.trainer.max_steps)
+        schedule = by_part(optimizer, self.lr_schedule, self.part_schedules, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.tuning.stop_at:
+            drop_gradients(self.model, self.tuning.stop_at, self.trainer.global_step / self.trainer.max_steps)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.tuning.after_step(self.model, optimizer.optimizer)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -248,12 +291,23 @@ def recount_batches(checkpoint: dict[str, Any], trainer: L.Trainer) -> None:
     checkpoint[type(trainer.datamodule).__qualname__]["batches_done"] = num_batches
 
 
-def refuse_other_prediction(model: DiffusionModel, objective: Objective) -> None:
-    """Raise UserError where training would undo what the weights predict; epsilon to v is established practice."""
+def refuse_other_prediction(model: DiffusionModel, objective: Objective, tuning: Tuning) -> None:
+    """Raise UserError where training would undo what the weights predict, or adapters would have to relearn it.
+
+    Epsilon to v is established practice, also with adapters; z0 and the flow take a full fine-tune.
+    """
     config = model.scheduler.config
-    if config.prediction_type == "v_prediction" and objective.prediction == "epsilon":
-        fit = "v_zero_snr" if config.rescale_betas_zero_snr else "v"
-        raise UserError(f"objective=epsilon: the weights predict v; choose objective={fit}")
+    there, wanted = str(config.prediction_type), str(objective.prediction)
+    if there == "epsilon" and wanted in ("sample", "flow_prediction") and tuning.trains_adapters:
+        name, _ = PREDICTED[wanted]
+        raise UserError(f"objective={name}: the weights predict epsilon; choose tuning=full, which can relearn that")
+    if there not in ("epsilon", wanted):
+        (name, _), (fit, predicted) = PREDICTED[wanted], PREDICTED[there]
+        if not isinstance(objective, Denoising):  # another objective would learn something else
+            key = "objective.prediction"
+            raise UserError(f"{key}={wanted}: the weights predict {predicted}; set {key}={there}")
+        fit = "v_zero_snr" if config.rescale_betas_zero_snr else fit
+        raise UserError(f"objective={name}: the weights predict {predicted}; choose objective={fit}")
     if config.rescale_betas_zero_snr and not objective.zero_terminal_snr:
         raise UserError("objective=v: the weights were trained with zero terminal SNR; choose objective=v_zero_snr")
 

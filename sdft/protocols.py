@@ -8,10 +8,12 @@ class whose defaults are right for most.
 |---|---|---|
 | `Objective` | `objective=` | `sdft.module.Finetuning` |
 | `Weighting`, `TimestepDistribution` | `objective/weighting=`, `objective/timesteps=` | `sdft.objective.denoising` |
+| `Loss`, `Noise` | `objective/loss=`, `objective/noise=` | `sdft.objective.denoising` |
 | `Tuning` | `tuning=` | `sdft.module.Finetuning` |
 | `OptimizerFactory`, `ScheduleFactory` | `optimizer=`, `lr_schedule=` | `sdft.module.Finetuning` |
 | `StrategyHooks` | `strategy=` | the module, the callbacks and the training command |
 | `WeightAverage` | `callbacks=` | previews, `dry_run` |
+| `ChecksTuning` | `callbacks=` | the training command, before the weights are read |
 | `Verdict` | `verdict=` | the training command, after the last step |
 | `DiffusionModel` | `model=` | everything that trains or draws |
 | `Source` (`sdft.data.source`) | `data=` | `sdft.data.datamodule.Images` |
@@ -24,8 +26,8 @@ class whose defaults are right for most.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -33,11 +35,12 @@ import torch
 from torch import Tensor, nn
 
 from sdft.batch import Batch, Conditioning, LossReport
+from sdft.errors import UserError
 from sdft.rng import Draws
 from sdft.types import Precision
 
-Prediction = Literal["epsilon", "v_prediction"]
-"""What a denoiser predicts, as diffusers' schedulers name it."""
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
+"""What a denoiser predicts, as diffusers' schedulers name it; `sample` is z0."""
 
 
 class Objective(ABC):
@@ -45,14 +48,22 @@ class Objective(ABC):
 
     prediction, zero_terminal_snr: what the model predicts, and whether its noise schedule ends in pure noise.
         The model's scheduler is configured to match. `prediction` is None for losses that are not about denoising.
+    needs_adapters: whether every step asks the model before training, which only adapters can step aside for.
     """
 
     prediction: Prediction | None = None
     zero_terminal_snr: bool = False
+    needs_adapters: bool = False
 
     @abstractmethod
     def __call__(self, model: Any, batch: Batch, draws: Draws) -> LossReport:
         """The loss of each sample, with gradients. All randomness comes from `draws`, which has a seed per sample."""
+
+    def attach(self, base: Callable[[], AbstractContextManager[None]]) -> None:  # noqa: B027  a default
+        """Called once, after `Tuning.attach`, by the module; losses that need no reference model ignore it.
+
+        base: inside the `with`, the model computes as it did before training.
+        """
 
     def for_validation(self) -> Objective:
         """The objective on which runs are compared; this one by default."""
@@ -65,11 +76,15 @@ class Weighting(ABC):
     predictions: those for which the weighting is defined.
     """
 
-    predictions: ClassVar[Sequence[Prediction]] = ("epsilon", "v_prediction")
+    predictions: ClassVar[Sequence[Prediction]] = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
     @abstractmethod
     def __call__(self, snr: Tensor, prediction: Prediction) -> Tensor:
         """Weights of the shape of `snr` (fp64)."""
+
+    def at_time(self, time: Tensor, snr: Tensor, prediction: Prediction) -> Tensor:
+        """Weights of samples at `time`, a share of the schedule in [0, 1) (fp64); by default, those of their SNR."""
+        return self(snr, prediction)
 
 
 class TimestepDistribution(Protocol):
@@ -78,20 +93,43 @@ class TimestepDistribution(Protocol):
     def __call__(self, u_B: Tensor, num_timesteps: int) -> Tensor: ...
 
 
+class Loss(Protocol):
+    """The error of each element of a prediction; the squared error is the usual one."""
+
+    def __call__(self, prediction: Tensor, target: Tensor, snr_B: Tensor, time_B: Tensor) -> Tensor:
+        """Errors B x C x H x W. snr_B: signal-to-noise ratios. time_B: shares of the schedule in [0, 1). Both fp64."""
+        ...
+
+
+class Noise(Protocol):
+    """The noise that is added to clean latents."""
+
+    def __call__(self, draws: Draws, z0_BCHW: Tensor) -> Tensor:
+        """eps, of the shape, dtype and device of z0. All randomness comes from `draws`."""
+        ...
+
+
 class Tuning(ABC):
     """Which parameters train, and what of them is saved.
 
     parts: names of the model's trained submodules.
     new_words: word -> initial phrase, of words that get their own embeddings.
     trains_adapters: whether the result is an adapter beside frozen weights (a LoRA file), or a whole model.
+    needs_whole: the key of an option that computes with whole weights, which sharded ones are not; empty if none does.
+    stop_at: part -> share of the run's steps after which it is frozen.
     initial: of a whole model, the weights before training on the CPU, by name; errors of exported files are measured by
-        how far training has moved them. Empty if they are not kept.
+        how far training has moved them. Empty if they are not kept. Of an adapter, those of the norms and biases that
+        train beside it; its files hold how far training has moved them.
+    base_scheduler: the model's scheduler before the objective chose what is predicted; None: it is the same.
     """
 
     parts: Sequence[str]
     new_words: Mapping[str, str] = {}
     trains_adapters: bool = False
+    needs_whole: str = ""
+    stop_at: Mapping[str, float] = {}
     initial: Mapping[str, Tensor] = {}
+    base_scheduler: Any = None
 
     @abstractmethod
     def attach(self, model: nn.Module) -> None:
@@ -107,9 +145,41 @@ class Tuning(ABC):
         draws: of the batch. device: of the model's inputs.
         """
 
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:  # noqa: B027  a default
+        """Called after each optimizer step; may change the trained parameters. By default nothing happens."""
+
     @abstractmethod
     def base(self, model: nn.Module) -> AbstractContextManager[None]:
         """Inside the `with`, the model computes as it did before training."""
+
+    @contextmanager
+    def drawing_base(self, model: Any) -> Iterator[None]:
+        """Inside the `with`, the model also draws as it did before training: where it learns to predict v, say, its
+        weights before that still predict the noise."""
+        with self.base(model):
+            scheduler = getattr(model, "scheduler", None)
+            if self.base_scheduler is not None:
+                model.scheduler = self.base_scheduler
+            try:
+                yield
+            finally:
+                if self.base_scheduler is not None:
+                    model.scheduler = scheduler
+
+    def refuse_strength(self, key: str) -> None:
+        """Raise UserError, in the name of a config key, unless what is trained can be used at any strength."""
+        raise UserError(f"{key}: only an adapter has a strength, 0 is without training; remove it, or set it to 0 or 1")
+
+    def at_strength(self, model: nn.Module, strength: float) -> AbstractContextManager[None]:
+        """Inside the `with`, what is trained changes the model `strength` times as much; see `refuse_strength`."""
+        raise NotImplementedError
+
+    def drawing_at(self, model: Any, strength: float) -> AbstractContextManager[None]:
+        """Inside the `with`, the model draws with this strength of what is trained: at 0 as before training, at 1 as it
+        is."""
+        if strength == 0:
+            return self.drawing_base(model)
+        return nullcontext() if strength == 1 else self.at_strength(model, strength)
 
 
 class OptimizerFactory(Protocol):
@@ -156,12 +226,27 @@ def strategy_hooks(strategy: Any) -> StrategyHooks:
     return strategy if isinstance(strategy, StrategyHooks) else StrategyHooks()
 
 
-class WeightAverage(ABC):
+class KeepsAverages:
+    """A Lightning callback with fp32 averages of the trainable parameters. num_averages: how many, for the memory that
+    a run is planned with; they are on the host if its config has `offload: true`."""
+
+    num_averages: ClassVar[int] = 1
+
+
+class WeightAverage(KeepsAverages, ABC):
     """A Lightning callback that keeps an average of the trainable parameters; previews draw with it."""
 
     @abstractmethod
     def averaged(self, module: Any) -> AbstractContextManager[None]:
         """Inside the `with`, `module.model` has the averaged parameters."""
+
+
+@runtime_checkable
+class ChecksTuning(Protocol):
+    """A Lightning callback that does not fit every tuning, and says so before the weights are read."""
+
+    def check_tuning(self, tuning: Tuning) -> None:
+        """Raise UserError if the callback has no meaning beside this tuning."""
 
 
 class Verdict(Protocol):
@@ -187,6 +272,14 @@ class PartialVerdict(Protocol):
         """Name of a metric in `summary.json` -> why it will be null, and the remedy."""
 
 
+@runtime_checkable
+class AddsToSummary(Protocol):
+    """A Lightning callback with entries for `summary.json`."""
+
+    def summary(self) -> Mapping[str, Any]:
+        """Name -> number or text, at the end of the run."""
+
+
 class NoiseConfig(NamedTuple):
     """The noise schedule of a model family: scaled-linear betas, as diffusers calls them."""
 
@@ -204,6 +297,7 @@ class DiffusionModel(nn.Module, ABC):
     PARTS: names of the networks, as submodules and in configs. DENOISER, VAE: those two. TEXT_ENCODERS: the others.
     ADAPTER_LAYERS: part -> name of a choice (`attention`, `all`, `conv`) -> suffixes of the modules that get adapters.
     scheduler: a diffusers scheduler whose config holds the noise schedule and the prediction type.
+    word_vectors: number of embeddings of the added words that have several.
     original_weights: opens the file of weights that are quantised in memory; None if none are.
     decoded_tile: side in pixels of the tiles in which images are decoded; None: they are decoded whole.
     offload_idle: whether the other parts wait on the CPU while the VAE works: for small GPUs.
@@ -216,6 +310,7 @@ class DiffusionModel(nn.Module, ABC):
     TEXT_ENCODERS: ClassVar[Sequence[str]]
     ADAPTER_LAYERS: ClassVar[Mapping[str, Mapping[str, Sequence[str]]]]
     scheduler: Any
+    word_vectors: Mapping[str, int] = {}
     original_weights: Callable[[], Any] | None = None
     decoded_tile: int | None = None
     offload_idle: bool = False
@@ -305,8 +400,11 @@ class DiffusionModel(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def add_words(self, words: Mapping[str, str]) -> None:
-        """Add `words` (word -> initial phrase) to the tokenizers, each with a trainable embedding."""
+    def add_words(self, words: Mapping[str, str], vectors: Mapping[str, int] = {}) -> None:
+        """Add `words` (word -> initial phrase) to the tokenizers, each with trainable embeddings.
+
+        vectors: word -> number of its embeddings; 1 by default.
+        """
 
     @property
     @abstractmethod

@@ -7,7 +7,8 @@ the world size or a resume. Draws are made on the CPU, so that every device gets
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +25,33 @@ def generator(run_seed: int, purpose: str, key: str = "", counter: int = 0) -> t
     return torch.Generator().manual_seed(seed_of(run_seed, purpose, key, counter))
 
 
-class Draws:
-    """Random numbers for a batch: those of sample i are seeded by its own key and visit."""
+class Position(NamedTuple):
+    """Where in the run a batch is.
 
-    def __init__(self, run_seed: int, keys: Sequence[str], visits: Sequence[int]):
+    step: optimizer steps before it. first: samples of its own step that come before it, over all devices.
+    per_step: samples of its step. progress: share of the run's steps that come before it.
+    """
+
+    step: int
+    first: int
+    per_step: int
+    progress: float
+
+
+class Draws:
+    """Random numbers for a batch: those of sample i are seeded by its own key and visit.
+
+    position: of the batch in the run; if None, it counts as the only batch of the first step.
+    """
+
+    def __init__(self, run_seed: int, keys: Sequence[str], visits: Sequence[int], position: Position | None = None):
         self.run_seed, self.keys, self.visits = run_seed, keys, visits
+        self.position = position or Position(0, 0, len(keys), 0.0)
+
+    def samples(self) -> Iterator[Draws]:
+        """The draws of each sample by itself."""
+        pairs = zip(self.keys, self.visits, strict=True)
+        return (Draws(self.run_seed, [key], [visit], self.position) for key, visit in pairs)
 
     def normal(self, purpose: str, shape: Sequence[int]) -> Tensor:
         """Standard normal numbers, B x shape, fp32."""
@@ -37,6 +60,16 @@ class Draws:
     def uniform(self, purpose: str) -> Tensor:
         """One number in [0, 1) per sample, fp64."""
         return self._stack(purpose, lambda g: torch.rand((), generator=g, dtype=torch.float64))
+
+    def stratified(self, purpose: str) -> Tensor:
+        """One number in [0, 1) per sample, fp64, spread evenly over the N samples of the optimizer step: sample i has
+        u + i / N modulo 1, where u is seeded by the step (Kingma et al., arXiv:2107.00630, appendix I.1).
+
+        Each is uniform by itself. They depend on the samples' places in the step, and not on how it is split.
+        """
+        g = generator(self.run_seed, f"{purpose} of a step", counter=self.position.step)
+        places = self.position.first + torch.arange(len(self.keys), dtype=torch.float64)
+        return (torch.rand((), generator=g, dtype=torch.float64) + places / self.position.per_step) % 1
 
     def _stack(self, purpose: str, draw) -> Tensor:
         streams = zip(self.keys, self.visits, strict=True)

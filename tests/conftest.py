@@ -29,9 +29,19 @@ torch.set_num_threads(1)
 LOCAL = {"file", "data", "blob"}
 
 
+@pytest.hookimpl(trylast=True)  # after those that are left out by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests first, so that no worker ends alone with the slowest."""
+    """The slowest tests first, so that no worker ends alone with one of them.
+
+    Each worker of pytest-xdist starts with an equal share of the tests, in their order: each share begins with some of
+    the pages of documentation, whose commands take minutes.
+    """
     items.sort(key=lambda item: "slow" not in item.keywords)
+    pages = [item for item in items if item.originalname == "test_the_commands_of_a_page_run"]  # type: ignore[attr-defined]
+    others = [item for item in items if item not in pages]
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    shares = [slice(len(others) * n // workers, len(others) * (n + 1) // workers) for n in range(workers)]
+    items[:] = [item for n, share in enumerate(shares) for item in (*pages[n::workers], *others[share])]
 
 
 @pytest.fixture(scope="session", autouse=True)

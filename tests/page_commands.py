@@ -5,8 +5,10 @@ Those of the real model run on a thin SDXL: all of its tensors, an eighth of its
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +19,13 @@ from benchmarks.synthetic import Synthetic
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.compile(r"```bash\n(.*?)```", re.DOTALL)
-ELSEWHERE = ("make ", "pip ", "git ", "source ", "sudo ", "sbatch ", "srun ", "torchrun ", "wandb ", "cd ", "scancel ")
+ELSEWHERE = ("cd ", "git ", "make ", "pip ", "sbatch ", "scancel ", "source ", "srun ", "sudo ")
+ELSEWHERE += ("tensorboard ", "torchrun ", "wandb ")
 """Starts of lines that are run by other tests: CI's own targets, tests/slurm, tests/distributed."""
 APART = ("captioner=image_to_text", "--config-dir", "RUN_FOLDER", "hydra/launcher=slurm", "hydra/sweeper=search")
-"""Of commands that need more than a checkout: tests/captioning, tests/slurm, test_extending, test_receipt, test_sweep.
-"""
+APART += ("to=USER",)
+"""Of commands that need more than a checkout: tests/captioning, tests/slurm, tests/publish, test_extending,
+test_receipt, test_sweep."""
 SHORT = {
     "train.py": ["trainer.max_steps=2", "sampler.steps=2", "logger=csv"],
     "eval.py": ["sampler.steps=2", "seeds=1"],
@@ -30,6 +34,8 @@ FEW_SCENES = ["data.validation.num_scenes=4", "reference.num_scenes=8"]
 """Of the toy world, held out."""
 THIN = ["size=128", "sampler.batch_size=1", "trainer.accumulate_grad_batches=1", "prompts=[a photo of a cat]"]
 PICTURES = 13
+OTHER_LORA = "other_lora.safetensors"
+"""Of somebody else: that of an earlier run of the page."""
 
 
 def commands(page: Path) -> list[str]:
@@ -50,7 +56,11 @@ def shortened(text: str, pictures: Path, thin: Synthetic, num_judged: int) -> li
     words = [re.sub(r"=DIR$", f"={pictures}", word) for word in words]
     if "in=model.safetensors" in words:
         return [*words[:2], f"in={thin.weights}", f"config={thin.config}", *words[3:]]
+    if "model=sdxl" in words or "size=1024" in words:
+        words = [smaller(word) for word in words]
     given = {word.split("=")[0] for word in words}
+    if words[:2] == ["-m", "sdft.choosing"]:
+        return [*words, "strengths=[0.7,1.0]", "num_images=2", "num_others=2", "num_training=2"]
     if words[0] not in SHORT or "--cfg" in words or "reproduce" in given:
         return words
     added = list(SHORT[words[0]])
@@ -59,9 +69,19 @@ def shortened(text: str, pictures: Path, thin: Synthetic, num_judged: int) -> li
         added += FEW_SCENES if toy and not teaches_subject(words) else []
         added += [] if num_judged > 0 or "-m" in words else ["verdict=none"]
         added += [] if "verdict=none" in added else ["verdict.num_images=4"]
+    if any(word in ("callbacks=stop_early", "callbacks=watch") for word in words):
+        added += [f"callbacks.watch.measures.{name}=2" for name in ("num_images", "num_others", "num_training")]
+    added += ["class_images.count=2"] if "class_images=generated" in words else []
     if "model=sdxl" in words:
         added += [*THIN, *thin.overrides[1:]] if words[0] == "train.py" else thin.overrides[1:]
     return words + [word for word in added if word.split("=")[0] not in given]
+
+
+def smaller(word: str) -> str:
+    """An override of the image sizes of SDXL with an eighth of them, in multiples of 32."""
+    if not re.match(r"size=\d|data\.(sizes|bucket_step)=", word):
+        return word
+    return re.sub(r"\b(\d{2,})\b", lambda side: str(max(32, int(side[1]) // 8)), word)
 
 
 def teaches_subject(words: list[str]) -> bool:
@@ -77,10 +97,15 @@ def run_page(page: Path, folder: Path, thin: Synthetic, num_judged: int = 3) -> 
     write_pictures(pictures)
     write_files(page, folder)
     found = commands(page)
+    if any("data=preference" in text.split() for text in found):
+        write_pairs(pictures)
     with WarmPython() as python:
         for text in dict.fromkeys(found):
             words = shortened(text, pictures, thin, num_judged)
             num_judged -= words[0] == "train.py"
+            vote(words, folder)
+            if f"tuning.start={OTHER_LORA}" in words:
+                shutil.copy(next((folder / "runs").rglob("lora.safetensors")), folder / OTHER_LORA)
             status, printed = python.run(words, folder)
             assert status == 0, f"{text}\nrun as {shlex.join(words)}\n{printed[-6000:]}"
     return len(found)
@@ -93,10 +118,40 @@ def write_files(page: Path, folder: Path) -> None:
             (folder / match[1]).write_text(block, encoding="utf-8")
 
 
+def vote(words: list[str], folder: Path) -> None:
+    """Export the votes that a command trains on as the page of its comparison does: the last subject wins each pair."""
+    options = dict(word.split("=", 1) for word in words if "=" in word)
+    if "data.votes" not in options:
+        return
+    results = json.loads((folder / options["data.run"] / "results.json").read_text(encoding="utf-8"))
+    first, last = (
+        [each for each in results["pictures"] if each["subject"] == subject["name"]]
+        for subject in (results["subjects"][0], results["subjects"][-1])
+    )
+    votes = [
+        {"axes": left["axes"], "left": left, "right": right, "choice": "right"}
+        for left, right in zip(first, last, strict=True)
+    ]
+    (folder / options["data.votes"]).write_text(json.dumps({"votes": votes}), encoding="utf-8")
+
+
+def write_pairs(folder: Path) -> None:
+    """Judge the pictures of a folder two by two."""
+    names = sorted(path.name for path in folder.iterdir() if path.suffix != ".txt")
+    pairs = zip(names[::2], names[1::2], strict=False)
+    rows = [{"chosen": chosen, "rejected": rejected, "caption": "a cat"} for chosen, rejected in pairs]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def write_pictures(folder: Path, side: int = 160) -> None:
-    """Photographs without captions but one, larger than the images that are trained on."""
+    """Photographs with captions, larger than the images that are trained on; the first one is partly transparent."""
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (PICTURES, 8, 8, 3), dtype=np.uint8)
     for number, pixels in enumerate(noise):
-        Image.fromarray(pixels).resize((side, side)).save(folder / f"{number:02}.jpg")
+        picture = Image.fromarray(pixels).resize((side, side))
+        if number:
+            picture.save(folder / f"{number:02}.jpg")
+        else:
+            picture.putalpha(Image.linear_gradient("L").resize((side, side)))
+            picture.save(folder / f"{number:02}.png")
         (folder / f"{number:02}.txt").write_text(f"a cat on a table {number}", encoding="utf-8")

@@ -42,11 +42,13 @@ from sdft.training.trainer import trainer
 from sdft.tuning.adapter import Adapter
 from sdft.tuning.full import Full
 from sdft.tuning.parameters import trainable_parameters
+from sdft.tuning.words import Words
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 TUNINGS = {
     "full": Full,
+    "words": partial(Words, new_words={"<sks>": "red cat"}),
     "lora_unet": partial(Adapter, rank=2, alpha=4.0),
     "lora_unet_te": partial(Adapter, rank=2, alpha=4.0, parts=PARTS, new_words={"<sks>": "red cat"}),
 }
@@ -78,6 +80,8 @@ class Run:
     resume: Path | None = None
     caption_dropout: float = 0.4
     bucket_step: int | None = None
+    sizes: dict[int, float] | None = None
+    size_schedule: str | None = None
     num_workers: int = 0
     cache: str = "ram"
     cache_dir: str | None = None
@@ -87,6 +91,9 @@ class Run:
     lr: float = 1e-2
     eps: float = 1e-4
     """Of AdamW: keeps it from turning the rounding of a vanishing gradient into a full step."""
+    tuning_options: dict[str, Any] = field(default_factory=dict)
+    objective_options: dict[str, Any] = field(default_factory=dict)
+    part_schedules: dict[str, Any] = field(default_factory=dict)
     export: bool = False
     spoil: Callable[[TinySource], None] | None = None
     """Does something to the pictures."""
@@ -174,11 +181,12 @@ def train(run: Run) -> dict[str, Any]:
         model = build_tiny_model()
         if run.recompute:
             model.unet.enable_gradient_checkpointing()
-        options = {"dropout": run.dropout} if run.dropout else {}
+        options = {**({"dropout": run.dropout} if run.dropout else {}), **run.tuning_options}
         schedule = partial(cosine, warmup_steps=2, final=0.1)
         optimizer = partial(adamw, lr=run.lr, eps=run.eps)
-        objective = Denoising(weighting=MinSNR())
-        return Finetuning(model, TUNINGS[run.tuning](**options), objective, optimizer, schedule, seed=7)
+        objective = Denoising(**{"weighting": MinSNR(), **run.objective_options})
+        tuning = TUNINGS[run.tuning](**options)
+        return Finetuning(model, tuning, objective, optimizer, schedule, seed=7, part_schedules=run.part_schedules)
 
     source = (Mixed if run.bucket_step else TinySource)(7)
     if run.spoil:
@@ -192,6 +200,8 @@ def train(run: Run) -> dict[str, Any]:
         flip=True,
         caption_dropout=run.caption_dropout,
         bucket_step=run.bucket_step,
+        sizes=run.sizes,
+        size_schedule=run.size_schedule,
         num_workers=run.num_workers,
         cache=run.cache,
         cache_dir=run.cache_dir,

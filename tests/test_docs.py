@@ -25,6 +25,9 @@ ROOTS = {
     "-m sdft.merging": "merge",
     "-m sdft.merging.strip": "strip",
     "-m sdft.formats": "formats",
+    "-m sdft.board": "board",
+    "-m sdft.choosing": "choose",
+    "-m sdft.publish": "publish",
     "-m sdft.models.nano": "nano",
     **{f"-m sdft.data {name}": f"data_{name}" for name in DATA},
 }
@@ -42,6 +45,8 @@ def commands() -> dict[str, tuple[str, list[str]]]:
                 match = COMMAND.match(text)
                 if match and not any(part in text for part in OUTSIDE):
                     words = [word for word in shlex.split(match[2]) if not word.startswith("-")]
+                    if match[1] == "-m sdft.board":
+                        words[0] = f"in={words[0]}"
                     if "--cfg" in text:
                         words.remove("job")
                     if " -m " in match[2] or match[2].startswith("-m "):

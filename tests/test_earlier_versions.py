@@ -54,7 +54,7 @@ def test_what_is_no_config_is_named(content: str | None, tmp_path: Path) -> None
 
 def test_the_model_of_a_run_is_rebuilt_with_its_checkpoint() -> None:
     """The checkpoint's average is what was exported: LoRA B of a layer, in fp16."""
-    model = rebuild(RUN)
+    model, _ = rebuild(RUN)
     state = read_state(RUN / "checkpoints" / "last.ckpt")
     average = state["callbacks"]["EMA"]["average"]
     assert {name for name, _ in trainable_parameters(model)} == set(average)

@@ -85,8 +85,8 @@ def test_the_search_path_of_hydra_adds_the_same_options(searchpath: str, lab: Pa
     [
         (["optimizer=radm"], "'optimizer' has no option 'radm'; did you mean 'radam'?"),
         (["optimizer=radam", "optimizer.betaz=0.5"], "did you mean 'optimizer.betas'?"),
-        (["objective/weighting=soft_min_snr", "objective.weighting.gama=3"], "mean 'objective.weighting.gamma'?"),
-        (["objective/weighting=soft_min_snr", "objective.weighting.gamma=much"], "objective.weighting.gamma=much"),
+        (["objective/weighting=truncated_snr", "objective.weighting.gama=3"], "mean 'objective.weighting.gamma'?"),
+        (["objective/weighting=truncated_snr", "objective.weighting.gamma=much"], "objective.weighting.gamma=much"),
         (["callbacks=with_norm", "callbacks.norm.evry=3"], "did you mean 'callbacks.norm.every'?"),
         (["+callbacks.n={_target_: my_lab.callbacks.WeightNorn}"], "WeightNorn' does not exist; did you mean"),
         (["+callbacks.n={_target_: my_lab.callbacks.WeightNorm,evry: 3}"], "did you mean 'callbacks.n.every'?"),
@@ -140,7 +140,7 @@ def test_every_command_runs(lab: Path) -> None:
 @pytest.mark.slow
 def test_a_run_with_parts_from_outside_is_resumed(lab: Path) -> None:
     words = ["train.py", "hydra.searchpath=[pkg://my_lab.conf]", "experiment=dreamy_style", "optimizer=radam",
-             "data=squares", "objective/weighting=soft_min_snr", "callbacks=with_norm", "verdict=none",
+             "data=squares", "objective/weighting=truncated_snr", "callbacks=with_norm", "verdict=none",
              "~callbacks.previews",
              "logger=csv", "+export.tolerance=1", "trainer.log_every=1"]  # fmt: skip
     if not (lab / "train.py").exists():

@@ -64,7 +64,8 @@ def run(environment: Path, tmp_path: Path) -> Run:
 def test_the_wheel_carries_configs_and_data(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     parts = {"conf": ROOT / "conf", **{part: ROOT / "sdft" / part for part in ("models/nano", "models/sdxl_base")}}
-    parts |= {page: ROOT / "sdft" / page for page in ("captioning/page", "data/page", "evaluation/page", "pages")}
+    pages = ("board/page", "captioning/page", "data/page", "evaluation/page", "pages")
+    parts |= {page: ROOT / "sdft" / page for page in pages}
     for part, folder in parts.items():
         files = [file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
         assert files

@@ -187,11 +187,11 @@ class Composer:
         lines = tuple(str(override.input_line) for override in chosen)
         if lines not in self._declared:
             # A file that the command adds may fill what the root declares, but not add keys that nobody reads.
-            overlays = {*OVERLAYS, *(override.key_or_group for override in chosen if override.is_add())}
+            added = [(override.key_or_group, override.package) for override in chosen if override.is_add()]
             with self.explained(chosen):
                 found = self.loader.compute_defaults_list(self.root, list(lines), RunMode.RUN)
                 files = [file for file in found.defaults if not file.config_path.startswith("hydra/")]
-                above = [file for file in files if file.config_path.rpartition("/")[0] in overlays]
+                above = [file for file in files if lies_above(file, added)]
                 tree = self._content([file for file in files if file not in above])
                 contents = {f"{file.config_path}.yaml": self._content([file]) for file in above}
                 self._declared[lines] = Declared(tree, contents, dict(found.overrides.known_choices))
@@ -303,6 +303,16 @@ class Composer:
         except ConfigError:
             return False
         return key in declared.choices or key in declared.tree
+
+
+def lies_above(file: Any, added: Sequence[tuple[str, str | None]]) -> bool:
+    """Whether a file of a defaults list fills what others declare: an experiment, or one that the command adds.
+
+    added: groups that the command adds, with the package that it says. `+lr_schedule@part_schedules.words=constant`
+    adds that one, and not the `lr_schedule` of the root.
+    """
+    group = file.config_path.rpartition("/")[0]
+    return group in OVERLAYS or any(group == name and package in (None, file.package) for name, package in added)
 
 
 def with_found_hardware(overrides: Sequence[str]) -> list[str]:

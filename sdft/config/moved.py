@@ -42,10 +42,20 @@ def current_name(target: str) -> str:
     return target
 
 
+def with_todays_noise(node: dict[Any, Any]) -> dict[Any, Any]:
+    """A node with the noise of an objective as an object of its own; it was a number, `offset_noise`, before."""
+    strength = node.get("offset_noise")
+    if node.get("_target_") != "sdft.objective.denoising.Denoising" or not isinstance(strength, int | float):
+        return node
+    node = {key: value for key, value in node.items() if key != "offset_noise"}
+    offset = {"_target_": "sdft.objective.noise.Offset", "strength": strength, "random": False, "adaptive": 0.0}
+    return node | {"noise": offset} if strength else node
+
+
 def rename_targets(node: Any, key: object = None) -> Any:
     """A copy of a tree with today's name of every `_target_`."""
     if isinstance(node, dict):
-        return {key: rename_targets(value, key) for key, value in node.items()}
+        return with_todays_noise({key: rename_targets(value, key) for key, value in node.items()})
     if isinstance(node, list):
         return [rename_targets(value) for value in node]
     return current_name(node) if key == "_target_" and isinstance(node, str) else node

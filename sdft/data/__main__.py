@@ -17,11 +17,12 @@ from PIL import Image
 
 from sdft.config.command import CONF_DIR, build, command
 from sdft.data.contact_sheet import ContactSheet
-from sdft.data.dataset import ImageDataset
 from sdft.data.error_messages import collected
+from sdft.data.images import CropPlan
 from sdft.data.packed_strings import printable
 from sdft.data.page.write import write_page
 from sdft.data.sharding import write_shards
+from sdft.data.source import Sample
 from sdft.data.summary import DataSummary, summarize
 from sdft.errors import UserError
 from sdft.progress import tqdm
@@ -42,8 +43,7 @@ def check(cfg: DictConfig) -> None:
         data = build(cfg.data, **options)
     sheets: dict[tuple[int, int], ContactSheet] = defaultdict(ContactSheet)
 
-    def visit(dataset: ImageDataset, index: int, image: np.ndarray) -> None:
-        sample, plan = dataset.source[index], dataset.crop_plan(index, image.shape[:2], flip=False)
+    def visit(sample: Sample, image: np.ndarray, plan: CropPlan) -> None:
         sheets[plan.target_hw].add(image, plan, sample.key, sample.caption)
 
     parts = [(data.train_set, data.train_scan), (data.validation_set, data.validation_scan)]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from sdft.errors import UserError
+
 MOST_ELONGATED = 4.0
 """Longest over shortest side in the training sizes of SDXL (2048 x 512)."""
 
@@ -21,6 +23,18 @@ def bucket_sizes(side: int, step: int, most_elongated: float = MOST_ELONGATED) -
     short_sides = range(max(shortest, step), side + 1, step)
     wide = [(short, side * side // short // step * step) for short in short_sides]
     return sorted({*wide, *((w, h) for h, w in wide)}, key=lambda hw: hw[1] / hw[0])
+
+
+def check_sizes(side: int, bucket_step: int | None, key: str = "size") -> None:
+    """Raise UserError for sizes in pixels that the latents cannot have. key: of the side in the config."""
+    named = f"{key}={side}" if key == "size" else f"{key}: {side}"
+    if side % 16:
+        nearest = max(64, round(side / 64) * 64)
+        remedy = f"size={nearest}" if key == "size" else nearest
+        raise UserError(f"{named}: must be a multiple of 16, and of 64 for SDXL; try {remedy}")
+    if bucket_step and (bucket_step % 16 or side % bucket_step):
+        place = named if key == "size" else f"{side}, of {key}"
+        raise UserError(f"data.bucket_step={bucket_step}: must be a multiple of 16 that divides {place}; 64 is SDXL's")
 
 
 def nearest_bucket(original_hw: tuple[int, int], sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

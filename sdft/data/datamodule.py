@@ -19,22 +19,24 @@ from torch.utils.data import DataLoader
 
 from sdft.batch import Batch
 from sdft.data.augmentation import Augmentation
-from sdft.data.buckets import bucket_sizes
+from sdft.data.buckets import bucket_sizes, check_sizes
 from sdft.data.cache import Cache, fingerprint
-from sdft.data.dataset import ImageDataset, Variant, collate
-from sdft.data.encoding import Ranks, cached_embeddings, cached_moments, prepared
+from sdft.data.dataset import ImageDataset, collate
+from sdft.data.encoding import Ranks, all_captions, cached_embeddings, cached_moments, moments_maker
 from sdft.data.exclusions import without
 from sdft.data.images import Crop
 from sdft.data.inventory import Inventory
+from sdft.data.masks import Masks, check_masks
 from sdft.data.order import BatchOrder, PrefetchOrder, chunks, shard_windows
-from sdft.data.packed_strings import PackedStrings, unique
-from sdft.data.scan import OnUnreadable, check_masks, only_readable
+from sdft.data.packed_strings import unique
+from sdft.data.scan import OnUnreadable, Scan, only_readable
 from sdft.data.scan_cache import ScanCache
+from sdft.data.sizes import SizeOrder, SizeSchedule, sizes_of
 from sdft.data.source import Source, left_out, stored_image
 from sdft.data.sources import Folder, HuggingFace, Shards
+from sdft.data.sources.beside import OWN, beside
 from sdft.errors import UserError
-from sdft.progress import tqdm
-from sdft.types import BatchSize, Count, Fraction, NumWorkers, Seed, Side
+from sdft.types import BatchSize, Count, Fraction, NumWorkers, Positive, Seed, Side
 
 MOST_WORKERS = 8
 """Of `num_workers=auto`; more seldom decode faster than a GPU trains."""
@@ -57,15 +59,21 @@ class Images(L.LightningDataModule):
     num_workers: processes that read images; 0 reads them in the training process. `auto` takes one for each core that
         this process may use beyond its own, at most 8, if images are decoded at every visit, and 0 if they are cached.
     bucket_step: images keep their aspect ratio, in buckets of about `size`^2 pixels whose sides are multiples of this;
-        None crops squares. no_upscale: smaller images are trained at sizes of their own instead of being enlarged.
+        None crops squares. no_upscale: smaller images are trained at sizes of their own instead of being enlarged, and
+        with `sizes` only at the sides that they cover.
+    sizes: sides in pixels -> relative shares of the optimizer steps; every image is trained at each, and `size` is that
+        of validation. size_schedule: `together`, which is the default, mixes them over the run; `ascending` trains one
+        after another.
     cache_dir: folder of `cache=disk`, which any number of runs can share, and of the results of scans, which are in the
         user's cache folder if it is None.
     augmentation: random zoom, rotation and colours of training images. variants: number of random crops, zooms,
         rotations and colours of each image, so that they can be cached; others at every visit if it is None.
-    masks: weight the loss of training images by their masks (`objective.outside`); an image without one counts whole.
+    masks: weight the loss of training images by their masks (`objective.outside`), which are in files beside them, or
+        with `alpha` in their alpha channels; an image without one counts whole.
     exclude: a text file with the keys of images to leave out, one a line.
     shuffle_shards: reads a set of shards this many at a time, shuffled together, instead of all in one random order,
         for sets that are larger than `cache_limit_gb`.
+    class_images: a source of which a pass reads as many images as of `train`, those of the smaller one repeatedly.
     unreadable: with `error`, images that cannot be decoded end the run before training, all named; `skip` omits them.
 
     Raises UserError for sizes that the latents cannot have, for a disk cache without folder, and for unreadable images.
@@ -91,20 +99,29 @@ class Images(L.LightningDataModule):
         exclude: str | None = None,
         augmentation: Augmentation | None = None,
         variants: Count | None = None,
-        masks: bool = False,
+        masks: Masks = False,
         no_upscale: bool = False,
+        sizes: dict[Side, Positive] | None = None,
+        size_schedule: SizeSchedule | None = None,
+        class_images: Source | None = None,
     ):
         super().__init__()
         check_sizes(size, bucket_step)
+        self.sizes = sizes_of(sizes, size_schedule, bucket_step)
         if cache == "disk" and cache_dir is None:
             raise UserError("data.cache=disk: set data.cache_dir=DIR, the folder of the cache")
         self.left_out = list(dict.fromkeys(line for part in (train, validation) for line in left_out(part)))
         if exclude is not None:
             train, validation = without([train, validation], exclude)
+        self.own_per_pass = 1
+        """How often a pass reads each image of `train`."""
+        if class_images is not None:
+            train = beside(train, class_images, shuffle_shards)
+            self.own_per_pass = train.repeats[OWN]
         ((train, scan), (validation, validation_scan)), self.skipped = only_readable(
             [train, validation], unreadable, ScanCache(cache_dir)
         )
-        if no_upscale and not bucket_step:
+        if no_upscale and not bucket_step and self.sizes is None:
             raise UserError("data.no_upscale=true: small images need sizes of their own; set data.bucket_step=64")
         buckets = bucket_sizes(size, bucket_step) if bucket_step else ()
         step_below = bucket_step if no_upscale else None
@@ -112,6 +129,7 @@ class Images(L.LightningDataModule):
         self.train_set = dataset_of(
             train, crop=crop, flip=flip, caption_dropout=caption_dropout, encoder_dropout=encoder_dropout or (),
             hw_N2=scan.hw_N2, augmentation=augmentation, variants=variants, masks=masks,
+            sides=self.sizes.buckets(bucket_step) if self.sizes else (), enlarge=not no_upscale,
         )  # fmt: skip
         self.validation_set = dataset_of(validation, hw_N2=validation_scan.hw_N2)
         self.train_scan, self.validation_scan = scan, validation_scan
@@ -121,14 +139,16 @@ class Images(L.LightningDataModule):
         asked = (index for index in range(len(train.keys)) if flip and stored_image(train, index) is not None)
         if fixed := sum(map(self.train_set.names_direction, asked)):
             self.left_out.append(f"{fixed} x not flipped: the caption says left or right")
+        if self.sizes:
+            self.left_out += self.sizes.too_small(self.train_set.items, len(train.keys))
         if masks:
-            self.num_masked = check_masks(train, scan)
+            self.num_masked = check_masks(train, scan, masks)
         self.batch_size, self.seed, self.cache, self.num_workers = batch_size, seed, cache, num_workers
         self.store = Cache(cache_dir) if cache == "disk" and cache_dir else None
-        self.bucketed = bool(bucket_step)
+        self.bucketed = bool(bucket_step or self.sizes)
         self.resume_with_changed_data = False
         """Whether a run may go on with other images than its checkpoint was saved with."""
-        self.windows = shard_windows(train, shuffle_shards, seed, stored=cache != "off")
+        self.windows = shard_windows(train, shuffle_shards, seed, cache != "off", self.train_set.items.sample_of)
         self._batches_done = 0
 
     def train_dataloader(self) -> DataLoader:
@@ -138,6 +158,7 @@ class Images(L.LightningDataModule):
             num_workers = useful_workers(self.cache == "off", trainer.num_devices)
         num_batches = trainer.max_steps * trainer.accumulate_grad_batches
         sizes = self.train_set.by_size() if self.bucketed else {}
+        side_of = [self.train_set.items.side_of[indices[0]] for indices in sizes.values()]
         order = BatchOrder(
             len(self.train_set.source.keys),
             self.batch_size,
@@ -149,6 +170,7 @@ class Images(L.LightningDataModule):
             accumulate=trainer.accumulate_grad_batches,
             buckets={f"{h}x{w}": indices for (h, w), indices in sizes.items()},
             windows=self.windows,
+            order=SizeOrder(self.sizes, side_of, trainer.max_steps) if self.sizes else None,
         )
         return DataLoader(
             self.train_set,
@@ -167,6 +189,11 @@ class Images(L.LightningDataModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
 
+    def parts(self) -> Iterator[tuple[ImageDataset, Scan]]:
+        """Each dataset whose images the run reads, with the scan of its source."""
+        yield self.train_set, self.train_scan
+        yield self.validation_set, self.validation_scan
+
     def encode_once(
         self,
         encode: Callable[[Tensor], Tensor],
@@ -180,8 +207,8 @@ class Images(L.LightningDataModule):
         and weights of `vae`, and only missing ones are encoded.
         """
         encoder = fingerprint(vae) if self.store is not None and vae is not None else None
-        for dataset, scan in ((self.train_set, self.train_scan), (self.validation_set, self.validation_scan)):
-            make = _encoder(dataset, encode, device, batch_size)
+        for dataset, scan in self.parts():
+            make = moments_maker(dataset, encode, device, batch_size)
             if self.store is not None and encoder is not None:
                 cached = cached_moments(self.store, encoder, dataset, scan, make, self._ranks())
                 dataset.moments = dataset.moments_on_disk = cached
@@ -197,15 +224,9 @@ class Images(L.LightningDataModule):
         """
         if self.store is None:
             return False
-        captions = PackedStrings([""])
-        for dataset in (self.train_set, self.validation_set):
-            for index in range(len(dataset.source.keys)):
-                sample = dataset.source[index]
-                every = sample.captions.every if sample.captions else (sample.caption,)
-                if every is None:
-                    return False
-                for caption in every:
-                    captions.append(caption)
+        captions = all_captions((self.train_set.source, self.validation_set.source))
+        if captions is None:
+            return False
         embeddings = cached_embeddings(self.store, unique(captions), encode, ids, encoders, self._ranks())
         self.train_set.text_embeddings = self.validation_set.text_embeddings = embeddings
         return True
@@ -220,6 +241,7 @@ class Images(L.LightningDataModule):
             "batches_done": self.trainer.global_step * self.trainer.accumulate_grad_batches,
             "samples_per_step": self._samples_per_step(),
             "inventory": self._inventory.state(),
+            "sizes": self.sizes and str(self.sizes),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -232,6 +254,8 @@ class Images(L.LightningDataModule):
         per_step = self._samples_per_step()
         if state.get("samples_per_step", per_step) != per_step:
             changes.append(f"{per_step} images a step instead of {state['samples_per_step']}")
+        if state.get("sizes") != (sizes := self.sizes and str(self.sizes)):
+            changes.append(f"{sizes or 'none'} as data.sizes instead of {state.get('sizes') or 'none'}")
         if changes and not self.resume_with_changed_data:
             raise UserError(
                 f"resume: the checkpoint was saved with other data: {', '.join(changes)}; restore them, or set "
@@ -248,27 +272,29 @@ class Images(L.LightningDataModule):
         return Inventory.of(self.train_set.source, self.train_scan, self.train_set.masks)
 
 
-def images_from(source: type) -> Callable[..., Images]:
-    """A constructor of `Images` from two splits of one `source` class; it takes the arguments of both."""
+def images_from(source: type, module: type | None = None) -> Callable[..., Any]:
+    """A constructor of `Images`, or another `module`, from two splits of one `source` class; it takes the arguments of
+    both."""
+    made = module or Images
     both: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}
     taken = {}
-    for owner, given in ((source, {"split", "loss_weight"}), (Images, {"train", "validation"})):
+    for owner, given in ((source, {"split", "loss_weight"}), (made, {"train", "validation"})):
         parameters = inspect.signature(owner).parameters
         taken[owner] = [name for name in parameters if name not in given]
         both |= {name: parameters[name] for name in taken[owner]}
         hints |= typing.get_type_hints(owner.__init__, include_extras=True)  # type: ignore[misc]
     ordered = sorted(both.values(), key=lambda parameter: parameter.default is not parameter.empty)
 
-    def build(*args: Any, **kwargs: Any) -> Images:
+    def build(*args: Any, **kwargs: Any) -> Any:
         options = signature.bind(*args, **kwargs).arguments
-        own, images = ({k: v for k, v in options.items() if k in taken[owner]} for owner in (source, Images))
-        return Images(source(split="train", **own), source(split="validation", **own), **images)
+        own, images = ({k: v for k, v in options.items() if k in taken[owner]} for owner in (source, made))
+        return made(source(split="train", **own), source(split="validation", **own), **images)
 
     signature = build.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
     build.__annotations__ = {name: hints[name] for name in both}
     build.__name__ = source.__name__.lower()
-    build.__doc__ = f"`Images` from two splits of one `{source.__name__}`; takes the arguments of both."
+    build.__doc__ = f"`{made.__name__}` from two splits of one `{source.__name__}`; takes the arguments of both."
     return build
 
 
@@ -279,28 +305,3 @@ def useful_workers(decodes: bool, num_devices: int) -> int:
     """The number of `num_workers=auto` for each of the devices of this machine."""
     cores = len(os.sched_getaffinity(0)) // num_devices
     return min(max(cores - 1, 0), MOST_WORKERS) if decodes else 0
-
-
-def check_sizes(size: int, bucket_step: int | None) -> None:
-    """Raise UserError for sizes in pixels that the latents cannot have."""
-    if size % 16:
-        nearest = max(64, round(size / 64) * 64)
-        raise UserError(f"size={size}: must be a multiple of 16, and of 64 for SDXL; try size={nearest}")
-    if bucket_step and (bucket_step % 16 or size % bucket_step):
-        raise UserError(
-            f"data.bucket_step={bucket_step}: must be a multiple of 16 that divides size={size}; 64 is SDXL's"
-        )
-
-
-def _encoder(
-    dataset: ImageDataset, encode: Callable[[Tensor], Tensor], device: torch.device, batch_size: int
-) -> Callable[[Sequence[Variant]], Iterator[tuple[Variant, Tensor]]]:
-    """A function that computes moments of variants in batches of one size, with images decoded in advance."""
-
-    def make(variants: Sequence[Variant]) -> Iterator[tuple[Variant, Tensor]]:
-        with tqdm(total=len(variants), desc="encoding", unit="image", disable=len(variants) < 512, leave=False) as bar:
-            for group, pixels_BCHW in prepared(dataset, variants, batch_size):
-                yield from zip(group, encode(pixels_BCHW.to(device)).cpu(), strict=True)
-                bar.update(len(group))
-
-    return make

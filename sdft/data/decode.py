@@ -11,12 +11,14 @@ import io
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from sdft.errors import UserError
 
+T = TypeVar("T")
 PLUGINS = {"pillow_heif": ((".heic", ".heif"), "pillow-heif"), "pillow_jxl": ((".jxl",), "pillow-jxl-plugin")}
 """Module that teaches Pillow a format -> suffixes of its files, and the package to install."""
 IMAGE_SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -67,17 +69,27 @@ class StoredImage:
 
     def mask(self) -> np.ndarray:
         """uint8, H x W, of an image that is a mask. Raises UserError with the name if it cannot be decoded."""
-        try:
-            return decode_mask(self.content())
-        except UnreadableImage as error:
-            raise UserError(f"{self.name} cannot be read as a mask ({error}); repair or remove it") from error
+        return self._decoded(decode_mask, "a mask")
+
+    def has_alpha(self) -> bool:
+        """Whether it has an alpha channel or a transparent colour. Raises UserError with the name if it cannot be
+        read."""
+        return self._decoded(has_alpha)
+
+    def alpha(self) -> np.ndarray | None:
+        """uint8, H x W: the alpha channel; None if it has none. Raises UserError with the name if it cannot be
+        decoded."""
+        return self._decoded(decode_alpha)
 
     def pixels(self) -> np.ndarray:
         """uint8, H x W x RGB. Raises UserError with the name if it cannot be decoded."""
+        return self._decoded(decode)
+
+    def _decoded(self, look: Callable[[bytes], T], kind: str = "an image") -> T:
         try:
-            return decode(self.content())
+            return look(self.content())
         except UnreadableImage as error:
-            raise UserError(f"{self.name} cannot be read as an image ({error}); repair or remove it") from error
+            raise UserError(f"{self.name} cannot be read as {kind} ({error}); repair or remove it") from error
 
 
 def decode(content: bytes) -> np.ndarray:
@@ -96,11 +108,26 @@ def decode_mask(content: bytes) -> np.ndarray:
 
     def look(picture: Image.Image) -> np.ndarray:
         picture = _upright(picture)
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            return np.asarray(picture.convert("RGBA").getchannel("A"))
+        if _is_transparent(picture):
+            return np.asarray(_alpha(picture))
         return np.asarray(_eight_bits(picture).convert("L"))
 
     return _guarded(content, look)
+
+
+def decode_alpha(content: bytes) -> np.ndarray | None:
+    """The alpha channel of an image, uint8 H x W, upright; None if it has none. Raises UnreadableImage."""
+
+    def look(picture: Image.Image) -> np.ndarray | None:
+        picture = _upright(picture)
+        return np.asarray(_alpha(picture)) if _is_transparent(picture) else None
+
+    return _guarded(content, look)
+
+
+def has_alpha(content: bytes) -> bool:
+    """Whether an image has an alpha channel, or a transparent colour, from the header alone. Raises UnreadableImage."""
+    return _guarded(content, _is_transparent)
 
 
 def stored_hw(content: bytes) -> tuple[int, int]:
@@ -155,6 +182,14 @@ def _upright(picture: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(picture)
 
 
+def _is_transparent(picture: Image.Image) -> bool:
+    return picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info
+
+
+def _alpha(picture: Image.Image) -> Image.Image:
+    return picture.convert("RGBA").getchannel("A")
+
+
 def _eight_bits(picture: Image.Image) -> Image.Image:
     """16-bit grey as 8-bit grey; other modes unchanged."""
     if picture.mode == "F":
@@ -173,7 +208,7 @@ def _rgb(picture: Image.Image) -> Image.Image:
     """sRGB of any mode, transparency on white."""
     profile = picture.info.get("icc_profile")
     alpha = None
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+    if _is_transparent(picture):
         picture = picture.convert("RGBA")
         alpha = picture.getchannel("A")
     if picture.mode not in ("L", "RGB", "CMYK", "LAB"):

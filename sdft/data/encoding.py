@@ -6,7 +6,7 @@ Knows addresses and which rank computes which entry; the encoders are callables 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from sdft.data.cache import Cache, digest, fingerprint
 from sdft.data.dataset import Embeddings, ImageDataset, Variant, collate
 from sdft.data.packed_strings import PackedStrings, SearchableStrings
 from sdft.data.scan import Scan
+from sdft.data.source import Source
 from sdft.data.threads import in_threads
 from sdft.progress import tqdm
 
@@ -52,6 +53,20 @@ def prepared(
         return group, collate([dataset.variant(*variant) for variant in group]).pixels_BCHW
 
     return in_threads(pixels_of, groups, ahead=4)
+
+
+def moments_maker(
+    dataset: ImageDataset, encode: Callable[[Tensor], Tensor], device: torch.device, batch_size: int
+) -> Callable[[Sequence[Variant]], Iterator[tuple[Variant, Tensor]]]:
+    """A function that computes moments of variants in batches of one size, with images decoded in advance."""
+
+    def make(variants: Sequence[Variant]) -> Iterator[tuple[Variant, Tensor]]:
+        with tqdm(total=len(variants), desc="encoding", unit="image", disable=len(variants) < 512, leave=False) as bar:
+            for group, pixels_BCHW in prepared(dataset, variants, batch_size):
+                yield from zip(group, encode(pixels_BCHW.to(device)).cpu(), strict=True)
+                bar.update(len(group))
+
+    return make
 
 
 class CachedMoments(Mapping[Variant, Tensor]):
@@ -151,13 +166,28 @@ def cached_moments(
 def moments_address(dataset: ImageDataset, scan: Scan, variant: Variant, encoder: str) -> str:
     """The address of the bytes of an image, its crop, and its encoder."""
     index, flip, _ = variant
-    content, hw = scan.digest(index), tuple(scan.hw_N2[index].tolist())
+    place = dataset.items.sample_of[index]
+    content, hw = scan.digest(place), tuple(scan.hw_N2[place].tolist())
     if content is None:
-        image = dataset.source[index].image_HWC
+        image = dataset.source[place].image_HWC
         content, hw = hashlib.sha256(image.tobytes()).hexdigest(), image.shape[:2]
     plan, colours = dataset.plan_of(variant, hw)
     changes = [plan.angle, colours] if plan.angle or colours != Colours() else []
     return digest([TRANSFORM, content, plan.resized_hw, plan.top, plan.left, plan.target_hw, flip, encoder, *changes])
+
+
+def all_captions(sources: Iterable[Source]) -> PackedStrings | None:
+    """Every caption of some sources, and the empty one; None if they cannot be listed, such as shuffled tags."""
+    captions = PackedStrings([""])
+    for source in sources:
+        for index in range(len(source.keys)):
+            sample = source[index]
+            every = sample.captions.every if sample.captions else (sample.caption,)
+            if every is None:
+                return None
+            for caption in every:
+                captions.append(caption)
+    return captions
 
 
 def cached_embeddings(

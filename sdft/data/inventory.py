@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sdft.data.masks import Masks
 from sdft.data.packed_strings import PackedStrings, SearchableStrings, printable
 from sdft.data.scan import Scan
 from sdft.data.source import Source, stored_mask
@@ -28,8 +29,8 @@ class Inventory:
     """uint64; the beginning of a SHA-256"""
 
     @classmethod
-    def of(cls, source: Source, scan: Scan, masks: bool = False) -> Inventory:
-        """Of a source whose images were scanned; reads no image. masks: whether the set has masks, which are read."""
+    def of(cls, source: Source, scan: Scan, masks: Masks = False) -> Inventory:
+        """Of a source whose images were scanned; reads no image. masks: those of the set; masks in files are read."""
         return cls(
             source.keys, np.fromiter((digest_of(source, scan, i, masks) for i in range(len(source.keys))), np.uint64)
         )
@@ -69,7 +70,7 @@ def named(keys: Sequence[str]) -> str:
     return shown + (", ..." if len(keys) > MOST_NAMED else "")
 
 
-def digest_of(source: Source, scan: Scan, index: int, masks: bool) -> int:
+def digest_of(source: Source, scan: Scan, index: int, masks: Masks) -> int:
     """Of the image file, the mask, the captions and the weight of a sample."""
     content = scan.digest(index)
     if content is None:
@@ -77,7 +78,7 @@ def digest_of(source: Source, scan: Scan, index: int, masks: bool) -> int:
     sample = source[index]
     captions = sample.captions
     texts = [captions.texts, captions.weights, captions.template] if captions else sample.caption
-    mask = stored_mask(source, index) if masks else None
-    drawn = [hashlib.sha256(mask.content()).hexdigest()] if mask else []
+    mask = stored_mask(source, index) if masks is True else None
+    drawn = [hashlib.sha256(mask.content()).hexdigest()] if mask else ["alpha"] if masks == "alpha" else []
     found = hashlib.sha256(json.dumps([content, texts, sample.loss_weight, *drawn]).encode())
     return int.from_bytes(found.digest()[:8], "little")

@@ -21,6 +21,8 @@ from sdft.rng import generator
 from sdft.types import Count
 
 T = TypeVar("T")
+BucketOrder = Callable[[Sequence[int], int, int, int], Iterator[tuple[int, int]]]
+"""See `bucket_order`."""
 Batch = list[tuple[int, int]]
 """(index, visit) of each sample."""
 NUM_PREFETCHED = 4
@@ -38,6 +40,7 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
         pass, so no sample is dropped.
     accumulate: batches per optimizer step, which are all of one bucket.
     windows: which shards are read together; None shuffles all samples.
+    order: the bucket of each step.
     """
 
     def __init__(
@@ -52,7 +55,9 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
         accumulate: int = 1,
         buckets: Mapping[str, Sequence[int]] | None = None,
         windows: ShardWindows | None = None,
+        order: BucketOrder | None = None,
     ):
+        self.order = order or bucket_order
         self.batch_size, self.seed, self.start, self.stop = batch_size, seed, start, stop
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
         self.buckets, self.windows = buckets or {"": range(size)}, windows
@@ -72,7 +77,7 @@ class BatchOrder(Sampler[list[tuple[int, int]]]):
         sizes = [len(indices) for indices in self.buckets.values()]
         streams = [ShuffledStream(indices, self.seed, name, self.windows) for name, indices in self.buckets.items()]
         first_step, part = divmod(self.start, self.accumulate)
-        steps = bucket_order(sizes, per_batch * self.accumulate, self.seed, first_step)
+        steps = self.order(sizes, per_batch * self.accumulate, self.seed, first_step)
         bucket, steps_before = next(steps)
         for _ in range(self.start, self.stop):
             if part == self.accumulate:
@@ -118,10 +123,10 @@ class ShuffledStream:
         return self.indices[int(self._order[place])], visit
 
 
-def bucket_order(sizes: Sequence[int], num: int, seed: int, first: int) -> Iterator[tuple[int, int]]:
+def bucket_order(sizes: Sequence[int], num: int, seed: int, first: int, name: str = "") -> Iterator[tuple[int, int]]:
     """(bucket, its number of earlier steps) of each optimizer step, from step `first` on.
 
-    sizes: samples of each bucket. num: samples of a step.
+    sizes: samples of each bucket. num: samples of a step. name: of the set of buckets, where a run has several.
 
     By the end of pass p over the data, a bucket of n samples has had ceil(p n / num) steps, the least number that reads
     each sample p times. The buckets of a pass are in random order.
@@ -134,7 +139,7 @@ def bucket_order(sizes: Sequence[int], num: int, seed: int, first: int) -> Itera
         if first >= len(turns):
             first, done = first - len(turns), due
         else:
-            order = torch.randperm(len(turns), generator=generator(seed, "buckets", counter=visit)).tolist()
+            order = torch.randperm(len(turns), generator=generator(seed, "buckets", name, visit)).tolist()
             for place, turn in enumerate(order):
                 if place >= first:
                     yield turns[turn], done[turns[turn]]
@@ -181,21 +186,24 @@ def chunks(items: Sequence[T], num: int) -> Iterator[Sequence[T]]:
     return (items[i : i + num] for i in range(0, len(items), num))
 
 
-def shard_windows(source: Source, at_once: Count | None, seed: int, stored: bool) -> ShardWindows | None:
+def shard_windows(
+    source: Source, at_once: Count | None, seed: int, stored: bool, sample_of: Sequence[int]
+) -> ShardWindows | None:
     """The windows of `data.shuffle_shards`; None where all samples are shuffled.
 
-    stored: whether the run keeps encoded images, and reads each shard only once. Raises UserError for a set that needs
-    windows and has none, and for windows of a set without shards.
+    stored: whether the run keeps encoded images, and reads each shard only once. sample_of: the sample of each item.
+    Raises UserError for a set that needs windows and has none, and for windows of a set without shards.
     """
     if at_once is None:
         fitting = shards_that_fit(source)
         if fitting is None or stored:
             return None
+        num_sides = -(-len(sample_of) // len(source.keys))  # each has a window of its own
         raise UserError(
-            f"data.cache_limit_gb: the shards take more space than that; set data.shuffle_shards={fitting} to read "
-            "them a few at a time, or data.cache=disk to keep their latents"
+            "data.cache_limit_gb: the shards take more space than that; set data.shuffle_shards="
+            f"{max(1, fitting // num_sides)} to read them a few at a time, or data.cache=disk to keep their latents"
         )
     numbers = shard_numbers(source)
     if numbers is None:
         raise UserError(f"data.shuffle_shards={at_once}: the data has no shards; leave it null")
-    return ShardWindows(numbers, at_once, seed)
+    return ShardWindows(numbers[np.asarray(sample_of)], at_once, seed)

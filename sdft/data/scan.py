@@ -11,11 +11,11 @@ from typing import Literal
 
 import numpy as np
 
-from sdft.data.decode import UnreadableImage, decode_mask, examine
-from sdft.data.error_messages import complain, join_problems
+from sdft.data.decode import UnreadableImage, examine
+from sdft.data.error_messages import join_problems
 from sdft.data.exclusions import without
 from sdft.data.scan_cache import ImageFacts, ScanCache
-from sdft.data.source import Source, stored_image, stored_mask
+from sdft.data.source import Source, stored_image
 from sdft.data.sources.splits import Subset
 from sdft.data.threads import in_threads
 from sdft.errors import UserError
@@ -119,35 +119,6 @@ def only_readable(
     if not left[-1][0].keys:
         raise UserError(f"data: no held-out image is left: {complaint(broken)}, or raise data.held_out")
     return left, broken
-
-
-def check_masks(source: Source, found: Scan) -> int:
-    """The number of masks of a source. Raises UserError naming those that cannot be read or do not fit their images."""
-    wrong, num = [], 0
-
-    def look(index: int) -> str | bool:
-        mask = stored_mask(source, index)
-        if mask is None:
-            return False
-        try:
-            h, w = decode_mask(mask.content()).shape
-        except UnreadableImage as error:
-            return f"{mask.name} ({error})"
-        original = found.hw_N2[index].tolist()
-        fits = [h, w] == original
-        return True if fits else f"{mask.name} ({w} x {h}, and its image {original[1]} x {original[0]})"
-
-    for told in in_threads(look, range(len(source.keys))):
-        num += bool(told)
-        if isinstance(told, str):
-            wrong.append(told)
-    if wrong:
-        complain(
-            UserError(f"data.masks: {join_problems(wrong)}; a mask has the size of its image, white where it counts")
-        )
-    if not num:
-        complain(UserError("data.masks=true: no image has a mask; cat.mask.png is that of cat.jpg"))
-    return num
 
 
 def complaint(broken: list[tuple[str, str]]) -> str:

@@ -40,17 +40,23 @@ class ImageFacts(NamedTuple):
 class ScanCache:
     """`ImageFacts` by stamp and by digest, in an SQLite file in `folder`; in the user's cache folder if it is None.
 
-    If the file cannot be used (full disk, permissions, locks), nothing is found and nothing is stored.
+    The file is made once an image was scanned: sources without files leave none. If it cannot be used (full disk,
+    permissions, locks), nothing is found and nothing is stored.
     """
 
     def __init__(self, folder: str | None = None):
         place = Path(folder).expanduser() if folder else user_cache()
+        self._file = place / f"seen-{RULES}-pillow{PIL.__version__}.sqlite"
         self._db: sqlite3.Connection | None = None
         self._pending: list[tuple] = []
+        with contextlib.suppress(OSError):
+            if self._file.is_file():
+                self._open()
+
+    def _open(self) -> None:
         with contextlib.suppress(OSError, sqlite3.Error):
-            place.mkdir(parents=True, exist_ok=True)
-            file = place / f"seen-{RULES}-pillow{PIL.__version__}.sqlite"
-            db = sqlite3.connect(file, timeout=60, check_same_thread=False)
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            db = sqlite3.connect(self._file, timeout=60, check_same_thread=False)
             db.execute(TABLE)
             self._db = db
 
@@ -72,6 +78,8 @@ class ScanCache:
 
     def flush(self) -> None:
         """Write the pending rows."""
+        if self._db is None and self._pending:
+            self._open()
         if self._db is not None and self._pending:
             with contextlib.suppress(sqlite3.Error), self._db:
                 self._db.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?, ?, ?, ?)", self._pending)

@@ -16,8 +16,10 @@ from imagehash import dhash
 from PIL import Image
 
 from sdft.data.dataset import ImageDataset
+from sdft.data.images import CropPlan, plan_crop
 from sdft.data.quality import flags_of, to_leave_out
 from sdft.data.scan import Scan
+from sdft.data.source import Sample
 from sdft.pages.html import thumbnail
 
 NEAR = 4
@@ -29,15 +31,16 @@ THUMBNAIL, MOST_THUMBNAILS = 256, 2000
 
 @dataclass
 class DataSummary:
-    """One row per image in each column, groups of duplicates, and the images that cannot be decoded."""
+    """One row per image in each column but `target_hw`, groups of duplicates, and the images that cannot be decoded."""
 
     keys: list[str] = field(default_factory=list)
     original_hw: list[tuple[int, int]] = field(default_factory=list)
     target_hw: list[tuple[int, int]] = field(default_factory=list)
+    """the training sizes of all images; several of each with `data.sizes`"""
     kept: list[float] = field(default_factory=list)
-    """share of the image area that the crop keeps"""
+    """share of the image area that the crop keeps, at the largest side"""
     enlarged: list[float] = field(default_factory=list)
-    """factor on the sides by the resize"""
+    """factor on the sides by the resize, at the largest side"""
     captions: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     """of the longest caption of an image; empty without a tokenizer"""
@@ -115,26 +118,28 @@ def flag_counts(flags: Mapping[str, Sequence[str]]) -> str:
 
 def summarize(
     parts: Sequence[tuple[ImageDataset, Scan]],
-    visit: Callable[[ImageDataset, int, np.ndarray], None],
+    visit: Callable[[Sample, np.ndarray, CropPlan], None],
     bar: Callable[[Iterable], Iterable] = iter,
     count_tokens: Callable[[str], int] | None = None,
 ) -> DataSummary:
     """Reads every image once, and those that are nearly the same as another twice.
 
-    parts: datasets with the scans of their sources. visit: called with dataset, index and image. bar: wraps the loop.
+    parts: datasets with the scans of their sources. visit: called with each sample, its image, and the crop at each of
+    its training sizes. bar: wraps the loop.
     count_tokens: of a caption.
     """
     found = DataSummary()
     same, hashes = defaultdict(list), {}
     places: dict[str, tuple[ImageDataset, int]] = {}
-    rows = [(dataset, scan, index) for dataset, scan in parts for index in range(len(dataset.source.keys))]
-    for dataset, scan, index in bar(rows):
+    rows = [(dataset, scan, *row) for dataset, scan in parts for row in enumerate(dataset.items_of_samples())]
+    for dataset, scan, index, items in bar(rows):
         sample = dataset.source[index]
         image = sample.image_HWC
-        plan = dataset.crop_plan(index, image.shape[:2], flip=False)
+        plans = [dataset.crop_plan(item, image.shape[:2], flip=False) for item in items]
+        plan = plans[-1] if plans else plan_crop(image.shape[:2], image.shape[:2])  # too small for data.sizes
         found.keys.append(sample.key)
         found.original_hw.append(plan.original_hw)
-        found.target_hw.append(plan.target_hw)
+        found.target_hw += [each.target_hw for each in plans]
         found.kept.append(np.prod(plan.target_hw) / np.prod(plan.resized_hw))
         found.enlarged.append(plan.resized_hw[0] / plan.original_hw[0])
         found.captions.append(sample.caption)
@@ -147,7 +152,8 @@ def summarize(
         if flags := flags_of(image, plan.target_hw, plan.resized_hw):
             found.flags[sample.key] = flags
             found.show(sample.key, image)
-        visit(dataset, index, image)
+        for each in plans:
+            visit(sample, image, each)
     found.duplicates = [keys for keys in same.values() if len(keys) > 1]
     found.near_duplicates = near_groups(hashes, found.duplicates)
     sizes = dict(zip(found.keys, found.original_hw, strict=True))

@@ -6,6 +6,7 @@ in which the model is the base model again.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from sdft.data.dataset import ImageDataset, Source, batches
@@ -23,6 +25,7 @@ from sdft.data.toy.scenes import SUBJECTS
 from sdft.evaluation.clip_judge import Judge, load_judge
 from sdft.evaluation.image_grid import save_grid
 from sdft.evaluation.style_gain import StyleGainMetric
+from sdft.formats.run_folder import BEFORE_AFTER
 from sdft.models.nano.build import tokenizer
 from sdft.protocols import DiffusionModel
 from sdft.sampling.generate import generate
@@ -31,7 +34,7 @@ from sdft.types import Count, Precision, Side
 
 Base = Callable[[], AbstractContextManager]
 """Context manager in which the model is the base model."""
-BEFORE_AFTER = "before_after.png"
+SAMPLES = "samples"
 MIN_REFERENCES = 4
 
 
@@ -53,6 +56,30 @@ class ImageEvaluation:
         """The entries of `summary.json` for what is not measured: null, and a note that says why."""
         gaps = self.unmeasured()
         return dict.fromkeys(gaps) | {f"{name}_note": f"not measured: {why}" for name, why in gaps.items()}
+
+    def show(self, folder: Path, before: np.ndarray, after: np.ndarray, prompts: Sequence[str] = ()) -> None:
+        """Write `before_after.png`, and the tuned model's images one by one to `samples/`, with what they show.
+
+        before, after: images of the base and of the tuned model. prompts: of the tuned model, if others than its own.
+        """
+        save_grid(folder / BEFORE_AFTER, [before, after], ["base", "tuned"], self.prompts)
+        sampler = {name: value for name, value in self.sampler.settings.items() if name != "batch_size"}
+        entries = [
+            {
+                "file": f"{number:02d}.png",
+                "prompt": prompt,
+                "negative": sampler["negative"],
+                "seed": number,
+                "size": [self.size, self.size],
+                "sampler": {name: value for name, value in sampler.items() if name != "negative"},
+            }
+            for number, prompt in enumerate(prompts or self.prompts)
+        ]
+        (folder / SAMPLES).mkdir(exist_ok=True)
+        for entry, image in zip(entries, after, strict=True):
+            Image.fromarray(image).save(folder / SAMPLES / str(entry["file"]))
+        text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+        (folder / SAMPLES / "prompts.json").write_text(text, encoding="utf-8")
 
     def sample(
         self, model: DiffusionModel, precision: Precision, prompts: Sequence[str], progress: str | None = None
@@ -101,10 +128,10 @@ class StyleEvaluation(ImageEvaluation):
         sample = partial(self.sample, model, precision)
         with base():
             before = sample(captions, "base")
-            shown = [sample(self.prompts)]
+            shown = sample(self.prompts)
         tuned = sample(tuned_prompts, "tuned")
-        shown.append(sample([self.caption.format(caption=prompt) for prompt in self.prompts]))
-        save_grid(folder / BEFORE_AFTER, shown, ["base", "tuned"], self.prompts)
+        with_word = [self.caption.format(caption=prompt) for prompt in self.prompts]
+        self.show(folder, shown, sample(with_word), with_word)
         gaps = self.unmeasured()
         missing = self.missing()
         if "style_gain" in gaps:
@@ -149,19 +176,33 @@ class StyleEvaluation(ImageEvaluation):
     def _adherence(self, before: np.ndarray, tuned: np.ndarray, captions: Sequence[str]) -> dict[str, float]:
         if self.judge is None:
             return {}
-        # Toy images have known subjects: the accuracy of naming them is more informative than a similarity.
-        toy = self.reference if isinstance(self.reference, ToyWorld) else None
-        judge = load_judge(self.judge, SUBJECTS if toy else None)
-        if toy:
-            subjects = [toy.scene(index).subject for index in range(self.num_images)]
-            return {
-                "adherence": judge.subject_accuracy(tuned, subjects),
-                "adherence_base": judge.subject_accuracy(before, subjects),
-            }
-        return {
-            "adherence": float(judge.similarity(tuned, captions).mean()),
-            "adherence_base": float(judge.similarity(before, captions).mean()),
-        }
+        judge = judge_of(self.judge, self.reference)
+        return adherence(judge, self.reference, range(self.num_images), captions, before, tuned)
+
+
+def judge_of(judge: str, reference: Source) -> Judge:
+    """The judge of images of a source."""
+    return load_judge(judge, SUBJECTS if isinstance(reference, ToyWorld) else None)
+
+
+def adherence(
+    judge: Judge,
+    reference: Source,
+    places: Sequence[int],
+    captions: Sequence[str],
+    before: np.ndarray,
+    tuned: np.ndarray,
+) -> dict[str, float]:
+    """How well images fit their captions, which are those of the samples of `reference` at `places`.
+
+    Toy images have known subjects: the accuracy of naming them is more informative than a similarity.
+    """
+    if isinstance(reference, ToyWorld):
+        subjects = [reference.scene(index).subject for index in places]
+        after, first = (judge.subject_accuracy(images, subjects) for images in (tuned, before))
+    else:
+        after, first = (float(judge.similarity(images, captions).mean()) for images in (tuned, before))
+    return {"adherence": after, "adherence_base": first}
 
 
 class AutoencoderEvaluation:

@@ -143,7 +143,7 @@ def generate_images(
             name,
             cells,
             ImageFiles([cache.path(cell) for cell in cells]),
-            partial(loader.open, cells[0].subject, cells[0].scale, cells[0].step),
+            partial(loader.open, cells[0].subject, cells[0].scale, cells[0].step, cells[0].width),
         )
         for name, cells in by_variant.items()
     ]
@@ -225,6 +225,8 @@ def _image_result(
         settings["scale"] = cell.scale
     if cell.step != FINAL:
         settings["step"] = cell.step
+    if cell.width is not None:
+        settings["width"] = cell.width
     assert isinstance(one.images, ImageFiles), "the results hold paths of images"
     relative = one.images.paths[index].relative_to(comparison.run_dir).as_posix()
     return ImageResult(one.name, cell.axes, relative, settings, scalars(values, index))

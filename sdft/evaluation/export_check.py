@@ -26,6 +26,7 @@ from sdft.formats.adapter import adapted_layers, applied_lora, lora_from_model, 
 from sdft.formats.json_file import read_json
 from sdft.formats.keys import hub_name
 from sdft.formats.lora_file import read_lora
+from sdft.formats.lora_layer import UP, Layer, LoraFile
 from sdft.formats.safetensors_io import DTYPES, MappedFile, StoredTensor, read_header
 from sdft.models.quantized import QuantizedLinear, quantized_layers
 from sdft.protocols import DiffusionModel
@@ -53,7 +54,8 @@ def export_errors(
     """The error of each file, relative to the change by training.
 
     Of an adapter, the largest of its layers' errors: root mean square of the difference of the outputs for random
-    inputs, divided by that of their change by training. Of a whole model likewise, of its parts' weights.
+    inputs, divided by that of their change by training. Of a whole model likewise, of its parts' weights; of trained
+    norms and biases, of each.
 
     initial: weights before training, by name; others did not change. written: kind of file -> path. words: new ones.
 
@@ -68,29 +70,30 @@ def export_errors(
         elif kind == "single_file":
             errors[kind] = weights_error(model, initial, read_single_file(model, path, written["model"]))
         else:
-            errors[kind] = adapter_error(model, path, kind)
+            errors[kind] = adapter_error(model, path, kind, initial)
     return errors
 
 
 @torch.no_grad()
-def adapter_error(model: DiffusionModel, path: Path, kind: str) -> float:
+def adapter_error(model: DiffusionModel, path: Path, kind: str, initial: Mapping[str, Tensor]) -> float:
     """The error of an adapter file, read by diffusers if it can read it, on a skeleton of the model."""
-    trained, read = lora_from_model(model), read_lora(path, kind)
-    if read.layers.keys() != trained.layers.keys():
+    trained, read = lora_from_model(model, initial), read_lora(path, kind)
+    if read.layers.keys() != trained.layers.keys() or read.vectors.keys() != trained.vectors.keys():
         return math.inf
+    vectors = (vector_error(read.vectors[weight], change.cpu()) for weight, change in trained.vectors.items())
     # diffusers 0.42 ignores an alpha of one layer that differs from the others' in a file with kohya's names.
-    scales = max(abs(read.layers[name].scale / layer.scale - 1) for name, layer in trained.layers.items())
+    scales = max(scale_error(read.layers[name], layer) for name, layer in trained.layers.items())
     skeleton, kinds = without_weights(model), {layer.kind for layer in read.layers.values()}
     pipeline = skeleton.pipeline()
     with ExitStack() as stack:
-        # diffusers 0.42 cannot read LoHa and LoKr, and drops the magnitudes of a DoRA with kohya's names.
-        if pipeline is None or kinds & {"loha", "lokr"} or (kind == "lora_kohya" and "dora" in kinds):
-            stack.enter_context(applied_lora(skeleton, read, kind))
+        # diffusers 0.42 cannot read all kinds, and drops the magnitudes of a DoRA with kohya's names.
+        if pipeline is None or read.not_in_diffusers or (kind == "lora_kohya" and "dora" in kinds):
+            stack.enter_context(applied_lora(skeleton, LoraFile(read.layers), kind))
         else:
             pipeline.load_lora_weights(str(path))
         again = adapted_layers(skeleton)
         layers = (layer_error(name, layer, again.get(name)) for name, layer in adapted_layers(model).items())
-        return max(scales, *layers)
+        return max(scales, *layers, *vectors)
 
 
 @torch.no_grad()
@@ -155,12 +158,35 @@ def layer_error(name: str, trained: Any, read: Any) -> float:
     return rms(theirs(x) - expected) / change if change else 0.0
 
 
+def scale_error(read: Layer, trained: Layer) -> float:
+    """The error of the scale of a layer, of which `up` may have taken a part: see `with_one_alpha`.
+
+    That part is rounded as in the file: of a short training, fp16 leaves few digits.
+    """
+    share = trained.scale / read.scale if read.scale else math.inf
+    if UP not in trained.tensors:
+        return abs(1 / share - 1)
+    up = read.tensors[UP]
+    expected = rms((trained.tensors[UP].cpu().float() * share).to(up.dtype))
+    if expected == 0:
+        return math.inf if up.any() else 0.0
+    return abs(rms(up) / expected - 1)
+
+
+def vector_error(read: Tensor, trained: Tensor) -> float:
+    """The error of the change of a norm or a bias, relative to it."""
+    if read.shape != trained.shape:
+        return math.inf
+    change = rms(trained)
+    return rms(read.to(trained) - trained) / change if change else math.inf if read.any() else 0.0
+
+
 def words_error(model: DiffusionModel, path: Path, words: Sequence[str]) -> float:
     """The error of the embeddings of new words, relative to the embeddings; infinite for other words."""
-    names, rows = read_words(path)
+    vectors, rows = read_words(path)
     trained = model.word_rows
     shapes = [{name: row.shape for name, row in found.items()} for found in (rows, trained)]
-    if names != list(words) or shapes[0] != shapes[1]:
+    if vectors != {word: model.word_vectors.get(word, 1) for word in words} or shapes[0] != shapes[1]:
         return math.inf
     return max(rms(rows[name] - row.detach().cpu()) / rms(row.detach()) for name, row in trained.items())
 

@@ -12,17 +12,19 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Literal
 
-from annotated_types import MaxLen, MinLen
+from annotated_types import Gt, Le, MaxLen, MinLen
 
 from sdft.errors import UserError
 from sdft.evaluation.results import Value
 from sdft.evaluation.subjects import FINAL, Subject
+from sdft.formats.power_average import MAX_WIDTH
 from sdft.sampling.samplers import Sampler, find_scheduler
 from sdft.types import Fraction, Index, NonNegative, SamplerSteps, Side
 
-Axis = Literal["sampler", "cfg", "steps", "rescale", "negative", "size", "scale", "step"]
+Axis = Literal["sampler", "cfg", "steps", "rescale", "negative", "size", "scale", "step", "width"]
 Size = Side | Annotated[Sequence[Side], MinLen(2), MaxLen(2)]
 """Side of a square in pixels, or [height, width]."""
+Width = Annotated[float, Gt(0), Le(MAX_WIDTH)]
 MAX_IMAGES = 1_000_000
 
 
@@ -34,6 +36,7 @@ class Axes:
     size: sides in pixels, or [height, width].
     scale: multipliers of the strengths of a subject's LoRAs; a subject without LoRAs is the same at all of them.
     step: training steps at which a run kept checkpoints (`callbacks=progress`), or `all`; the last is the final model.
+    width: of the average of a run's weights (`callbacks=power_averages`); another subject is the same at all of them.
 
     Raises UserError for an axis without values and for a sampler that does not exist.
     """
@@ -48,6 +51,7 @@ class Axes:
         size: Sequence[Size] | None = None,
         scale: Sequence[float] | None = None,
         step: Sequence[Index] | Literal["all"] | None = None,
+        width: Sequence[Width] | None = None,
     ):
         self.step = step
         self.values: dict[str, Sequence] = {
@@ -60,12 +64,15 @@ class Axes:
                 "negative": negative,
                 "size": size,
                 "scale": scale,
+                "width": width,
             }.items()
             if values is not None
         }
         for name, values in self.values.items():
             if not values:
                 raise UserError(f"axes.{name} is empty: give at least one value, or null")
+        if step is not None and width is not None:
+            raise UserError("axes.step and axes.width: averages reach to the last step; set one of them")
         for name in sampler or ():
             find_scheduler(name, "axes.sampler")
 
@@ -94,6 +101,7 @@ class GridCell:
 
     variant: name of the subject in the results: its name and the values of the competing axes, `dreamy scale 0.5`.
     scale: multiplies the strengths of the subject's LoRAs. step: of training, FINAL for the final weights.
+    width: of the average of the weights; None for the weights as exported.
     axes: position among the images of the variant: prompt, seed, and the other axes that vary.
     varied: values of the competing axes.
     """
@@ -105,6 +113,7 @@ class GridCell:
     settings: GenerationSettings
     axes: Mapping[str, Value]
     varied: Mapping[str, Value]
+    width: float | None = None
 
     @property
     def pair(self) -> tuple:
@@ -126,7 +135,8 @@ def build_grid(
     seeds: of each prompt. sampler, size: for axes without values. compete: axes whose values make variants.
     Raises UserError for an axis that cannot be used.
     """
-    default = {**options_of(sampler), "size": _hashable(size), "scale": 1.0}
+    refuse_widths(subjects, axes.values.get("width"))
+    default = {**options_of(sampler), "size": _hashable(size), "scale": 1.0, "width": None}
     steps = training_steps(subjects, axes.step)
     values = {name: axes.values.get(name, [value]) for name, value in default.items()} | {"step": steps}
     for name in compete:
@@ -180,6 +190,12 @@ def training_steps(subjects: Sequence[Subject], steps: Sequence[int] | Literal["
     return list(steps)
 
 
+def refuse_widths(subjects: Sequence[Subject], widths: Sequence[float] | None) -> None:
+    """Raise UserError for widths of averages if no subject keeps any."""
+    if widths and not any(subject.has_averages for subject in subjects):
+        raise UserError("axes.width: none of the subjects is a run with averages; train with callbacks=power_averages")
+
+
 def read_prompts(prompts: Sequence[str] | str) -> list[str]:
     """The prompts, or the lines of a text file; empty lines and those that start with # are left out."""
     if isinstance(prompts, str):
@@ -205,6 +221,8 @@ def _points(subject: Subject, values: Mapping[str, Sequence], compete: Sequence[
         own["step"] = [step for step in values["step"] if step == FINAL or step in subject.steps]
     elif "step" in compete:
         own["step"] = [None]
+    if not subject.has_averages and "width" in compete:
+        own["width"] = [None]
     for point in itertools.product(*own.values()):
         yield dict(zip(own, point, strict=True))
 
@@ -226,7 +244,8 @@ def _cell(
     scale = 1.0 if point["scale"] is None else point["scale"]
     # The last step of a run is the exported model.
     step = FINAL if step is None or not subject.steps or step == subject.steps[-1] else step
-    return GridCell(variant, subject, scale, step, settings, {"prompt": prompt, "seed": seed, **other}, varied)
+    width = point["width"] if subject.has_averages else None
+    return GridCell(variant, subject, scale, step, settings, {"prompt": prompt, "seed": seed, **other}, varied, width)
 
 
 def _hashable(value):

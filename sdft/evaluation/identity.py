@@ -16,9 +16,8 @@ from torch import Tensor
 from sdft.data.dataset import Source
 from sdft.data.sources.toy import ToyWorld
 from sdft.data.toy.scenes import SUBJECTS
-from sdft.evaluation.after_training import BEFORE_AFTER, MIN_REFERENCES, Base, ImageEvaluation
+from sdft.evaluation.after_training import MIN_REFERENCES, Base, ImageEvaluation
 from sdft.evaluation.clip_judge import Judge, load_judge
-from sdft.evaluation.image_grid import save_grid
 from sdft.protocols import DiffusionModel
 from sdft.sampling.samplers import Sampler
 from sdft.types import Count, Precision, Side
@@ -79,13 +78,12 @@ class IdentityEvaluation(ImageEvaluation):
         sample = partial(self.sample, model, precision)
         gaps = self.unmeasured()
         with base():
-            shown = [sample(self.prompts)]
+            shown = sample(self.prompts)
             if "identity" not in gaps:
                 before = sample(self.measured, "base")
             if not gaps:
                 others_before = sample(self.other_prompts, "base, others")
-        shown.append(sample(self.prompts))
-        save_grid(folder / BEFORE_AFTER, shown, ["base", "tuned"], self.prompts)
+        self.show(folder, shown, sample(self.prompts))
         if "identity" in gaps:
             return self.missing()
         tuned = sample(self.measured, "tuned")
@@ -112,12 +110,8 @@ class IdentityEvaluation(ImageEvaluation):
         if self.others is not None:
             others_ND = judge.embed_images([self.others[index].image_HWC for index in range(len(self.others.keys))])
             not_own_ND = torch.cat([before_ND, others_ND])
-        total_D = own_ND.sum(0)
-        centre_D, rest_ND = F.normalize(total_D, dim=0), F.normalize(total_D - own_ND, dim=1)  # the mean of the others
-        own, base, now = (
-            float((images * centre).sum(1).mean())
-            for images, centre in ((own_ND, rest_ND), (before_ND, centre_D), (tuned_ND, centre_D))
-        )
+        centre_D, own = mean_of_subject(own_ND)
+        base, now = (float((images * centre_D).sum(1).mean()) for images in (before_ND, tuned_ND))
         found = {
             "identity": (now - base) / max(own - base, 1e-6),
             "recognised": recognised(tuned_ND, own_ND, not_own_ND),
@@ -144,6 +138,13 @@ class IdentityEvaluation(ImageEvaluation):
         else:
             after, first = (float(judge.similarity(images, self.other_prompts).mean()) for images in (tuned, before))
         return {"adherence_others": after, "adherence_others_base": first, "forgetting": first - after}
+
+
+def mean_of_subject(own_ND: Tensor) -> tuple[Tensor, float]:
+    """The mean of the images of a subject, as a unit vector, and how similar they are to the mean of the others."""
+    total_D = own_ND.sum(0)
+    rest_ND = F.normalize(total_D - own_ND, dim=1)
+    return F.normalize(total_D, dim=0), float((own_ND * rest_ND).sum(1).mean())
 
 
 def recognised(images_ND: Tensor, own_MD: Tensor, others_KD: Tensor) -> float:

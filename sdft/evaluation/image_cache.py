@@ -49,7 +49,7 @@ class ImageCache:
 
         The hashed values must not change, or the images of earlier comparisons are generated again.
         """
-        weights = self.loader.identity(cell.subject, cell.scale, cell.step)
+        weights = self.loader.identity(cell.subject, cell.scale, cell.step, cell.width)
         content = [weights, asdict(cell.settings), self.precision, self.loader.device.type, VERSIONS]
         digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=12)
         return self.folder / f"{digest.hexdigest()}.png"
@@ -73,7 +73,7 @@ class ImageCache:
     def _generate_with_one_model(self, batches: list[list], done: Callable[[int], Any]) -> None:
         """The images of one subject. The model is released with this call, before that of the next one is loaded."""
         _, first = batches[0][0]
-        with self.loader.open(first.subject, first.scale, first.step) as model:
+        with self.loader.open(first.subject, first.scale, first.step, first.width) as model:
             texts = PromptEmbeddings(model)
             for batch in batches:
                 settings = batch[0][1].settings
@@ -96,7 +96,8 @@ class ImageCache:
         number = itertools.count()
         by_weights: dict[tuple, list[tuple[Path, GridCell]]] = {}
         for path, cell in wanted:
-            by_weights.setdefault((cell.subject.name, cell.scale, cell.step), []).append((path, cell))
+            weights = cell.subject.name, cell.scale, cell.step, cell.width
+            by_weights.setdefault(weights, []).append((path, cell))
         for of_model in by_weights.values():
             own = []
             for _, alike in itertools.groupby(sorted(of_model, key=_settings), _settings):

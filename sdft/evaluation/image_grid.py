@@ -12,6 +12,8 @@ from sdft.pages.lettering import Lettering, broken
 
 GAP = 4
 INK, PAPER = (40, 40, 46), (252, 252, 253)
+BAR = (228, 228, 232)
+"""Fills the place of an image that is smaller than others of its grid."""
 
 
 def grid(
@@ -47,6 +49,21 @@ def save_grid(path: Path, rows: Sequence[np.ndarray], labels: Sequence[str] = ()
     """Write a grid as PNG; images smaller than 128 px are enlarged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     grid(rows, labels, columns, scale=max(1, 128 // rows[0].shape[1])).save(path)
+
+
+def letterboxed(images: Sequence[np.ndarray], hw: tuple[int, int]) -> np.ndarray:
+    """Images of any sizes (each uint8 RGB, H x W x 3) in the middle of equal places, N x H x W x 3.
+
+    An image keeps its pixels, enlarged by the largest integer with which it fits.
+    """
+    places = np.empty((len(images), *hw, 3), np.uint8)
+    places[:] = BAR
+    for place, image in zip(places, images, strict=True):
+        times = min(room // side for room, side in zip(hw, image.shape, strict=False))
+        large = image.repeat(times, 0).repeat(times, 1)
+        top, left = ((room - side) // 2 for room, side in zip(hw, large.shape, strict=False))
+        place[top : top + large.shape[0], left : left + large.shape[1]] = large
+    return places
 
 
 def _wrap(text: str, font, width: int, max_lines: int = 3) -> list[str]:

@@ -102,6 +102,14 @@ class Tradeoff:
 
 
 @dataclass(frozen=True)
+class Headline:
+    """The result in one sentence. detail: the numbers behind it, or what was not measured."""
+
+    sentence: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
 class HeatMap:
     """A metric over two varied values of a sweep; cell (row, column) is the mean over repetitions with its interval."""
 
@@ -127,3 +135,4 @@ class Results:
     verdicts: Sequence[Verdict] = ()
     tradeoff: Tradeoff | None = None
     heat_maps: Sequence[HeatMap] = ()
+    headline: Headline | None = None

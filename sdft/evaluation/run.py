@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -17,10 +17,11 @@ from PIL import Image
 from sdft.config.check import check
 from sdft.config.command import build
 from sdft.config.keys import ConfigError
-from sdft.config.trust import read_config
+from sdft.config.trust import as_packages, read_config
 from sdft.distributed.processes import ProcessInfo
 from sdft.errors import UserError
 from sdft.evaluation.comparison import Comparison, generate_images, measure, recommend
+from sdft.evaluation.headline import headline
 from sdft.evaluation.page.write import write_page
 from sdft.evaluation.results import Results
 from sdft.evaluation.statistics import LEVEL
@@ -28,7 +29,8 @@ from sdft.evaluation.subject_loader import SubjectLoader
 from sdft.evaluation.subjects import Subject
 from sdft.evaluation.sweeps import Job, add_training_values, job_subjects, training_values
 from sdft.evaluation.tables import terminal_table, write_contact_sheet, write_tables
-from sdft.protocols import DiffusionModel
+from sdft.merging.run import start_from_merge
+from sdft.protocols import DiffusionModel, Objective, Tuning
 from sdft.training.sweep import jobs_of
 
 PARTS_OF_A_RUN = ("model", "objective", "tuning")
@@ -70,6 +72,7 @@ class CompareResult:
 def compare(cfg: DictConfig, report: Report) -> CompareResult | None:
     """Run the comparison that a checked config describes; None on all processes but the first."""
     place = ProcessInfo.current()
+    cfg.model = start_from_merge(cfg.model, as_packages(cfg.get("trust")))
     comparison = build(cfg)
     # The cheap parts first: a wrong path is reported before any weights are read.
     jobs = read_jobs(comparison.sweep, report) if comparison.sweep else []
@@ -90,6 +93,7 @@ def compare(cfg: DictConfig, report: Report) -> CompareResult | None:
         results = add_training_values(results, training_values(jobs, subjects))
     tradeoff, why_not = recommend(comparison, results, baseline)
     results = replace(results, tradeoff=tradeoff)
+    results = replace(results, headline=headline(results, baseline, comparison.front))
     written = write(comparison, results)
     for line in report_lines(results, comparison.front, written, left_out, why_not):
         report(line)
@@ -123,10 +127,24 @@ def sweep_subjects(cfg: DictConfig, jobs: Sequence[Job]) -> list[Subject]:
     return [*base, *job_subjects(jobs)]
 
 
-def rebuild(run: Path, trust: Sequence[str] = ()) -> DiffusionModel:
-    """The model of a run as at its first step, with its adapters and new words attached.
+class RunParts(NamedTuple):
+    """A run as at its first step: its model, with adapters and new words attached, and what attached them."""
 
-    trust: packages whose classes the config of the run may name. Raises UserError if it names others.
+    model: DiffusionModel
+    tuning: Tuning
+    objective: Objective
+
+
+def rebuild(run: Path, trust: Sequence[str] = ()) -> tuple[DiffusionModel, Tuning]:
+    """The model of a run and what trained it; see `rebuild_parts`."""
+    model, tuning, _ = rebuild_parts(run, trust)
+    return model, tuning
+
+
+def config_of(run: Path, trust: Sequence[str] = ()) -> DictConfig:
+    """The config of a run, resolved.
+
+    trust: packages whose classes it may name. Raises UserError if it names others, or is missing.
     """
     config = run / ".hydra" / "config.yaml"
     if not config.is_file():
@@ -136,16 +154,24 @@ def rebuild(run: Path, trust: Sequence[str] = ()) -> DiffusionModel:
         OmegaConf.resolve(cfg)
     except OmegaConfBaseException as error:
         raise UserError(f"{config}: {' '.join(str(error).split())[:300]}; it is not the config of a run") from error
+    return cfg
+
+
+def rebuild_parts(run: Path, trust: Sequence[str] = ()) -> RunParts:
+    """A run as at its first step. Raises UserError if its config cannot be used; see `config_of`."""
+    cfg, config = config_of(run, trust), run / ".hydra" / "config.yaml"
     if missing := [name for name in PARTS_OF_A_RUN if "_target_" not in (cfg.get(name) or {})]:
         raise UserError(f"{config}: has no {' and no '.join(missing)}; it is not the config of a run")
     try:
         check(OmegaConf.create({name: cfg[name] for name in PARTS_OF_A_RUN}))
     except ConfigError as error:
         raise UserError(f"{config}: {error}") from error
-    model, objective = build(cfg.model), build(cfg.objective)
+    model, objective = build(start_from_merge(cfg.model, trust)), build(cfg.objective)
+    tuning = build(cfg.tuning)
+    tuning.base_scheduler = model.scheduler
     model.set_prediction_type(objective.prediction, objective.zero_terminal_snr)
-    build(cfg.tuning).attach(model)
-    return model
+    tuning.attach(model)
+    return RunParts(model, tuning, objective)
 
 
 def write(comparison: Comparison, results: Results) -> list[Path]:
@@ -179,9 +205,11 @@ def report_lines(
     for verdict in results.verdicts:
         if verdict.metric in directed and (verdict.p < LEVEL or verdict.metric in front):
             yield verdict.sentence
-    if results.tradeoff:
-        yield f"keep {results.tradeoff.recommended}: {results.tradeoff.reason}"
-    elif len(results.subjects) > 1:
+    if results.headline:
+        yield f"\n{results.headline.sentence}"
+        if results.headline.detail:
+            yield f"  {results.headline.detail}"
+    if results.tradeoff is None and len(results.subjects) > 1:
         yield why_not
     if left_out:
         yield f"not measured: {', '.join(left_out)}"

@@ -100,6 +100,17 @@ def detectable(spread: float, n: int, num_comparisons: int = 1) -> float:
     return float((t.ppf(1 - LEVEL / num_comparisons / 2) + t.ppf(POWER)) * spread / np.sqrt(n))
 
 
+def needed_units(effect: float, num_comparisons: int = 1) -> float | None:
+    """Units with which a difference would be detected with 80 % power, as by `detectable`; None if there is none.
+
+    effect: the difference in standard deviations of the differences, 0 or more.
+    """
+    if effect == 0:
+        return None
+    needed = (stats.norm.ppf(1 - LEVEL / max(num_comparisons, 1) / 2) + stats.norm.ppf(POWER)) / effect
+    return float(max(needed**2 + 2, MIN_UNITS))  # Student's t needs about two more than the normal
+
+
 def holm(ps: Sequence[float]) -> list[float]:
     """p-values corrected for multiple tests (Holm 1979): the k-th smallest of m times m - k + 1, never decreasing."""
     order = np.argsort(ps)
@@ -117,16 +128,31 @@ def jackknife(statistic: Callable[[np.ndarray], float], of: Sequence[Hashable], 
     statistic: the value of the members with these indices. of: the unit of each member.
     max_groups: with more units, groups of units are left out. No interval with fewer than 3 units.
     """
-    number = {unit: i for i, unit in enumerate(dict.fromkeys(of))}
-    groups = np.array([number[unit] for unit in of]) % max_groups
     value = statistic(np.arange(len(of)))
-    g = min(len(number), max_groups)
+    pseudo = pseudo_values(statistic, of, max_groups)
+    g = len(pseudo)
     if g < 3:
         return Estimate(value)
-    values = np.array([statistic(np.flatnonzero(groups != i)) for i in range(g)])
-    error = np.sqrt((g - 1) / g * np.square(values - values.mean()).sum())
+    error = pseudo.std(ddof=1) / np.sqrt(g)
     half_width = float(stats.t(g - 1).ppf(1 - LEVEL / 2) * error)
     return Estimate(value, value - half_width, value + half_width)
+
+
+def pseudo_values(
+    statistic: Callable[[np.ndarray], float], of: Sequence[Hashable], max_groups: int = 20
+) -> np.ndarray:
+    """One value for each unit (or group of units), G, that stands for its share in the value of a whole set (Tukey).
+
+    With G groups it is G s - (G - 1) s_i, where s_i is the value without the group i. Their mean is the value of the
+    set without its bias of first order, and their differences between two sets can be tested like those of images.
+    """
+    number = {unit: i for i, unit in enumerate(dict.fromkeys(of))}
+    groups = np.array([number[unit] for unit in of]) % max_groups
+    g = min(len(number), max_groups)
+    if g < 2:
+        return np.array([statistic(np.arange(len(of)))])
+    left_out = np.array([statistic(np.flatnonzero(groups != i)) for i in range(g)])
+    return g * statistic(np.arange(len(of))) - (g - 1) * left_out
 
 
 @lru_cache

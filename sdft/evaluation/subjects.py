@@ -13,6 +13,7 @@ from pathlib import Path
 from sdft.errors import UserError
 from sdft.evaluation.results import Value
 from sdft.formats.lora_file import is_lora, read_names
+from sdft.formats.power_average import KeptAverages
 from sdft.formats.run_folder import SUMMARY, RunOutputs, read_run_outputs
 
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
@@ -77,6 +78,11 @@ class Subject:
         """The checkpoints that the run kept, by step."""
         found = self.run.glob("checkpoints/step_*.ckpt") if self.run else ()
         return {int(path.stem.removeprefix("step_")): path for path in sorted(found)}
+
+    @property
+    def has_averages(self) -> bool:
+        """Whether the run kept averages of which any width can be rebuilt."""
+        return self.run is not None and bool(KeptAverages(self.run).steps)
 
     @property
     def steps(self) -> tuple[int, ...]:

@@ -108,6 +108,8 @@ def write_prediction_type(file: Path, checkpoint: Checkpoint) -> None:
     if prediction == config.get("prediction_type", "epsilon") and zero_snr == bool(config.get(RESCALED)):
         return
     config["prediction_type"] = prediction
+    if prediction == "flow_prediction":
+        config |= {"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}
     if zero_snr:
         config |= {RESCALED: True, "timestep_spacing": "trailing"}
     elif config.pop(RESCALED, False):

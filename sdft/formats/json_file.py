@@ -1,4 +1,4 @@
-"""JSON files of others: one sentence for everything that can be wrong with them."""
+"""JSON files: those of others, with one sentence for everything that can be wrong with them, and our own."""
 
 from __future__ import annotations
 
@@ -26,3 +26,18 @@ def read_json(file: Path, where: str = "") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{where}: must hold a JSON object, and holds a {type(content).__name__}")
     return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as JSON, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def json_if_readable(file: Path) -> Any:
+    """The content of a JSON file; None if it is not there or cannot be read."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

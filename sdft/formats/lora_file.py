@@ -8,10 +8,9 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from math import isfinite, sqrt
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -19,14 +18,17 @@ from torch import Tensor
 
 from sdft.errors import UserError
 from sdft.formats import lora_keys
-from sdft.formats.lora_layer import DORA, DOWN, TENSORS, UP, Layer, LoraFile, kohya_magnitude, most_common
+from sdft.formats.adapter_metadata import ADAPTER_METADATA, adapter_metadata, alphas_from_metadata
+from sdft.formats.lora_keys import BIAS, VECTORS
+from sdft.formats.lora_layer import DORA, DOWN, ROTATIONS, TENSORS, UP, Layer, LoraFile, kohya_magnitude
 from sdft.formats.output import atomic_output
+from sdft.formats.rotation import BLOCKS
 from sdft.formats.safetensors_io import read_header, refuse_nonfinite, tensor_info, write_tensors
 
 Layout = Literal["kohya", "diffusers"]
 
 ALPHA = "alpha"
-SUFFIXES = {name: name for name in (*TENSORS, ALPHA)} | {
+SUFFIXES = {name: name for name in (*TENSORS, *VECTORS, ALPHA)} | {
     "lora_A.weight": DOWN,
     "lora_B.weight": UP,
     "lora_magnitude_vector": DORA,
@@ -38,13 +40,10 @@ SUFFIXES = {name: name for name in (*TENSORS, ALPHA)} | {
     "lora_linear_layer.up.weight": UP,
 }
 """Key suffixes in files -> kohya's name of the tensor."""
-ADAPTER_METADATA = "lora_adapter_metadata"
-"""The metadata key where diffusers keeps the peft configuration of each part, as JSON."""
 OTHER_KINDS = {
     r"(^|\.)(bundle_emb|emb_params|string_to_param|string_to_token)(\.|$)": "embeddings of new words",
-    r"\.(w_norm|b_norm)$": "trained norms of LyCORIS",
-    r"\.diff(_b)?$": "whole weights or biases (diff) of LyCORIS",
-    r"\.(oft_blocks|oft_diag|oft_R(\.\w+)*\.weight|oft_r|boft_\w+)$": "OFT or BOFT",
+    r"\.diff(_b)?$": "whole weights (diff) of LyCORIS",
+    r"\.(oft_diag|oft_R(\.\w+)*\.weight|oft_r|boft_\w+)$": "OFT or BOFT of peft, or of early LyCORIS",
     r"\.(a1|a2|b1|b2)\.weight$": "GLoRA",
     r"\.(on_input|ia3_l)$": "IA3",
     r"\.scale$": "scales",
@@ -78,21 +77,26 @@ def read_lora(path: Path, key: str, skip_unknown: bool = False) -> LoraFile:
             raise UserError(f"{problem}. python -m sdft.formats skip_unknown=true writes a file of the others")
         warnings.warn(f"{problem}; they are left out", stacklevel=2)
     names = [name for name in names if name not in unknown]
-    alphas = _alphas_from_metadata(metadata, key)
+    alphas = alphas_from_metadata(metadata, key)
     layers: dict[str, dict[str, Tensor]] = {}
+    vectors: dict[str, Tensor] = {}
     with safe_open(path, framework="pt") as file:
         for name in names:
             module, suffix = split_key(name)
             assert suffix is not None  # unknown_tensors has those without
-            layer = lora_keys.layer_of(module)
-            tensors, tensor = layers.setdefault(layer, {}), SUFFIXES[suffix]
-            if tensor in tensors:
+            if suffix in VECTORS:
+                layer, _, tensor = (weight := lora_keys.vector_of(module, suffix)).rpartition(".")
+                tensors, place = vectors, weight
+            else:
+                layer, tensor = lora_keys.layer_of(module), SUFFIXES[suffix]
+                tensors, place = layers.setdefault(layer, {}), tensor
+            if place in tensors:
                 raise UserError(f"{key}: {path.name} has {tensor} of {layer} twice, once as {name}")
             value = file.get_tensor(name)
             value = value.to(torch.float16) if value.is_floating_point() and value.itemsize == 1 else value
             refuse_nonfinite(f"{key}: {path.name}", name, value)
-            tensors[tensor] = value
-    found, wrong = {}, []
+            tensors[place] = value
+    found, wrong = {}, [f"{name} has a change of {list(v.shape)}" for name, v in vectors.items() if not is_vector(v)]
     for name, tensors in layers.items():
         try:
             found[name] = _layer(name, tensors, alphas)
@@ -100,9 +104,10 @@ def read_lora(path: Path, key: str, skip_unknown: bool = False) -> LoraFile:
             wrong.append(f"{name} {error}")
     if wrong:
         problems = "; ".join(wrong[:MAX_NAMED]) + "; ..." * (len(wrong) > MAX_NAMED)
-        raise UserError(f"{key}: {path.name} is damaged in {len(wrong)} of its {len(layers)} layers: {problems}")
+        num = len(layers) + len(vectors)
+        raise UserError(f"{key}: {path.name} is damaged in {len(wrong)} of its {num} layers: {problems}")
     kept = {name: value for name, value in metadata.items() if name not in (ADAPTER_METADATA, "format")}
-    return LoraFile(found, kept)
+    return LoraFile(found, kept, vectors)
 
 
 def write_lora_file(
@@ -114,7 +119,8 @@ def write_lora_file(
 ) -> None:
     """Write a LoRA atomically.
 
-    dtype: of the tensors; None keeps theirs. The alphas of a kohya file are fp32 if `dtype` cannot represent them.
+    dtype: of the tensors; None keeps theirs. The alphas of a kohya file are fp32 if `dtype` cannot represent them, and
+        changes of norms and biases keep their own: they are small, and fp16 rounds them off.
     metadata: more metadata of the file.
     Raises UserError if diffusers cannot represent one of the layers.
     """
@@ -135,12 +141,15 @@ def kohya_tensors(lora: LoraFile, dtype: torch.dtype | None) -> Iterator[tuple[s
             yield f"{kohya}.{suffix}", tensor.to(dtype or tensor.dtype)
         narrow = alpha.to(dtype or next(iter(layer.tensors.values())).dtype)
         yield f"{kohya}.{ALPHA}", narrow if narrow == alpha else alpha
+    for weight, change in lora.vectors.items():
+        yield lora_keys.vector_key(weight), change
 
 
 def diffusers_tensors(lora: LoraFile, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """(key, tensor) of a diffusers file: peft's keys prefixed by the part."""
     if without := lora.not_in_diffusers:
-        kinds = " and ".join(sorted({lora.layers[name].kind for name in without}))
+        found = {lora.layers[name].kind if name in lora.layers else "trained norms and biases" for name in without}
+        kinds = " and ".join(sorted(found))
         raise UserError(f"diffusers cannot represent {kinds} ({without[0]}); write the kohya layout")
     for part in lora_keys.PARTS:
         layers = lora.of_part(part)
@@ -151,28 +160,6 @@ def diffusers_tensors(lora: LoraFile, dtype: torch.dtype | None) -> Iterator[tup
                 # As peft writes them; but transformers 5 loads a text encoder's magnitudes only by their full name.
                 weight = "" if name == "lora_magnitude_vector" and part == "unet" else ".weight"
                 yield f"{part}.{module}.{name}{weight}", tensor.to(dtype or tensor.dtype)
-
-
-def adapter_metadata(lora: LoraFile) -> dict[str, Any]:
-    """The peft configuration as diffusers reads it; ranks and alphas that differ from the most common are patterns."""
-    metadata: dict[str, Any] = {}
-    for part in lora_keys.PARTS:
-        # transformers 5 dropped `text_model.` from text encoder 1; peft matches the end of a name in both versions.
-        short = {module.removeprefix("text_model."): layer for module, layer in lora.of_part(part).items()}
-        if not short:
-            continue
-        rank = most_common([layer.rank for layer in short.values()])
-        alpha = most_common([layer.alpha for layer in short.values()])
-        config = {
-            "r": rank,
-            "lora_alpha": alpha,
-            "rank_pattern": {name: layer.rank for name, layer in short.items() if layer.rank != rank},
-            "alpha_pattern": {name: layer.alpha for name, layer in short.items() if layer.alpha != alpha},
-            "target_modules": sorted(short),
-            "use_dora": any(layer.kind == "dora" for layer in short.values()),
-        }
-        metadata |= {f"{part}.{name}": value for name, value in config.items()}
-    return metadata
 
 
 def save_atomically(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
@@ -206,8 +193,11 @@ def split_key(name: str) -> tuple[str, str | None]:
 def unknown_tensors(names: Sequence[str], key: str, path: Path) -> dict[str, str]:
     """Tensors that belong to no layer of SDXL's LoRAs -> what they are. Raises UserError for LoRAs of other models."""
     unknown, weights = {}, set()
+    whole = {split_key(name)[0] for name in names if name.endswith(".diff")}
     for name in names:
         module, suffix = split_key(name)
+        if suffix in VECTORS and _is_known_vector(module, suffix, whole):
+            continue
         if kind := _other_kind(name):
             unknown[name] = kind
             continue
@@ -218,7 +208,7 @@ def unknown_tensors(names: Sequence[str], key: str, path: Path) -> dict[str, str
         except KeyError:
             unknown[name] = "layers that SDXL does not have"
             continue
-        if suffix is None:
+        if suffix is None or suffix in VECTORS:
             unknown[name] = "tensors of an unknown kind"
         elif suffix != ALPHA:
             weights.add(layer)
@@ -227,6 +217,19 @@ def unknown_tensors(names: Sequence[str], key: str, path: Path) -> dict[str, str
         if name not in unknown and suffix == ALPHA and lora_keys.layer_of(module) not in weights:
             unknown[name] = "alphas without weights"
     return unknown
+
+
+def _is_known_vector(module: str, suffix: str, whole: Collection[str]) -> bool:
+    """Whether a tensor is the change of a norm or of a bias, and not of a bias whose weight is one of `whole`."""
+    try:
+        weight = lora_keys.vector_of(module, suffix)
+    except KeyError:
+        return False
+    return suffix != BIAS or module not in whole or lora_keys.vector_key(weight).endswith(".b_norm")
+
+
+def is_vector(change: Tensor) -> bool:
+    return change.dim() == 1 and change.is_floating_point()
 
 
 def _other_kind(name: str) -> str | None:
@@ -246,41 +249,19 @@ def _summary(unknown: Mapping[str, str]) -> str:
 
 def _layer(name: str, tensors: dict[str, Tensor], alphas: Callable[[str, int | None], float]) -> Layer:
     """A layer from a file's tensors, checked, in kohya's shapes."""
-    if wrong := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+    # LyCORIS writes the constraint of a rotation as an integer if it was given as one.
+    if wrong := [name for name, tensor in tensors.items() if not tensor.is_floating_point() and name != ALPHA]:
         raise ValueError(f"has {wrong[0]} of {tensors[wrong[0]].dtype}, and must have floats")
     alpha = tensors.pop(ALPHA, None)
     if alpha is not None and alpha.numel() != 1:
         raise ValueError(f"has an alpha of {alpha.numel()} numbers")
     # Some programs write linear layers as 1x1 convolutions.
     if not lora_keys.is_convolution(name):
-        tensors = {suffix: t.flatten(1) if t.dim() == 4 else t for suffix, t in tensors.items()}
+        tensors = {suffix: t.flatten(1) if t.dim() == 4 and suffix != BLOCKS else t for suffix, t in tensors.items()}
     if DORA in tensors and DOWN in tensors:
         if tensors[DORA].dim() == 2 and len(tensors[DORA]) == 1 and UP in tensors and len(tensors[UP]) > 1:
             raise ValueError("is a DoRA with norms of columns (dora_scale [1, in]), and norms of rows can be read")
         tensors[DORA] = kohya_magnitude(tensors[DORA], tensors[DOWN])
     layer = Layer(tensors, 0.0 if alpha is None else float(alpha))
     layer.delta_shape  # noqa: B018  raises ValueError if the tensors do not fit together
-    return layer if alpha is not None else Layer(tensors, alphas(name, layer.rank))
-
-
-def _alphas_from_metadata(metadata: Mapping[str, str], key: str) -> Callable[[str, int | None], float]:
-    """(layer, rank) -> alpha of a layer that has no alpha tensor: from diffusers' metadata, else its rank."""
-    try:
-        stated = dict(json.loads(metadata.get(ADAPTER_METADATA) or "{}"))
-        patterns = {part: dict(stated.get(f"{part}.alpha_pattern") or {}) for part in lora_keys.PARTS}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{key}: its {ADAPTER_METADATA} is not what diffusers writes ({error})") from error
-    alphas = [stated.get(f"{part}.lora_alpha", 1) for part in lora_keys.PARTS]
-    for alpha in (*alphas, *(alpha for named in patterns.values() for alpha in named.values())):
-        if not isinstance(alpha, int | float) or not isfinite(alpha):
-            raise UserError(f"{key}: its {ADAPTER_METADATA} has an alpha that is no number: {str(alpha)[:40]}")
-
-    def alpha_of(layer: str, rank: int | None) -> float:
-        part, _, module = layer.partition("/")
-        if rank is None or f"{part}.lora_alpha" not in stated:
-            return float(rank or 1)
-        named = (alpha for name, alpha in patterns[part].items() if f".{module}".endswith(f".{name}"))
-        alpha = next(named, stated[f"{part}.lora_alpha"])
-        return float(alpha * sqrt(rank) if stated.get(f"{part}.use_rslora") else alpha)
-
-    return alpha_of
+    return layer if alpha is not None or layer.kind in ROTATIONS else Layer(tensors, alphas(name, layer.rank))

@@ -15,6 +15,8 @@ ARCHITECTURE = "stable-diffusion-xl-v1-base"
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
 BASE_MODEL_VERSION = "sdxl_base_v1-0"
 PREDICTION_TYPE = "modelspec.prediction_type"
+PREDICTION_NAMES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample", "flow_prediction": "flow"}
+"""What a model predicts -> its name in ModelSpec, which defines the first two."""
 ZERO_TERMINAL_SNR = "ss_zero_terminal_snr"
 """kohya's key; without it, images of such a LoRA come out grey."""
 
@@ -24,7 +26,7 @@ def model_metadata(
 ) -> dict[str, str]:
     """Metadata of a model; the writer fills in the hash.
 
-    prediction: `epsilon` or `v_prediction`. words: trigger words for prompts.
+    prediction: a key of `PREDICTION_NAMES`. words: trigger words for prompts.
     """
     h, w = size_hw
     phrase = {"modelspec.trigger_phrase": ", ".join(words)} if words else {}
@@ -36,7 +38,7 @@ def model_metadata(
         "modelspec.title": title,
         "modelspec.resolution": f"{w}x{h}",
         "modelspec.date": date(),
-        PREDICTION_TYPE: "v" if prediction == "v_prediction" else "epsilon",
+        PREDICTION_TYPE: PREDICTION_NAMES[prediction],
         HASH_KEY: "",
         **phrase,
     }
@@ -64,11 +66,11 @@ def lora_metadata(
 
 
 def stated_prediction(metadata: Mapping[str, str]) -> str | None:
-    """The prediction type that a file's metadata states, `epsilon` or `v_prediction`; None if it states none."""
+    """The prediction type that a file's metadata states, a key of `PREDICTION_NAMES`; None if it states none."""
     stated = metadata.get(PREDICTION_TYPE, "").lower()
     if stated in ("v", "v_prediction", "v-prediction") or metadata.get("ss_v_parameterization") == "True":
         return "v_prediction"
-    return "epsilon" if stated == "epsilon" else None
+    return next((prediction for prediction, name in PREDICTION_NAMES.items() if stated == name), None)
 
 
 def says_zero_terminal_snr(metadata: Mapping[str, str]) -> bool:

@@ -38,17 +38,21 @@ WRITING = ".writing-"
 
 @contextmanager
 def atomic_output(
-    target: Path, key: str = "", overwrite: bool = False, num_bytes: int | None = None
+    target: Path,
+    key: str = "",
+    overwrite: bool = False,
+    num_bytes: int | None = None,
+    others: re.Pattern[str] | None = None,
 ) -> Iterator[Path]:
     """A temporary path to write to inside the `with`; renamed to `target` at the end, or removed after an error.
 
     key: of the option that named the target, for error messages. overwrite: replace `target` if it exists.
-    num_bytes: what will be written, for the message of a full disk.
+    num_bytes: what will be written, for the message of a full disk. others: see `refuse_to_replace`.
 
     Raises UserError for a target that must not be replaced, and where the disk is full or cannot be written to.
     """
     where = f"{key}={target}" if key else str(target)
-    refuse_to_replace(target, key, overwrite)
+    refuse_to_replace(target, key, overwrite, others)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(target.parent)
@@ -106,17 +110,21 @@ def no_room(error: BaseException) -> str | None:
     return found[1] if found and int(found[2]) in FULL else None
 
 
-def refuse_to_replace(target: Path, key: str = "", overwrite: bool = False) -> None:
+def refuse_to_replace(
+    target: Path, key: str = "", overwrite: bool = False, others: re.Pattern[str] | None = None
+) -> None:
     """Raise UserError if something is at `target` that must stay there.
 
     With `overwrite`, a file is replaced, and a folder that holds nothing but a model.
+    others: pattern of further files and folders, by name, that may be in such a folder.
     """
     where = f"{key}={target}" if key else str(target)
     if not target.exists():
         return
     if not overwrite:
         raise UserError(f"{where}: exists already; pass overwrite=true to replace it, or choose another name")
-    if target.is_dir() and (foreign := foreign_files(target)):
+    foreign = foreign_files(target) if target.is_dir() else []
+    if foreign := [name for name in foreign if others is None or not others.fullmatch(name)]:
         named = ", ".join(foreign[:MAX_NAMED]) + (f" and {len(foreign) - MAX_NAMED} more" * (len(foreign) > MAX_NAMED))
         raise UserError(
             f"{where}: holds files that are not part of a model and would be deleted: {named}; move them away, or "

@@ -10,7 +10,7 @@ from typing import Any
 from sdft.errors import UserError
 from sdft.formats.json_file import read_json
 
-SUMMARY = "summary.json"
+SUMMARY, RECEIPT, BEFORE_AFTER = "summary.json", "receipt.json", "before_after.png"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,19 @@ def header_bytes(entries: Mapping[str, TensorInfo], order: list[str], metadata: 
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def copy_with_metadata(source: Path, target: Path, added: Mapping[str, str]) -> None:
+    """Copy a safetensors file with more metadata, or other values of it; the bytes of its tensors stay the same."""
+    with source.open("rb") as read, target.open("wb") as written:
+        header = json.loads(read.read(int.from_bytes(read.read(8), "little")))
+        header = {"__metadata__": {**header.pop("__metadata__", {}), **added}, **header}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        written.write(len(text).to_bytes(8, "little") + text)
+        shutil.copyfileobj(read, written, CHUNK)
+        written.flush()
+        os.fsync(written.fileno())
 
 
 def refuse_nonfinite(where: str, name: str, tensor: Tensor) -> None:

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from sdft import rng
 from sdft.errors import UserError
-from sdft.formats.lora_layer import DORA
+from sdft.formats.lora_delta import dora_delta, lora_delta, rotation_delta
+from sdft.formats.lora_layer import DORA, ROTATIONS, Layer
 from sdft.merging.annotations import Kind
 from sdft.merging.blocks import block_of, is_by_block, number_for_block
 from sdft.merging.input_files import ReadWeight
 from sdft.merging.recipe import Recipe
-from sdft.merging.sources import Adapter, TensorSource, dora_delta, lora_delta
+from sdft.merging.sources import Adapter, TensorSource
 
 CHUNK_SIZE = 2**18
 """Elements in a chunk of a weight: few enough for a core's cache. Random numbers are drawn chunk by chunk, so the
@@ -30,8 +31,7 @@ def nonfinite_message(recipe: Recipe, readers: Mapping[str, ReadWeight], weight:
     damaged = []
     for name, source in recipe.sources.items():
         if isinstance(source, Adapter):
-            layer = source.layer_of(weight)
-            tensors = list(layer.tensors.values()) if layer else []
+            tensors = source.tensors_of(weight)
         else:
             tensors = [readers[name](weight)] if weight in source.checkpoint.weights else []
         if not all(tensor.isfinite().all() for tensor in tensors):
@@ -53,7 +53,8 @@ class MergedWeight:
         self.recipe, self.readers, self.weight, self.shape, self.stride = recipe, readers, weight, shape, stride
         self.block = block_of(weight)
         self._read: dict[str, Tensor] = {}
-        self._lora_deltas: dict[str, Tensor] = {}
+        self._lora_deltas: dict[tuple[str, str | None], Tensor] = {}
+        """By source, and by the base of a rotation."""
         self._statistics: dict[str, dict[str, object]] = {}
         self._chunk_values: dict[tuple[str, int], Tensor] = {}
         """The values of sources and steps for the current chunk, which several steps may use."""
@@ -77,7 +78,7 @@ class MergedWeight:
         return torch.float64 if "F64" in found else torch.float32
 
     def value(self, name: str, index: int, base: str | None = None) -> Tensor:
-        """Chunk `index` of a step or a source; `base` is the input that a DoRA is applied to."""
+        """Chunk `index` of a step or a source; `base` is the input that a DoRA or a rotation is applied to."""
         source = self.recipe.sources.get(name)
         if isinstance(source, Adapter):
             return self._adapter_delta(name, source, index, base)
@@ -149,15 +150,28 @@ class MergedWeight:
 
     def _adapter_delta(self, name: str, source: Adapter, index: int, base: str | None) -> Tensor:
         span, layer = self.spans[index], source.layer_of(self.weight)
+        if (vector := source.lora.vectors.get(self.weight)) is not None:
+            return vector[span].to(self.dtype)
         if layer is None:
             return self._zeros(index)
-        if name not in self._lora_deltas:
-            self._lora_deltas[name] = lora_delta(layer).reshape(self.shape)
-        delta = self._lora_deltas[name][span].to(self.dtype)
+        if layer.kind in ROTATIONS:
+            return self._rotation_delta(name, layer, base)[span]
+        if (name, None) not in self._lora_deltas:
+            self._lora_deltas[name, None] = lora_delta(layer).reshape(self.shape)
+        delta = self._lora_deltas[name, None][span].to(self.dtype)
         if DORA not in layer.tensors:
             return delta
         assert base is not None, "open_recipe refuses a DoRA without a base"
         return dora_delta(layer, delta, self.value(base, index), span)
+
+    def _rotation_delta(self, name: str, layer: Layer, base: str | None) -> Tensor:
+        """The delta of all rows, each of which depends on other rows of the base."""
+        assert base is not None, "open_recipe refuses a rotation without a base"
+        if (name, base) not in self._lora_deltas:
+            whole = MergedWeight(self.recipe, self.readers, self.weight, self.shape)
+            rows = [whole.value(base, index) for index in range(len(whole.spans))]
+            self._lora_deltas[name, base] = rotation_delta(layer, torch.cat(rows))
+        return self._lora_deltas[name, base]
 
     def _uniform(self, index: int, seed: int, input_index: int, shape: Sequence[int]) -> Tensor:
         generator = rng.generator(seed, "merging", f"{self.weight}/{input_index}", index)

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from sdft import rng
 from sdft.errors import UserError
-from sdft.formats.lora_file import ADAPTER_METADATA, adapter_metadata, diffusers_tensors, kohya_tensors
+from sdft.formats.adapter_metadata import ADAPTER_METADATA, adapter_metadata
+from sdft.formats.lora_file import diffusers_tensors, kohya_tensors
 from sdft.formats.lora_keys import is_convolution, kohya_name
-from sdft.formats.lora_layer import DORA, DOWN, MID, UP, Layer, LoraFile
+from sdft.formats.lora_layer import DORA, DOWN, MID, UP, Layer, LoraFile, with_one_alpha
 from sdft.formats.safetensors_io import tensor_info, write_tensors
 from sdft.merging import methods
 from sdft.merging.compute import MergedWeight, nonfinite_message
@@ -56,8 +57,12 @@ def output_layers(recipe: Recipe) -> dict[str, tuple[int, ...]]:
         return {layer: view.shape for weight, view in views.items() if (layer := layer_of_weight(weight)) is not None}
     found: dict[str, tuple[int, ...]] = {}
     for adapter in recipe.adapters:
+        if adapter.lora.vectors:
+            problem = "has trained norms or biases, which are no products; bake it into a model (merge=bake)"
+            raise UserError(f"{adapter.where}: {problem}")
         for name, lora_layer in adapter.lora.layers.items():
             rows, columns = lora_layer.delta_shape
+            assert columns is not None, "open_recipe refuses a rotation without a base"
             side = 1 if name.endswith("conv_shortcut") else 3
             found[name] = (rows, columns // side**2, side, side) if is_convolution(name) else (rows, columns)
     return found
@@ -160,6 +165,7 @@ def lora_factors(layer: Layer) -> list[Pair] | None:
 
 def write_lora_file(lora: LoraFile, path: Path, to: str, metadata: Mapping[str, str]) -> None:
     """Write a LoRA, with the same bytes each time: safetensors' own writer does not order the metadata."""
+    lora = with_one_alpha(lora) if to == "kohya" else lora
     tensors = dict((kohya_tensors if to == "kohya" else diffusers_tensors)(lora, None))
     all_metadata = {"format": "pt", **metadata}
     if to == "diffusers":

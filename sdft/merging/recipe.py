@@ -195,6 +195,6 @@ def refuse_wrong_kinds(prefix: str, step: Step, recipe: Recipe) -> None:
             method = step.method.__name__
             raise UserError(f"{prefix}{argument}={one}: is {given.value}, and {method} needs {wanted.value}; {remedy}")
         source = recipe.sources.get(one)
-        if isinstance(source, Adapter) and source.depends_on_base and "base" not in step.signature.inputs:
-            message = "is a DoRA, whose change depends on the model; bake it into one first (merge=bake)"
-            raise UserError(f"{prefix}{argument}={one}: {message}")
+        if isinstance(source, Adapter) and source.kinds_on_base and "base" not in step.signature.inputs:
+            kinds, remedy = " and ".join(source.kinds_on_base), "bake it into one first (merge=bake)"
+            raise UserError(f"{prefix}{argument}={one}: is {kinds}, whose change depends on the model; {remedy}")

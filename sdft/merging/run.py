@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -12,14 +13,18 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sdft.config.command import build, check
 from sdft.config.trust import as_packages, line_of_key, read_yaml, refuse_package, refuse_untrusted
+from sdft.data.scan_cache import user_cache
 from sdft.errors import UserError, did_you_mean
-from sdft.merging.annotations import signature_of
-from sdft.merging.recipe import METHODS, Step, import_method
+from sdft.merging.annotations import Kind, signature_of
+from sdft.merging.merge import merge as write
+from sdft.merging.merge import metadata
+from sdft.merging.recipe import METHODS, Recipe, Step, import_method, open_recipe
 
 Report = Callable[[str], Any]
 """Receives the lines that a command prints."""
@@ -146,3 +151,48 @@ def format_step(name: str, step: Step) -> str:
 def quote_value(path: str) -> str:
     """A path as a value on Hydra's command line, quoted if necessary."""
     return path if re.fullmatch(r"[A-Za-z0-9_./+-]+", path) else json.dumps(path, ensure_ascii=False)
+
+
+def start_from_merge(node: DictConfig, trust: Sequence[str] = (), dry_run: bool = False) -> DictConfig:
+    """The config of a model, with the result of its `merge_recipe` in the place of `weights`.
+
+    The result is what `python -m sdft.merging merge=recipe` writes. It is kept in the user's cache by a hash of the
+    recipe and its input files, and written once. dry_run: checks the recipe, and takes the first of its models instead.
+    Raises UserError for a recipe that cannot be merged, and for one whose result is a LoRA.
+    """
+    if not node.get("merge_recipe"):
+        return node
+    where = f"model.merge_recipe={node.merge_recipe}"
+    try:
+        steps = read_recipe(Path(node.merge_recipe).expanduser(), {}, trust)
+        recipe = open_recipe(steps)
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix(f'file={node.merge_recipe}: ')}") from error
+    if recipe.kind(recipe.result) != Kind.WEIGHT:
+        raise UserError(f"{where}: its result is a LoRA; end it with the method add, or pass the LoRA to model.loras")
+    weights = str(recipe.models[0].root) if dry_run else str(merged_once(recipe, steps, node.config, where))
+    started = OmegaConf.merge(node, {"weights": weights, "merge_recipe": None})
+    assert isinstance(started, DictConfig)
+    return started
+
+
+def merged_once(recipe: Recipe, steps: Mapping[str, Step], config: str, where: str) -> Path:
+    """The result of a recipe in the user's cache. Processes that ask for it at the same time wait for the first."""
+    address = hashlib.sha256(metadata(recipe, sha256)["sdft.merge"].encode()).hexdigest()[:32]
+    as_folder = any(model.checkpoint.is_folder for model in recipe.models)
+    out = user_cache() / "merged" / (address if as_folder else f"{address}.safetensors")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{out}.lock"):
+        if not out.exists():
+            try:
+                for _ in write(steps, str(out), config=config):
+                    pass
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+    return out
+
+
+def sha256(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,6 +1,6 @@
 """The sources of a merge: models, LoRAs and importances in any format of `sdft.formats`; headers are read first.
 
-Knows how to compute the delta of a LoRA layer. Must not depend on methods.
+Must not depend on methods.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from sdft.errors import UserError
 from sdft.formats.importance import open_importance
 from sdft.formats.keys import PREFIXES
 from sdft.formats.lora_file import is_lora, read_lora, read_names
-from sdft.formats.lora_layer import DORA, Layer, LoraFile
+from sdft.formats.lora_layer import Layer, LoraFile, misfits
 from sdft.formats.model_checkpoint import Checkpoint, open_checkpoint, refuse_incomplete
 from sdft.formats.run_folder import RunOutputs, read_run_outputs
 from sdft.merging.annotations import Kind
@@ -79,13 +78,19 @@ class Adapter:
         return [self.root]
 
     @property
-    def depends_on_base(self) -> bool:
-        """Whether it has a DoRA layer, whose delta depends on the base weight."""
-        return any(DORA in layer.tensors for layer in self.lora.layers.values())
+    def kinds_on_base(self) -> list[str]:
+        """Which kinds it has whose delta depends on the base weight, in words."""
+        kinds = {layer.kind for layer in self.lora.layers.values()}
+        return [name for kind, name in {"dora": "a DoRA", "oft": "an OFT", "boft": "a BOFT"}.items() if kind in kinds]
 
     def layer_of(self, weight: str) -> Layer | None:
         """The layer that changes a weight, or None."""
         return self.lora.layers.get(weight.removesuffix(".weight")) if weight.endswith(".weight") else None
+
+    def tensors_of(self, weight: str) -> list[Tensor]:
+        """All tensors that change a weight."""
+        layer, vector = self.layer_of(weight), self.lora.vectors.get(weight)
+        return [*(layer.tensors.values() if layer else ()), *([] if vector is None else [vector])]
 
 
 Source = Model | Importance | Adapter
@@ -172,58 +177,11 @@ def refuse_mismatch(models: Sequence[Model], adapters: Sequence[Adapter], import
 def adapter_mismatches(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], model: str) -> list[str]:
     """One line for each layer without a weight of its shape in the model."""
     problems = []
-    for name, layer in adapter.lora.layers.items():
-        rows, columns = layer.delta_shape
-        shape = shapes.get(f"{name}.weight")
-        if shape is None:
+    for name, rows, columns, there, is_vector in misfits(adapter.lora, shapes, shapes):
+        if there is None:
             problems.append(f"only in {adapter.where}: {name}")
-        elif (shape[0], torch.Size(shape[1:]).numel()) != (rows, columns):
-            problems.append(f"{name}: {list(shape)} in {model}, a delta of {rows} x {columns} in {adapter.where}")
+        else:
+            size = f"a rotation of {rows} rows" if columns is None else f"a delta of {rows} x {columns}"
+            size = f"a change of [{rows}]" if is_vector else size
+            problems.append(f"{name}: {list(there)} in {model}, {size} in {adapter.where}")
     return problems
-
-
-def lora_delta(layer: Layer) -> Tensor:
-    """fp32 rows x columns: the delta of a layer; for a DoRA, before the rows are rescaled (`dora_delta`)."""
-    tensors = {name: tensor.float() for name, tensor in layer.tensors.items()}
-    if layer.kind == "loha":
-        product = loha_factor(tensors, "1") * loha_factor(tensors, "2")
-    elif layer.kind == "lokr":
-        product = kronecker(lokr_factor(tensors, "1"), lokr_factor(tensors, "2"))
-    elif "lora_mid.weight" in tensors:
-        down, up = tensors["lora_down.weight"].flatten(1), tensors["lora_up.weight"].flatten(1)
-        product = torch.einsum("or,rshw,si->oihw", up, tensors["lora_mid.weight"], down)
-    else:
-        product = tensors["lora_up.weight"].flatten(1) @ tensors["lora_down.weight"].flatten(1)
-    return product.flatten(1) * layer.scale
-
-
-def dora_delta(layer: Layer, delta: Tensor, base: Tensor, rows: slice) -> Tensor:
-    """The delta of a DoRA for some rows of a weight: `base` + `delta`, with each row rescaled to its trained norm."""
-    moved = base + delta
-    norms = moved.flatten(1).norm(dim=1)
-    magnitude = layer.tensors[DORA].flatten()[rows].to(base.dtype)
-    return moved * (magnitude / norms).reshape(-1, *[1] * (base.dim() - 1)) - base
-
-
-def loha_factor(tensors: Mapping[str, Tensor], i: str) -> Tensor:
-    """Factor 1 or 2 of a LoHa, whose delta is their elementwise product."""
-    a, b = tensors[f"hada_w{i}_a"], tensors[f"hada_w{i}_b"]
-    if f"hada_t{i}" in tensors:  # LyCORIS: here a is rank x out, b rank x in
-        return torch.einsum("rshw,ro,si->oihw", tensors[f"hada_t{i}"], a, b)
-    return a @ b
-
-
-def lokr_factor(tensors: Mapping[str, Tensor], i: str) -> Tensor:
-    """Factor 1 or 2 of a LoKr, whose delta is their Kronecker product."""
-    if f"lokr_w{i}" in tensors:
-        return tensors[f"lokr_w{i}"]
-    a, b = tensors[f"lokr_w{i}_a"], tensors[f"lokr_w{i}_b"]
-    if f"lokr_t{i}" in tensors:
-        return torch.einsum("rshw,ro,si->oihw", tensors[f"lokr_t{i}"], a, b)
-    return a @ b
-
-
-def kronecker(a: Tensor, b: Tensor) -> Tensor:
-    """The Kronecker product of two matrices, or of a matrix and a convolution kernel."""
-    dims = max(a.dim(), b.dim())
-    return torch.kron(*(t.reshape(*t.shape, *[1] * (dims - t.dim())) for t in (a, b)))

@@ -23,6 +23,7 @@ from transformers import CLIPTokenizer
 
 from sdft.errors import UserError
 from sdft.formats.architecture import PARTS, empty_network, parameter_names, refuse_misfit
+from sdft.formats.baked import BakedLora, LoraOption, baked, open_loras, refuse_unfit
 from sdft.formats.json_file import read_json
 from sdft.formats.model_checkpoint import INDEX, PICKLES, Checkpoint, open_checkpoint, open_vae
 from sdft.formats.safetensors_io import refuse_nonfinite
@@ -65,11 +66,17 @@ def pretrained(
     offload_idle: bool = False,
     offload_blocks: OffloadedBlocks = 0,
     tiled_vae: bool = False,
+    loras: Sequence[LoraOption] = (),
+    merge_recipe: str | None = None,
     family: type[SDXL] = SDXL,
 ) -> SDXL:
     """SDXL with the given weights.
 
     weights: `nano` (shipped), a Hub id, a diffusers folder, or a single-file checkpoint (`.safetensors`).
+    loras: LoRAs that are baked into the weights, in fp32 and before `dtype` and `quantization`: {lora: FILE or run
+        folder, scale: 1.0} each. The base of whatever trains has them.
+    merge_recipe: a recipe of `python -m sdft.merging`, whose result a command has put in the place of `weights` before
+        it calls this (`sdft.merging.run.start_from_merge`).
     config: `nano`, a folder or a Hub id with the configs and tokenizers that a single file lacks.
     vae: a folder, file or Hub id whose VAE replaces the model's own.
     dtype: part -> dtype of its weights, fp32 by default. Trainable weights are fp32, or bf16 with stochastic rounding.
@@ -94,7 +101,12 @@ def pretrained(
 
     Raises UserError where weights are missing, do not fit, or the attention is not available.
     """
-    checkpoint = find_checkpoint(weights, variant, allow_pickle)
+    if merge_recipe is not None:
+        by_hand = f"write it with python -m sdft.merging merge=recipe file={merge_recipe} out=FILE, and pass that file"
+        raise UserError(f"model.merge_recipe={merge_recipe}: this command does not merge; {by_hand}")
+    opened = open_loras(loras)
+    open_baked = functools.partial(find_baked, weights, opened, variant, allow_pickle)
+    checkpoint = open_baked()
     folder = checkpoint.root if checkpoint.is_folder else find_folder("model.config", config, CONFIGS)
     dtypes, quantized = part_dtypes(dtype), quantized_parts(quantization, family)
     configs = {part: folder / part for part in PARTS if vae is None or part != "vae"}
@@ -103,8 +115,9 @@ def pretrained(
         networks["vae"] = load_vae(vae, folder / "vae", dtypes["vae"])
     model = assemble(networks, folder, folder, family, prompt_chunks, empty_prompt, offload_idle, tiled_vae)
     if quantized:
-        model.original_weights = functools.partial(find_checkpoint, weights, variant, allow_pickle)
-    if not checkpoint.is_folder:
+        model.original_weights = open_baked
+    model.baked = [one.described() for one in opened]
+    if not checkpoint.is_folder or checkpoint.told is not None:
         model.set_prediction_type(checkpoint.prediction or "epsilon", checkpoint.zero_terminal_snr)
     set_up(model.unet, attention, gradient_checkpointing, offload_blocks, channels_last, compile)
     return model
@@ -172,6 +185,7 @@ def pretrained_on_meta(
     offload_idle: bool = False,
     offload_blocks: OffloadedBlocks = 0,
     tiled_vae: bool = False,
+    loras: Sequence[LoraOption] = (),
     family: type[SDXL] = SDXL,
     **_: Any,
 ) -> SDXL:
@@ -185,6 +199,13 @@ def pretrained_on_meta(
     source = config if is_file else weights
     folder = SDXL_BASE if source == SDXL_ID else find_folder("model.weights", source, CONFIGS)
     networks = {part: empty_network(part, folder / part) for part in PARTS}
+    shapes = {
+        weight: tuple(network.get_parameter(name).shape)
+        for part, network in networks.items()
+        for weight, name in parameter_names(part, network).items()
+    }
+    for one in open_loras(loras):
+        refuse_unfit(one, shapes)
     if is_file or local.is_dir():
         checkpoint = open_checkpoint("model.weights", local, allow_pickle, variant)
         refuse_misfit(f"model.weights={weights}", checkpoint, networks)
@@ -212,6 +233,13 @@ def find_checkpoint(weights: str, variant: str | None = None, allow_pickle: bool
         patterns = (*CONFIGS, *(f"{part}/*{kind}*.safetensors" for part in PARTS))
         source = find_folder("model.weights", weights, patterns, () if variant else VARIANTS)
     return open_checkpoint("model.weights", source, allow_pickle, variant)
+
+
+def find_baked(
+    weights: str, loras: Sequence[BakedLora], variant: str | None = None, allow_pickle: bool = False
+) -> Checkpoint:
+    """The same, read with LoRAs baked in."""
+    return baked(find_checkpoint(weights, variant, allow_pickle), loras)
 
 
 def find_folder(key: str, name: str, patterns: Sequence[str], ignored: Sequence[str] = ()) -> Path:

@@ -72,7 +72,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         codes, scales = ctx.saved_tensors
-        return grad @ ctx.layer.dequantized(grad.dtype, codes, scales), None, None, None, None
+        bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+        return grad @ ctx.layer.dequantized(grad.dtype, codes, scales), None, None, bias, None
 
 
 def quantize(weight: Tensor, format: Format) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -124,12 +124,21 @@ class SDXL(DiffusionModel):
         config |= {"prediction_type": prediction, "rescale_betas_zero_snr": zero_terminal_snr}
         if zero_terminal_snr:
             config["timestep_spacing"] = "trailing"  # sampling starts at the last step, which is pure noise
-        self.scheduler = type(self.scheduler).from_config(config)
+        flow = prediction == "flow_prediction"
+        # Of diffusers' flow schedulers, StableDiffusionXLPipeline can call this one: it has `scale_model_input`.
+        scheduler = DPMSolverMultistepScheduler if flow else type(self.scheduler)
+        self.scheduler = scheduler.from_config(config, **({"use_flow_sigmas": True} if flow else {}))
 
-    def add_words(self, words: Mapping[str, str]) -> None:
-        """Add `words` (word -> initial phrase) to both tokenizers, with a trainable embedding in both encoders."""
+    def add_words(self, words: Mapping[str, str], vectors: Mapping[str, int] = {}) -> None:
+        """Add `words` (word -> initial phrase) to both tokenizers, with trainable embeddings in both encoders."""
+        self.word_vectors = {word: num for word, num in vectors.items() if num > 1}
         for tokenizer, encoder in self.context_encoders:
-            encoder.set_input_embeddings(add_words(tokenizer, encoder.get_input_embeddings(), words))
+            encoder.set_input_embeddings(add_words(tokenizer, encoder.get_input_embeddings(), words, vectors))
+
+    def _tokenize(self, tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+        """Token ids of captions, B x chunks x 77; a word of several vectors stands for all of its tokens."""
+        first_ids = {tokenizer.convert_tokens_to_ids(word): num for word, num in self.word_vectors.items()}
+        return tokenize(tokenizer, captions, self.prompt_chunks, first_ids)
 
     @property
     def word_rows(self) -> dict[str, Tensor]:
@@ -178,7 +187,7 @@ class SDXL(DiffusionModel):
         return self.latent_channels, h // self.vae_factor, w // self.vae_factor
 
     def prompt_ids(self, caption: str) -> list[list[list[int]]]:
-        ids = (tokenize(tokenizer, [caption], self.prompt_chunks) for tokenizer, _ in self.context_encoders)
+        ids = (self._tokenize(tokenizer, [caption]) for tokenizer, _ in self.context_encoders)
         return [ids_1NL[0].tolist() for ids_1NL in ids]
 
     @on_device("text_encoder", "text_encoder_2")
@@ -195,7 +204,7 @@ class SDXL(DiffusionModel):
             if dropped_BE is not None and self.empty_prompt == "empty":
                 emptied = dropped_BE[:, place].tolist()
                 texts = ["" if empty else text for text, empty in zip(captions, emptied, strict=True)]
-            ids_BNL = send(tokenize(tokenizer, texts, self.prompt_chunks), encoder.device)
+            ids_BNL = send(self._tokenize(tokenizer, texts), encoder.device)
             states = encoder(ids_BNL.flatten(0, 1), output_hidden_states=True)
             contexts.append(states.hidden_states[-2].unflatten(0, ids_BNL.shape[:2]).flatten(1, 2))
         # Not `text_embeds`: where the config has eos_token_id=2, as SDXL's does, transformers pools at the largest id,
@@ -260,11 +269,18 @@ def num_at_once(size_hw: Sequence[int]) -> int:
     return max(1, VAE_PIXELS // (size_hw[0] * size_hw[1]))
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str], num_chunks: int = 1) -> Tensor:
-    """Token ids, B x chunks x 77, each chunk with its own begin, end and padding. Warns about truncated captions."""
+def tokenize(
+    tokenizer: CLIPTokenizer, captions: Sequence[str], num_chunks: int = 1, vectors: Mapping[int, int] = {}
+) -> Tensor:
+    """Token ids, B x chunks x 77, each chunk with its own begin, end and padding. Warns about truncated captions.
+
+    vectors: first id of a word of several vectors -> their number; the other ids follow it.
+    """
     room = tokenizer.model_max_length - 2
     rows = []
     for caption, ids in zip(captions, tokenizer(list(captions), add_special_tokens=False).input_ids, strict=True):
+        if vectors:
+            ids = [each for first in ids for each in range(first, first + vectors.get(first, 1))]
         if len(ids) > num_chunks * room:
             # Python shows a warning with the same text only once.
             warnings.warn(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ class NoiseSchedule:
     compares the two.
 
     a, s: signal and noise level of each timestep, with z_t = a z0 + s eps and a^2 + s^2 = 1. snr: a^2 / s^2.
+    times: what the denoiser is told at each timestep.
     """
 
     def __init__(self, zero_terminal_snr: bool = False, config: NoiseConfig = NoiseConfig()):
@@ -28,6 +31,7 @@ class NoiseSchedule:
             a = (a - a[-1]) * a[0] / (a[0] - a[-1])
         self.a, self.s = a, (1 - a**2).sqrt()
         self.snr = a**2 / (1 - a**2)
+        self.times = torch.arange(config.num_timesteps)
 
     def __len__(self) -> int:
         return len(self.a)
@@ -37,14 +41,38 @@ class NoiseSchedule:
         return tuple(send(x[t_B].float(), device)[:, None, None, None] for x in (self.a, self.s))
 
 
-_CACHED: dict[tuple[bool, NoiseConfig], NoiseSchedule] = {}
+class FlowSchedule(NoiseSchedule):
+    """The straight path z_t = (1 - t) z0 + t eps of rectified flow (Liu et al., arXiv:2209.03003).
+
+    t_T: t of each timestep, in (0, 1]; by default, N of them at equal steps. The denoiser is told N t.
+    """
+
+    def __init__(self, config: NoiseConfig = NoiseConfig(), t_T: Tensor | None = None):
+        num = config.num_timesteps
+        t_T = torch.arange(1, num + 1, dtype=torch.float64) / num if t_T is None else t_T
+        self.a, self.s, self.times = 1 - t_T, t_T, num * t_T
+        self.snr = (self.a / self.s) ** 2
+
+    @classmethod
+    def matching(cls, schedule: NoiseSchedule, config: NoiseConfig = NoiseConfig()) -> FlowSchedule:
+        """The path at the signal-to-noise ratios of another schedule: errors of eps compare between the two."""
+        return cls(config, schedule.s / (schedule.a + schedule.s))
 
 
-def noise_schedule(zero_terminal_snr: bool, config: NoiseConfig) -> NoiseSchedule:
+Kind = Literal["variance_preserving", "zero_terminal_snr", "flow", "matched_flow"]
+"""`matched_flow`: the flow at the signal-to-noise ratios of `variance_preserving`."""
+_CACHED: dict[tuple[Kind, NoiseConfig], NoiseSchedule] = {}
+
+
+def noise_schedule(kind: Kind, config: NoiseConfig) -> NoiseSchedule:
     """The schedule of a model family, computed once; not cached if its tensors are fake, as in a dry run."""
-    found = _CACHED.get((zero_terminal_snr, config))
+    found = _CACHED.get((kind, config))
     if found is None:
-        found = NoiseSchedule(zero_terminal_snr, config)
+        if kind == "matched_flow":
+            found = FlowSchedule.matching(noise_schedule("variance_preserving", config), config)
+        else:
+            flow = kind == "flow"
+            found = FlowSchedule(config) if flow else NoiseSchedule(kind == "zero_terminal_snr", config)
         if type(found.a) is Tensor:
-            _CACHED[zero_terminal_snr, config] = found
+            _CACHED[kind, config] = found
     return found

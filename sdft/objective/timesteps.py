@@ -21,6 +21,14 @@ class UniformTimesteps:
         return ((self.low + (self.high - self.low) * u_B) * num_timesteps).long()
 
 
+class CubicTimesteps:
+    """(1 - u^3) of the schedule for u uniform: more at high noise, where composition is decided (Mou et al.,
+    arXiv:2302.08453, section 3.4)."""
+
+    def __call__(self, u_B: Tensor, num_timesteps: int = 1000) -> Tensor:
+        return ((1 - u_B**3) * num_timesteps).long().clamp(max=num_timesteps - 1)
+
+
 class LogitNormalTimesteps:
     """Logit-normal over the schedule (Esser et al., arXiv:2403.03206, section 3.1).
 

@@ -8,9 +8,10 @@ torch's `CosineAnnealingLR` computes each rate from the one before, so that roun
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Annotated, Any
 
+import torch
 from annotated_types import Gt, Le
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler
@@ -74,6 +75,42 @@ def warmup_stable_decay(
     return _decay(
         optimizer, num_steps, warmup_steps, final, lambda x: 1 - math.sqrt(max(x - begin, 0.0) / decay) if x < 1 else 0
     )
+
+
+def by_part(
+    optimizer: Optimizer,
+    schedule: Callable[..., LRScheduler],
+    part_schedules: Mapping[str, Callable[..., LRScheduler]],
+    num_steps: int,
+) -> LRScheduler:
+    """One schedule in which the parameter groups of some parts have their own.
+
+    part_schedules: name of a part, such as `text_encoder` or `words` -> its schedule.
+    Raises UserError for schedules other than those of this module.
+    """
+    if not part_schedules:
+        return schedule(optimizer, num_steps=num_steps)
+    parts = [part_of(group) for group in optimizer.param_groups]
+    factors = {}
+    for name, make in {"": schedule, **part_schedules}.items():
+        one = make(torch.optim.SGD([torch.zeros(1)], lr=1.0), num_steps=num_steps)
+        if not isinstance(one, LambdaLR):
+            key = f"part_schedules.{name}" if name else "lr_schedule"
+            raise UserError(f"{key}: {type(one).__name__} cannot be one of several; choose an option of lr_schedule=")
+        (factors[name],) = one.lr_lambdas
+    return LambdaLR(optimizer, [factors[part if part in part_schedules else ""] for part in parts])
+
+
+def part_of(group: Mapping[str, Any]) -> str:
+    """The part of the model that a parameter group belongs to."""
+    return str(group["name"]).split(".")[0]
+
+
+def refuse_unknown_parts(groups: Sequence[Mapping[str, Any]], part_schedules: Collection[str]) -> None:
+    """Raise UserError for schedules of parts that are not trained."""
+    parts = {part_of(group) for group in groups}
+    if unknown := sorted(set(part_schedules) - parts):
+        raise UserError(f"part_schedules names {', '.join(unknown)}; the trained parts are {', '.join(sorted(parts))}")
 
 
 def is_constant(schedule: LRScheduler) -> bool:

@@ -39,14 +39,16 @@ HEAD = Template("""<!doctype html>
 """)
 
 
-def page(folder: Path, name: str, title: str, scripts: Sequence[str], data: Any) -> str:
+def page(folder: Path, name: str, title: str, scripts: Sequence[str], data: Any, styles: Sequence[str] = ()) -> str:
     """The page whose body is `NAME.html` in a folder, with its style `NAME.css`, its scripts and its data.
 
-    title: plain words. scripts: in the order of their dependencies, behind those that all pages share. data: what
-    `json_text` takes.
+    title: plain words. scripts: in the order of their dependencies, of the folder or of this package, behind those that
+    all pages share. data: what `json_text` takes. styles: names of further styles in the folder, before its own.
     """
-    style = "\n".join(file.read_text(encoding="utf-8") for file in (HERE / "base.css", folder / f"{name}.css"))
-    files = (HERE / "elements.js", HERE / "theme.js", *(folder / f"{script}.js" for script in scripts))
+    looks = (HERE / "base.css", *(folder / f"{style}.css" for style in (*styles, name)))
+    style = "\n".join(file.read_text(encoding="utf-8") for file in looks)
+    own = (folder / f"{script}.js" for script in scripts)
+    files = (HERE / "elements.js", HERE / "theme.js", *(file if file.is_file() else HERE / file.name for file in own))
     script = "\n".join(file.read_text(encoding="utf-8") for file in files)
     policy = (
         f"default-src 'none'; script-src '{digest(script)}'; style-src '{digest(style)}'; "

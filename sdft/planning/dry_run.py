@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,12 +11,15 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from sdft.config.command import CONF_DIR, build, build_optional
+from sdft.config.trust import as_packages
 from sdft.data.sources.shard_copies import MAY_FETCH
 from sdft.distributed.processes import num_processes
 from sdft.errors import UserError
 from sdft.hardware import PRESETS, default_precision, fitting_presets, num_gpus
+from sdft.merging.run import start_from_merge
 from sdft.planning.steps import set_steps
-from sdft.protocols import WeightAverage, strategy_hooks
+from sdft.protocols import KeepsAverages, strategy_hooks
+from sdft.training.run import build_data, refuse_unpaired
 
 
 def print_plan(configs: Sequence[DictConfig], jobs: Sequence[Sequence[str]] = ()) -> None:
@@ -48,30 +52,50 @@ def forecast(cfg: DictConfig, look_for_preset: bool = True) -> list[str]:
     except MemoryShortage as short:
         remedy = preset_that_fits(cfg, short.limit) if look_for_preset else None
         raise UserError(f"{short.problem}; {remedy}") if remedy else short from None
+    if (class_images := build_optional(cfg.get("class_images"))) is not None:
+        lines.append(class_images.describe())
     return [f"{cfg.name}: {cfg.size} px; nothing is trained or written", *lines]
 
 
-def planned(cfg: DictConfig) -> Planned:
-    """The run of a config. Raises UserError where it cannot be built; sets the number of steps in the config."""
+def forecast_figures(cfg: DictConfig, data: Any = None, timed: bool = True) -> dict[str, float]:
+    """Memory and time of a run as numbers, whether it fits here or not; see `Preflight.figures`.
+
+    data: its data module, if it is there. Raises UserError where the run cannot be built.
+    """
+    from sdft.planning.footprint import memory_needs
+
+    run = planned(copy.deepcopy(cfg), data)
+    return build(cfg.preflight).figures(memory_needs(*run), run.setup, timed)
+
+
+def planned(cfg: DictConfig, data: Any = None) -> Planned:
+    """The run of a config. Raises UserError where it cannot be built; sets the number of steps in the config.
+
+    data: its data module, if it is there.
+    """
     from sdft.module import Finetuning
     from sdft.optimizers.schedules import refuse_schedule
     from sdft.planning.footprint import MetaBuild
 
     token = MAY_FETCH.set(False)
     try:
-        data, tuning, objective, _ = (build(cfg[name]) for name in ("data", "tuning", "objective", "export"))
+        data = build_data(cfg)[0] if data is None else data
+        tuning, objective, _ = (build(cfg[name]) for name in ("tuning", "objective", "export"))
+        refuse_unpaired(objective, data)
         build_optional(cfg.verdict)
     finally:
         MAY_FETCH.reset(token)
     set_steps(cfg, data)
-    model = model_on_meta(cfg.model)
+    model = model_on_meta(start_from_merge(cfg.model, as_packages(cfg.trust), dry_run=True))
     with MetaBuild():
         optimizer, schedule = build(cfg.optimizer), build(cfg.lr_schedule)
         refuse_schedule(optimizer, schedule)
-        module = Finetuning(model, tuning, objective, optimizer, schedule, cfg.seed, cfg.fused_backward)
-    averages = [callback for callback in cfg.callbacks.values() if is_average(callback._target_)]
-    num_offloaded = sum(bool(callback.get("offload")) for callback in averages)
-    return Planned(module, data, run_setup(cfg), len(averages) - num_offloaded, num_offloaded)
+        parts = build(cfg.get("part_schedules"))
+        module = Finetuning(model, tuning, objective, optimizer, schedule, cfg.seed, cfg.fused_backward, parts)
+    kept = [num_averages(callback._target_) for callback in cfg.callbacks.values()]
+    offloaded = [bool(callback.get("offload")) for callback in cfg.callbacks.values()]
+    num_offloaded = sum(num for num, is_offloaded in zip(kept, offloaded, strict=True) if is_offloaded)
+    return Planned(module, data, run_setup(cfg), sum(kept) - num_offloaded, num_offloaded)
 
 
 def preset_that_fits(cfg: DictConfig, memory: float) -> str | None:
@@ -104,19 +128,29 @@ def model_on_meta(node: DictConfig) -> Any:
     return build(node, _target_=f"{counterpart.__module__}.{counterpart.__qualname__}")
 
 
-def is_average(target: str) -> bool:
-    """Whether a callback keeps a copy of the trainable parameters."""
+def num_averages(target: str) -> int:
+    """How many averages of the trainable parameters a callback keeps."""
     found = get_object(target)
-    return isinstance(found, type) and issubclass(found, WeightAverage)
+    return found.num_averages if isinstance(found, type) and issubclass(found, KeepsAverages) else 0
+
+
+def is_a(target: str, kind: type) -> bool:
+    """Whether a dotted name is that of a class of this kind."""
+    found = get_object(target)
+    return isinstance(found, type) and issubclass(found, kind)
 
 
 def run_setup(cfg: DictConfig) -> Any:
     """Steps, precision, processes and shards of the run."""
     from sdft.planning.footprint import Setup
+    from sdft.training.callbacks.previews import Previews
 
     trainer = cfg.trainer
     on_gpu = trainer.accelerator == "gpu" or num_gpus(trainer.accelerator) > 0 or cfg.preflight.memory is not None
     num_devices = num_processes(trainer.accelerator, trainer.devices, trainer.num_nodes)
+    previews = [build(callback) for callback in cfg.callbacks.values() if is_a(callback._target_, Previews)]
+    draws = previews or "_target_" in (cfg.verdict or {}) or cfg.get("class_images") is not None
+    areas = [math.prod(prompt.size_hw) for one in previews for prompt in one.prompts]
     strategy = build(trainer.strategy) if isinstance(trainer.strategy, DictConfig) else trainer.strategy
     return Setup(
         max_steps=trainer.max_steps,
@@ -126,6 +160,6 @@ def run_setup(cfg: DictConfig) -> Any:
         num_shards=strategy_hooks(strategy).num_shards(num_devices),
         on_gpu=on_gpu,
         num_nodes=trainer.num_nodes,
-        num_drawn=cfg.sampler.batch_size if "previews" in cfg.callbacks or "_target_" in (cfg.verdict or {}) else 0,
-        drawn_side=cfg.size,
+        num_drawn=cfg.sampler.batch_size if draws else 0,
+        drawn_side=max(cfg.size, math.ceil(max(areas, default=0) ** 0.5)),
     )

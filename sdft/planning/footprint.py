@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from sdft.batch import Batch
+from sdft.batch import REJECTED, Batch
+from sdft.data.pairs import PairDataset
 from sdft.hardware import autocast_precision
 from sdft.models.streaming import on_host, streams
 from sdft.planning.allocations import AllocationTracker
@@ -150,7 +151,7 @@ def cached_bytes(module: Any, data: Any) -> int:
     factor, channels = module.model.vae_factor, 2 * module.model.latent_channels
     return sum(
         4 * channels * (h // factor) * (w // factor) * len(indices)
-        for dataset in (data.train_set, data.validation_set)
+        for dataset, _ in data.parts()
         for (h, w), indices in dataset.by_size().items()
     )
 
@@ -254,13 +255,20 @@ def fake_batch(module: Any, data: Any) -> Batch:
     model, cached = module.model, module.cached_parts(data.cache)
     if not cached:
         batch.pixels_BCHW = torch.zeros(num, 3, h, w)
-        return batch
+        return with_rejected(batch, data)
     f = model.vae_factor
     batch.moments_BCHW = torch.zeros(num, 2 * model.latent_channels, h // f, w // f)
     if cached >= {*model.TEXT_ENCODERS}:
         with torch.no_grad():
             batch.context_BLD, batch.pooled_BP = model.encode_prompts(batch.captions)
-    return batch
+    return with_rejected(batch, data)
+
+
+def with_rejected(batch: Batch, data: Any) -> Batch:
+    """The batch with rejected pictures like its own, if the data has pairs."""
+    if not isinstance(data.train_set, PairDataset):
+        return batch
+    return replace(batch, **{name: getattr(batch, name.removeprefix("rejected_")) for name in REJECTED})
 
 
 def norm_in_fp32(norm: nn.GroupNorm | nn.LayerNorm) -> Callable[[Tensor], Tensor]:

@@ -113,6 +113,22 @@ class Preflight:
             what = f"the run needs {wanted:.1f} GiB of the machine's memory and there are {limit:.1f}"
             raise UserError(f"{what}; close other programs, or set bf16 for frozen parts in model.dtype")
 
+    def rate(self, setup: Setup) -> float:
+        """FLOP/s of large matrix products: given, or measured here."""
+        return self.tflops * 1e12 if self.tflops else measured_rate(setup.precision)
+
+    def figures(self, needs: MemoryNeeds, setup: Setup, timed: bool) -> dict[str, float]:
+        """`device_gib` of each GPU, if there is one, `host_gib` of each machine, and `train_seconds`.
+
+        timed: whether the time is forecast, for which the rate of this machine may have to be measured.
+        """
+        found = {"device_gib": self.wanted(needs, setup) / GIB} if setup.on_gpu else {}
+        found["host_gib"] = self.host_needs(needs, setup) / GIB
+        if timed:
+            seconds = needs.flops * setup.accumulate / (self.rate(setup) * SHARE_OF_RATE)
+            found["train_seconds"] = seconds * setup.max_steps
+        return found
+
     def describe_host(self, needs: MemoryNeeds, setup: Setup) -> list[str]:
         """Memory of the machine."""
         limit = self.host_limit()
@@ -136,7 +152,7 @@ class Preflight:
             sums["libraries"] = LIBRARIES * GIB
         limit = self.limit(setup)
         of = f" of {limit:.1f}" if limit else ""
-        rate = (self.tflops or measured_rate(setup.precision) / 1e12) * 1e12
+        rate = self.rate(setup)
         seconds = needs.flops * setup.accumulate / (rate * SHARE_OF_RATE)
         where = "given" if self.tflops else "measured here; preflight.tflops=... sets another device's"
         return [

@@ -92,11 +92,7 @@ def _solve(
     model: DiffusionModel, cond: Conditioning, seeds: Sequence[int], sampler: Sampler, size_hw: tuple[int, int]
 ) -> Tensor:
     """Denoised latents."""
-    scheduler = sampler.scheduler(model)
-    try:
-        scheduler.set_timesteps(sampler.steps, device=model.device)
-    except ValueError as error:
-        raise UserError(f"sampler.steps={sampler.steps}: {sampler.name} cannot do that ({error})") from error
+    scheduler = sampler.with_timesteps(model)
     channels, (h, w) = model.latent_channels, (side // model.vae_factor for side in size_hw)
     noise = [torch.randn(channels, h, w, generator=generator(seed, "sample noise")) for seed in seeds]
     z_t = torch.stack(noise).to(model.device) * scheduler.init_noise_sigma

@@ -32,6 +32,17 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lcm": ("LCMScheduler", {"clip_sample": False}),
 }
 """Name -> class of diffusers and its options. Prediction type and betas come from the model's own config."""
+FLOW_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    # Its first order is Euler's step: see tests/sampling/test_flow.py.
+    "euler": ("DPMSolverMultistepScheduler", {**DPMPP, "solver_order": 1}),
+    "dpmpp_2m": SCHEDULERS["dpmpp_2m"],
+    "dpmpp_2m_sde": SCHEDULERS["dpmpp_2m_sde"],
+    "dpmpp_sde": SCHEDULERS["dpmpp_sde"],
+    "unipc": SCHEDULERS["unipc"],
+}
+"""The same for models that predict a flow, of the schedulers that StableDiffusionXLPipeline can call."""
+NOT_FOR_Z0 = ("euler_a", "heun")
+"""Samplers whose classes in diffusers are not written for models that predict z0."""
 
 
 class Sampler:
@@ -62,14 +73,45 @@ class Sampler:
         self.name, self.steps, self.cfg, self.negative = name, steps, cfg, negative
         self.rescale, self.batch_size = rescale, batch_size
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that build this sampler."""
+        names = ("name", "steps", "cfg", "negative", "rescale", "batch_size")
+        return {name: getattr(self, name) for name in names}
+
     def scheduler(self, model: DiffusionModel) -> Any:
         """A new diffusers scheduler on the model's noise schedule."""
         factory, options, config = self._factory, self._options, model.scheduler.config
         if not isinstance(factory, type):
             return factory(config)
+        if self.name in SCHEDULERS:
+            self._refuse_other_prediction(config.prediction_type)
+            if config.prediction_type == "flow_prediction":
+                class_name, options = FLOW_SCHEDULERS[self.name]
+                return getattr(diffusers, class_name).from_config(config, **options, use_flow_sigmas=True)
         if config.rescale_betas_zero_snr and "rescale_betas_zero_snr" not in inspect.signature(factory).parameters:
             options = {**options, "trained_betas": zero_snr_betas()}
         return factory.from_config(config, **options)  # type: ignore[attr-defined]
+
+
+    def with_timesteps(self, model: DiffusionModel) -> Any:
+        """A new scheduler with the timesteps of its steps set. Raises UserError for steps that it cannot do."""
+        scheduler = self.scheduler(model)
+        try:
+            scheduler.set_timesteps(self.steps, device=model.device)
+        except ValueError as error:
+            raise UserError(f"sampler.steps={self.steps}: {self.name} cannot do that ({error})") from error
+        return scheduler
+
+    def _refuse_other_prediction(self, prediction: str) -> None:
+        flow, z0 = prediction == "flow_prediction", prediction == "sample"
+        if (flow and self.name not in FLOW_SCHEDULERS) or (z0 and self.name in NOT_FOR_Z0):
+            fitting = FLOW_SCHEDULERS if flow else [name for name in SCHEDULERS if name not in NOT_FOR_Z0]
+            predicts = "a flow" if flow else "z0"
+            raise UserError(
+                f"sampler.name={self.name}: is not defined for a model that predicts {predicts}; "
+                f"choose one of {', '.join(fitting)}"
+            )
 
 
 def find_scheduler(name: str, key: str = "sampler.name") -> tuple[Any, dict[str, Any]]:

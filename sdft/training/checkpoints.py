@@ -39,6 +39,19 @@ def folder_of(run_dir: str | None) -> str:
     return str(Path(run_dir or ".") / "checkpoints")
 
 
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """The checkpoint of a step in a checkpoint folder."""
+    return folder / f"step_{step:06d}.ckpt"
+
+
+def link(path: Path, other: Path, remedy: str) -> None:
+    """Hard-link a checkpoint to a second name. Raises UserError, with the remedy, where that is impossible."""
+    try:
+        link_state(path, other)
+    except OSError as error:
+        raise UserError(f"{other} cannot be linked ({error.strerror}); {remedy}") from error
+
+
 class LastCheckpoints(ModelCheckpoint):
     """Saves `last.ckpt` and, with `keep` > 1, names the last saves by their step."""
 
@@ -51,7 +64,7 @@ class LastCheckpoints(ModelCheckpoint):
         return type(self).__qualname__  # Lightning's includes `every`, which a resumed run may change
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        every = 1 if trainer.global_step == trainer.max_steps else self.every
+        every = 1 if trainer.global_step == trainer.max_steps or trainer.should_stop else self.every
         self._every_n_train_steps = every
         super().on_train_batch_end(trainer, *args)
         if self.keep > 1 and trainer.is_global_zero and trainer.global_step % every == 0:
@@ -61,13 +74,10 @@ class LastCheckpoints(ModelCheckpoint):
 
 def keep_by_step(last: Path, step: int, keep: int) -> None:
     """Hard-link the last save to a name with its step, and remove the oldest beyond `keep`."""
-    by_step = last.with_name(f"step_{step:06d}.ckpt")
+    by_step = checkpoint_of(last.parent, step)
     if not last.is_file() or (by_step.is_file() and by_step.samefile(last)):
         return
-    try:
-        link_state(last, by_step)
-    except OSError as error:
-        raise UserError(f"{by_step} cannot be linked ({error.strerror}); set callbacks.last.keep=1") from error
+    link(last, by_step, "set callbacks.last.keep=1")
     kept = {file.with_name(file.name.removesuffix(".slices")) for file in last.parent.glob("step_*.ckpt*")}
     for old in sorted(kept)[:-keep]:
         remove_state(old)

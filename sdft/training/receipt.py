@@ -11,24 +11,29 @@ import json
 import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import nn
 
 from sdft.data.cache import digest, fingerprint
 from sdft.errors import UserError
 from sdft.formats.json_file import read_json
+from sdft.formats.run_folder import RECEIPT
 from sdft.formats.safetensors_io import read_header
 
-NAME = "receipt.json"
+NAME = RECEIPT
 PACKAGES = ("accelerate", "diffusers", "hydra-core", "lightning", "numpy", "peft", "pillow", "safetensors", "torch",
             "transformers")  # fmt: skip
-MADE_FROM = ("config", "git", "versions", "hardware", "threads", "data", "base_weights")
+MADE_FROM = ("config", "git", "versions", "hardware", "threads", "data", "base_weights", "starts_from")
 """Entries that can make two runs differ."""
+STARTS_FROM = ("merged", "baked")
+"""Attributes of a model that say from which files its weights were made."""
 KINDS: dict[str, Any] = {
     "config": dict,
     "git": dict,
@@ -49,6 +54,8 @@ def begun(
     config: Mapping[str, Any], overrides: Sequence[str] | None, model: nn.Module, data: Any, num_devices: int
 ) -> dict:
     """The receipt of a run that is about to start. Hashes all base weights and images."""
+    captions = CaptionCount()
+    digest_of_data = data_digest(data, captions)
     return {
         "config": dict(config),
         "overrides": None if overrides is None else list(overrides),  # None: only the config is known
@@ -57,8 +64,10 @@ def begun(
         "hardware": hardware(num_devices),
         "threads": torch.get_num_threads(),
         "seed": config["seed"],
-        "data": data_digest(data),
+        "data": digest_of_data,
+        "images": data_summary(data, captions),
         "base_weights": fingerprint(model),
+        "starts_from": {name: found for name in STARTS_FROM if (found := getattr(model, name, None))},
     }
 
 
@@ -119,7 +128,8 @@ def recalled(words: Sequence[str]) -> list[str]:
 
 def compared(old: dict, new: dict) -> str:
     """A message that begins with `identical`. Raises UserError with all differences if the weights differ."""
-    causes = "; ".join(differences({k: old[k] for k in MADE_FROM}, {k: new[k] for k in MADE_FROM}))
+    before, now = ({k: ({"starts_from": {}} | run)[k] for k in MADE_FROM} for run in (old, new))  # not in earlier ones
+    causes = "; ".join(differences(before, now))
     metrics = "; ".join(differences(old["figures"], new["figures"]))
     if old["outputs"] != new["outputs"]:
         names = sorted(k for k in {*old["outputs"], *new["outputs"]} if old["outputs"].get(k) != new["outputs"].get(k))
@@ -183,15 +193,45 @@ def hardware(num_devices: int) -> dict[str, Any]:
     }
 
 
-def data_digest(data: Any) -> str:
-    """SHA-256 of all keys, captions and images: stored images by their bytes, generated ones by their pixels."""
+class CaptionCount:
+    """How many different captions there are, and how many words they have."""
+
+    def __init__(self) -> None:
+        self.different: set[int] = set()
+        self.words: Counter[int] = Counter()
+
+    def add(self, caption: str) -> None:
+        self.different.add(xxhash.xxh3_64_intdigest(caption.encode(errors="surrogatepass")))
+        self.words[len(caption.split())] += 1
+
+
+def data_summary(data: Any, captions: CaptionCount) -> dict[str, Any]:
+    """Numbers of images, their training sizes, and captions; no names and no texts. captions: of all images."""
+    sizes = {f"{w}x{h}": len(items) for (h, w), items in data.train_set.by_size().items()}
+    words = sorted(captions.words.elements())
+    return {
+        "training": len(data.train_set.source.keys),
+        "held_out": len(data.validation_set.source.keys),
+        "sizes": sizes,
+        "different_captions": len(captions.different),
+        "words_per_caption": words[len(words) // 2] if words else 0,
+    }
+
+
+def data_digest(data: Any, captions: CaptionCount | None = None) -> str:
+    """SHA-256 of all keys, captions and images: stored images by their bytes, generated ones by their pixels.
+
+    captions: counts the captions on the way.
+    """
     found = hashlib.sha256()
-    for dataset, scan in ((data.train_set, data.train_scan), (data.validation_set, data.validation_scan)):
+    for dataset, scan in data.parts():
         for index, key in enumerate(dataset.source.keys):
             sample = dataset.source[index]
-            captions = sample.captions.every if sample.captions else None
+            every = sample.captions.every if sample.captions else None
+            if captions is not None:
+                captions.add(sample.caption)
             content = scan.digest(index) or hashlib.sha256(sample.image_HWC.tobytes()).hexdigest()
-            found.update(json.dumps([key, content, captions or sample.caption, sample.loss_weight]).encode())
+            found.update(json.dumps([key, content, every or sample.caption, sample.loss_weight]).encode())
     return found.hexdigest()
 
 

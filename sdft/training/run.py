@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from sdft.config.command import build, build_optional
 from sdft.config.exits import foreseen, hidden, hide_environment
+from sdft.config.trust import as_packages
 from sdft.distributed.processes import num_processes
 from sdft.errors import UserError
+from sdft.formats.json_file import write_json
 from sdft.formats.output import no_room, refuse_to_replace
 from sdft.formats.run_folder import SUMMARY
 from sdft.hardware import autocast_precision
 from sdft.optimizers.schedules import refuse_schedule
 from sdft.planning.steps import set_steps
-from sdft.protocols import PartialVerdict, strategy_hooks
+from sdft.protocols import AddsToSummary, ChecksTuning, PartialVerdict, strategy_hooks
 from sdft.training import receipt
 
 Report = Callable[[str], Any]
@@ -65,39 +67,93 @@ def finetune(cfg: DictConfig, overrides: Sequence[str] | None, report: Report) -
     if cfg.reproduce:
         torch.set_num_threads(receipt.read(cfg.reproduce)["threads"])  # sums of floats depend on it
     # The cheap parts first: a wrong number or an empty folder is reported before any weights are read.
-    data, tuning, objective, export = (build(cfg[name]) for name in ("data", "tuning", "objective", "export"))
+    loggers = [build(logger) for logger in cfg.logger.values()]
+    data, class_images = build_data(cfg)
+    tuning, objective, export = (build(cfg[name]) for name in ("tuning", "objective", "export"))
+    refuse_unpaired(objective, data)
     verdict = build_optional(cfg.verdict)
     data.resume_with_changed_data = cfg.resume_with_changed_data
     set_steps(cfg, data)
     optimizer, lr_schedule = build(cfg.optimizer), build(cfg.lr_schedule)
+    part_schedules = build(cfg.get("part_schedules"))
     refuse_schedule(optimizer, lr_schedule)
     checkpoint = find_checkpoint(cfg.resume, Path(cfg.run_dir))
     refuse_to_replace(Path(cfg.run_dir) / "model", overwrite=True)
-    trainer = build(
-        cfg.trainer,
-        callbacks=[build(callback) for callback in cfg.callbacks.values()],
-        loggers=[build(logger) for logger in cfg.logger.values()],
-    )
+    trainer = build_trainer(cfg, loggers, tuning)
 
     from sdft.module import Finetuning
 
     def finetuning(model) -> Finetuning:
-        return Finetuning(model, tuning, objective, optimizer, lr_schedule, cfg.seed, cfg.fused_backward)
+        options = {"fused_backward": cfg.fused_backward, "part_schedules": part_schedules}
+        return Finetuning(model, tuning, objective, optimizer, lr_schedule, cfg.seed, **options)
 
-    model = build(cfg.model)
+    model = build_model(cfg)
+    if class_images is not None:
+        drawn = class_images.draw(model, autocast_precision(trainer.precision), trainer.strategy.root_device)
+        if trainer.is_global_zero:
+            report(f"{class_images.count} images of '{class_images.prompt}': {drawn}")
     record = begin_receipt(cfg, overrides, model, data, trainer)
     module = finetuning(model)
-    announce(cfg, module, data, trainer, verdict, report)
+    lines = announce(cfg, module, data, trainer, verdict, report)
     log_run(trainer, cfg)
-    started = time.monotonic()
-    with naming_checkpoint(cfg.resume, checkpoint):
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
-    train_seconds = time.monotonic() - started
-    free_training_state(trainer, module)
-    module = strategy_hooks(trainer.strategy).gather(module, lambda: finetuning(build(cfg.model)))
-    if trainer.global_rank != 0:
-        return None
-    return conclude(cfg, trainer, module, export, verdict, train_seconds, record, report)
+    with on_page(cfg, trainer, data, lines, report):
+        started = time.monotonic()
+        with naming_checkpoint(cfg.resume, checkpoint):
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=False)
+        train_seconds = time.monotonic() - started
+        free_training_state(trainer, module)
+        module = strategy_hooks(trainer.strategy).gather(module, lambda: finetuning(build_model(cfg)))
+        if trainer.global_rank != 0:
+            return None
+        return conclude(cfg, trainer, module, export, verdict, train_seconds, record, report)
+
+
+def build_trainer(cfg: DictConfig, loggers: Sequence[Any], tuning: Any) -> Any:
+    """The trainer with its callbacks. Raises UserError for one that does not fit the tuning."""
+    callbacks = [build(callback) for callback in cfg.callbacks.values()]
+    for callback in callbacks:
+        if isinstance(callback, ChecksTuning):
+            callback.check_tuning(tuning)
+    return build(cfg.trainer, callbacks=callbacks, loggers=loggers)
+
+
+def refuse_unpaired(objective: Any, data: Any) -> None:
+    """Raise UserError for a loss of pairs on data without them, and for pairs with another loss."""
+    from sdft.data.pair_datamodule import Pairs
+    from sdft.objective.preference import Preference
+
+    needed, there = isinstance(objective, Preference), isinstance(data, Pairs)
+    if needed and not there:
+        choices = "data=preference data.root=DIR, data=votes data.votes=FILE, or data=toy_preference"
+        raise UserError(f"objective=preference: the data has no pairs of pictures; choose {choices}")
+    if there and not needed:
+        raise UserError("data: pairs of pictures are for objective=preference; choose it, or data without pairs")
+
+
+def build_data(cfg: DictConfig) -> tuple[Any, Any]:
+    """The data module, and the class images that it reads beside the user's own, which are not drawn yet; or None."""
+    class_images = build_optional(cfg.get("class_images"))
+    if class_images is None:
+        return build(cfg.data), None
+    from sdft.training.class_images import as_argument  # imports diffusers, which takes seconds
+
+    return build(cfg.data, **as_argument(class_images, get_object(cfg.data._target_))), class_images
+
+
+def build_model(cfg: DictConfig) -> Any:
+    """The model of a run; one that starts from a merge knows from which."""
+    recipe = cfg.model.get("merge_recipe")
+    if not recipe:
+        return build(cfg.model)
+    from sdft.merging.run import sha256, start_from_merge  # few runs merge
+
+    node = start_from_merge(cfg.model, as_packages(cfg.trust))
+    try:
+        model = build(node)
+    except UserError as error:
+        raise UserError(str(error).replace(f"model.weights={node.weights}", f"model.merge_recipe={recipe}")) from error
+    model.merged = {"recipe": Path(recipe).name, "sha256": sha256(Path(recipe).expanduser())}
+    return model
 
 
 def free_training_state(trainer, module) -> None:
@@ -135,16 +191,32 @@ def begin_receipt(cfg: DictConfig, overrides: Sequence[str] | None, model, data,
     return record
 
 
-def announce(cfg: DictConfig, module, data, trainer, verdict, report: Report) -> None:
-    """The run in a few lines, before it starts, with the metrics that it will not be able to measure."""
+def announce(cfg: DictConfig, module, data, trainer, verdict, report: Report) -> list[str]:
+    """Report the run in a few lines, before it starts, with the metrics that it will not be able to measure."""
     from sdft.planning.preflight import describe_run
 
     if trainer.global_rank:
-        return
+        return []
     report(f"{cfg.name}: {data.train_set.size_hw[1]} px, {trainer.precision}, run folder {cfg.run_dir}")
     lines = describe_run(module, data, trainer.max_steps, trainer.accumulate_grad_batches, trainer.world_size)
     lines += [f"  {name} will not be measured: {why}" for name, why in unmeasured(verdict).items()]
     report("\n".join(lines))
+    return lines
+
+
+def on_page(cfg: DictConfig, trainer, data, lines: Sequence[str], report: Report) -> AbstractContextManager[None]:
+    """Inside the `with`, the page of the run, if it has one, follows what happens."""
+    from sdft.board.run_page import PAGE
+    from sdft.training.callbacks.page import followed, pages_of
+
+    def forecast() -> dict[str, float]:
+        from sdft.planning.dry_run import forecast_figures
+
+        return forecast_figures(cfg, data, timed=False)
+
+    if pages_of(trainer) and trainer.is_global_zero:
+        report(f"  look at {Path(cfg.run_dir) / PAGE} while it trains")
+    return followed(trainer, lines, forecast, hidden)
 
 
 def unmeasured(verdict: Any) -> Mapping[str, str]:
@@ -156,7 +228,7 @@ def conclude(
     cfg: DictConfig, trainer, module, export, verdict, train_seconds: float, record: dict, report: Report
 ) -> FinetuneResult:
     """Export, judge and report a finished run."""
-    from sdft.evaluation.after_training import BEFORE_AFTER
+    from sdft.formats.run_folder import BEFORE_AFTER
     from sdft.training.callbacks.tracking import finish, log_picture
     from sdft.tuning.parameters import trainable_parameters
 
@@ -164,16 +236,20 @@ def conclude(
     module.eval()
     with finishable(run_dir):
         artifacts, errors = export(module, run_dir, cfg.name, cfg.size)
-    base = partial(module.tuning.base, module.model)
+    base = partial(module.tuning.drawing_base, module.model)
     metrics = verdict(module.model, base, run_dir, autocast_precision(trainer.precision)) if verdict else {}
     if (run_dir / BEFORE_AFTER).is_file():
         artifacts["pictures"] = run_dir / BEFORE_AFTER
         log_picture(trainer, "before_after", artifacts["pictures"], trainer.global_step)
+    of_callbacks: dict[str, Any] = {}
+    for callback in trainer.callbacks:
+        of_callbacks |= callback.summary() if isinstance(callback, AddsToSummary) else {}
     summary = {
         "name": cfg.name,
         **metrics,
         **errors,
         **{name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")},
+        **of_callbacks,
         "train_seconds": round(train_seconds, 1),
         "num_steps": trainer.global_step,
         "num_trained_parameters": sum(p.numel() for _, p in trainable_parameters(module.model)),
@@ -223,13 +299,6 @@ def finishable(run_dir: Path) -> Iterator[None]:
         last = run_dir / "checkpoints" / "last.ckpt"
         again = resume_command(sys.argv, run_dir)
         raise UserError(f"{known}. {last} is intact; this exports it without training again: {again}") from error
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` as JSON, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def summary_lines(summary: dict[str, Any], run_dir: Path) -> Iterator[str]:

@@ -8,6 +8,8 @@ checkpointing do not change it, and neither does the kind of device.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -45,31 +47,69 @@ class SampleDropout(nn.Module):
     layer that is called twice in a step uses the same mask twice.
     """
 
+    PURPOSE: ClassVar[str] = "dropout layer"
+
     def __init__(self, p: float, layer: str, seeds: SampleSeeds):
         super().__init__()
         self.p, self.seeds = p, seeds
-        salt = seed_of(0, "dropout layer", layer)
+        salt = seed_of(0, self.PURPOSE, layer)
         self._salts = signed(salt & LOW), signed(salt >> 32)
         self._threshold = round(p * 2**32) - 2**31
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        dropped = self._hash(x) < self._threshold
+        dropped = self._dropped(x, x.numel())
         return x.masked_fill(dropped.view(x.shape), 0) * (1 / (1 - self.p))
 
-    def _hash(self, x: Tensor) -> Tensor:
-        """Uniform int32 numbers, B x elements of a sample."""
+    def _dropped(self, x: Tensor, num: int) -> Tensor:
+        """Whether each of `num` numbers, equally many of each sample, is dropped: B x numbers of a sample."""
         words_2B = self.seeds.words_2B
         if words_2B is None or x.shape[0] % words_2B.shape[1]:
-            num = 0 if words_2B is None else words_2B.shape[1]
-            raise RuntimeError(f"dropout: {len(x)} rows, but seeds of {num} samples; call Tuning.seed_dropout first")
+            known = 0 if words_2B is None else words_2B.shape[1]
+            raise RuntimeError(f"dropout: {len(x)} rows, but seeds of {known} samples; call Tuning.seed_dropout first")
         low_B1, high_B1 = (words_B[:, None] ^ salt for words_B, salt in zip(words_2B, self._salts, strict=True))
-        position = torch.arange(x.numel() // len(low_B1), dtype=torch.int32, device=x.device)
-        return mix(mix(position ^ low_B1).bitwise_xor_(high_B1))
+        position = torch.arange(num // len(low_B1), dtype=torch.int32, device=x.device)
+        return mix(mix(position ^ low_B1).bitwise_xor_(high_B1)) < self._threshold
+
+    def _by_row(self, x: Tensor, num: int) -> Tensor:
+        """`num` decisions for each sample, repeated for each of its rows: rows x num."""
+        num_samples = 0 if self.seeds.words_2B is None else self.seeds.words_2B.shape[1]
+        dropped_BN = self._dropped(x, num * num_samples)
+        return dropped_BN.repeat_interleave(len(x) // num_samples, dim=0)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+class RankDropout(SampleDropout):
+    """In training, drops each rank of an adapter for a whole sample with probability `p`; the others are scaled by
+    1 / (1 - p). Its input is what the lower factor gives: ... x rank, or of a convolution B x rank x H x W.
+    """
+
+    PURPOSE = "rank dropout layer"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        place = 1 if x.dim() == 4 else x.dim() - 1
+        dropped = self._by_row(x, x.shape[place])
+        shape = [len(x) if i == 0 else x.shape[i] if i == place else 1 for i in range(x.dim())]
+        return x.masked_fill(dropped.view(shape), 0) * (1 / (1 - self.p))
+
+
+class ModuleDropout(SampleDropout):
+    """In training, drops a whole adapter for a sample with probability `p`; the others are not scaled.
+
+    Its input is that of the adapter, which is linear without a bias: of zeros it makes zeros.
+    """
+
+    PURPOSE = "module dropout layer"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        return x.masked_fill(self._by_row(x, 1).view(-1, *[1] * (x.dim() - 1)), 0)
 
 
 def mix(h: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdft.distributed.sharding import shard_like
 from sdft.errors import UserError
 from sdft.protocols import DiffusionModel, Tuning
 from sdft.tuning.parameters import copy_parameters, parameter_groups, trainable_parameters
-from sdft.types import NonNegative
+from sdft.tuning.stops import read_stops
+from sdft.types import Fraction, NonNegative
 
 
 class Full(Tuning):
@@ -20,10 +22,21 @@ class Full(Tuning):
 
     parts: names of the model's submodules, such as `unet`.
     lr_scale: learning rate of a part as a multiple of the run's.
+    stop_at: part -> share of the run's steps after which it is frozen.
+    decay_to_base: weight decay towards the initial weights instead of 0 (L2-SP, arXiv:1802.01483, decoupled from the
+        gradient as in AdamW): after each step, a weight loses rate x this x its change so far. The initial weights are
+        read from the CPU at each step.
     """
 
-    def __init__(self, parts: Sequence[str] = ("unet",), lr_scale: Mapping[str, NonNegative] | None = None):
-        self.parts, self.lr_scale = tuple(parts), dict(lr_scale or {})
+    def __init__(
+        self,
+        parts: Sequence[str] = ("unet",),
+        lr_scale: Mapping[str, NonNegative] | None = None,
+        stop_at: Mapping[str, Fraction] | None = None,
+        decay_to_base: NonNegative = 0.0,
+    ):
+        self.parts, self.lr_scale, self.decay_to_base = tuple(parts), dict(lr_scale or {}), decay_to_base
+        self.stop_at = read_stops(stop_at, self.parts)
         unknown = set(self.lr_scale) - set(self.parts)
         if unknown:
             raise UserError(f"tuning.lr_scale names {sorted(unknown)}, which tuning.parts does not train")
@@ -43,7 +56,17 @@ class Full(Tuning):
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """One parameter group per part."""
-        return parameter_groups(model, self.parts, self.lr_scale)
+        groups = parameter_groups(model, self.parts, self.lr_scale)
+        return [group | {"weight_decay": 0.0} for group in groups] if self.decay_to_base else groups
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if not self.decay_to_base:
+            return
+        rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        for name, p in trainable_parameters(model):
+            initial = shard_like(p, self.initial[name]).to(p.device, p.dtype)
+            p.lerp_(initial, rates[id(p)] * self.decay_to_base)
 
     @contextmanager
     def base(self, model: nn.Module) -> Iterator[None]:

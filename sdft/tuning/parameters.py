@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,15 +47,36 @@ def swap_parameters(model: nn.Module, weights: dict[str, Tensor], aside: dict[st
             weights[name].copy_(held)
 
 
-def parameter_groups(model: nn.Module, parts: Sequence[str], lr_scale: Mapping[str, float]) -> list[dict[str, Any]]:
+@contextmanager
+def exchanged(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside the `with`, the trainable parameters are others of these values, whole where the model's are sharded."""
+    own = {name: p for name, p in trainable_parameters(model) if p is not weights[name]}
+    places = {name: (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in own}
+    for name, (module, leaf) in places.items():
+        module._parameters[leaf] = nn.Parameter(weights[name].to(own[name].device))
+    try:
+        yield
+    finally:
+        for name, (module, leaf) in places.items():
+            module._parameters[leaf] = own[name]
+
+
+def parameter_groups(
+    model: nn.Module, parts: Sequence[str], lr_scale: Mapping[str, float], lora_plus: float | None = None
+) -> list[dict[str, Any]]:
     """Parameter groups of each part, with its `name` and `lr_scale`; vectors have a group of their own without decay.
 
     Vectors are biases and the weights of norms: weight decay would pull them to no scale at all.
+    lora_plus: rate of the upper factors of LoRAs over that of the lower ones; they get a group of their own.
     Raises UserError for a part that is frozen.
     """
     groups: list[dict[str, Any]] = []
     for part in parts:
-        owned = [p for name, p in trainable_parameters(model) if part_of(name) == part]
+        named = {name: p for name, p in trainable_parameters(model) if part_of(name) == part}
+        if lora_plus is not None and (upper := [name for name in named if ".lora_B." in name]):
+            scale = lr_scale.get(part, 1.0) * lora_plus
+            groups.append({"name": f"{part}.lora_B", "lr_scale": scale, "params": [named.pop(n) for n in upper]})
+        owned = list(named.values())
         if not owned:
             raise UserError(f"tuning: no parameter of {part!r} is trainable")
         common = {"name": part, "lr_scale": lr_scale.get(part, 1.0)}

@@ -6,15 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from sdft.config.command import CONF_DIR, check, compose
+from sdft.config.command import CONF_DIR, ConfigError, build, check, compose
+from sdft.errors import UserError
+from sdft.planning.dry_run import forecast
+from sdft.tuning.words import Words
 
 DATA = ("toy", "check", "cache", "shard", "caption", "edit", "tags", "mask")
-ROOTS = {"train", "eval", "merge", "strip", "formats", "nano", *(f"data_{command}" for command in DATA)}
+COMMANDS = ("train", "eval", "merge", "strip", "formats", "choose", "publish", "nano", "board")
+ROOTS = {*COMMANDS, *(f"data_{command}" for command in DATA)}
 NEEDS = {
     "segmenter/text": ["segmenter.text=cat"],
+    "class_images/generated": ["class_images.prompt=a photo of a mug"],
     "data/folder": ["data.root=somewhere"],
     "data/webdataset": ["data.shards=somewhere"],
     "data/huggingface": ["data.name=someone/some"],
+    "data/preference": ["data.root=somewhere"],
+    "data/votes": ["data.votes=somewhere"],
     "data/mix": ["data.train.sources.own.root=here", "data.train.sources.others.root=there"],
     "model/nano_vae": ["tuning=full", "objective=reconstruction", "verdict=autoencoder"],
     "model/nano_clip": ["tuning=full", "objective=contrastive", "verdict=judge"],
@@ -23,6 +30,10 @@ NEEDS = {
     "recipe/nano_clip_full": ["experiment=nano_clip"],
     "recipe/nano_untrained_full": ["experiment=nano_base"],
     "objective/weighting/debiased": ["objective=epsilon"],
+    "tuning/words": ["tuning.new_words={zorbix: cat}"],
+    "recipe/nano_words": ["model=nano", "tuning=words", "tuning.new_words={zorbix: cat}"],
+    "recipe/sdxl_words": ["model=sdxl", "tuning=words", "tuning.new_words={zorbix: cat}"],
+    "objective/prior/prediction": ["objective.prior.caption=cat"],
 }
 MERGE_NEEDS = {
     "linear": ["models=[x]"],
@@ -48,6 +59,9 @@ ROOT_NEEDS = {
     "data_shard": ["root=x", "out=y"],
     **{f"data_{command}": ["root=x"] for command in ("caption", "edit", "tags", "mask")},
     "eval": ["subjects={base: nano}"],
+    "choose": ["run=x"],
+    "board": ["in=x"],
+    "publish": ["run=x"],
 }
 
 
@@ -114,3 +128,30 @@ def test_an_experiment_runs_on_the_real_model_and_own_pictures_by_name_alone(exp
     assert cfg.size == cfg.data.size == cfg.verdict.size == 1024
     assert cfg.optimizer.lr <= 1e-4
     assert "train" not in cfg.data
+
+
+@pytest.mark.parametrize("more", [[], ["model=sdxl", "data=folder", "data.root=somewhere"]], ids=["nano", "sdxl"])
+def test_a_word_is_learned_by_its_embedding_alone_by_name(more: list[str]) -> None:
+    cfg = compose("train", ["experiment=word", "tuning=words", *more])
+    check(cfg)
+    assert isinstance(build(cfg.tuning), Words)
+
+
+def test_a_part_gets_a_schedule_beside_that_of_the_run() -> None:
+    """A group that is added at another package is not the file of the root, which declares its own keys."""
+    added = "+lr_schedule@part_schedules.words=constant"
+    cfg = compose("train", ["experiment=technomant", added, "part_schedules.words.warmup_steps=3"])
+    check(cfg)
+    assert cfg.lr_schedule._target_.endswith("cosine")
+    assert cfg.part_schedules.words == {
+        "_target_": "sdft.optimizers.schedules.constant", "_partial_": True, "warmup_steps": 3
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"unknown key 'part_schedules.words.warmup'"):
+        check(compose("train", ["experiment=technomant", added, "part_schedules.words.warmup=3"]))
+
+
+def test_a_schedule_of_a_part_that_is_not_trained_is_refused_before_the_run(tmp_path: Path) -> None:
+    overrides = ["experiment=dreamy_style", "+lr_schedule@part_schedules.words=constant", "dry_run=true"]
+    cfg = compose("train", [*overrides, f"run_dir={tmp_path}"])
+    with pytest.raises(UserError, match="part_schedules names words; the trained parts are unet"):
+        forecast(cfg)

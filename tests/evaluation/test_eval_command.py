@@ -19,7 +19,7 @@ from sdft.config.command import ConfigError, build, check, compose
 from sdft.errors import UserError
 from sdft.evaluation.subject_loader import SubjectLoader, with_lora, with_words
 from sdft.evaluation.subjects import AdapterFiles, Subject, read_subjects
-from sdft.formats.adapter import write_lora, write_words
+from sdft.formats.adapter import words_of, write_lora, write_words
 from sdft.models.load import pretrained
 from sdft.models.sdxl import SDXL
 from sdft.sampling.generate import generate
@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
             if "lora_B" in name or name.endswith("rows_ND"):
                 parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.1)
     write_lora(model, folder / "lora.safetensors")
-    write_words(model, [WORD], folder / "words.safetensors")
+    write_words(words_of(model, [WORD]), folder / "words.safetensors")
     # As a run elsewhere left it: only the names of the files still hold.
     artifacts = {"lora": "/elsewhere/lora.safetensors", "words": "/elsewhere/words.safetensors"}
     (folder / "summary.json").write_text(json.dumps({"artifacts": artifacts}))

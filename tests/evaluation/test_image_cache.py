@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +14,14 @@ import torch
 from checks import full_disk
 from safetensors.torch import load_file, save_file
 
+from sdft.batch import Conditioning
 from sdft.distributed.processes import ProcessInfo
 from sdft.errors import UserError
 from sdft.evaluation.grid import Axes, GridCell, build_grid
 from sdft.evaluation.image_cache import ImageCache, write_image
 from sdft.evaluation.subject_loader import SubjectLoader, model_digest
-from sdft.evaluation.subjects import Subject, read_subjects
+from sdft.evaluation.subjects import FINAL, Subject, read_subjects
+from sdft.formats.power_average import write_averages
 from sdft.formats.training_checkpoint import VERSION
 from sdft.models.nano import WEIGHTS as NANO
 from sdft.models.sdxl import SDXL
@@ -148,6 +152,21 @@ def test_a_picture_is_named_by_what_it_was_made_from(models: SubjectLoader, want
     assert ImageCache(Path("x"), models, "bf16", BATCH).path(cell) != name
 
 
+@torch.no_grad()
+def prediction(model: SDXL) -> torch.Tensor:
+    """What a model predicts of some noise."""
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    context, pooled = model.encode_prompts(["a red cat"])
+    return model.denoise(x, torch.tensor([500]), Conditioning(context, pooled, torch.ones(1, 6)))
+
+
+def attached(build: Callable[[], SDXL], method: Any = "lora") -> tuple[SDXL, Adapter]:
+    """A model with a LoRA, and what attached it."""
+    model, tuning = build(), Adapter(rank=2, method=method)
+    tuning.attach(model)
+    return model, tuning
+
+
 def test_loras_have_strengths_and_stack(models: SubjectLoader, lora: Path) -> None:
     """Twice at a half is once; at strength 0 it is the base, at -1 it takes away what 1 gives."""
     sources = {
@@ -157,14 +176,10 @@ def test_loras_have_strengths_and_stack(models: SubjectLoader, lora: Path) -> No
         "none": [{"lora": str(lora), "scale": 1.0}, {"lora": str(lora), "scale": -1.0}],
     }
     found = {s.name: s for s in read_subjects(sources)}
-    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def predicted(subject: Subject, scale: float = 1.0) -> torch.Tensor:
-        from sdft.batch import Conditioning
-
-        with models.open(subject, scale) as model, torch.no_grad():
-            context, pooled = model.encode_prompts(["a red cat"])
-            return model.denoise(x, torch.tensor([500]), Conditioning(context, pooled, torch.ones(1, 6)))
+        with models.open(subject, scale) as model:
+            return prediction(model)
 
     base, once = predicted(Subject("base", "nano", "nano")), predicted(found["once"])
     assert (once - base).abs().max() > 1e-3
@@ -190,13 +205,12 @@ def test_checkpoints_of_a_run_are_opened_on_one_model(tiny_model, tmp_path: Path
     """The average where the run kept one; the final step is the run's result, drawn from its file."""
     opened = []
 
-    def rebuild(run: Path) -> SDXL:
-        opened.append(tiny_model())
-        Adapter(rank=2).attach(opened[-1])
-        return opened[-1]
+    def rebuild(run: Path) -> tuple[SDXL, Adapter]:
+        opened.append(run)
+        return attached(tiny_model)
 
     (tmp_path / "checkpoints").mkdir()
-    trained = {name: p.detach() for name, p in trainable_parameters(rebuild(tmp_path))}
+    trained = {name: p.detach() for name, p in trainable_parameters(rebuild(tmp_path)[0])}
     for step, callbacks in ((50, {"EMA": {"average": {k: v + 1 for k, v in trained.items()}}}), (100, {})):
         state = {f"model.{name}": value + 2 for name, value in trained.items()}
         file = tmp_path / "checkpoints" / f"step_{step:06d}.ckpt"
@@ -215,6 +229,61 @@ def test_checkpoints_of_a_run_are_opened_on_one_model(tiny_model, tmp_path: Path
     message = r"subjects\.run=.*step_000120\.ckpt holds other parameters"
     with pytest.raises(UserError, match=message), models.open(run, step=120):
         pass
+
+
+def test_a_checkpoint_has_a_strength(tiny_model, tmp_path: Path) -> None:
+    """Half of a LoRA's strength is half of its B; a DoRA has none between 0 and 1."""
+    (tmp_path / "checkpoints").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    drawn = {
+        name: torch.randn(p.shape, generator=generator) for name, p in trainable_parameters(attached(tiny_model)[0])
+    }
+    for step, share in ((50, 1.0), (100, 0.5)):
+        state = {f"model.{name}": value * (share if "lora_B" in name else 1) for name, value in drawn.items()}
+        whole = {"callbacks": {}, "global_step": step, "loops": {}, VERSION: "2.6"}
+        torch.save({"state_dict": state, **whole}, tmp_path / "checkpoints" / f"step_{step:06d}.ckpt")
+    run = Subject("run", str(tmp_path), run=tmp_path, num_steps=150)
+    models = SubjectLoader(
+        lambda weights="nano": tiny_model(), "nano", torch.device("cpu"), lambda run: attached(tiny_model)
+    )
+
+    def predicted(scale: float, step: int) -> torch.Tensor:
+        with models.open(run, scale, step) as model:
+            return prediction(model)
+
+    torch.testing.assert_close(predicted(0.5, 50), predicted(1.0, 100))
+    assert (predicted(0.5, 50) - predicted(1.0, 50)).abs().max() > 1e-3
+    assert torch.equal(predicted(0.0, 50), prediction(tiny_model()))
+    assert models.identity(run, 0.5, 50) != models.identity(run, 1.0, 50)
+    doras = SubjectLoader(
+        lambda weights="nano": tiny_model(), "nano", torch.device("cpu"), lambda run: attached(tiny_model, "dora")
+    )
+    trained = {f"model.{name}": p.detach() for name, p in trainable_parameters(attached(tiny_model, "dora")[0])}
+    torch.save({"state_dict": trained, **whole}, tmp_path / "checkpoints" / "step_000050.ckpt")
+    message = "axes.scale: the strength of a DoRA must be 0 or 1"
+    with pytest.raises(UserError, match=message), doras.open(run, 0.5, 50):
+        pass
+
+
+def test_averages_of_a_run_are_opened_at_any_width(tiny_model, tmp_path: Path) -> None:
+    trained = {name: p.detach() for name, p in trainable_parameters(attached(tiny_model)[0])}
+    for step in (50, 100):
+        copies = {width: {name: p + step for name, p in trained.items()} for width in (0.05, 0.1)}
+        write_averages(tmp_path / "averages" / f"step_{step:06d}.safetensors", copies)
+    run, other = Subject("run", str(tmp_path), run=tmp_path, num_steps=100), Subject("base", "nano", "nano")
+    models = SubjectLoader(
+        lambda weights="nano": tiny_model(), "nano", torch.device("cpu"), lambda run: attached(tiny_model)
+    )
+    with models.open(run, width=0.1) as model:
+        for name, p in trainable_parameters(model):
+            torch.testing.assert_close(p, trained[name] + 100)
+    assert models.identity(run, 1.0, FINAL, 0.1) != models.identity(run, 1.0, FINAL, 0.2)
+    cells = build_grid([other, run], ["a"], [0], Sampler(), 64, Axes(width=[0.05, 0.1]), ["width"])
+    assert [(cell.variant, cell.width) for cell in cells] == [
+        ("base", None), ("run width 0.05", 0.05), ("run width 0.1", 0.1)
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"axes\.width: none of the subjects is a run with averages"):
+        build_grid([other], ["a"], [0], Sampler(), 64, Axes(width=[0.05]))
 
 
 def test_wrong_parts_of_a_subject_are_named(lora: Path) -> None:

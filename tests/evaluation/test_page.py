@@ -22,6 +22,7 @@ from sdft.errors import UserError
 from sdft.evaluation.page.write import thumbnail, write_page
 from sdft.evaluation.results import (
     Estimate,
+    Headline,
     HeatMap,
     ImageResult,
     MetricInfo,
@@ -87,6 +88,7 @@ def compared(folder: Path) -> Results:
         figures=estimates,
         verdicts=[clear, none],
         tradeoff=Tradeoff("style", "adherence", ["base", "tuned"], "tuned", "Style at no detectable loss."),
+        headline=Headline(f"Keep tuned: {ALERT}", "Style at no detectable loss."),
     )
 
 
@@ -165,7 +167,7 @@ def test_pictures_stand_by_prompt_and_subject_and_text_stays_text(open_page, rep
     page = open_page(report)
     assert page.title() == f"base & tuned {ALERT}".strip()
     assert page.locator("h1").text_content() == f"base & tuned {ALERT}"
-    assert page.locator("#lead").inner_text().split("\n")[0] == "Keep tuned."
+    assert page.locator("#lead p").all_text_contents() == [f"Keep tuned: {ALERT}", "Style at no detectable loss."]
     assert page.locator("#grid tbody th").all_text_contents() == list(PROMPTS)
     assert page.locator("#grid thead th").all_text_contents() == list(COLOURS)
     assert len(shown(page)) == 18

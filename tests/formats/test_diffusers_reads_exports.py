@@ -11,7 +11,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sdft.formats.adapter import write_lora, write_words
+from sdft.formats.adapter import words_of, write_lora, write_words
 from sdft.formats.diffusers_folder import write_folder
 from sdft.models.load import pretrained
 from sdft.models.sdxl import SDXL
@@ -87,7 +87,7 @@ def test_saving_leaves_the_live_model_alone(tiny_model, tmp_path: Path) -> None:
 def test_words_are_saved_bit_for_bit(tiny_model, tmp_path: Path) -> None:
     live = tiny_model()
     Adapter(rank=4, parts=ALL_PARTS, new_words={"<sks>": "red cat", "стиль": "neon lines"}).attach(live)
-    write_words(live, ["<sks>", "стиль"], tmp_path / "words.safetensors")
+    write_words(words_of(live, ["<sks>", "стиль"]), tmp_path / "words.safetensors")
     with safe_open(tmp_path / "words.safetensors", "pt") as file:
         assert file.metadata()["words"].split("\n") == ["<sks>", "стиль"]
         assert sorted(file.keys()) == ["clip_g", "clip_l"]
@@ -104,7 +104,7 @@ def test_saved_words_and_lora_teach_a_fresh_diffusers_pipeline(tiny_model, tmp_p
         for rows in live.word_rows.values():
             rows.add_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(9)))
     write_lora(live, tmp_path / "lora.safetensors", torch.float32)
-    write_words(live, ["<sks>"], tmp_path / "words.safetensors")
+    write_words(words_of(live, ["<sks>"]), tmp_path / "words.safetensors")
 
     pipeline = pipeline_of(base)
     with safe_open(tmp_path / "words.safetensors", "pt") as file:

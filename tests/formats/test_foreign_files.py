@@ -65,9 +65,9 @@ def test_the_names_of_peft_are_read(kind: str, tmp_path: Path) -> None:
 
 
 OTHERS = {
-    "trained norms of LyCORIS": f"{KOHYA}.w_norm",
-    "whole weights or biases (diff) of LyCORIS": f"{KOHYA}.diff_b",
-    "OFT or BOFT": f"{KOHYA}.oft_blocks",
+    "tensors of an unknown kind": f"{KOHYA}.w_norm",
+    "whole weights (diff) of LyCORIS": f"{KOHYA}.diff",
+    "OFT or BOFT of peft, or of early LyCORIS": f"{KOHYA}.oft_diag",
     "GLoRA": f"{KOHYA}.a1.weight",
     "IA3": f"{KOHYA}.on_input",
     "embeddings of new words": "bundle_emb.zorbix.string_to_param",
@@ -89,10 +89,21 @@ def test_what_is_no_lora_is_named_and_may_be_left_out(kind: str, tmp_path: Path)
 
 
 def test_an_adapter_of_another_kind_alone_has_nothing_to_read(tmp_path: Path) -> None:
-    file = saved(tmp_path / "x.safetensors", {f"{KOHYA}.oft_blocks": torch.ones(1)})
+    file = saved(tmp_path / "x.safetensors", {f"{KOHYA}.on_input": torch.ones(1)})
     for skip in (False, True):
-        with pytest.raises(UserError, match=r"has 1 tensors that cannot be read: 1 OFT or BOFT \(.*oft_blocks\)$"):
+        with pytest.raises(UserError, match=r"has 1 tensors that cannot be read: 1 IA3 \(.*on_input\)$"):
             read_lora(file, "in", skip)
+
+
+def test_a_bias_goes_with_its_weight(tmp_path: Path) -> None:
+    """LyCORIS writes both for a layer that was trained as a whole; a bias alone would be half of it."""
+    other = KOHYA.replace("to_q", "to_out_0")
+    tensors = GOOD | {f"{other}.diff": torch.ones(8, 8), f"{other}.diff_b": torch.ones(8)}
+    with pytest.raises(UserError, match=r"has 2 tensors that cannot be read: 2 whole weights \(diff\) of LyCORIS"):
+        read_lora(saved(tmp_path / "x.safetensors", tensors), "in")
+    del tensors[f"{other}.diff"]
+    (name,) = read_lora(saved(tmp_path / "x.safetensors", tensors), "in").vectors
+    assert name == LAYER.replace("to_q", "to_out.0.bias")
 
 
 def test_many_unknown_tensors_are_counted(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ BAD = {
     ),
     "an unknown tensor": (
         {DOWN: (2, 4), UP: (4, 2), f"{KOHYA_QUERY}.diff": (4, 4)},
-        r"has 1 tensors that cannot be read: 1 whole weights or biases \(diff\) of LyCORIS "
+        r"has 1 tensors that cannot be read: 1 whole weights \(diff\) of LyCORIS "
         rf"\({KOHYA_QUERY}.diff\). python -m sdft.formats skip_unknown",
     ),
     "no up": ({DOWN: (2, 4)}, f"damaged in 1 of its 1 layers: {NAMED} has no lora_up.weight$"),
@@ -225,6 +225,26 @@ BAD = {
     "DoRA on a LoHa": (
         {f"{KOHYA_QUERY}.hada_w{i}_{x}": (4, 4) for i in (1, 2) for x in "ab"} | {f"{KOHYA_QUERY}.dora_scale": (4, 1)},
         "has dora_scale, which does not belong to its other tensors",
+    ),
+    "blocks that are not square": ({f"{KOHYA_QUERY}.oft_blocks": (8, 3, 2)}, r"contradict each other \(oft_blocks \[8"),
+    "one block": ({f"{KOHYA_QUERY}.oft_blocks": (4, 4)}, r"contradict each other \(oft_blocks \[4, 4\]\)"),
+    "odd blocks of a BOFT": ({f"{KOHYA_QUERY}.oft_blocks": (2, 4, 3, 3)}, "contradict each other"),
+    "too many rotations": ({f"{KOHYA_QUERY}.oft_blocks": (4, 4, 2, 2)}, "contradict each other"),
+    "a factor for other rows": (
+        {f"{KOHYA_QUERY}.oft_blocks": (4, 2, 2), f"{KOHYA_QUERY}.rescale": (6, 1)},
+        r"contradict each other \(oft_blocks \[4, 2, 2\], rescale \[6, 1\]\)",
+    ),
+    "a rotation and a LoRA": (
+        {f"{KOHYA_QUERY}.oft_blocks": (4, 2, 2), DOWN: (2, 8), UP: (8, 2)},
+        "has oft_blocks, which does not belong to its other tensors",
+    ),
+    "a norm of two dimensions": (
+        {"lora_unet_input_blocks_1_0_in_layers_0.w_norm": (4, 1)},
+        r"damaged in 1 of its 1 layers: unet/down_blocks.0.resnets.0.norm1.weight has a change of \[4, 1\]$",
+    ),
+    "a norm twice": (
+        {f"lora_unet_{name}.b_norm": (4,) for name in ("out_0", "conv_norm_out")},
+        "has bias of unet/conv_norm_out twice, once as lora_unet_",
     ),
     "twice": ({DOWN: (2, 4), UP: (4, 2), f"unet.{QUERY}.lora_A.weight": (2, 4)}, "has lora_down.weight of .* twice"),
 }

@@ -53,14 +53,15 @@ BLOCKS = {"input_blocks": {4: 2, 5: 2, 7: 10, 8: 10}, "output_blocks": {0: 10, 1
 def sdxl() -> SimpleNamespace:
     """SDXL's networks on the meta device, and what `Adapter` asks of a model."""
     parts = {part: empty_network(part, SDXL_BASE / part) for part in ("unet", "text_encoder", "text_encoder_2")}
-    model = SimpleNamespace(**parts, ADAPTER_LAYERS=SDXL.ADAPTER_LAYERS, get_submodule=parts.__getitem__)
+    model = SimpleNamespace(**parts, ADAPTER_LAYERS=SDXL.ADAPTER_LAYERS)
+    model.get_submodule = nn.ModuleDict(parts).get_submodule
     model.untrained_parameters = lambda part: SDXL.untrained_parameters(model, part)
     return model
 
 
 def targets(sdxl: SimpleNamespace, part: str) -> list[str]:
     """The layers that a LoRA has by default, encoder 1's unused last one included."""
-    chosen = list(Adapter(rank=4).config(sdxl, part).target_modules)
+    chosen = list(Adapter(rank=4, parts=(part,)).configs(sdxl)[part].target_modules)
     if part == "text_encoder":
         chosen += [name.replace("layers.10.", "layers.11.") for name in chosen if "layers.10." in name]
     return [layer_name(part, name) for name in chosen]

@@ -17,7 +17,7 @@ from sdft.errors import UserError
 from sdft.evaluation.subject_loader import with_lora
 from sdft.formats.adapter import lora_from_model, write_lora
 from sdft.formats.lora_file import write_lora_file
-from sdft.formats.lora_layer import Layer, LoraFile
+from sdft.formats.lora_layer import DOWN, UP, Layer, LoraFile, with_one_alpha
 from sdft.models.load import pretrained
 from sdft.models.sdxl import SDXL
 from sdft.tuning.adapter import Adapter
@@ -277,3 +277,34 @@ def test_a_lora_of_another_size_is_refused_without_a_trace(nano: SDXL, tmp_path:
     with pytest.raises(UserError, match=message), with_lora(nano, tmp_path / "lora.safetensors", "x"):
         pass
     assert [(key, id(module)) for key, module in nano.named_modules()] == before
+
+
+def test_one_alpha_leaves_the_deltas() -> None:
+    """The most common alpha of each part; a layer that is switched off stays so, and other kinds as they are."""
+
+    def layer(rank: int, alpha: float, dtype: torch.dtype = torch.float32) -> Layer:
+        generator = torch.Generator().manual_seed(rank)
+        return Layer({DOWN: torch.randn(rank, 6, generator=generator).to(dtype),
+                      UP: torch.randn(5, rank, generator=generator).to(dtype)}, alpha)  # fmt: skip
+
+    layers = {
+        "unet/a": layer(4, 4.0), "unet/b": layer(4, 4.0), "unet/c": layer(2, 7.0), "unet/off": layer(2, 0.0),
+        "unet/half": layer(3, 8.0, torch.float16), "text_encoder/a": layer(4, 3.0),
+        "unet/kron": Layer({"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(2, 2)}, 9.0),
+    }  # fmt: skip
+    found = with_one_alpha(LoraFile(layers, {"title": "x"}))
+    alphas = {name: one.alpha for name, one in found.layers.items()}
+    assert alphas == dict.fromkeys(layers, 4.0) | {"text_encoder/a": 3.0, "unet/kron": 9.0}
+    for name, before in layers.items():
+        after = found.layers[name]
+        if UP not in before.tensors:
+            assert after is before
+            continue
+        assert after.tensors[UP].dtype == before.tensors[UP].dtype
+        deltas = [one.scale * one.tensors[UP].float() @ one.tensors[DOWN].float() for one in (before, after)]
+        rounding = 2e-3 if name == "unet/half" else 1e-6
+        torch.testing.assert_close(*deltas, rtol=rounding, atol=rounding)
+    assert found.layers["unet/a"] is layers["unet/a"]
+    assert found.metadata == {"title": "x"}
+    off = LoraFile({"unet/off": layer(2, 0.0)})
+    assert with_one_alpha(off) == off

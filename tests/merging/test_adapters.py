@@ -16,13 +16,13 @@ from torch import Tensor
 from sdft import rng
 from sdft.errors import UserError
 from sdft.formats.adapter import applied_lora
+from sdft.formats.lora_delta import lora_delta
 from sdft.formats.lora_file import read_lora, write_lora_file
 from sdft.formats.lora_layer import DORA, DOWN, MID, UP, Layer, LoraFile
 from sdft.merging import methods
 from sdft.merging.low_rank import best_low_rank, best_low_rank_of_sum
 from sdft.merging.merge import merge
 from sdft.merging.recipe import Step
-from sdft.merging.sources import lora_delta
 from sdft.models.load import pretrained
 
 Model = Callable[..., Path]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from checks import long
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from sdft.errors import UserError
 from sdft.models.load import pretrained
 from sdft.module import Finetuning
 from sdft.objective.denoising import Denoising
+from sdft.objective.preference import Preference
 from sdft.optimizers.optimizers import adamw
 from sdft.optimizers.schedules import constant
 from sdft.tuning.adapter import Adapter
@@ -79,7 +81,7 @@ def test_compile_marks_the_unet_or_its_transformer_blocks() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["compile", "compile_repeated_blocks"])
+@pytest.mark.parametrize("how", [long("compile"), "compile_repeated_blocks"])
 def test_a_compiled_unet_answers_alike_with_adapters_that_came_later(how: str, tiny_model, tiny_batch) -> None:
     """Compiling nano takes minutes, so a smaller model stands in."""
     predictions = []
@@ -124,3 +126,12 @@ def test_weights_that_predict_v_are_not_trained_as_epsilon(zero_snr: bool, remed
     if zero_snr:
         with pytest.raises(UserError, match="choose objective=v_zero_snr"):
             Finetuning(model, Full(), Denoising("v_prediction"), adamw, constant, seed=0)
+
+
+def test_pairs_are_not_trained_as_another_prediction() -> None:
+    """The remedy is another prediction of the same objective: objective=v would not learn from pairs."""
+    model = pretrained("nano")
+    model.set_prediction_type("v_prediction", False)
+    message = r"objective\.prediction=epsilon: the weights predict v; set objective\.prediction=v_prediction$"
+    with pytest.raises(UserError, match=message):
+        Finetuning(model, Adapter(rank=2), Preference(), adamw, constant, seed=0)

@@ -19,6 +19,7 @@ from sdft.errors import UserError
 from sdft.models.sdxl import SDXL
 from sdft.module import Finetuning
 from sdft.objective.denoising import Denoising
+from sdft.objective.noise import Offset
 from sdft.objective.noise_schedule import NoiseSchedule, noise_schedule
 from sdft.objective.timesteps import LogitNormalTimesteps, UniformTimesteps
 from sdft.objective.weighting import Debiased, MinSNR, Uniform
@@ -208,7 +209,7 @@ def test_a_sample_has_the_same_loss_alone_and_in_a_batch(tiny_model, tiny_batch)
 STEPS = {
     "epsilon": Denoising("epsilon", MinSNR(5)),
     "v": Denoising("v_prediction", MinSNR(5)),
-    "offset": Denoising("epsilon", Debiased(), UniformTimesteps(0.2, 0.9), offset_noise=0.1),
+    "offset": Denoising("epsilon", Debiased(), UniformTimesteps(0.2, 0.9), noise=Offset(0.1)),
     "zero_snr": Denoising("v_prediction", zero_terminal_snr=True),
 }
 
@@ -300,7 +301,8 @@ def noised(
 def plain_loss(model: SDXL, unet, batch: Batch, objective: Denoising) -> torch.Tensor:
     """The loss of a batch in which one caption is dropped, with no line of sdft but the seeds of its streams."""
     timesteps = objective.timesteps
-    settings = (4, objective.offset_noise, timesteps.low, timesteps.high, objective.zero_terminal_snr)
+    offset = getattr(objective.noise, "strength", 0.0)
+    settings = (4, offset, timesteps.low, timesteps.high, objective.zero_terminal_snr)
     z_t, t, eps, a, s, z0, snr = noised(model, batch, *settings)
     hidden = []
     for tok, encoder in ((model.tokenizer, model.text_encoder), (model.tokenizer_2, model.text_encoder_2)):
@@ -369,6 +371,6 @@ def test_a_schedule_of_a_dry_run_is_not_cached() -> None:
     """After a dry run in the same process, as from Python, training must not get tensors without data."""
     config = NoiseConfig(num_timesteps=17)
     with FakeTensorMode():
-        assert isinstance(noise_schedule(False, config).a, FakeTensor)
-    assert type(noise_schedule(False, config).a) is torch.Tensor
-    assert noise_schedule(False, config) is noise_schedule(False, config)
+        assert isinstance(noise_schedule("variance_preserving", config).a, FakeTensor)
+    assert type(noise_schedule("variance_preserving", config).a) is torch.Tensor
+    assert noise_schedule("variance_preserving", config) is noise_schedule("variance_preserving", config)

@@ -13,7 +13,7 @@ from sdft.planning.steps import num_steps
 def data(*counts: int) -> SimpleNamespace:
     """A data module with so many images of each size."""
     sizes = {(64, 64 + 16 * i): range(count) for i, count in enumerate(counts)}
-    return SimpleNamespace(train_set=SimpleNamespace(by_size=lambda: sizes))
+    return SimpleNamespace(sizes=None, own_per_pass=1, train_set=SimpleNamespace(by_size=lambda: sizes))
 
 
 @pytest.mark.parametrize(

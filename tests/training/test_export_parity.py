@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdft.errors import UserError
+from sdft.evaluation.export_check import scale_error
 from sdft.formats import lora_file
+from sdft.formats.lora_layer import DOWN, UP, Layer
 from sdft.models.load import pretrained
 from sdft.training.callbacks import export as exports
 from sdft.training.callbacks.export import Export
@@ -40,11 +43,55 @@ def test_both_files_of_a_lora_give_the_trained_model_back(method: str, parts: li
     assert 0 < max(errors.values()) < 0.01
 
 
+RANKS = {"unet.down_blocks.*": 2, "*.to_q": 8}
+MENU: dict[str, dict[str, Any]] = {
+    "ranks": {"rank_pattern": RANKS},
+    "ranks, one alpha": {"rank_pattern": RANKS, "alpha": 3.0},
+    "alphas": {"alpha_pattern": {"*.to_q": 16.0}},
+    "rslora": {"rank_pattern": RANKS, "rslora": True},
+    "conv": {"layers": "conv", "conv_rank": 2, "conv_alpha": 1.0},
+    "dora": {"method": "dora", "rank_pattern": RANKS},
+    "pissa": {"init": "pissa", "rank_pattern": RANKS},
+    "olora": {"init": "olora", "alpha": 2.0},
+}
+
+
+@pytest.mark.parametrize("parts", [UNET, slow(ENCODERS)], ids=["unet", "encoders"])
+@pytest.mark.parametrize("name", ["ranks", *map(slow, [*MENU][1:])])
+def test_ranks_and_scales_of_single_layers_are_read_back(name: str, parts: list[str], tmp_path: Path) -> None:
+    """diffusers ignores the alphas of single layers of a kohya file."""
+    written, errors = export(trained(Adapter(rank=4, parts=parts, **MENU[name])), tmp_path)
+    assert set(written) == {"lora", "lora_kohya"}
+    assert 0 < max(errors.values()) < 0.01
+
+
 @pytest.mark.parametrize("method", ["loha", "lokr"])
 def test_what_diffusers_has_no_form_for_is_written_for_the_others(method: str, tmp_path: Path) -> None:
     written, errors = export(trained(Adapter(rank=4, alpha=11, parts=UNET, method=method)), tmp_path)
     assert set(written) == {"lora_kohya"}
     assert 0 < errors["export_error/lora_kohya"] < 0.02
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "oft"}, {"method": "boft"}, {"train_norms": True, "train_biases": True}], ids=str
+)
+def test_rotations_norms_and_biases_are_read_back(options: dict, tmp_path: Path) -> None:
+    written, errors = export(trained(Adapter(rank=10, parts=ENCODERS, **options)), tmp_path)
+    assert set(written) == {"lora_kohya"}
+    assert 0 < errors["export_error/lora_kohya"] < 0.01
+
+
+@pytest.mark.parametrize("lost", ["w_norm", "diff_b"])
+def test_a_norm_or_bias_that_is_not_written_fails_the_export(lost: str, tmp_path: Path, monkeypatch) -> None:
+    def writes_wrong(lora, path, layout, *args):
+        lora_file.write_lora_file(lora, path, layout, *args)
+        tensors = load_file(path)
+        name = next(name for name in tensors if name.endswith(lost))
+        save_file(tensors | {name: 1.1 * tensors[name]}, path)
+
+    monkeypatch.setattr(exports, "write_lora_file", writes_wrong)
+    with pytest.raises(UserError, match=r"deviates from the trained model by 10\.0% of what training changed"):
+        export(trained(Adapter(rank=2, parts=UNET, train_norms=True, train_biases=True)), tmp_path)
 
 
 @pytest.mark.slow
@@ -149,3 +196,15 @@ def test_a_single_file_with_a_forgotten_transpose_fails_the_export(tmp_path: Pat
     monkeypatch.setattr(exports, "write_single_file", forgets)
     with pytest.raises(UserError, match=r"model\.safetensors deviates .*do not use it"):
         export(trained(Full()), tmp_path, single_file=True)
+
+
+def test_a_short_training_of_which_fp16_leaves_few_digits_is_no_wrong_scale() -> None:
+    """Values near the smallest that fp16 has, 6e-8; a wrong alpha is found there too."""
+    up, down = torch.full((8, 2), 9e-8), torch.ones(2, 8)
+    trained = Layer({UP: up, DOWN: down}, 4.0)
+    read = Layer({UP: (up * 2).half(), DOWN: down.half()}, 2.0)
+    assert scale_error(read, trained) == 0
+    assert scale_error(Layer(read.tensors, 4.0), trained) > 0.2
+    assert scale_error(Layer({**read.tensors, UP: 3 * up.half()}, 2.0), trained) > 0.2
+    assert scale_error(Layer({**read.tensors, UP: 0 * up}, 2.0), trained) == 1
+    assert scale_error(Layer(read.tensors, 0.0), trained) > 0.9

@@ -6,6 +6,7 @@ import json
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -116,3 +117,15 @@ def test_a_sound_run_leaves_no_list(tiny_model, tiny_source, tmp_path: Path) -> 
     data = Images(tiny_source(6), tiny_source(2, "held out"), batch_size=2, size=32, seed=3)
     fit(tiny_model(), data, tmp_path)
     assert not (tmp_path / "bad_samples.json").exists()
+
+
+def test_a_loss_that_had_almost_vanished_may_be_what_it_was_at_first(tmp_path: Path) -> None:
+    """As that of pairs, which begins at log 2; above that it has diverged, also after a resume."""
+    trainer = SimpleNamespace(global_step=3, global_rank=0, world_size=1, is_global_zero=True, precision="32-true")
+    guard, resumed = Guard(str(tmp_path)), Guard(str(tmp_path))
+    for value in (0.693, *[1e-4] * 9, 0.69):
+        guard._look(trainer, "loss", torch.tensor(value))
+    resumed.load_state_dict(guard.state_dict())
+    for one in (guard, resumed):
+        with pytest.raises(UserError, match=r"the loss diverged to 0\.7, 7000 times the median"):
+            one._look(trainer, "loss", torch.tensor(0.7))

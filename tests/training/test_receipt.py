@@ -80,8 +80,7 @@ def test_the_hash_of_the_data_follows_pictures_captions_and_order(tiny_source) -
         source = tiny_source(3)
         source.__dict__ |= changes
         part, scan = SimpleNamespace(source=source), SimpleNamespace(digest=lambda index: None)
-        data = SimpleNamespace(train_set=part, validation_set=part, train_scan=scan, validation_scan=scan)
-        return receipt.data_digest(data)
+        return receipt.data_digest(SimpleNamespace(parts=lambda: [(part, scan), (part, scan)]))
 
     other = tiny_source(3).images.copy()
     other[1, 0, 0, 0] ^= 1

@@ -18,11 +18,13 @@ from sdft.errors import UserError
 from sdft.formats.training_checkpoint import read_state
 from sdft.module import Finetuning
 from sdft.objective.denoising import Denoising
+from sdft.objective.noise import Offset
 from sdft.objective.weighting import MinSNR
 from sdft.optimizers.optimizers import adamw
 from sdft.optimizers.schedules import constant
 from sdft.training.callbacks.ema import EMA
 from sdft.training.callbacks.guard import Guard
+from sdft.training.callbacks.page import RunPage
 from sdft.training.checkpoints import last_checkpoint
 from sdft.training.lagged import LaggedScalar
 from sdft.training.trainer import Progress, trainer
@@ -85,7 +87,7 @@ def test_a_steady_step_reads_nothing_back(
         devices=1,
         precision="32-true",
         log_every=20,
-        callbacks=[Steady(waits), EMA(0.9), guard],
+        callbacks=[Steady(waits), EMA(0.9), guard, RunPage(str(tmp_path))],
         run_dir=str(tmp_path),
     )
     with waits:
@@ -150,7 +152,7 @@ class Unpinned(TorchDispatchMode):
 def test_what_a_step_draws_goes_to_the_device_from_pinned_memory(
     spoilt: bool, tiny_model, tiny_batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    objective = Denoising(weighting=MinSNR(), offset_noise=0.1)
+    objective = Denoising(weighting=MinSNR(), noise=Offset(0.1))
     tuning = Adapter(rank=2, dropout=0.5)
     module = Finetuning(tiny_model(), tuning, objective, partial(adamw, lr=1e-3), constant, seed=0).to("meta")
     if spoilt:

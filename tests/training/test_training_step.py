@@ -230,7 +230,9 @@ def test_checkpoints_hold_only_what_learns(tuning: str, tiny_model, tiny_source,
     assert "hyper_parameters" not in saved
 
 
-@pytest.mark.parametrize("tuning", ["full", "lora_unet_te_words", slow("loha"), slow("lokr")])
+@pytest.mark.parametrize(
+    "tuning", ["full", "lora_unet_te_words", slow("loha"), slow("lokr"), slow("boft"), "oft_norms"]
+)
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(tuning: str, tiny_model, tiny_source, tmp_path: Path) -> None:
     """Killed in the fifth of six steps, resumed from the third, with everything on that has a state.
 
@@ -246,6 +248,8 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(tuning: str, tiny_mode
             "lora_unet_te_words": partial(adapter, parts=ALL_PARTS, new_words={"<sks>": "red cat"}),
             "loha": partial(adapter, method="loha", layers="conv"),
             "lokr": partial(adapter, method="lokr"),
+            "boft": partial(Adapter, rank=6, method="boft"),
+            "oft_norms": partial(Adapter, rank=4, method="oft", train_norms=True, train_biases=True),
         }[tuning]()
         schedule = partial(cosine, warmup_steps=2, final=0.1)
         return Finetuning(

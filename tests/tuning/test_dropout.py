@@ -154,5 +154,5 @@ def test_only_training_drops(tiny_model, tiny_batch) -> None:
     plain = tiny_model()
     Adapter(rank=2).attach(plain)
     assert not any(isinstance(module, SampleDropout) for module in plain.modules())
-    with pytest.raises(UserError, match="loha has no input to drop"):
+    with pytest.raises(UserError, match=r"tuning\.dropout=0\.1: is not defined for tuning\.method=loha"):
         Adapter(rank=2, method="loha", dropout=0.1)

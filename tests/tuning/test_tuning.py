@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -22,6 +23,8 @@ from sdft.module import Finetuning
 from sdft.objective.denoising import Denoising
 from sdft.optimizers.optimizers import adamw, scale_rates
 from sdft.optimizers.schedules import constant
+from sdft.sampling.generate import generate
+from sdft.sampling.samplers import Sampler
 from sdft.tuning.adapter import Adapter, adapters, scaled
 from sdft.tuning.full import Full
 from sdft.tuning.parameters import trainable_parameters
@@ -44,8 +47,11 @@ TUNINGS: dict[str, Callable[[], Full | Adapter]] = {
     "lora_conv": partial(Adapter, rank=3, parts=ALL_PARTS, layers="conv"),
     "loha_unet": partial(Adapter, rank=3, method="loha", layers="conv"),
     "lokr_unet": partial(Adapter, rank=3, method="lokr", layers="conv"),
+    "oft_unet": partial(Adapter, rank=3, method="oft", layers="conv"),
+    "boft_te": partial(Adapter, rank=6, method="boft", parts=ALL_PARTS),
+    "norms_te": partial(Adapter, rank=3, parts=ALL_PARTS, train_norms=True, train_biases=True),
 }
-MARKS = ("lora_", "hada_", "lokr_")
+MARKS = ("lora_", "hada_", "lokr_", "oft_")
 
 
 def finetuning(model: SDXL, tuning, **options) -> Finetuning:
@@ -77,6 +83,9 @@ def should_train(tuning: str, name: str) -> bool:
         "lora_unet_te": "lora_" in name,
         "lora_unet_te_words": "lora_" in name or name.endswith("rows_ND"),
         "lora_conv": "lora_" in name,
+        "boft_te": "oft_" in name,
+        "norms_te": "lora_" in name
+        or ((name.endswith("base_layer.bias") or ("norm" in name and not name.startswith("vae."))) and not unused),
     }.get(tuning, name.startswith("unet.") and any(mark in name for mark in MARKS))
 
 
@@ -129,6 +138,9 @@ def test_full_text_encoders_have_gradients_through_the_pooled_vector_too(tiny_mo
         ("lora_conv", 110, 12, 12),
         ("loha_unet", 110, 0, 0),
         ("lokr_unet", 110, 0, 0),
+        ("oft_unet", 110, 0, 0),
+        ("boft_te", 84, 12, 12),
+        ("norms_te", 84, 12, 12),
     ],
 )
 def test_number_of_adapters(name: str, unet: int, encoder_1: int, encoder_2: int, tiny_model) -> None:
@@ -156,14 +168,14 @@ def test_number_of_adapters_of_sdxl_itself() -> None:
         two = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=32))
     assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
     model = SDXL(unet, AutoencoderKL(), one, two, None, None, None)
-    every, attention = Adapter(rank=4), Adapter(rank=4, layers="attention")
-    assert len(every.config(model, "unet").target_modules) == 722
-    assert len(attention.config(model, "unet").target_modules) == 560
-    assert len(every.config(model, "text_encoder").target_modules) == 66
-    assert len(every.config(model, "text_encoder_2").target_modules) == 192
+    every, attention = Adapter(rank=4, parts=ALL_PARTS).configs(model), Adapter(rank=4, layers="attention")
+    assert len(every["unet"].target_modules) == 722
+    assert len(attention.configs(model)["unet"].target_modules) == 560
+    assert len(every["text_encoder"].target_modules) == 66
+    assert len(every["text_encoder_2"].target_modules) == 192
 
 
-@pytest.mark.parametrize("name", ["lora_unet", "lora_unet_te", "loha_unet", "lokr_unet"])
+@pytest.mark.parametrize("name", ["lora_unet", "lora_unet_te", "loha_unet", "lokr_unet", "oft_unet", "boft_te"])
 def test_adapters_at_scale_zero_are_the_base_bit_for_bit(name: str, tiny_model, tiny_batch) -> None:
     batch, model = tiny_batch(), tiny_model()
     base = outputs(model, batch)
@@ -181,7 +193,7 @@ def test_an_untrained_adapter_is_the_base_bit_for_bit(tiny_model, tiny_batch) ->
     assert same_bits(outputs(model, batch), base)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr"])
+@pytest.mark.parametrize("method", ["lora", "dora", "loha", "lokr", "oft"])
 def test_adapters_are_fp32_beside_a_bf16_base_and_change_nothing_untrained(method: str, tiny_model) -> None:
     """peft alone gives them bf16, in which small steps are lost; and DoRA's norms, if rounded, change the base."""
     model = tiny_model().to(torch.bfloat16)
@@ -216,8 +228,8 @@ def test_no_adapter_is_ever_left_out_of_a_step(tiny_model, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "loha", "dropout": 0.1}, r"tuning\.dropout=0\.1: loha has no input to drop"),
-        ({"method": "lokr", "dropout": 0.1}, r"tuning\.dropout=0\.1: lokr has no input to drop"),
+        ({"method": "loha", "dropout": 0.1}, r"tuning\.dropout=0\.1: is not defined for tuning\.method=loha"),
+        ({"method": "lokr", "dropout": 0.1}, r"tuning\.dropout=0\.1: is not defined for tuning\.method=lokr"),
         ({"layers": "conv", "parts": ["text_encoder"]}, r"tuning\.layers=conv: only the UNet has convolutions"),
     ],
 )
@@ -402,3 +414,18 @@ def outputs(model: SDXL, batch: Batch) -> tuple[Tensor, ...]:
 
 def same_bits(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
     return all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("prediction", ["sample", "flow_prediction", "v_prediction"])
+def test_the_base_is_drawn_by_what_it_predicts(tiny_model, prediction: str) -> None:
+    """A full fine-tune may change what is predicted; the model before it still predicts the noise."""
+    model, sampler = tiny_model(), Sampler(steps=3)
+    expected = generate(model, ["a red cat"], [0], sampler, (32, 32))
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    module = Finetuning(model, Full(["unet"]), Denoising(prediction=prediction), optimizer, constant, seed=0)
+    with torch.no_grad():
+        for p in model.unet.parameters():
+            p.add_(0.01)
+    with module.tuning.drawing_base(model):
+        assert np.array_equal(generate(model, ["a red cat"], [0], sampler, (32, 32)), expected)
+    assert model.scheduler.config.prediction_type == prediction

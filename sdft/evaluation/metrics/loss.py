@@ -43,8 +43,8 @@ class ValidationLoss:
         indices = range(min(self.num_images, len(inputs.held_out.keys)))
         with generated.open() as model:
             config = model.scheduler.config
-            objective = Denoising(
-                config.prediction_type, timesteps=self.timesteps, zero_terminal_snr=config.rescale_betas_zero_snr
+            objective = Denoising.comparable(
+                config.prediction_type, config.rescale_betas_zero_snr, timesteps=self.timesteps
             )
             for batch in batches(pictures, indices, self.batch_size):
                 report = objective(model, batch.to(model.device), Draws(SEED, batch.keys, batch.visits))

@@ -96,11 +96,7 @@ class Novelty:
         self.extractor = extractor or THUMBNAILS
 
     def __call__(self, generated: GeneratedImages, inputs: MetricInputs) -> np.ndarray:
-        training = inputs.features("training", self.extractor)
-        nearest = _distances(training, training).fill_diagonal_(float("inf")).min(1).values
-        unit = nearest.median() if len(training) > 1 else torch.tensor(training.shape[1] ** 0.5)
-        distances = _distances(generated.features(self.extractor), training).min(1).values
-        return (distances / unit.clamp(min=1e-9)).numpy()
+        return relative_novelty(generated.features(self.extractor), inputs.features("training", self.extractor))
 
 
 class Copies:
@@ -118,6 +114,14 @@ class Copies:
 
     def __call__(self, generated: GeneratedImages, inputs: MetricInputs) -> np.ndarray:
         return (self._novelty(generated, inputs) < self.threshold).astype(float)
+
+
+def relative_novelty(images_ND: torch.Tensor, training_MD: torch.Tensor) -> np.ndarray:
+    """Distance of each image to the nearest training image; see `Novelty`. Both are features; returns N."""
+    nearest = _distances(training_MD, training_MD).fill_diagonal_(float("inf")).min(1).values
+    unit = nearest.median() if len(training_MD) > 1 else torch.tensor(training_MD.shape[1] ** 0.5)
+    distances = _distances(images_ND, training_MD).min(1).values
+    return (distances / unit.clamp(min=1e-9)).numpy()
 
 
 def _distances(a_ND: torch.Tensor, b_MD: torch.Tensor) -> torch.Tensor:

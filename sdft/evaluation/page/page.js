@@ -3,18 +3,10 @@
 function showLead() {
   document.title = results.title;
   at("title").textContent = results.title;
-  const { recommended, reason } = results.tradeoff ?? {};
-  const say = (...words) => at("lead").append(make("p", { className: "verdict" }, ...words));
-  if (recommended) {
-    say("Keep ", make("b", { dir: "auto" }, recommended), ".");
-    at("lead").append(make("p", { dir: "auto" }, reason));
-  } else if (results.verdicts.length > 0) {
-    const found = results.verdicts.filter((verdict) => judged(verdict).kind !== "same").length;
-    say(`${found} of ${results.verdicts.length} differences are statistically significant.`);
-  } else {
-    const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
-    say(`${count(results.pictures.length, "image")} of ${count(subjects.size, "subject")}.`);
-  }
+  const { sentence, detail } = results.headline ?? {};
+  const say = (text, className = "") => at("lead").append(make("p", { className, dir: "auto" }, text));
+  say(sentence ?? `${results.pictures.length} images, ${subjects.size} subjects.`, "verdict");
+  if (detail) say(detail);
 }
 
 function listContents() {

@@ -29,7 +29,7 @@ function showFigures() {
   ];
   if (columns.length === 0) return;
   at("figures").hidden = false;
-  at("figure-table").replaceChildren(sortableTable(columns));
+  at("figure-table").replaceChildren(sortableTable(columns, results.subjects, "subject", ({ name }) => [name]));
   at("meanings").replaceChildren(...terms(measured.map(({ label, meaning, better }) =>
     [label, `${meaning} ${better ? `${ARROWS[better]}.` : "Neither direction is better."}`])));
 }
@@ -63,37 +63,6 @@ function metricColumn(metric) {
   return { label: metric.label, hint: ARROWS[metric.better] ?? "", title: metric.meaning, value, cell };
 }
 
-/** A table of the subjects; a click on a heading sorts by it, the next one reverses the order. */
-function sortableTable(columns) {
-  const body = make("tbody");
-  const headings = columns.map((column) => {
-    const button = make("button", { type: "button", className: "sort", title: column.title ?? "" }, column.label);
-    const heading = make("th", { scope: "col" }, button, make("small", {}, column.hint));
-    button.addEventListener("click", () => {
-      const order = heading.getAttribute("aria-sort") === "descending" ? "ascending" : "descending";
-      for (const other of headings) other.removeAttribute("aria-sort");
-      heading.setAttribute("aria-sort", order);
-      fill([...results.subjects].sort(byValue(column.value, order)));
-    });
-    return heading;
-  });
-  const row = (subject) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, subject.name),
-    columns.map(({ cell }) => make("td", {}, cell(subject))));
-  const fill = (ordered) => body.replaceChildren(...ordered.map(row));
-  fill(results.subjects);
-  return make("table", {}, make("thead", {}, make("tr", {}, make("th", { scope: "col" }, "subject"), headings)), body);
-}
-
-/** Missing values come last in both orders. */
-function byValue(value, order) {
-  const sign = order === "descending" ? -1 : 1;
-  return (one, other) => {
-    const [a, b] = [value(one), value(other)];
-    if (a === null || b === null) return (a === null) - (b === null);
-    return sign * (typeof a === "number" && typeof b === "number" ? a - b : String(a).localeCompare(String(b)));
-  };
-}
-
 /** The outcome of a test: a sign that is clear without its colour, and a word. */
 function judged(verdict) {
   const better = metrics.get(verdict.metric)?.better ?? null;
@@ -124,14 +93,6 @@ function showVerdicts() {
     make("details", {}, make("summary", {}, "Table of the tests"),
       make("div", { className: "wide" }, plainTable(heads, rows))),
   );
-}
-
-/** Rows of text; the first of each row is its heading. */
-function plainTable(heads, rows) {
-  const line = ([first, ...rest]) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, written(first)),
-    rest.map((item) => make("td", { dir: "auto" }, item instanceof Node ? item : written(item))));
-  return make("table", {}, make("thead", {}, make("tr", {}, heads.map((head) => make("th", { scope: "col" }, head)))),
-    make("tbody", {}, rows.map(line)));
 }
 
 function showAbout() {

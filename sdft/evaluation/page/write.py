@@ -20,7 +20,7 @@ from sdft.evaluation.results import HeatMap, Results
 from sdft.pages import html
 
 HERE = Path(__file__).parent
-SCRIPTS = ("pictures", "grid", "enlarge", "tables", "charts", "bradley_terry", "vote", "page")
+SCRIPTS = ("plot", "table", "pictures", "grid", "enlarge", "tables", "charts", "bradley_terry", "vote", "page")
 """In the order of their dependencies."""
 
 LONGEST = 256

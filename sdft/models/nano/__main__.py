@@ -16,11 +16,10 @@ from sdft.data.sources import ToyWorld
 from sdft.data.toy.lexicon import VOCABULARY
 from sdft.data.toy.scenes import SUBJECTS
 from sdft.errors import UserError
-from sdft.evaluation.after_training import BEFORE_AFTER
 from sdft.evaluation.clip_judge import load_judge
 from sdft.evaluation.image_grid import save_grid
 from sdft.formats.diffusers_folder import write_folder
-from sdft.formats.run_folder import read_summary
+from sdft.formats.run_folder import BEFORE_AFTER, read_summary
 from sdft.hardware import autocast_precision, default_precision
 from sdft.models.load import pretrained
 from sdft.models.nano.build import tokenizer

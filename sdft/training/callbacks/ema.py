@@ -10,12 +10,11 @@ import lightning as L
 import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from sdft.distributed.sharding import local_shard, shard_like
-from sdft.errors import UserError
+from sdft.distributed.sharding import local_shard
 from sdft.optimizers.optimizers import averages_weights
 from sdft.protocols import WeightAverage
+from sdft.training.callbacks.averaged import copied_parameters
 from sdft.tuning.parameters import copy_parameters, swap_parameters, trainable_parameters
 
 
@@ -47,18 +46,8 @@ class EMA(WeightAverage, L.Callback):
         self._idle = averages_weights(trainer.optimizers[0])
         if self._idle:
             return
-        if self.offload and any(isinstance(p, DTensor) for p in module.model.parameters()):
-            raise UserError("callbacks.ema.offload=true: sharded weights are averaged where they are; set it to false")
-        saved = self.average
         self._trained = [p for _, p in trainable_parameters(module.model)]
-        # In fp32: an average of bf16 weights would not move by a thousandth of their distance.
-        self.average = {name: self._copy(p) for name, p in trainable_parameters(module.model)}
-        for name, value in saved.items():
-            self.average[name].copy_(shard_like(self.average[name], value))
-
-    def _copy(self, parameter: Tensor) -> Tensor:
-        copy = parameter.detach().to(torch.float32, copy=True)
-        return copy.cpu() if self.offload else copy
+        self.average = copied_parameters(module.model, self.average, self.offload, "callbacks.ema")
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:

@@ -38,9 +38,11 @@ class Guard(L.Callback):
 
     On a GPU it looks one step behind, so that no step waits for its values, and with `fused_backward` a gradient is
     known only after the update: the weights in memory may then have been spoilt, but no checkpoint is written of them.
+    Logs the norm of the gradient before clipping as `train/gradient_norm`.
 
     run_dir: `bad_samples.json` is written there, with the samples of that step and the loss of each.
-    divergence: a loss, or a gradient norm before clipping, above this many times the median of the last 100 diverges.
+    divergence: a loss, or a gradient norm before clipping, diverges above this many times the median of the last 100,
+        if it is also above the first of the run: a loss of pairs that has fallen to almost nothing may be log 2 again.
         In sound runs on nano, also with batches of one sample, the largest was 5 times the median.
 
     Raises UserError.
@@ -49,6 +51,7 @@ class Guard(L.Callback):
     def __init__(self, run_dir: str, divergence: Annotated[float, Gt(1)] = 100.0):
         self.file, self.divergence = Path(run_dir) / "bad_samples.json", divergence
         self.recent: dict[str, list[float]] = {"loss": [], "gradient": []}
+        self.first: dict[str, float] = {}
         self.lags: bool | None = None
         """Whether it looks one step behind; if None, on GPUs."""
         self._seen: list[dict[str, Any]] = []
@@ -66,6 +69,7 @@ class Guard(L.Callback):
         else:
             size = norm([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
         self._look(trainer, "gradient", size)
+        module.log("train/gradient_norm", size)
         self._seen = []
 
     def _look(self, trainer: L.Trainer, what: str, value: Tensor) -> None:
@@ -96,10 +100,10 @@ class Guard(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         self._flush()  # a checkpoint that is about to be written
-        return {"recent": {what: list(values) for what, values in self.recent.items()}}
+        return {"recent": {what: list(values) for what, values in self.recent.items()}, "first": dict(self.first)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.recent = state["recent"]
+        self.recent, self.first = state["recent"], state.get("first", {})  # earlier versions kept no first
 
     def _watch(self, launched: Launched) -> None:
         """All ranks get the same value, so they stop together."""
@@ -111,9 +115,10 @@ class Guard(L.Callback):
         if not math.isfinite(value):
             self._stop(trainer, what, BROKEN, step, seen)
         usual = median(recent) if len(recent) >= LEAST else math.inf
-        if usual and value > self.divergence * usual:
+        if usual and value > max(self.divergence * usual, self.first.get(what, 0.0)):
             times = f"{value / usual:.0f} times the median of the last {len(recent)}"
             self._stop(trainer, what, f"diverged to {value:.3g}, {times},", step, seen)
+        self.first.setdefault(what, value)
         recent.append(value)
         del recent[:-WINDOW]
 

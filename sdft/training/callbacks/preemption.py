@@ -78,7 +78,7 @@ class Preempt(L.Callback):
         self._step = trainer.global_step
         # Processes get the signal at different moments, and must stop after the same step.
         if trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
             strategy_hooks(trainer.strategy).wait_for_saves()
             first = trainer.strategy.broadcast(self.received, src=0)
             self.received = self.received or first

@@ -1,4 +1,4 @@
-"""Logging of configs, images and comparisons to Weights & Biases."""
+"""Logging of configs, images and comparisons to Weights & Biases and TensorBoard."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from sdft.training.callbacks.tensorboard import TensorBoard
 from sdft.training.receipt import git_state
 
 
@@ -67,10 +68,13 @@ def run_id(folder: Path, resumed: bool) -> str | None:
 
 
 def log_picture(trainer: L.Trainer, name: str, path: Path, step: int) -> None:
-    """Log an image file to W&B, if it is on."""
+    """Log an image file to the loggers that take images. step: number of optimizer steps done."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.log_image(name, [str(path)], step=step)
+        elif isinstance(logger, TensorBoard):
+            # The values of an optimizer step have its number counted from 0; what belongs to none comes after them.
+            logger.log_image(name, [str(path)], step=step - trainer.training)
 
 
 def log_run(trainer: L.Trainer, config: dict[str, Any]) -> None:
@@ -80,15 +84,26 @@ def log_run(trainer: L.Trainer, config: dict[str, Any]) -> None:
 
 
 def finish(trainer: L.Trainer, summary: dict[str, Any]) -> None:
-    """Write the metrics of the run to its W&B summary, and close it: the next job of a sweep is another W&B run."""
+    """Log the metrics of the run, and close the loggers: the next job of a sweep is another W&B run."""
     for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, TensorBoard):
+            logger.finish(summary, trainer.global_step)
+        elif isinstance(logger, WandbLogger):
             logger.experiment.summary.update({k: v for k, v in summary.items() if isinstance(v, int | float | str)})
             logger.experiment.finish()
 
 
 def log_comparison(logger: Any, results: Any, folder: Path) -> None:
-    """Log a table of all images with settings and metrics, the metrics of each subject, and the contact sheet."""
+    """Log a table of all images with settings and metrics, the metrics of each subject, and the contact sheet.
+
+    TensorBoard has no tables.
+    """
+    if isinstance(logger, TensorBoard):
+        for subject, own in results.figures.items():
+            logger.log_metrics({f"{subject}/{name}": estimate.value for name, estimate in own.items()}, 0)
+        logger.log_image("grid", [str(folder / "grid.png")], 0)
+        logger.finish({})
+        return
     if not isinstance(logger, WandbLogger):
         return
     import wandb
