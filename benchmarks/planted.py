@@ -1,6 +1,6 @@
 """Runs whose right ending is known: are they stopped, and is the right step chosen?
 
-    python -m benchmarks.planted [sound overfit forget] [--seeds 10] [--folder DIR]
+    python -m benchmarks.planted [sound overfit forget] [--seeds 10] [--first 0] [--folder DIR]
 
 - sound: the dreamy style on nano. Right: it is not stopped before it has 0.9 of the best style gain that it would
   still have had, and what is chosen has 0.9 of the best of all.
@@ -75,12 +75,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", default=list(KINDS))
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--folder", type=Path, default=None)
     arguments = parser.parse_args()
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="planted_"))
     with ThreadPoolExecutor(2) as pool:
         for kind in arguments.kinds:
-            seeds = range(arguments.seeds)
+            seeds = range(arguments.first, arguments.first + arguments.seeds)
             folders = [folder / f"{kind}_{seed}" for seed in seeds]
             runs = list(pool.map(train, [kind] * len(folders), seeds, folders))
             found = [judged(kind, history) for history in runs]

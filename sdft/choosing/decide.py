@@ -58,7 +58,7 @@ class Decision:
         if leader.interval(self.look)[0] <= 0:
             why = f"none: {self.name(leader)} has {told(leader, self.look)}, which cannot be told from the base's"
             return Choice(None, False, why, front)
-        peers = [one for one in allowed if one is not leader and not self.is_better(leader, one, self.look)]
+        peers = [one for one in allowed if one is not leader and not self.leads(leader, one)]
         cheaper = [one for one in peers if self.costs_less(one, leader)]
         kept = min(cheaper, key=self.cost, default=leader)
         rivals = [one for one in [leader, *peers] if one is not kept and not self.costs_less(kept, one)]
@@ -97,6 +97,11 @@ class Decision:
         """Whether a figure of `a` is detectably better than that of `b`."""
         gain, p = improvement(a, b, figure)
         return gain > 0 and p < LEVEL
+
+    def leads(self, leader: Measurement, other: Measurement) -> bool:
+        """Whether the leader has detectably learned more. One-sided, since nobody has learned more than the leader."""
+        gain, p = improvement(leader, other, self.look)
+        return gain > 0 and p < 2 * LEVEL  # p is two-sided
 
     def costs_less(self, a: Measurement, b: Measurement) -> bool:
         """Whether `a` is detectably better than `b` in a figure of cost that matters, and worse in none."""

@@ -56,6 +56,19 @@ def test_of_two_that_learned_as_much_the_cheaper_one() -> None:
     assert "step 200 has learned no more that could be detected, and has prompt adherence 0.8" in choice.reason
 
 
+@pytest.mark.parametrize(("lead", "kept"), [(1.6, "cheap"), (1.9, "dear"), (2.3, "dear")])
+def test_a_lead_is_tested_one_sided(lead: float, kept: str) -> None:
+    """Of 16 pictures, a lead of 1.75 standard errors has a one-sided p-value of 0.05, and one of 2.13 a two-sided."""
+    own = normal(7)
+    error = own.std(ddof=1) / NUM**0.5
+    base = measured(0, 1, style_gain=0.0, adherence=1.0)
+    costs = measured(1, 1, adherence=0.97).values, measured(2, 1, adherence=0.80).values
+    cheap = Measurement.of(100, {"style_gain": 0.6 + 0.1 * SCATTER, **costs[0]})
+    dear = Measurement.of(200, {"style_gain": 0.6 + 0.1 * (SCATTER + own + lead * error), **costs[1]})
+    choice = Decision(base, [cheap, dear]).choice()
+    assert choice.recommended is {"cheap": cheap, "dear": dear}[kept]
+
+
 def test_it_says_when_it_cannot_tell() -> None:
     one, two = measured(100, 1, noise=0.05, style_gain=0.6), measured(200, 1, noise=0.05, style_gain=0.605)
     choice = Decision(measured(0, 1, style_gain=0.0), [one, two]).choice()
