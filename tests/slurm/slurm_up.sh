@@ -45,7 +45,7 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
 JobRequeue=1
-KillWait=5
+KillWait=30
 MessageTimeout=60
 PropagateResourceLimits=NONE
 NodeName=DEFAULT CPUs=4 RealMemory=8000 Weight=2

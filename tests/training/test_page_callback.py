@@ -163,3 +163,12 @@ def test_writing_takes_its_share_of_the_time_and_a_long_run_gets_a_forecast(
     most = 2 + 0.25 * (time.monotonic() - begun) / 0.3
     assert 2 <= len(written) <= most
     assert run_data(tmp_path)["plan"]["forecast"]["host_gib"] == 1.0
+
+
+def test_the_end_of_a_run_does_not_wait_for_a_forecast(tiny_model, tiny_source, tmp_path: Path, monkeypatch) -> None:
+    """Of a run that is stopped before its page is due: SLURM and spot machines leave it seconds."""
+    monkeypatch.setattr(module, "LONG", 0.0)
+    with pytest.raises(SystemExit):
+        fit(tmp_path, tiny_model, tiny_source, RunPage(str(tmp_path)), end=SystemExit(143))
+    assert (tmp_path / "index.html").is_file()
+    assert run_data(tmp_path)["plan"]["forecast"]["host_gib"] is None

@@ -65,6 +65,7 @@ class RunPage(L.Callback):
             return
         self.measured.batch(module.latest, trainer.global_step)
         if time.monotonic() >= self._due:
+            self._do(self._forecast_long_run)  # not where a run ends: SIGTERM leaves it only a few seconds
             self._do(self._write)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -98,7 +99,6 @@ class RunPage(L.Callback):
         self.history.start(trainer.global_step, trainer.max_steps, **notes)
 
     def _write(self) -> None:
-        self._forecast_long_run()
         begun = time.monotonic()
         self._pictures.note(getattr(self._trainer, "datamodule", None))
         rest = max(self.every, (time.monotonic() - begun) / self.share)
