@@ -164,7 +164,7 @@ def _refuse_value(key: str, value: Any, owner: Any, where: str, trust: Sequence[
     if isinstance(value, str) and COMMANDS not in trust:
         if "pipe:" in value:
             raise ConfigError(f"{where}: {key} runs a command ({value}); trust={COMMANDS} allows it")
-        if "${" in HARMLESS.sub("", value):
+        if not _is_harmless(value):
             raise ConfigError(f"{where}: {key}={value}: this interpolation is not allowed without trust={COMMANDS}")
     if key.rpartition(".")[2] == "allow_pickle" and value not in (False, None) and COMMANDS not in trust:
         raise ConfigError(f"{where}: {key} opens a pickle, which can run code; trust={COMMANDS} allows it")
@@ -211,6 +211,23 @@ def named_in_conf() -> tuple[frozenset[str], frozenset[str]]:
     found = (frozenset(re.findall(rf"\b{key}:\s*([\w.]+)", text)) for key in ("_target_", "path"))
     targets, paths = found
     return targets, paths
+
+
+def _is_harmless(value: str) -> bool:
+    """Whether a text has only interpolations of other keys, also nested, or is one of those that compute in `conf/`."""
+    while (simpler := HARMLESS.sub("x", value)) != value and value not in computed_in_conf():
+        value = simpler
+    return "${" not in value or value in computed_in_conf()
+
+
+@functools.cache
+def computed_in_conf() -> frozenset[str]:
+    """The values in `conf/` that make a dict of other values, as `experiment=word` does.
+
+    None of these can put together an interpolation out of values that have none.
+    """
+    texts = (file.read_text(encoding="utf-8") for file in sorted(CONF_DIR.rglob("*.yaml")))
+    return frozenset(value for text in texts for value in re.findall(r'"(\$\{oc\.create:[^"]*\})"', text))
 
 
 def is_library_class(name: str) -> bool:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 import sdft
 import sdft.training.__main__ as train
-from sdft.config.command import compose
+from sdft.config.command import CONF_DIR, compose
+from sdft.config.compose import composer
 from sdft.config.keys import ConfigError
 from sdft.config.trust import (
     line_of_key,
@@ -24,7 +25,7 @@ from sdft.config.trust import (
     trusted_by,
 )
 from sdft.errors import UserError
-from sdft.evaluation.run import rebuild
+from sdft.evaluation.run import config_of, rebuild
 from sdft.merging.run import read_recipe
 
 OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_of_version_0_1"
@@ -107,6 +108,51 @@ def test_a_run_folder_runs_no_command_and_reads_no_environment(key: str, tmp_pat
     with pytest.raises(ConfigError, match=r"\.hydra/config\.yaml, line \d+: .*trust="):
         rebuild(run)
     assert not (tmp_path / MARK).exists()
+
+
+def as_written(overrides: list[str]) -> DictConfig:
+    """The config that Hydra writes beside a run: nothing is resolved."""
+    with composer("train", CONF_DIR, overrides) as opened:
+        cfg, _ = opened.load(overrides)
+    return OmegaConf.create(OmegaConf.to_container(cfg, resolve=False))
+
+
+@pytest.mark.parametrize("experiment", ["word", "product", "character"])
+def test_configs_that_compute_values_are_opened(experiment: str, tmp_path: Path) -> None:
+    """As Hydra writes them, with interpolations that are nested or make a dict, and no others."""
+    cfg = as_written([f"experiment={experiment}"])
+    folder = tmp_path / ".hydra"
+    folder.mkdir()
+    OmegaConf.save(cfg, folder / "config.yaml")
+    assert "oc.create" in (folder / "config.yaml").read_text()
+    begins_as = {"word": "glowing neon circuit lines", "product": "car", "character": "robot"}[experiment]
+    assert config_of(tmp_path).tuning.new_words == {"zorbix": begins_as}
+    for value in (
+        "${oc.create:'{a: ${oc.env:HOME}}'}",
+        "${oc.create:'{${word}: ${initial_phrase} }'}",
+        "${known.${oc.env:HOME}}",
+    ):
+        OmegaConf.update(cfg, "tuning.new_words", value)
+        OmegaConf.save(cfg, folder / "config.yaml")
+        with pytest.raises(ConfigError, match=r"tuning\.new_words=.*trust=commands"):
+            config_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "value", ["$", "{oc.env:HOME}", "a: ${oc.env:HOME}", "x}: ${oc.env:HOME}, {y", "\\${oc.env:HOME}"]
+)
+@pytest.mark.parametrize("key", ["word", "initial_phrase"])
+def test_no_interpolation_can_be_put_together(key: str, value: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "a secret")
+    cfg = as_written(["experiment=word"])
+    OmegaConf.update(cfg, key, value)
+    (tmp_path / ".hydra").mkdir()
+    OmegaConf.save(cfg, tmp_path / ".hydra" / "config.yaml")
+    try:
+        found = str(config_of(tmp_path))
+    except UserError as error:
+        found = str(error)
+    assert "a secret" not in found
 
 
 @pytest.mark.parametrize(
