@@ -18,6 +18,9 @@ from sdft.evaluation.statistics import LEVEL, compare
 from sdft.evaluation.watching import FIGURES, LOOKS, Values
 from sdft.types import Count, Fraction, NonNegative
 
+SETTLED = 0.1
+"""Share of the largest learning rate. A fall that is smaller leaves the weights about where they are."""
+
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
@@ -25,16 +28,19 @@ class Measurement:
 
     values: figure -> one value for each picture, or for each that is left out.
     strength: at which the adapter was applied.
+    rate_to_fall: share of the largest learning rate by which the rate would still fall until the end of the run.
     """
 
     step: int
     values: Mapping[str, np.ndarray]
     strength: float = 1.0
+    rate_to_fall: float = 0.0
 
     @staticmethod
-    def of(step: int, values: Values, strength: float = 1.0) -> Measurement:
+    def of(step: int, values: Values, strength: float = 1.0, rate_to_fall: float = 0.0) -> Measurement:
         """A measurement, with the values as arrays of floats."""
-        return Measurement(step, {name: np.asarray(found, dtype=float) for name, found in values.items()}, strength)
+        arrays = {name: np.asarray(found, dtype=float) for name, found in values.items()}
+        return Measurement(step, arrays, strength, rate_to_fall)
 
     @property
     def means(self) -> dict[str, float]:
@@ -55,11 +61,12 @@ class Measurement:
         return float(found.mean()) - half, float(found.mean()) + half
 
     def to_json(self) -> dict[str, Any]:
-        return {"step": self.step, **self.means, "values": {name: v.tolist() for name, v in self.values.items()}}
+        values = {name: found.tolist() for name, found in self.values.items()}
+        return {"step": self.step, **self.means, "rate_to_fall": self.rate_to_fall, "values": values}
 
     @staticmethod
     def from_json(line: Mapping[str, Any]) -> Measurement:
-        return Measurement.of(line["step"], line["values"])
+        return Measurement.of(line["step"], line["values"], rate_to_fall=line.get("rate_to_fall", 0.0))
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,11 @@ def trend(window: Sequence[Measurement], figure: str) -> tuple[float, float]:
 @dataclass(frozen=True)
 class StoppingRule:
     """Ends a run when a figure is beyond its limit in two measurements in a row, or when no figure became detectably
-    better over the last `patience` measurements: of none is the trend significant at the 5 % level, one-sided."""
+    better over the last `patience` measurements: of none is the trend significant at the 5 % level, one-sided.
+
+    Where the learning rate will still fall by more than `SETTLED` of its largest value, standing still ends no run: the
+    weights settle as the rate falls, and become better again.
+    """
 
     limits: Limits = Limits()
     patience: Count = 6
@@ -131,7 +142,7 @@ def reason_to_stop(history: Sequence[Measurement], limits: Limits, patience: int
     base, now = history[0], history[-1]
     if both := [name for name in limits.passed(now, base) if name in limits.passed(history[-2], base)]:
         return " and ".join(f"{told(now, name)}, beyond its limit of {getattr(limits, name):g}" for name in both)
-    if len(history) < patience + 2:
+    if len(history) < patience + 2 or now.rate_to_fall > SETTLED:
         return None
     window = history[-1 - patience :]
     shared = [name for name in now.values if all(name in one.values for one in window)]

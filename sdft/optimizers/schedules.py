@@ -120,6 +120,18 @@ def is_constant(schedule: LRScheduler) -> bool:
     return all(factor(step) == 1 for factor in schedule.lr_lambdas for step in (0, 1, 50, 99))
 
 
+def fall_to_come(schedule: LRScheduler, step: int, num_steps: int) -> float:
+    """By how much the learning rate will still fall, in shares of its largest value in the run; of several parameter
+    groups, that of the one that falls most. 0 for schedules that cannot be asked beforehand.
+
+    step: optimizer steps that are done, of `num_steps`.
+    """
+    if not isinstance(schedule, LambdaLR) or step >= num_steps:
+        return 0.0
+    rates_GT = [[factor(t) for t in range(num_steps)] for factor in schedule.lr_lambdas]
+    return max((max(rates_T[step:]) - rates_T[-1]) / max(rates_T) for rates_T in rates_GT if max(rates_T) > 0)
+
+
 def refuse_schedule(optimizer: Callable[..., Optimizer], lr_schedule: Callable[..., LRScheduler]) -> None:
     """Raise UserError where a schedule changes the rate of an optimizer that needs none."""
     small = probe(optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,6 +51,20 @@ def test_a_run_that_no_longer_improves_is_stopped() -> None:
     assert sum(one is not None for one in found) >= 18
     assert all(one[0] >= 5 for one in found if one)  # not before it stood still
     assert "no figure has become better since step" in next(one[1] for one in found if one)
+
+
+def test_a_run_that_stands_still_goes_on_while_its_rate_will_fall() -> None:
+    """Beyond a limit it is stopped all the same."""
+    gains = [0.3, 0.6, 0.8] + [0.8] * 9
+    falling = [replace(one, rate_to_fall=0.11) for one in run(0, gains)]
+    settled = [replace(one, rate_to_fall=0.1) for one in run(0, gains)]
+    assert stop_of(settled, StoppingRule(patience=3)) == stop_of(run(0, gains), StoppingRule(patience=3))
+    assert stop_of(settled, StoppingRule(patience=3)) is not None
+    assert stop_of(falling, StoppingRule(patience=3)) is None
+    forgets = [replace(one, rate_to_fall=0.9) for one in run(0, gains, adherence=[1.0, 0.9, *[0.3] * 11])]
+    found = stop_of(forgets, StoppingRule())
+    assert found is not None
+    assert "beyond its limit" in found[1]
 
 
 def test_a_run_that_forgets_is_stopped_though_it_learns() -> None:
@@ -115,8 +130,9 @@ def test_a_trend_is_detected_where_the_ends_are_not_told_apart() -> None:
 
 
 def test_a_measurement_is_read_back_as_written() -> None:
-    one = measured(20, 1, style_gain=0.5, adherence=0.9)
+    one = replace(measured(20, 1, style_gain=0.5, adherence=0.9), rate_to_fall=0.25)
     again = Measurement.from_json(json.loads(json.dumps(one.to_json())))
     assert again.step == 20
+    assert again.rate_to_fall == 0.25
     assert again.means == one.means
     assert one.to_json()["style_gain"] == pytest.approx(one.values["style_gain"].mean())

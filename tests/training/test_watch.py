@@ -54,6 +54,10 @@ def test_weights_are_the_same_and_a_resumed_run_measures_the_same(tmp_path: Path
     assert [one.step for one in found] == [0, 2, 4, 6]
     assert {*found[-1].values} == {"style_gain", "novelty"}
     assert np.ptp([one.means["style_gain"] for one in found]) > 0
+    base, *to_fall = [one.rate_to_fall for one in found]
+    assert base == 0.0
+    assert 0.5 < to_fall[0] < 0.9
+    assert to_fall[0] > to_fall[1] > to_fall[2] == 0.0
     assert len(list((whole.folder / "watch").glob("step_*.png"))) == 3
 
     saved = tmp_path / "killed" / "checkpoints" / "last.ckpt"

@@ -18,6 +18,7 @@ from sdft.evaluation.stopping import Measurement, StoppingRule
 from sdft.evaluation.watching import Watched
 from sdft.formats.output import atomic_output
 from sdft.hardware import autocast_precision
+from sdft.optimizers.schedules import fall_to_come
 from sdft.protocols import DiffusionModel, strategy_hooks
 from sdft.training.callbacks.averaged import averaged_weights
 from sdft.training.callbacks.preemption import say
@@ -171,7 +172,9 @@ class Watch(L.Callback):
         with averaged_weights(trainer, module):
             pictures = self.measures.draw(module.model, precision)
         if trainer.is_global_zero:
-            found = Measurement.of(step, self.measures(pictures))
+            schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+            to_fall = max((fall_to_come(one, step, trainer.max_steps) for one in schedules), default=0.0)
+            found = Measurement.of(step, self.measures(pictures), rate_to_fall=to_fall)
             self._keep(found)
             for logger in trainer.loggers:
                 logger.log_metrics({f"watch/{name}": figure for name, figure in found.means.items()}, step - 1)
