@@ -11,9 +11,11 @@ from sdft.data.captions import checked_template
 from sdft.data.source import Sample
 from sdft.data.toy.rendering import render
 from sdft.data.toy.scenes import sample_scene, split_index
+from sdft.data.toy.stories import sample_story
 from sdft.types import NonNegative, NumScenes, Seed, Side
 
-Look = Literal["plain", "photo", "dreamy", "technomant"]
+Look = Literal["plain", "photo", "dreamy", "technomant", "brand", "ink"]
+Scenes = Literal["simple", "rich"]
 Own = Literal["sneaker", "wizard"]
 
 
@@ -24,6 +26,8 @@ class ToyWorld:
     num_scenes: number of scenes; scene i of a split does not depend on it.
     split: scenes of different splits never coincide.
     caption: format string of the training caption; `{caption}` is the scene's own, `{subject}` what it shows.
+    scenes: `simple` ones show one of 23 subjects, as nano does; `rich` ones one or two of 30, with details, and with
+        what they do, wear and are made of.
     size: side of the square images, in pixels.
     own: what all scenes show instead of nano's subjects: `sneaker` or `wizard`, which nano does not know.
     name: what captions call it; its own name by default.
@@ -43,13 +47,16 @@ class ToyWorld:
         original_sides: Sequence[Side] | None = None,
         own: Own | None = None,
         name: str | None = None,
+        scenes: Scenes = "simple",
     ):
         self.original_sides = tuple(original_sides or (size,))
         self.looks, self.num_scenes, self.split, self.size = tuple(looks), num_scenes, split, size
         self.world_seed, self.loss_weight = world_seed, loss_weight
         self.template = checked_template("data.caption", caption, "subject")
         self.own, self.name = own, name
+        self._sample = {"simple": sample_scene, "rich": sample_story}[scenes]
         world = f"toy/{own}" if own else "toy"
+        world = world if scenes == "simple" else f"{scenes}/{world}"
         self.keys = [f"{world}/{self._look(i)}/{split}/{i}" for i in range(num_scenes)]
         self._rendered: dict[int, np.ndarray] = {}
 
@@ -58,12 +65,12 @@ class ToyWorld:
 
     def scene(self, index: int):
         """The scene of a sample."""
-        return sample_scene(self.world_seed, split_index(self.split, index), self.own, self.name)
+        return self._sample(self.world_seed, split_index(self.split, index), self.own, self.name)
 
     def __getitem__(self, index: int) -> Sample:
         if index not in self._rendered:
             self._rendered[index] = render(self.scene(index), self._look(index), self.size)
         scene = self.scene(index)
-        caption = self.template.format(caption=scene.caption, subject=scene.subject)
+        caption = self.template.format(caption=scene.caption, subject=scene.named)
         side = self.original_sides[index % len(self.original_sides)]
         return Sample(self.keys[index], self._rendered[index], caption, self.loss_weight, (side, side))

@@ -17,13 +17,15 @@ Points = Sequence[tuple[float, float]]
 class Part:
     """One filled outline (width 0) or one stroke (width > 0).
 
-    role: names its colour in a palette. edge: whether the technomant look outlines it.
+    role: names its colour in a palette. edge: whether the technomant look outlines it. pattern: of the filled outline,
+    one of `sdft.data.toy.patterns`.
     """
 
     points: np.ndarray
     role: str
     width: float = 0.0
     edge: bool = True
+    pattern: str = ""
 
 
 def poly(role: str, points: Points, edge: bool = True) -> Part:

@@ -5,11 +5,13 @@ Knows what each subject looks like as parts with roles. Must not know colours, l
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import numpy as np
 
-from sdft.data.toy import own, shapes
+from sdft.data.toy import newcomers, own, shapes
+from sdft.data.toy.details import clothes, details
 from sdft.data.toy.geometry import Part, blob, curve, moved, oval, poly, rect, stroke
 
 FOREST_VARIANTS = 12
@@ -138,7 +140,8 @@ _STILL = {
     "laptop": shapes.laptop, "robot": shapes.robot, "cup": shapes.cup, "cake": shapes.cake, "guitar": shapes.guitar,
     "lamp": shapes.lamp, "boat": shapes.boat, "hot air balloon": shapes.balloon, "house": house, "castle": castle,
     "mushroom": mushroom, "flower": flower, "tree": tree, "star": star, "mountain": mountain,
-    "sneaker": own.sneaker, "wizard": own.wizard,
+    "sneaker": own.sneaker, "wizard": own.wizard, "rabbit": newcomers.rabbit, "owl": newcomers.owl,
+    "train": newcomers.train, "bicycle": newcomers.bicycle, "umbrella": newcomers.umbrella, "chair": newcomers.chair,
 }
 _AIRBORNE = {"bird": shapes.bird, "rocket": shapes.rocket}
 
@@ -150,7 +153,28 @@ def subject_parts(subject: str, variant: int = 0, airborne: bool = False) -> tup
         return tuple(forest(variant % FOREST_VARIANTS))
     if subject in _AIRBORNE:
         return tuple(_AIRBORNE[subject](airborne))
+    if subject == "horse":
+        return tuple(newcomers.horse(running=False))
     return tuple(_STILL[subject]())
+
+
+_POSED: dict[tuple[str, str], Callable[[], list[Part]]] = {
+    ("cat", "sleeping"): newcomers.cat_asleep, ("dog", "running"): newcomers.dog_running,
+    ("horse", "running"): partial(newcomers.horse, running=True),
+}
+
+
+@lru_cache(maxsize=512)
+def detailed_parts(
+    subject: str, variant: int = 0, airborne: bool = False, pose: str = "", worn: str = ""
+) -> tuple[Part, ...]:
+    """The parts of a subject in a rich scene: what it does and wears, with small parts on top."""
+    if (subject, pose) in _POSED:
+        return tuple(_POSED[subject, pose]())
+    parts = [*subject_parts(subject, variant, airborne), *details(subject, airborne)]
+    if worn:
+        parts += clothes(subject, worn)
+    return tuple(newcomers.leaping(parts) if pose == "jumping" else parts)
 
 
 def cactus() -> list[Part]:

@@ -5,16 +5,23 @@ Knows where every part lies in the unit square (y down). Must not know colours, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from sdft.data.toy.details import SEATS
 from sdft.data.toy.geometry import Part, blob, bounds, curve, moved, oval, rect, stroke
-from sdft.data.toy.landmarks import cactus, subject_parts
-from sdft.data.toy.scenes import Scene
+from sdft.data.toy.landmarks import cactus, detailed_parts, subject_parts
+from sdft.data.toy.palettes import OTHER, OWN_ROLES
+from sdft.data.toy.scenes import WIDE_SUBJECTS, Scene
 
-DETAIL_STREAM = 1
+DETAIL_STREAM, RAIN_STREAM = 1, 4
 _SOLID_PLACES = frozenset({"grass", "table", "snow", "desert", "road"})
+_FLOATING = frozenset({"star", "fish", "butterfly", "hot air balloon", "rocket"})
+
+Box = tuple[float, float, float, float]
+"""Left, top, right and bottom in the unit square."""
 
 
 @dataclass(frozen=True)
@@ -29,33 +36,104 @@ class Band:
 
 @dataclass(frozen=True)
 class Layout:
-    """A picture as geometry; `box` bounds the subject, `rests` tells whether something carries it."""
+    """A picture as geometry; `box` bounds all subjects, `boxes` each of them, the farther one first, and `resting`
+    those that stand on something."""
 
     bands: tuple[Band, ...]
     back: tuple[Part, ...]
     subject: tuple[Part, ...]
     front: tuple[Part, ...]
-    box: tuple[float, float, float, float]
-    rests: bool
+    box: Box
+    resting: tuple[Box, ...]
+    boxes: tuple[Box, ...]
 
 
-def _subject(scene: Scene) -> list[Part]:
-    parts = subject_parts(scene.subject, scene.index * 7 + scene.seed, scene.place == "sky")
-    if scene.subject == "fairy tale forest":
-        return moved(parts, 0.01, scene.x - 0.5, scene.y - 0.70)
-    x0, y0, x1, y1 = bounds(parts)
-    width, height = x1 - x0, y1 - y0
-    if scene.subject == "mountain":
-        scale = scene.size / 100.0
-        return moved(parts, scale, scene.x - scale * (x0 + x1) / 2, scene.horizon + 0.06 - scale * y1)
-    scale = min(scene.size / max(height, 0.8 * width), 0.94 / width)
-    half = scale * width / 2 + 0.02
-    centre = float(np.clip(scene.x, half, 1.0 - half))
+@dataclass(frozen=True)
+class _Place:
+    """Where a drawing goes: `free` centres it at `y`, otherwise its base is there."""
+
+    x: float
+    y: float
+    size: float
+    flip: bool
+    free: bool
+    widest: float = 0.94
+
+    def shift(self, parts: Sequence[Part]) -> tuple[float, float, float]:
+        """The scale and the shift of the drawing, for `moved`."""
+        x0, y0, x1, y1 = bounds(parts)
+        width, height = x1 - x0, y1 - y0
+        scale = min(self.size / max(height, 0.8 * width), self.widest / width)
+        half = scale * width / 2 + 0.02
+        centre = float(np.clip(self.x, half, 1.0 - half))
+        middle = float(np.clip(self.y, scale * height / 2 + 0.02, 0.98 - scale * height / 2)) if self.free else 0.0
+        dy = middle - scale * (y0 + y1) / 2 if self.free else self.y - scale * y1
+        return scale, centre + (scale if self.flip else -scale) * (x0 + x1) / 2, dy
+
+
+def _wide(parts: Sequence[Part], subject: str, scene: Scene, x: float, y: float, size: float) -> list[Part]:
+    """A forest or a mountain, which fill the picture from side to side."""
+    if subject == "fairy tale forest":
+        return moved(parts, 0.01, x - 0.5, y - 0.70)
+    x0, _, x1, y1 = bounds(parts)
+    scale = size / 100.0
+    return moved(parts, scale, x - scale * (x0 + x1) / 2, scene.horizon + 0.06 - scale * y1)
+
+
+def _subjects(scene: Scene) -> tuple[list[list[Part]], tuple[Box, ...]]:
+    """The parts of each subject, the farther one first, and the boxes of those that stand on something."""
+    variant, in_sky = scene.index * 7 + scene.seed, scene.place == "sky"
+    if not scene.rich:
+        parts: Sequence[Part] = subject_parts(scene.subject, variant, in_sky)
+    else:
+        flies = in_sky or scene.pose == "flying"
+        parts = _covered(detailed_parts(scene.subject, variant, flies, scene.pose, scene.worn), scene.finish)
+    if scene.other is not None:
+        return _pair(scene, list(parts))
+    if scene.subject in WIDE_SUBJECTS:
+        return [_wide(parts, scene.subject, scene, scene.x, scene.y, scene.size)], ()
     free = scene.place in ("studio", "sky", "underwater")
-    middle = float(np.clip(scene.y, scale * height / 2 + 0.02, 0.98 - scale * height / 2)) if free else 0.0
-    dy = middle - scale * (y0 + y1) / 2 if free else scene.y - scale * y1
-    flip = scene.flip
-    return moved(parts, scale, centre + (scale if flip else -scale) * (x0 + x1) / 2, dy, flip)
+    leaps = scene.pose == "jumping"
+    place = _Place(scene.x, scene.y - 0.07 * leaps, scene.size, scene.flip, free)
+    drawn = moved(parts, *place.shift(parts), scene.flip)
+    stands = scene.place in _SOLID_PLACES or (scene.place == "studio" and scene.subject not in _FLOATING)
+    x0, y0, x1, y1 = bounds(drawn)
+    return [drawn], ((x0, y0, x1, y1 + 0.07 * leaps),) if stands else ()
+
+
+def _pair(scene: Scene, parts: list[Part]) -> tuple[list[list[Part]], tuple[Box, ...]]:
+    other = scene.other
+    assert other is not None
+    others = _covered(detailed_parts(other.subject, scene.index * 7 + scene.seed, False), other.finish, OTHER)
+    beside = scene.relation == "beside"
+    widest = 0.46 if beside else 0.94
+    if other.subject in WIDE_SUBJECTS:
+        far, carried = _wide(others, other.subject, scene, other.x, other.y, other.size), None
+    else:
+        shift = _Place(other.x, other.y, other.size, other.flip, False, widest).shift(others)
+        far, carried = moved(others, *shift, other.flip), SEATS.get(other.subject)
+    if scene.relation == "on":
+        assert carried is not None
+        scale, dx, dy = shift
+        x, y = dx + (-scale if other.flip else scale) * carried[0], dy + scale * carried[1] + 0.012
+        place = _Place(x, y, scene.size, scene.flip, False)
+    else:
+        place = _Place(scene.x, scene.y, scene.size, scene.flip, scene.relation == "above", widest if beside else 0.5)
+    near = moved(parts, *place.shift(parts), scene.flip)
+    held = other.subject == "umbrella" and scene.relation == "under"
+    standing = [] if held or other.subject in WIDE_SUBJECTS else [bounds(far)]
+    standing += [bounds(near)] if scene.relation in ("beside", "before", "under") else []
+    on_solid = scene.place in _SOLID_PLACES or scene.place == "studio"
+    return [far, near], tuple(standing) if on_solid else ()
+
+
+def _covered(parts: Sequence[Part], finish: str, prefix: str = "") -> list[Part]:
+    """The parts with the material or the pattern, and with the roles of the second subject."""
+    if finish:
+        parts = [replace(part, pattern=finish) if part.role == "main" and not part.width else part for part in parts]
+    if prefix:
+        parts = [replace(part, role=prefix + part.role) if part.role in OWN_ROLES else part for part in parts]
+    return list(parts)
 
 
 def _cloud(x: float, y: float, s: float) -> list[Part]:
@@ -67,7 +145,7 @@ def _cloud(x: float, y: float, s: float) -> list[Part]:
 def _heavens(scene: Scene, rng: np.random.Generator) -> list[Part]:
     """Sun, moon, stars and clouds above the land, on the side the subject leaves free."""
     left = rng.random() < 0.5 if abs(scene.x - 0.5) < 0.1 else scene.x > 0.5
-    reach = 0.36 if scene.subject == "fairy tale forest" else 0.13
+    reach = 0.36 if "fairy tale forest" in (scene.subject, scene.other and scene.other.subject) else 0.13
     x = reach + 0.04 * rng.random() if left else 1.0 - reach - 0.04 * rng.random()
     parts: list[Part] = []
     if scene.time == "night":
@@ -83,6 +161,8 @@ def _heavens(scene: Scene, rng: np.random.Generator) -> list[Part]:
     if scene.time == "sunny":
         parts.append(oval("sun", x, 0.13, 0.09, 0.09))
         return parts + _cloud(1.0 - x + rng.uniform(-0.05, 0.05), 0.16 + rng.uniform(-0.04, 0.04), 0.15)
+    if scene.time == "fog":
+        return []
     parts += _cloud(x, 0.16 + rng.uniform(-0.04, 0.06), 0.15 + 0.05 * rng.random())
     return parts + _cloud(1.0 - x + rng.uniform(-0.06, 0.06), 0.12 + rng.uniform(-0.04, 0.04), 0.13)
 
@@ -132,7 +212,13 @@ def _underwater(rng: np.random.Generator) -> tuple[tuple[Band, ...], list[Part]]
     return (Band(0.0, 1.0, "water_top", "water_deep"),), parts
 
 
-def _front(scene: Scene, box: tuple[float, float, float, float]) -> list[Part]:
+def _rain(scene: Scene) -> list[Part]:
+    rng = np.random.default_rng(np.random.SeedSequence([scene.seed, scene.index, RAIN_STREAM]))
+    drops = rng.uniform(0.0, 1.0, (22, 2))
+    return [stroke("drop", [(x, y), (x - 0.018, y + 0.065)], 0.009, False) for x, y in drops]
+
+
+def _swell(scene: Scene, box: Box) -> list[Part]:
     if scene.place != "sea" or scene.subject == "mountain":
         return []
     x0, _, x1, y1 = box
@@ -146,7 +232,8 @@ def _front(scene: Scene, box: tuple[float, float, float, float]) -> list[Part]:
 def lay_out(scene: Scene) -> Layout:
     """Where everything in the scene lies; the same for every look."""
     rng = np.random.default_rng(np.random.SeedSequence([scene.seed, scene.index, DETAIL_STREAM]))
-    subject = _subject(scene)
+    subjects, resting = _subjects(scene)
+    subject = [part for parts in subjects for part in parts]
     box = bounds(subject)
     place, horizon = scene.place, scene.horizon
     bands: tuple[Band, ...]
@@ -165,7 +252,5 @@ def lay_out(scene: Scene) -> Layout:
     else:
         bands = (Band(0.0, horizon, "sky_top", "sky_low"), Band(horizon, 1.0, "land_far", "land_near"))
         back = _heavens(scene, rng) + _land(scene, rng)
-    floats = scene.subject in ("star", "fish", "butterfly", "hot air balloon", "rocket")
-    rests = place in _SOLID_PLACES or (place == "studio" and not floats)
-    rests = rests and scene.subject not in ("fairy tale forest", "mountain")
-    return Layout(bands, tuple(back), tuple(subject), tuple(_front(scene, box)), box, rests)
+    front = _swell(scene, box) + (_rain(scene) if scene.time == "rain" else [])
+    return Layout(bands, tuple(back), tuple(subject), tuple(front), box, resting, tuple(map(bounds, subjects)))

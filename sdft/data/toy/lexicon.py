@@ -1,4 +1,4 @@
-"""The words of the toy world: which subjects, colours, places and phrases exist and which go together.
+"""The words of simple scenes: which subjects, colours, places and phrases exist and which go together.
 
 Knows tables and the vocabulary derived from them. Must not know how anything is drawn or sampled.
 """

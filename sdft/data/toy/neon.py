@@ -10,8 +10,18 @@ from PIL import Image, ImageDraw
 
 from sdft.data.toy.geometry import Part
 from sdft.data.toy.layout import Layout
-from sdft.data.toy.palettes import Palette, natural_palette
-from sdft.data.toy.rasterize import SUPERSAMPLE, backdrop, coverage, draw_line, draw_part, ink, paint, reduced, softened
+from sdft.data.toy.palettes import OTHER, Palette, natural_palette
+from sdft.data.toy.rasterize import (
+    backdrop,
+    coverage,
+    draw_line,
+    draw_part,
+    ink,
+    paint,
+    reduced,
+    softened,
+    supersample,
+)
 from sdft.data.toy.scenes import Scene
 
 TRACE_STREAM = 3
@@ -24,11 +34,12 @@ _MAGENTA_ROLES = frozenset({"dark", "trim", "roof", "core", "brick", "stonedark"
     "wooddark",
                             "orange"})
 _GREEN_ROLES = frozenset({"eye", "lamp", "screen", "flame", "yellow", "leaf", "leafdark", "glass", "wood"})
-_RIM = 1.6 * SUPERSAMPLE
-_LINE = 1.6 * SUPERSAMPLE
+_LINE = 1.6
+"""Width of a line in pixels of an image of 64."""
 
 
 def _neon(role: str) -> np.ndarray:
+    role = role.removeprefix(OTHER)
     if role in _MAGENTA_ROLES:
         return MAGENTA
     return GREEN if role in _GREEN_ROLES else CYAN
@@ -39,13 +50,13 @@ def _rim(draw: ImageDraw.ImageDraw, part: Part, canvas: int, unit: float, colour
     if part.width:
         draw_line(draw, points, _LINE * unit, ink(colour))
     else:
-        draw_line(draw, np.concatenate([points, points[:1]]), _RIM * unit, ink(colour))
+        draw_line(draw, np.concatenate([points, points[:1]]), _LINE * unit, ink(colour))
 
 
 def _rims(layout: Layout, size: int) -> np.ndarray:
     """Light of the outlines alone; nearer parts hide the lines of farther ones."""
-    image = Image.new("RGB", (size * SUPERSAMPLE, size * SUPERSAMPLE))
-    draw, canvas, unit = ImageDraw.Draw(image), image.width, size / 64
+    image = Image.new("RGB", (size * supersample(size),) * 2)
+    draw, canvas, unit = ImageDraw.Draw(image), image.width, image.width / 64
     for band in layout.bands[1:]:
         draw_line(draw, np.array([[-0.1, band.top], [1.1, band.top]]) * canvas, _LINE * unit, ink(_TEAL * 1.1))
     for part in layout.back:
@@ -58,14 +69,14 @@ def _rims(layout: Layout, size: int) -> np.ndarray:
             _rim(draw, part, canvas, unit, _neon(part.role))
     for part in layout.front:
         draw_part(draw, part, canvas, ink(_TEAL * 1.2) if part.width else (0, 0, 0))
-    return reduced(image)
+    return reduced(image, size)
 
 
 def _traces(scene: Scene, size: int) -> np.ndarray:
     """Brightness (0 to 1) of a few right-angled circuit lines that end in node dots."""
     rng = np.random.default_rng(np.random.SeedSequence([scene.seed, scene.index, TRACE_STREAM]))
-    image = Image.new("L", (size * SUPERSAMPLE, size * SUPERSAMPLE))
-    draw, canvas, unit = ImageDraw.Draw(image), image.width, size / 64
+    image = Image.new("L", (size * supersample(size),) * 2)
+    draw, canvas, unit = ImageDraw.Draw(image), image.width, image.width / 64
     lanes = rng.permutation(np.array([0.08, 0.22, 0.36, 0.66, 0.80, 0.93]))
     for k in range(3):
         start, turn = lanes[k], rng.uniform(0.12, 0.34)
@@ -78,9 +89,9 @@ def _traces(scene: Scene, size: int) -> np.ndarray:
             path = path[:, ::-1].copy()
         draw_line(draw, path * canvas, _LINE * unit, 255)
         x, y = path[-1] * canvas
-        r = 2.0 * SUPERSAMPLE * unit
+        r = 2.0 * unit
         draw.ellipse((x - r, y - r, x + r, y + r), fill=255)
-    return reduced(image)[..., None] / 255.0
+    return reduced(image, size)[..., None] / 255.0
 
 
 def _darkened(palette: Palette, layout: Layout) -> Palette:
@@ -98,10 +109,10 @@ def _darkened(palette: Palette, layout: Layout) -> Palette:
 def technomant(scene: Scene, layout: Layout, size: int) -> np.ndarray:
     """The layout as a dark picture with glowing rims and circuit traces (float, 0 to 255 and above)."""
     palette = _darkened(natural_palette(scene), layout)
-    image = backdrop(layout.bands, palette, size * SUPERSAMPLE)
+    image = backdrop(layout.bands, palette, size * supersample(size))
     for parts in (layout.back, layout.subject, layout.front):
         paint(image, parts, palette)
-    base, unit = reduced(image), size / 64
+    base, unit = reduced(image, size), size / 64
     mask = coverage(layout, size)[..., None]
     rims = _rims(layout, size)
     traces = _traces(scene, size) * (_TEAL * (1.0 - mask) + (0.45 * MAGENTA + 0.15 * CYAN) * mask)

@@ -11,11 +11,18 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from sdft.data.toy import patterns
 from sdft.data.toy.geometry import Part
 from sdft.data.toy.layout import Band, Layout
 from sdft.data.toy.palettes import Palette
 
-SUPERSAMPLE = 4
+CANVAS = 256
+"""Least side of what is drawn: small pictures are drawn larger, and reduced."""
+
+
+def supersample(size: int) -> int:
+    """By how much a picture is drawn larger than it is: at least twice."""
+    return max(2, CANVAS // size)
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,22 @@ def paint(image: Image.Image, parts: Iterable[Part], palette: Palette) -> None:
     draw = ImageDraw.Draw(image)
     for part in parts:
         draw_part(draw, part, image.width, ink(palette[part.role]))
+        if part.pattern:
+            _cover(image, part, palette)
+
+
+def _cover(image: Image.Image, part: Part, palette: Palette) -> None:
+    """The pattern of a part over its colour."""
+    canvas = image.width
+    left, top = (max(0, int(low)) for low in np.floor(part.points.min(axis=0) * canvas))
+    right, bottom = (min(canvas, int(high) + 1) for high in np.ceil(part.points.max(axis=0) * canvas))
+    if right <= left or bottom <= top:
+        return
+    mask = Image.new("L", (right - left, bottom - top), 0)
+    ImageDraw.Draw(mask).polygon((part.points * canvas - (left, top)).ravel().tolist(), fill=255)
+    share = patterns.share(part.pattern, left, top, right - left, bottom - top, canvas)
+    covered = Image.fromarray((np.asarray(mask, dtype=np.float64) * share).astype(np.uint8))
+    image.paste(ink(palette[patterns.second_role(part.role, part.pattern)]), (left, top), covered)
 
 
 def backdrop(bands: tuple[Band, ...], palette: Palette, canvas: int) -> Image.Image:
@@ -81,28 +104,28 @@ def backdrop(bands: tuple[Band, ...], palette: Palette, canvas: int) -> Image.Im
     return Image.fromarray(strip).resize((canvas, canvas))
 
 
-def reduced(image: Image.Image) -> np.ndarray:
+def reduced(image: Image.Image, size: int) -> np.ndarray:
     """The canvas averaged down to picture size, as floats."""
-    return np.asarray(image.reduce(SUPERSAMPLE), dtype=np.float64)
+    return np.asarray(image.reduce(image.width // size), dtype=np.float64)
 
 
 def coverage(layout: Layout, size: int) -> np.ndarray:
     """How much of each pixel the subject covers, 0 to 1."""
-    image = Image.new("L", (size * SUPERSAMPLE, size * SUPERSAMPLE), 0)
+    image = Image.new("L", (size * supersample(size),) * 2, 0)
     draw = ImageDraw.Draw(image)
     for parts, value in ((layout.subject, 255), (layout.front, 0)):
         for part in parts:
             draw_part(draw, part, image.width, value)
-    return reduced(image) / 255.0
+    return reduced(image, size) / 255.0
 
 
 def stage(layout: Layout, palette: Palette, size: int) -> Stage:
     """The layout painted in flat colours over its gradients."""
-    image = backdrop(layout.bands, palette, size * SUPERSAMPLE)
+    image = backdrop(layout.bands, palette, size * supersample(size))
     paint(image, layout.back, palette)
     bare = image.copy()
     paint(bare, layout.front, palette)
-    back = reduced(bare)
+    back = reduced(bare, size)
     paint(image, layout.subject, palette)
     paint(image, layout.front, palette)
-    return Stage(reduced(image), back, coverage(layout, size))
+    return Stage(reduced(image, size), back, coverage(layout, size))

@@ -1,4 +1,4 @@
-"""The four looks: how one layout becomes pixels as plain, photo, dreamy or technomant.
+"""The looks: how one layout becomes pixels as plain, photo, dreamy, technomant, brand or ink.
 
 Knows light, glow and toning. Must not know captions, sampling or what any subject is made of.
 """
@@ -10,10 +10,11 @@ import numpy as np
 from sdft.data.toy.layout import Layout, lay_out
 from sdft.data.toy.neon import technomant
 from sdft.data.toy.palettes import Palette, natural_palette
+from sdft.data.toy.print_looks import brand, ink_wash
 from sdft.data.toy.rasterize import Stage, softened, stage
 from sdft.data.toy.scenes import Scene
 
-LOOKS: tuple[str, ...] = ("plain", "photo", "dreamy", "technomant")
+LOOKS: tuple[str, ...] = ("plain", "photo", "dreamy", "technomant", "brand", "ink")
 SPARKLE_STREAM = 2
 _LUMA = np.array([0.299, 0.587, 0.114])
 _GREY = np.array([186.0, 185.0, 188.0])
@@ -40,13 +41,15 @@ def _shadow(layout: Layout, size: int, mask: np.ndarray, strength: float) -> np.
     """Darkness cast on what lies behind the subject: a contact pool where it rests, else a soft far shadow."""
     step = max(1, round(2 * size / 64))
     cast = 0.5 * _shifted(softened(mask * 255.0, 2.4 * size / 64) / 255.0, step, step)
-    if not layout.rests:
+    if not layout.resting:
         return strength * 0.5 * cast
-    x0, _, x1, y1 = layout.box
     axis = (np.arange(size) + 0.5) / size
-    across = np.exp(-(((axis - (x0 + x1) / 2) / (0.42 * (x1 - x0))) ** 4))
-    along = np.exp(-(((axis - y1 + 0.005) / 0.035) ** 2))
-    return strength * np.maximum(along[:, None] * across[None, :], 0.4 * cast)
+    dark = 0.4 * cast
+    for x0, _, x1, y1 in layout.resting:
+        across = np.exp(-(((axis - (x0 + x1) / 2) / (0.42 * (x1 - x0))) ** 4))
+        along = np.exp(-(((axis - y1 + 0.005) / 0.035) ** 2))
+        dark = np.maximum(along[:, None] * across[None, :], dark)
+    return strength * dark
 
 
 def _photo(scene: Scene, layout: Layout, size: int) -> np.ndarray:
@@ -118,7 +121,9 @@ def _dreamy(scene: Scene, layout: Layout, size: int) -> np.ndarray:
     return image + (255.0 - image) * 0.95 * sparkle
 
 
-_RENDER = {"plain": _plain, "photo": _photo, "dreamy": _dreamy, "technomant": technomant}
+_RENDER = {
+    "plain": _plain, "photo": _photo, "dreamy": _dreamy, "technomant": technomant, "brand": brand, "ink": ink_wash,
+}  # fmt: skip
 
 
 def render(scene: Scene, look: str, size: int = 64) -> np.ndarray:

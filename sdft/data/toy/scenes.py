@@ -6,6 +6,7 @@ Knows sampling, captions and the splits. Must not know looks, colours as numbers
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ __all__ = ["OWN_KINDS", "SPLITS", "SUBJECTS", "VOCABULARY", "Scene", "sample_sce
 
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 WIDE_SUBJECTS = frozenset({"fairy tale forest", "mountain"})
-_INDOORS = frozenset({"studio", "table", "underwater"})
+INDOORS = frozenset({"studio", "table", "underwater"})
 _CLASHES: dict[str, frozenset[str]] = {
     "grass": frozenset({"green"}),
     "snow": frozenset({"white"}),
@@ -41,8 +42,25 @@ _CLASHES: dict[str, frozenset[str]] = {
 
 
 @dataclass(frozen=True)
+class Other:
+    """The second subject of a scene."""
+
+    subject: str
+    colour: str
+    finish: str
+    x: float
+    y: float
+    size: float
+    flip: bool
+
+
+@dataclass(frozen=True)
 class Scene:
-    """What all looks share: what is shown, where, how big, and the caption; `stated` lists what the caption says."""
+    """What all looks share: what is shown, where, how big, and the caption; `stated` lists what the caption says.
+
+    What follows `caption` only rich scenes have. pose: what the subject does. worn: `hat`, `scarf` or `crown`. finish:
+    a material or a pattern. relation: how the subject stands to the other one. rich: drawn with details.
+    """
 
     seed: int
     index: int
@@ -61,6 +79,18 @@ class Scene:
     hue: float
     stated: frozenset[str]
     caption: str
+    pose: str = ""
+    worn: str = ""
+    worn_colour: str = ""
+    finish: str = ""
+    other: Other | None = None
+    relation: str = ""
+    rich: bool = False
+
+    @property
+    def named(self) -> str:
+        """What the scene shows: `cat`, or `cat and a car`."""
+        return self.subject if self.other is None else f"{self.subject} and a {self.other.subject}"
 
 
 def split_index(split: str, i: int) -> int:
@@ -70,36 +100,42 @@ def split_index(split: str, i: int) -> int:
     return i * len(SPLITS) + SPLITS.index(split)
 
 
-def _pick(rng: np.random.Generator, options: dict[str, float]) -> str:
+def pick(rng: np.random.Generator, options: dict[str, float]) -> str:
+    """One of the names, by their weights."""
     names = list(options)
     weights = np.array([options[name] for name in names])
     return names[int(rng.choice(len(names), p=weights / weights.sum()))]
 
 
-def _one(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+def one(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+    """One of the options, all equally likely."""
     return options[int(rng.integers(len(options)))]
+
+
+def allowed_colours(kind: Kind, place: str, time: str) -> tuple[str, ...]:
+    """The colours of a subject that can be told from what is behind it."""
+    clashes = _CLASHES.get(place, frozenset()) | _CLASHES.get(time, frozenset())
+    return tuple(colour for colour in kind.colours if colour not in clashes)
 
 
 def _colour(rng: np.random.Generator, kind: Kind, place: str, time: str) -> tuple[str, bool]:
     if not kind.colours:
         return "", False
-    clashes = _CLASHES.get(place, frozenset()) | _CLASHES.get(time, frozenset())
-    allowed = tuple(colour for colour in kind.colours if colour not in clashes)
     usual = kind.colours[0]
     if len(kind.colours) == 1:
         return usual, False
     stated = rng.random() < 0.62
-    colour = _one(rng, allowed) if stated else usual
+    colour = one(rng, allowed_colours(kind, place, time)) if stated else usual
     return colour, stated
 
 
-def _extent(rng: np.random.Generator, subject: str, place: str) -> tuple[str, str, float, float, float]:
+def extent(rng: np.random.Generator, subject: str, place: str) -> tuple[str, str, float, float, float]:
     """Position word, size word, centre x, size and vertical anchor (base of the subject on land, centre elsewhere)."""
     if subject in WIDE_SUBJECTS:
         return "", "", 0.5 + rng.uniform(-0.04, 0.04), rng.uniform(0.68, 0.78), rng.uniform(0.68, 0.72)
-    position = _pick(rng, {"": 0.74, "left": 0.1, "right": 0.1, "centre": 0.06})
+    position = pick(rng, {"": 0.74, "left": 0.1, "right": 0.1, "centre": 0.06})
     sided = position in ("left", "right")
-    size_word = _pick(rng, {"": 0.82, "small": 0.09, "big": 0.0 if sided else 0.09})
+    size_word = pick(rng, {"": 0.82, "small": 0.09, "big": 0.0 if sided else 0.09})
     low, high = {"": (0.58, 0.70), "small": (0.34, 0.41), "big": (0.80, 0.86)}[size_word]
     if sided and not size_word:
         low, high = 0.44, 0.52
@@ -113,18 +149,19 @@ def _extent(rng: np.random.Generator, subject: str, place: str) -> tuple[str, st
 def _caption(rng: np.random.Generator, facts: dict[str, str], stated: set[str]) -> str:
     words = [facts["colour"]] if "colour" in stated else []
     if facts["size_word"]:
-        words.insert(0, _one(rng, SIZE_WORDS[facts["size_word"]]))
+        words.insert(0, one(rng, SIZE_WORDS[facts["size_word"]]))
     words.append(facts["subject"])
     noun = f"{ARTICLES[words[0][0] in 'aeiou']} {' '.join(words)}"
     place_table = MOUNTAIN_PHRASES if facts["subject"] == "mountain" else PLACE_PHRASES
-    place = _one(rng, place_table[facts["place"]]) if "place" in stated else ""
-    time = _one(rng, TIME_PHRASES[facts["time"]]) if "time" in stated else ""
-    position = _one(rng, POSITION_PHRASES[facts["position"]]) if facts["position"] else ""
-    template = _pick(rng, dict(TEMPLATES))
+    place = one(rng, place_table[facts["place"]]) if "place" in stated else ""
+    time = one(rng, TIME_PHRASES[facts["time"]]) if "time" in stated else ""
+    position = one(rng, POSITION_PHRASES[facts["position"]]) if facts["position"] else ""
+    template = pick(rng, dict(TEMPLATES))
     return " ".join(template.format(noun=noun, place=place, time=time, position=position).split())
 
 
-def _says_place(rng: np.random.Generator, kind: Kind, subject: str, place: str, time_said: bool) -> bool:
+def says_place(rng: np.random.Generator, kind: Kind, subject: str, place: str, time_said: bool) -> bool:
+    """Whether the caption says where the subject is."""
     if place == kind.home:
         return subject not in WIDE_SUBJECTS and rng.random() < 0.2
     if time_said and place == kind.places[0]:
@@ -138,22 +175,22 @@ def sample_scene(seed: int, index: int, own: str | None = None, name: str | None
     own: what it shows instead, one of OWN_KINDS. name: what its caption calls that; its own name if None.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
-    subject = _one(rng, SUBJECTS)
+    subject = one(rng, SUBJECTS)
     if own is not None:
         subject = own
     kind = KINDS.get(subject) or OWN_KINDS[subject]
     if rng.random() < kind.studio_share:
         place = "studio"
     else:
-        place = kind.places[0] if rng.random() < 0.4 else _one(rng, kind.places)
-    time = "day" if place in _INDOORS else _pick(rng, {"day": 0.48, "sunny": 0.2, "sunset": 0.14, "night": 0.18})
-    time_said = place not in _INDOORS and (time != "day" or rng.random() < 0.12)
+        place = kind.places[0] if rng.random() < 0.4 else one(rng, kind.places)
+    time = "day" if place in INDOORS else pick(rng, {"day": 0.48, "sunny": 0.2, "sunset": 0.14, "night": 0.18})
+    time_said = place not in INDOORS and (time != "day" or rng.random() < 0.12)
     colour, colour_said = _colour(rng, kind, place, time)
-    position, size_word, x, size, y = _extent(rng, subject, place)
+    position, size_word, x, size, y = extent(rng, subject, place)
     stated = {name for name, said in (
         ("colour", colour_said), ("time", time_said), ("position", bool(position)), ("size_word", bool(size_word)),
-        ("place", _says_place(rng, kind, subject, place, time_said))) if said}
-    facts = {"subject": subject, "colour": colour, "place": place, "time": time, "position": position,
+        ("place", says_place(rng, kind, subject, place, time_said))) if said}
+    facts: dict[str, Any] = {"subject": subject, "colour": colour, "place": place, "time": time, "position": position,
              "size_word": size_word}
     caption = _caption(rng, facts | ({"subject": name} if name else {}), stated)
     red, green, blue = rng.uniform(-12.0, 12.0, 3)

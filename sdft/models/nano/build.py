@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
@@ -25,22 +26,27 @@ from transformers import (
 from sdft.errors import UserError
 from sdft.models.sdxl import SDXL
 
-IMAGE_SIZE = 64
+LATENT_SIZE = 16
+IMAGE_SIZE = 4 * LATENT_SIZE
 CONTEXT_WIDTHS = (48, 80)
 TIME_ID_WIDTH = 32
 CLIP_WIDTH = 96
 
 
-def autoencoder() -> AutoencoderKL:
-    """A VAE with factor 4 and four channels. Equal upper widths keep the shortcut keys a subset of SDXL's."""
+def autoencoder(factor: Literal[4, 8] = 4) -> AutoencoderKL:
+    """A VAE with four channels. Equal upper widths keep the shortcut keys a subset of SDXL's.
+
+    factor: by how much latents are smaller than images, of LATENT_SIZE times that.
+    """
+    widths = {4: (32, 64, 64), 8: (16, 32, 96, 96)}[factor]
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
-        sample_size=IMAGE_SIZE,
+        sample_size=LATENT_SIZE * factor,
         scaling_factor=1.0,
         force_upcast=True,
     )
@@ -49,7 +55,7 @@ def autoencoder() -> AutoencoderKL:
 def unet() -> UNet2DConditionModel:
     """SDXL's three levels with two resnets each; transformers of depth 1 instead of 2 and 10."""
     return UNet2DConditionModel(
-        sample_size=IMAGE_SIZE // 4,
+        sample_size=LATENT_SIZE,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(64, 96, 96),
@@ -159,11 +165,11 @@ def untrained(words: Sequence[str], vae: str, seed: int) -> SDXL:
     return SDXL(denoiser, autoencoder, encoder, encoder_2, one, two, scheduler())
 
 
-def untrained_autoencoder(seed: int) -> AutoencoderKL:
+def untrained_autoencoder(seed: int, factor: Literal[4, 8] = 4) -> AutoencoderKL:
     """A random VAE; the same seed, the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return autoencoder()
+        return autoencoder(factor)
 
 
 def clip(words: Sequence[str], seed: int) -> CLIPModel:
