@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from sdft.data.dataset import ImageDataset, Source, batches
 from sdft.data.images import to_uint8
@@ -234,15 +234,40 @@ class AutoencoderEvaluation:
 class JudgeEvaluation:
     """Zero-shot accuracy of a trained CLIP judge on the subjects of held-out toy images."""
 
-    def __init__(self, references: dict[str, ToyWorld], words: Sequence[str]):
+    def __init__(self, references: dict[str, ToyWorld], words: Sequence[str], classes: Sequence[str] = SUBJECTS):
         self.references, self.tokenizer = references, tokenizer(words, "<|endoftext|>")
+        self.classes = tuple(classes)
 
     def __call__(self, clip: nn.Module, base: Base, folder: Path, precision: Precision = "fp32") -> dict[str, float]:
-        """Accuracy on each reference, and their mean."""
-        judge = Judge(clip, self.tokenizer, SUBJECTS)
-        values = {}
+        """Accuracy on each reference, and their mean; how well probabilities are calibrated; and, of scenes with two
+        subjects, the share in which both are named."""
+        judge = Judge(clip, self.tokenizer, self.classes)
+        values, sure, right = {}, [], []
+        both: list[Tensor] = []
         for name, source in self.references.items():
+            scenes = [source.scene(index) for index in range(len(source.keys))]
             images = np.stack([source[index].image_HWC for index in range(len(source.keys))])
-            subjects = [source.scene(index).subject for index in range(len(source.keys))]
-            values[f"accuracy_{name}"] = judge.subject_accuracy(images, subjects)
-        return values | {"accuracy": float(np.mean(list(values.values())))}
+            pair_N = np.array([scene.other is not None for scene in scenes])
+            single = [scene for scene in scenes if scene.other is None]
+            logits_NK = clip.logit_scale.exp().item() * judge.class_similarities(images[~pair_N])
+            hits_N = logits_NK.argmax(1) == judge.numbers_of([scene.subject for scene in single])
+            values[f"accuracy_{name}"] = hits_N.float().mean().item()
+            sure.append(logits_NK.softmax(1).amax(1))
+            right.append(hits_N)
+            if pair_N.any():
+                pairs = [(scene.subject, scene.other.subject) for scene in scenes if scene.other is not None]
+                both.append(judge.both_hits(images[pair_N], pairs))
+        found = {"accuracy": float(np.mean(list(values.values()))), "calibration": calibration_error(sure, right)}
+        return values | found | ({"both_named": torch.cat(both).float().mean().item()} if both else {})
+
+
+def calibration_error(sure: Sequence[Tensor], right: Sequence[Tensor], num_bins: int = 10) -> float:
+    """Expected calibration error (Guo et al. 2017): the mean distance of probability and accuracy over ten bins of
+    probability, weighted by their images.
+
+    sure: the probabilities of the chosen classes, in any number of tensors. right: whether they are the right ones.
+    """
+    sure_N, right_N = torch.cat(list(sure)), torch.cat(list(right)).float()
+    bins_N = (sure_N * num_bins).long().clamp(max=num_bins - 1)
+    gaps = [(sure_N[bins_N == k].sum() - right_N[bins_N == k].sum()).abs() for k in range(num_bins)]
+    return float(torch.stack(gaps).sum() / len(sure_N))

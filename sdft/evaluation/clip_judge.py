@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +51,29 @@ class Judge:
     def subject_hits(self, images: Images, subjects: Sequence[str]) -> Tensor:
         """Whether the most similar class of each image is its subject, N bools."""
         _check_counts(images, subjects)
+        chosen_N = self.class_similarities(images).argmax(1)
+        return chosen_N == self.numbers_of(subjects)
+
+    def class_similarities(self, images: Images) -> Tensor:
+        """Cosine similarity of each image with the prompt of each class, N x K."""
         if not self.classes:
             raise UserError("the judge has no classes; pass the list of possible subjects")
-        if unknown := set(subjects) - set(self.classes):
-            raise UserError(f"subjects {sorted(unknown)} are not among the judge's classes {list(self.classes)}")
         texts_KD = self.embed_texts([self.prompt.format(noun=with_article(name)) for name in self.classes])
-        chosen_N = (self.embed_images(images) @ texts_KD.T).argmax(1)
-        return chosen_N == torch.tensor([self.classes.index(subject) for subject in subjects])
+        return self.embed_images(images) @ texts_KD.T
+
+    def numbers_of(self, subjects: Sequence[str]) -> Tensor:
+        """The places of subjects among the classes."""
+        classes = self.classes or ()
+        if unknown := set(subjects) - set(classes):
+            raise UserError(f"subjects {sorted(unknown)} are not among the judge's classes {list(classes)}")
+        return torch.tensor([classes.index(subject) for subject in subjects], dtype=torch.long)
+
+    def both_hits(self, images: Images, pairs: Sequence[tuple[str, str]]) -> Tensor:
+        """Whether the two most similar classes of each image are its two subjects, N bools."""
+        _check_counts(images, pairs)
+        chosen_N2 = self.class_similarities(images).topk(2, dim=1).indices.sort(1).values
+        wanted_N2 = torch.stack([self.numbers_of(pair) for pair in pairs]).sort(1).values
+        return (chosen_N2 == wanted_N2).all(1)
 
     def similarity(self, images: Images, captions: Sequence[str]) -> Tensor:
         """Cosine similarity of each image with its caption, N; the mean is CLIP-T (Hessel et al. 2021, unscaled)."""
@@ -129,7 +145,7 @@ def with_article(noun: str) -> str:
     return f"{'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
-def _check_counts(images: Images, texts: Sequence[str]) -> None:
+def _check_counts(images: Images, texts: Sized) -> None:
     if len(images) != len(texts) or len(images) == 0:
         raise UserError(f"{len(images)} images and {len(texts)} texts: the judge needs one text per image")
 

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel
 
+from sdft.data.sources import ToyWorld
+from sdft.data.toy.rich_lexicon import RICH_SUBJECTS, RICH_VOCABULARY
 from sdft.data.toy.scenes import SUBJECTS, VOCABULARY, sample_scene
 from sdft.errors import UserError
+from sdft.evaluation.after_training import JudgeEvaluation, calibration_error
 from sdft.evaluation.clip_judge import Judge, load_judge, pixels_in_unit_range, with_article
 from sdft.models.nano import build
 
@@ -59,6 +62,36 @@ def test_accuracy_is_the_share_of_true_subjects(schooled: Judge) -> None:
     assert schooled.subject_accuracy(images, claimed) == pytest.approx(4 / 6)
     assert schooled.subject_hits(images, claimed).tolist() == [True, True, True, False, False, True]
     assert schooled.subject_accuracy(images, ["dog", "car", "cat", "dog", "car", "car"]) == 0.0
+
+
+def test_both_subjects_of_a_pair_are_its_two_most_similar_classes(schooled: Judge, monkeypatch) -> None:
+    similar = torch.tensor([[0.9, 0.8, 0.1], [0.2, 0.8, 0.9], [0.9, 0.1, 0.8]])
+    monkeypatch.setattr(schooled, "class_similarities", lambda images: similar)
+    pairs = [("dog", "cat"), ("dog", "car"), ("cat", "dog")]
+    assert schooled.both_hits([_flat("cat")] * 3, pairs).tolist() == [True, True, False]
+    with pytest.raises(UserError, match=r"subjects \['owl'\] are not among the judge's classes"):
+        schooled.both_hits([_flat("cat")] * 3, [*pairs[:2], ("cat", "owl")])
+
+
+def test_a_calibrated_judge_is_right_as_often_as_it_is_sure() -> None:
+    """Five images of probability 0.8, of which four are right, and two of 0.55, of which none is."""
+    right = torch.tensor([True, True, False, True, True])
+    assert calibration_error([torch.full((5,), 0.8)], [right]) == pytest.approx(0.0, abs=1e-6)
+    both = calibration_error([torch.full((5,), 0.8), torch.full((2,), 0.55)], [right, torch.zeros(2) > 1])
+    assert both == pytest.approx(2 * 0.55 / 7, abs=1e-6)
+    assert calibration_error([torch.ones(4)], [torch.ones(4) > 0]) == 0.0
+
+
+def test_an_evaluation_counts_pairs_by_themselves(tmp_path: Path) -> None:
+    """An untrained judge names about one in thirty, and almost never both of a pair."""
+    source = ToyWorld(["photo"], 60, "test", scenes="rich")
+    evaluation = JudgeEvaluation({"photo": source}, RICH_VOCABULARY, RICH_SUBJECTS)
+    found = evaluation(build.clip(RICH_VOCABULARY, seed=0).eval(), None, tmp_path)
+    assert {*found} == {"accuracy", "accuracy_photo", "calibration", "both_named"}
+    assert found["accuracy"] < 0.25
+    assert found["both_named"] < 0.1
+    simple = JudgeEvaluation({"photo": ToyWorld(["photo"], 20, "test")}, VOCABULARY)
+    assert "both_named" not in simple(build.clip(VOCABULARY, seed=0).eval(), None, tmp_path)
 
 
 def test_the_true_caption_is_the_most_similar(schooled: Judge) -> None:

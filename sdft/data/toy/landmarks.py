@@ -11,7 +11,8 @@ from functools import lru_cache, partial
 import numpy as np
 
 from sdft.data.toy import newcomers, own, shapes
-from sdft.data.toy.details import clothes, details
+from sdft.data.toy.attachments import clothes
+from sdft.data.toy.details import details
 from sdft.data.toy.geometry import Part, blob, curve, moved, oval, poly, rect, stroke
 
 FOREST_VARIANTS = 12

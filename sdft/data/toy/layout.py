@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sdft.data.toy.details import SEATS
+from sdft.data.toy.attachments import SEATS
 from sdft.data.toy.geometry import Part, blob, bounds, curve, moved, oval, rect, stroke
 from sdft.data.toy.landmarks import cactus, detailed_parts, subject_parts
 from sdft.data.toy.palettes import OTHER, OWN_ROLES

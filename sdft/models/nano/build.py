@@ -25,6 +25,7 @@ from transformers import (
 
 from sdft.errors import UserError
 from sdft.models.sdxl import SDXL
+from sdft.types import Count
 
 LATENT_SIZE = 16
 IMAGE_SIZE = 4 * LATENT_SIZE
@@ -172,8 +173,18 @@ def untrained_autoencoder(seed: int, factor: Literal[4, 8] = 4) -> AutoencoderKL
         return autoencoder(factor)
 
 
-def clip(words: Sequence[str], seed: int) -> CLIPModel:
-    """The judge: a CLIP that scores whether an image shows what its caption describes."""
+def clip(
+    words: Sequence[str],
+    seed: int,
+    size: Count = IMAGE_SIZE,
+    patch: Count = 8,
+    width: Count = CLIP_WIDTH,
+    layers: Count = 6,
+) -> CLIPModel:
+    """The judge: a CLIP that scores whether an image shows what its caption describes.
+
+    size, patch, width, layers: of its vision model. Judges that differ in them err on different images.
+    """
     tok = tokenizer(words, "<|endoftext|>")
     text = CLIPTextConfig(
         vocab_size=len(tok),
@@ -187,12 +198,12 @@ def clip(words: Sequence[str], seed: int) -> CLIPModel:
         pad_token_id=tok.pad_token_id,
     )
     vision = CLIPVisionConfig(
-        hidden_size=CLIP_WIDTH,
-        intermediate_size=4 * CLIP_WIDTH,
-        num_hidden_layers=6,
-        num_attention_heads=3,
-        image_size=IMAGE_SIZE,
-        patch_size=8,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        image_size=size,
+        patch_size=patch,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
