@@ -11,6 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 Points = Sequence[tuple[float, float]]
+OWN_ROLES = frozenset({"main", "dark", "light", "trim", "roof", "spot", "core"})
+"""The roles whose colours depend on that of the subject."""
+OTHER = "other:"
+"""Before those roles, where they are the second subject's."""
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sdft.data.toy.attachments import SEATS
-from sdft.data.toy.geometry import Part, blob, bounds, curve, moved, oval, rect, stroke
+from sdft.data.toy.geometry import OTHER, OWN_ROLES, Part, blob, bounds, curve, moved, oval, rect, stroke
 from sdft.data.toy.landmarks import cactus, detailed_parts, subject_parts
-from sdft.data.toy.palettes import OTHER, OWN_ROLES
 from sdft.data.toy.scenes import WIDE_SUBJECTS, Scene
 
 DETAIL_STREAM, RAIN_STREAM = 1, 4
@@ -98,7 +97,7 @@ def _subjects(scene: Scene) -> tuple[list[list[Part]], tuple[Box, ...]]:
     drawn = moved(parts, *place.shift(parts), scene.flip)
     stands = scene.place in _SOLID_PLACES or (scene.place == "studio" and scene.subject not in _FLOATING)
     x0, y0, x1, y1 = bounds(drawn)
-    return [drawn], ((x0, y0, x1, y1 + 0.07 * leaps),) if stands else ()
+    return [drawn], ((x0, y0, x1, y1 + 0.07 * leaps),) if stands else ()  # its shadow stays on the ground
 
 
 def _pair(scene: Scene, parts: list[Part]) -> tuple[list[list[Part]], tuple[Box, ...]]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sdft.data.toy.geometry import Part
+from sdft.data.toy.geometry import OTHER, Part
 from sdft.data.toy.layout import Layout
-from sdft.data.toy.palettes import OTHER, Palette, natural_palette
+from sdft.data.toy.palettes import Palette, natural_palette
 from sdft.data.toy.rasterize import (
     backdrop,
     coverage,

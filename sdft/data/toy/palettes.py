@@ -9,15 +9,12 @@ import colorsys
 
 import numpy as np
 
+from sdft.data.toy.geometry import OTHER
 from sdft.data.toy.scenes import Scene
 
 RGB = tuple[float, float, float]
 Palette = dict[str, np.ndarray]
 
-OWN_ROLES = frozenset({"main", "dark", "light", "trim", "roof", "spot", "core"})
-"""The roles whose colours depend on that of the subject."""
-OTHER = "other:"
-"""Before the roles of the second subject's own colours."""
 FOG = np.array([214.0, 218.0, 224.0])
 
 COLOUR_RGB: dict[str, RGB] = {

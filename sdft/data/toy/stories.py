@@ -44,7 +44,6 @@ PAIRS = 0.35
 """Share of scenes with two subjects."""
 _RELATIONS = {"on": 0.25, "beside": 0.3, "before": 0.2, "above": 0.13, "under": 0.12}
 _TIMES = {"day": 0.4, "sunny": 0.17, "sunset": 0.14, "night": 0.14, "rain": 0.08, "fog": 0.07}
-_GROUND = ("grass", "snow", "desert", "road")
 
 
 def sample_story(seed: int, index: int, own: str | None = None, name: str | None = None) -> Scene:
@@ -175,9 +174,10 @@ def _places_of(subject: str) -> set[str]:
 def _shared_place(rng: np.random.Generator, relation: str, subject: str, other: str) -> str:
     if relation != "before" and other != "boat" and rng.random() < 0.3:
         return "studio"
-    with_both = relation == "beside"
-    shared = _places_of(subject) & _places_of(other) if with_both else _places_of(other) - {"table"}
-    return one(rng, tuple(sorted(shared)))
+    if relation == "beside":
+        return one(rng, tuple(sorted(_places_of(subject) & _places_of(other))))
+    nowhere = {"table", "sea"} if relation == "before" else {"table"}
+    return one(rng, tuple(sorted(_places_of(other) - nowhere)))
 
 
 def _places(
