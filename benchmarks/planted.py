@@ -8,8 +8,9 @@
 - forget: a rate that is too high. Right: it is stopped before its end, and what is chosen is within the limits, or
   nothing is.
 
-Rules were chosen on seeds 0 to 39 of the sound runs, and on 0 to 9 of the others. Runs are measured twelve times and not stopped; the rule is then asked after each measurement. Two runs at a time, three
-minutes each on two cores; runs that are in the folder already are not repeated.
+Runs are measured twelve times and not stopped; the rule is then asked after each measurement. Two runs at a time, three
+minutes each on two cores; runs that are in the folder already are not repeated. The rules were chosen on seeds 0 to 39
+of the sound runs and 0 to 9 of the others.
 """
 
 from __future__ import annotations
