@@ -14,8 +14,8 @@ def _glint(x: float, y: float, r: float = 2.2) -> Part:
     return oval("white", x, y, r, r, edge=False)
 
 
-def _toes(xs: tuple[float, ...], y: float, height: float = 5.0) -> list[Part]:
-    return [stroke("dark", [(x, y), (x, y + height)], 1.8, False) for x in xs]
+def _toes(xs: tuple[float, ...], y: float) -> list[Part]:
+    return [stroke("dark", [(x, y), (x, y + 5)], 1.8, False) for x in xs]
 
 
 def _cat() -> list[Part]:
@@ -42,9 +42,7 @@ def _dog() -> list[Part]:
     return [
         oval("yellow", 71, 53, 4, 4.5, edge=False),
         _glint(82, 22, 1.6),
-        _toes((18, 22), 90)[0],
-        _toes((18, 22), 90)[1],
-        *_toes((66, 70), 90),
+        *_toes((18, 22, 66, 70), 90),
         curve("ink", [(90, 42), (98, 45), (106, 40)], 2, False),
         oval("light", 30, 52, 10, 7, -15, edge=False),
     ]
@@ -289,7 +287,7 @@ def _tree() -> list[Part]:
 def _mountain() -> list[Part]:
     return [
         *[stroke("stonedark", [(50 - 0.35 * y, y), (50 - 0.35 * y - 8, y + 16)], 2, False) for y in (40, 54)],
-        *[stroke("stonedark", [(94 - 3, y), (94 - 12, y + 14)], 2, False) for y in (50, 60)],
+        *[stroke("stonedark", [(91, y), (82, y + 14)], 2, False) for y in (50, 60)],
         *[
             part
             for x, y in ((10, 80), (24, 80), (84, 80), (120, 80))
@@ -311,7 +309,7 @@ def _balloon() -> list[Part]:
 
 def _star() -> list[Part]:
     rays = [
-        stroke("dark", [(50 * 0, 0), (23 * np.cos(a), 23 * np.sin(a))], 1.6, False)
+        stroke("dark", [(0, 0), (23 * np.cos(a), 23 * np.sin(a))], 1.6, False)
         for a in np.radians(np.arange(5) * 72.0 - 54.0)
     ]
     return [*rays, oval("white", -8, -14, 3, 6, 25, edge=False)]

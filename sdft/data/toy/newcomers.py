@@ -16,7 +16,7 @@ def _ring(role: str, x: float, y: float, radius: float, width: float) -> Part:
     return Part(np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], axis=1), role, width)
 
 
-def _eyes(xs: tuple[float, float], y: float, size: float) -> list[Part]:
+def _eyes(xs: tuple[float, ...], y: float, size: float) -> list[Part]:
     return [
         part
         for x in xs
@@ -96,7 +96,7 @@ def _horse(legs: list[Part], tilt: float) -> list[Part]:
         ),
         blob("dark", [(54, 44), (58, 22), (70, 2), (82, -4), (84, 4), (72, 18), (66, 42)]),
         poly("main", [(82, 6), (86, -10), (92, 6)]),
-        *_eyes((94, 94), 14, 2.8)[:2],
+        *_eyes((94,), 14, 2.8),
         oval("light", 107, 28, 6, 6, edge=False),
         oval("ink", 110, 27, 1.6, 1.6, edge=False),
     ]
@@ -263,7 +263,7 @@ def dog_running() -> list[Part]:
         oval("light", 102, 34, 14, 9),
         oval("ink", 113, 29, 5.5, 5, edge=False),
         blob("dark", [(74, 14), (66, 4), (46, 6), (44, 16), (62, 26), (74, 28)]),
-        *_eyes((91, 91), 22, 4)[:2],
+        *_eyes((91,), 22, 4),
         blob("pink", [(98, 42), (107, 42), (108, 54), (101, 54)], False),
     ]
 
