@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -74,6 +75,8 @@ def choose(cfg: DictConfig, report: Callable[[str], Any]) -> Chosen:
     choice = decision.choice()
     kept = choice.recommended
     recommended = [] if kept is None else write_recommended(run, config, parts, found, kept)
+    if kept is None:
+        remove_recommended(run)
     written = [*recommended, *write(run, decision, choice, recommended, pictures, measures)]
     for line in report_lines(decision, choice):
         report(line)
@@ -213,6 +216,15 @@ def write_recommended(
         write_words(words, run / WORDS)
         write_embeddings(words, run / f"{RECOMMENDED}_{EMBEDDINGS}")
     return written
+
+
+def remove_recommended(run: Path) -> None:
+    """Remove the weights that an earlier choice wrote, if there was one: they are not recommended any more."""
+    if (run / CHOICE).is_file():
+        for file in (run / f"{RECOMMENDED}.safetensors", run / WORDS):
+            file.unlink(missing_ok=True)
+        for folder in (run / RECOMMENDED, run / f"{RECOMMENDED}_{EMBEDDINGS}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def report_lines(decision: Decision, choice: Choice) -> Iterator[str]:

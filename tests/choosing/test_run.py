@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from sdft.batch import Conditioning
-from sdft.choosing.run import candidates_of, write_recommended
+from sdft.choosing.run import candidates_of, remove_recommended, write_recommended
 from sdft.errors import UserError
 from sdft.evaluation.run import RunParts
 from sdft.evaluation.stopping import Measurement
@@ -106,3 +106,20 @@ def test_checkpoints_are_chosen_evenly(tmp_path: Path, monkeypatch: pytest.Monke
     subject.checkpoints, subject.num_steps = {}, None
     with pytest.raises(UserError, match="kept no checkpoints; train with callbacks=stop_early"):
         candidates_of(tmp_path, None, 5)
+
+
+def test_what_an_earlier_choice_wrote_is_removed_where_nothing_is_recommended(tmp_path: Path) -> None:
+    """Not what others wrote: without choice.json, no choice was made here."""
+    files = [tmp_path / "recommended.safetensors", tmp_path / "recommended_words.safetensors"]
+    folders = [tmp_path / "recommended", tmp_path / "recommended_embeddings"]
+    for file in files:
+        file.write_bytes(b"weights")
+    for folder in folders:
+        folder.mkdir()
+        (folder / "a").write_bytes(b"weights")
+    remove_recommended(tmp_path)
+    assert all(path.exists() for path in (*files, *folders))
+    (tmp_path / "choice.json").write_text("{}")
+    (tmp_path / "lora.safetensors").write_bytes(b"weights")
+    remove_recommended(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"choice.json", "lora.safetensors"}
