@@ -20,7 +20,6 @@ from sdft.choosing.decide import Choice, Decision
 from sdft.config.command import build
 from sdft.config.trust import as_packages
 from sdft.errors import UserError
-from sdft.evaluation.identity import IdentityEvaluation
 from sdft.evaluation.image_grid import save_grid
 from sdft.evaluation.run import RunParts, config_of, find_device, rebuild_parts
 from sdft.evaluation.stopping import Limits, Measurement
@@ -105,7 +104,6 @@ def candidates_of(run: Path, steps: Sequence[int] | None, most: int) -> dict[int
 def measures_of(config: DictConfig, cfg: DictConfig) -> Watched:
     """What is measured, by the config of the run."""
     verdict = config.get("verdict") or {}
-    identity = str(verdict.get("_target_", "")).endswith(IdentityEvaluation.__name__)
     if not config.get("reference"):
         raise UserError(f"run={cfg.run}: has no held-out images (reference), so that its pictures cannot be measured")
     prompts = [prompt if isinstance(prompt, str) else prompt.prompt for prompt in config.prompts]
@@ -115,10 +113,9 @@ def measures_of(config: DictConfig, cfg: DictConfig) -> Watched:
         build(config.sampler),
         config.size,
         other_prompts=list(config.other_prompts),
-        caption="{caption}" if identity else config.caption,
-        word=config.word if identity else None,
-        noun=config.subject if identity else None,
-        look="identity" if identity else "style",
+        caption=config.caption,
+        word=verdict.get("word"),
+        noun=verdict.get("noun"),
         judge=cfg.judge or verdict.get("judge"),
         num_images=cfg.num_images,
         num_others=cfg.num_others,

@@ -63,9 +63,10 @@ class Watched:
         `prompts`, and what is learned cannot be measured.
     prompts, other_prompts: with what is trained, and away from it.
     sampler, size: the sampler, and the side of the pictures in pixels.
-    caption: template of the trained prompts, with `{caption}`.
+    caption: template of the trained prompts of a style, with `{caption}`; those of a subject have its word already.
     word, noun: a new word, and the plain word that stands for it in the texts by which pictures are judged.
-    look: `style` measures the style gain, `identity` the similarity to the subject in the features of the judge.
+    look: `style` measures the style gain, `identity` the similarity to the subject in the features of the judge. By
+        default that of a subject if there is a word for it.
     judge: folder or hub id of a CLIP model; `nano` is the one in this package. Without one there are no identity, no
         adherence and no forgetting.
     num_images, num_others, num_training: pictures of trained prompts, of others, and of captions of training images;
@@ -82,13 +83,15 @@ class Watched:
         caption: str = "{caption}",
         word: str | None = None,
         noun: str | None = None,
-        look: Literal["style", "identity"] = "style",
+        look: Literal["style", "identity"] | None = None,
         judge: str | None = None,
         num_images: Count = 12,
         num_others: Index = 6,
         num_training: Index = 8,
     ):
-        self.reference, self.sampler, self.size, self.look, self.judge = reference, sampler, size, look, judge
+        self.reference, self.sampler, self.size, self.judge = reference, sampler, size, judge
+        self.look = look or ("style" if word is None else "identity")
+        caption = caption if self.look == "style" else "{caption}"
         self.num_training, self.caption = num_training, caption
         plain = [reference[i].caption for i in range(min(num_images, len(reference.keys)))] or list(prompts)
         if len(reference.keys) < MIN_REFERENCES:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
+from sdft.config.command import build, compose
 from sdft.data.sources.toy import ToyWorld
 from sdft.evaluation.watching import FIGURES, StyleOfFew, Watched
 from sdft.sampling.samplers import Sampler
@@ -92,6 +95,28 @@ def test_a_subject_without_a_word_of_the_judge_has_no_adherence() -> None:
     pictures = {"own": rendered("plain", "test", NUM), "others": rendered("plain", "test", 2)}
     measures.see_base(pictures)
     assert measures(pictures).keys() == {"identity", "forgetting"}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "look", "prompt"),
+    [
+        ("dreamy_style", "style", r"{}"),
+        ("word", "style", r"{}, in the style of zorbix"),
+        ("product", "identity", r".*zorbix.*"),
+        ("character", "identity", r".*zorbix.*"),
+    ],
+)
+@pytest.mark.parametrize("callbacks", ["watch", "stop_early"])
+def test_a_run_is_watched_for_what_it_teaches(experiment: str, look: str, prompt: str, callbacks: str) -> None:
+    """A style gain means nothing for a sneaker, and its captions have the word already."""
+    options = [f"callbacks={callbacks}", *(["callbacks.watch.every=5"] if callbacks == "watch" else [])]
+    cfg = compose("train", [f"experiment={experiment}", *options])
+    measures = build(cfg.callbacks.watch.measures)
+    assert measures.look == look
+    for one in measures.wanted["own"]:
+        assert re.fullmatch(prompt.format(re.escape(one.text)), one.prompt)
+        assert one.text.count("sneaker") + one.text.count("wizard") == (look == "identity")
+    assert build(compose("train", [f"experiment={experiment}", "verdict=none", *options]).callbacks.watch.measures)
 
 
 def test_the_word_is_replaced_where_pictures_are_judged() -> None:
