@@ -207,7 +207,7 @@ def refuse_package(name: Any, where: str, key: str, trust: Sequence[str]) -> Non
 @functools.cache
 def named_in_conf() -> tuple[frozenset[str], frozenset[str]]:
     """The targets in `conf/`, and the paths of `hydra.utils.get_object` there."""
-    text = "\n".join(file.read_text(encoding="utf-8") for file in sorted(CONF_DIR.rglob("*.yaml")))
+    text = _text_of_conf()
     found = (frozenset(re.findall(rf"\b{key}:\s*([\w.]+)", text)) for key in ("_target_", "path"))
     targets, paths = found
     return targets, paths
@@ -215,9 +215,15 @@ def named_in_conf() -> tuple[frozenset[str], frozenset[str]]:
 
 def _is_harmless(value: str) -> bool:
     """Whether a text has only interpolations of other keys, also nested, or is one of those that compute in `conf/`."""
-    while (simpler := HARMLESS.sub("x", value)) != value and value not in computed_in_conf():
-        value = simpler
-    return "${" not in value or value in computed_in_conf()
+    rest = value
+    while (simpler := HARMLESS.sub("x", rest)) != rest:
+        rest = simpler
+    return "${" not in rest or value in computed_in_conf()
+
+
+@functools.cache
+def _text_of_conf() -> str:
+    return "\n".join(file.read_text(encoding="utf-8") for file in sorted(CONF_DIR.rglob("*.yaml")))
 
 
 @functools.cache
@@ -226,8 +232,7 @@ def computed_in_conf() -> frozenset[str]:
 
     None of these can put together an interpolation out of values that have none.
     """
-    texts = (file.read_text(encoding="utf-8") for file in sorted(CONF_DIR.rglob("*.yaml")))
-    return frozenset(value for text in texts for value in re.findall(r'"(\$\{oc\.create:[^"]*\})"', text))
+    return frozenset(re.findall(r'"(\$\{oc\.create:[^"\n]*\})"', _text_of_conf()))
 
 
 def is_library_class(name: str) -> bool:

@@ -128,7 +128,8 @@ def fall_to_come(schedule: LRScheduler, step: int, num_steps: int) -> float:
     """
     if not isinstance(schedule, LambdaLR) or step >= num_steps:
         return 0.0
-    rates_GT = [[factor(t) for t in range(num_steps)] for factor in schedule.lr_lambdas]
+    factors = dict.fromkeys(schedule.lr_lambdas)  # most groups share theirs
+    rates_GT = [[factor(t) for t in range(num_steps)] for factor in factors]
     return max((max(rates_T[step:]) - rates_T[-1]) / max(rates_T) for rates_T in rates_GT if max(rates_T) > 0)
 
 

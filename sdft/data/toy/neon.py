@@ -13,6 +13,7 @@ from sdft.data.toy.layout import Layout
 from sdft.data.toy.palettes import Palette, natural_palette
 from sdft.data.toy.rasterize import (
     backdrop,
+    canvas_side,
     coverage,
     draw_line,
     draw_part,
@@ -20,7 +21,6 @@ from sdft.data.toy.rasterize import (
     paint,
     reduced,
     softened,
-    supersample,
 )
 from sdft.data.toy.scenes import Scene
 
@@ -55,7 +55,7 @@ def _rim(draw: ImageDraw.ImageDraw, part: Part, canvas: int, unit: float, colour
 
 def _rims(layout: Layout, size: int) -> np.ndarray:
     """Light of the outlines alone; nearer parts hide the lines of farther ones."""
-    image = Image.new("RGB", (size * supersample(size),) * 2)
+    image = Image.new("RGB", (canvas_side(size),) * 2)
     draw, canvas, unit = ImageDraw.Draw(image), image.width, image.width / 64
     for band in layout.bands[1:]:
         draw_line(draw, np.array([[-0.1, band.top], [1.1, band.top]]) * canvas, _LINE * unit, ink(_TEAL * 1.1))
@@ -75,7 +75,7 @@ def _rims(layout: Layout, size: int) -> np.ndarray:
 def _traces(scene: Scene, size: int) -> np.ndarray:
     """Brightness (0 to 1) of a few right-angled circuit lines that end in node dots."""
     rng = np.random.default_rng(np.random.SeedSequence([scene.seed, scene.index, TRACE_STREAM]))
-    image = Image.new("L", (size * supersample(size),) * 2)
+    image = Image.new("L", (canvas_side(size),) * 2)
     draw, canvas, unit = ImageDraw.Draw(image), image.width, image.width / 64
     lanes = rng.permutation(np.array([0.08, 0.22, 0.36, 0.66, 0.80, 0.93]))
     for k in range(3):
@@ -109,7 +109,7 @@ def _darkened(palette: Palette, layout: Layout) -> Palette:
 def technomant(scene: Scene, layout: Layout, size: int) -> np.ndarray:
     """The layout as a dark picture with glowing rims and circuit traces (float, 0 to 255 and above)."""
     palette = _darkened(natural_palette(scene), layout)
-    image = backdrop(layout.bands, palette, size * supersample(size))
+    image = backdrop(layout.bands, palette, canvas_side(size))
     for parts in (layout.back, layout.subject, layout.front):
         paint(image, parts, palette)
     base, unit = reduced(image, size), size / 64

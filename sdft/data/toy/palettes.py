@@ -15,6 +15,8 @@ from sdft.data.toy.scenes import Scene
 RGB = tuple[float, float, float]
 Palette = dict[str, np.ndarray]
 
+LUMA = np.array([0.299, 0.587, 0.114])
+"""Weights of red, green and blue in lightness."""
 FOG = np.array([214.0, 218.0, 224.0])
 
 COLOUR_RGB: dict[str, RGB] = {

@@ -10,11 +10,10 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from sdft.data.toy.geometry import Part
 from sdft.data.toy.layout import Layout
-from sdft.data.toy.palettes import Palette, natural_palette
-from sdft.data.toy.rasterize import coverage, draw_line, draw_part, reduced, softened, stage, supersample
+from sdft.data.toy.palettes import LUMA, Palette, natural_palette
+from sdft.data.toy.rasterize import canvas_side, draw_line, draw_part, reduced, shifted, softened, stage
 from sdft.data.toy.scenes import Scene
 
-LUMA = np.array([0.299, 0.587, 0.114])
 CREAM, CORAL, NAVY, MINT, MUSTARD = (
     np.array(rgb, dtype=np.float64)
     for rgb in ((252, 243, 224), (240, 96, 80), (30, 44, 88), (122, 200, 182), (246, 188, 66))
@@ -48,10 +47,10 @@ def brand(scene: Scene, layout: Layout, size: int) -> np.ndarray:
     for band in layout.bands:
         flat[band.upper] = flat[band.lower] = _ground((palette[band.upper] + palette[band.lower]) / 2)
     shown, unit = stage(layout, flat, size), size / 64
-    border = _grown(shown.mask, 1.5 * unit)[..., None]
+    border = _grown(shown.mask, 1.5 * unit)
     step = max(1, round(1.5 * unit))
-    shadow = np.pad(border, ((step, 0), (step, 0), (0, 0)), mode="edge")[:size, :size]
-    mask = shown.mask[..., None]
+    shadow = shifted(border, step, step)[..., None]
+    border, mask = border[..., None], shown.mask[..., None]
     behind = shown.back + (NAVY - shown.back) * 0.55 * shadow
     behind = behind + (255.0 - behind) * border
     return softened(shown.subject + behind * (1 - mask), 0.4 * unit)
@@ -65,7 +64,7 @@ def _grown(mask: np.ndarray, radius: float) -> np.ndarray:
 
 def _lines(layout: Layout, size: int) -> np.ndarray:
     """How much ink the outlines leave; nearer parts hide the lines of farther ones."""
-    image = Image.new("L", (size * supersample(size),) * 2)
+    image = Image.new("L", (canvas_side(size),) * 2)
     draw, canvas, unit = ImageDraw.Draw(image), image.width, image.width / 64
     for band in layout.bands[1:]:
         draw_line(draw, np.array([[-0.1, band.top], [1.1, band.top]]) * canvas, 0.7 * unit, 120)
@@ -93,7 +92,7 @@ def _outline(draw: ImageDraw.ImageDraw, part: Part, canvas: int, width: float, d
 def ink_wash(scene: Scene, layout: Layout, size: int) -> np.ndarray:
     """The layout as ink on paper: outlines, a grey wash and a red seal (float, 0 to 255)."""
     shown, unit = stage(layout, natural_palette(scene), size), size / 64
-    mask = coverage(layout, size)[..., None]
+    mask = shown.mask[..., None]
     tone = (shown.full @ LUMA)[..., None] / 255.0
     soft = softened(tone[..., 0] * 255.0, 1.6 * unit)[..., None] / 255.0
     wash = mask * (0.55 * tone + 0.45 * soft) + (1 - mask) * (0.5 + 0.5 * soft)

@@ -20,9 +20,9 @@ CANVAS = 256
 """Least side of what is drawn: small pictures are drawn larger, and reduced."""
 
 
-def supersample(size: int) -> int:
-    """By how much a picture is drawn larger than it is: at least twice."""
-    return max(2, CANVAS // size)
+def canvas_side(size: int) -> int:
+    """The side of the canvas of a picture of this size: at least twice that."""
+    return size * max(2, CANVAS // size)
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,13 @@ def softened(field: np.ndarray, radius: float) -> np.ndarray:
     """The field (0 to 255, one or three channels) under a Gaussian blur."""
     image = Image.fromarray(np.clip(np.rint(field), 0, 255).astype(np.uint8))
     return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), dtype=np.float64)
+
+
+def shifted(field: np.ndarray, dx: int, dy: int) -> np.ndarray:
+    """The field (H x W) moved to the right and down; its edge fills the gap."""
+    pad = max(abs(dx), abs(dy))
+    height, width = field.shape
+    return np.pad(field, pad, mode="edge")[pad - dy:pad - dy + height, pad - dx:pad - dx + width]
 
 
 def ink(rgb: np.ndarray) -> tuple[int, int, int]:
@@ -111,7 +118,7 @@ def reduced(image: Image.Image, size: int) -> np.ndarray:
 
 def coverage(layout: Layout, size: int) -> np.ndarray:
     """How much of each pixel the subject covers, 0 to 1."""
-    image = Image.new("L", (size * supersample(size),) * 2, 0)
+    image = Image.new("L", (canvas_side(size),) * 2, 0)
     draw = ImageDraw.Draw(image)
     for parts, value in ((layout.subject, 255), (layout.front, 0)):
         for part in parts:
@@ -121,7 +128,7 @@ def coverage(layout: Layout, size: int) -> np.ndarray:
 
 def stage(layout: Layout, palette: Palette, size: int) -> Stage:
     """The layout painted in flat colours over its gradients."""
-    image = backdrop(layout.bands, palette, size * supersample(size))
+    image = backdrop(layout.bands, palette, canvas_side(size))
     paint(image, layout.back, palette)
     bare = image.copy()
     paint(bare, layout.front, palette)

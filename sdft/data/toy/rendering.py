@@ -9,14 +9,13 @@ import numpy as np
 
 from sdft.data.toy.layout import Layout, lay_out
 from sdft.data.toy.neon import technomant
-from sdft.data.toy.palettes import Palette, natural_palette
+from sdft.data.toy.palettes import LUMA, Palette, natural_palette
 from sdft.data.toy.print_looks import brand, ink_wash
-from sdft.data.toy.rasterize import Stage, softened, stage
+from sdft.data.toy.rasterize import Stage, shifted, softened, stage
 from sdft.data.toy.scenes import Scene
 
 LOOKS: tuple[str, ...] = ("plain", "photo", "dreamy", "technomant", "brand", "ink")
 SPARKLE_STREAM = 2
-_LUMA = np.array([0.299, 0.587, 0.114])
 _GREY = np.array([186.0, 185.0, 188.0])
 _DREAM_DAY = np.array([[122.0, 84.0, 200.0], [232.0, 126.0, 214.0], [255.0, 206.0, 178.0]])
 _DREAM_NIGHT = np.array([[72.0, 48.0, 150.0], [168.0, 84.0, 186.0], [246.0, 160.0, 170.0]])
@@ -31,16 +30,10 @@ def _plain(scene: Scene, layout: Layout, size: int) -> np.ndarray:
     return softened(stage(layout, dull, size).full, 0.8 * size / 64)
 
 
-def _shifted(field: np.ndarray, dx: int, dy: int) -> np.ndarray:
-    pad = max(abs(dx), abs(dy))
-    height, width = field.shape
-    return np.pad(field, pad, mode="edge")[pad - dy:pad - dy + height, pad - dx:pad - dx + width]
-
-
 def _shadow(layout: Layout, size: int, mask: np.ndarray, strength: float) -> np.ndarray:
     """Darkness cast on what lies behind the subject: a contact pool where it rests, else a soft far shadow."""
     step = max(1, round(2 * size / 64))
-    cast = 0.5 * _shifted(softened(mask * 255.0, 2.4 * size / 64) / 255.0, step, step)
+    cast = 0.5 * shifted(softened(mask * 255.0, 2.4 * size / 64) / 255.0, step, step)
     if not layout.resting:
         return strength * 0.5 * cast
     axis = (np.arange(size) + 0.5) / size
@@ -60,7 +53,7 @@ def _photo(scene: Scene, layout: Layout, size: int) -> np.ndarray:
     fall = np.clip(((np.arange(size) + 0.5) / size - y0) / (y1 - y0), 0, 1)[:, None, None]
     body = softened(shot.mask * 255.0, 2.2 * size / 64) / 255.0
     step = max(1, round(1.5 * size / 64))
-    slope = (_shifted(body, -step, -step) - _shifted(body, step, step))[..., None]
+    slope = (shifted(body, -step, -step) - shifted(body, step, step))[..., None]
     shade = 1.10 - 0.24 * fall + 0.30 * slope
     lit = shot.subject * shade + mask * 26.0 * np.clip(slope, 0, 1)
     return softened(lit + shot.back * (1 - mask) * (1 - shadow), 0.5 * size / 64)
@@ -97,24 +90,24 @@ def _dreamy(scene: Scene, layout: Layout, size: int) -> np.ndarray:
     shot: Stage = stage(layout, natural_palette(scene), size)
     mask, unit = shot.mask[..., None], size / 64
     sky = _dream_sky(scene, size)
-    luma = shot.back @ _LUMA
+    luma = shot.back @ LUMA
     depth = (0.74 + 0.34 * luma / max(float(luma.mean()), 60.0))[..., None]
     behind = 0.74 * sky * np.clip(depth, 0.6, 1.3) + 0.26 * shot.back
     warm = shot.back[..., 0]
     shine = np.clip((warm - np.median(warm, axis=1, keepdims=True) - 30.0) / 120.0, 0, 1)[..., None]
     behind = behind + (np.array([255.0, 236.0, 232.0]) - behind) * 0.55 * shine
-    pale = float((shot.subject @ _LUMA).sum() / max(shot.mask.sum(), 1.0)) / 255.0
+    pale = float((shot.subject @ LUMA).sum() / max(shot.mask.sum(), 1.0)) / 255.0
     ring = (softened(shot.mask * 255.0, 4.5 * unit) / 255.0)[..., None]
     halo = float(np.clip(1.55 - 1.9 * pale, -0.35, 1.1))
     if halo > 0:
         behind = behind + (255.0 - behind) * halo * ring * np.array([0.44, 0.38, 0.36])
     else:
         behind = behind * (1.0 + halo * ring * np.array([0.8, 1.3, 0.4]))
-    grey = (shot.subject @ _LUMA)[..., None]
+    grey = (shot.subject @ LUMA)[..., None]
     vivid = grey + 1.28 * (shot.subject - grey)
     subject = vivid * np.array([0.90, 0.88, 0.92]) + mask * (0.13 * sky + np.array([14.0, -4.0, 20.0]))
     image = subject + behind * (1 - mask)
-    bright = image * np.clip((image @ _LUMA - 140.0) / 115.0, 0, 1)[..., None]
+    bright = image * np.clip((image @ LUMA - 140.0) / 115.0, 0, 1)[..., None]
     glow = softened(bright, 3.5 * unit) * np.array([0.42, 0.34, 0.38])
     image = 255.0 - (255.0 - softened(image, 0.45 * unit)) * (1 - np.clip(glow / 255.0, 0, 1))
     sparkle = _sparkles(scene, size)
