@@ -39,7 +39,7 @@ def autoencoder(factor: Literal[4, 8] = 4) -> AutoencoderKL:
 
     factor: by how much latents are smaller than images, of LATENT_SIZE times that.
     """
-    widths = {4: (32, 64, 64), 8: (16, 32, 96, 96)}[factor]
+    widths = {4: (32, 64, 64), 8: (16, 32, 128, 128)}[factor]
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
