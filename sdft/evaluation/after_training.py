@@ -206,25 +206,34 @@ def adherence(
 
 
 class AutoencoderEvaluation:
-    """Reconstruction quality of a trained VAE: PSNR in dB on held-out images, for each reference."""
+    """Reconstruction quality of a trained VAE on held-out images, for each reference: PSNR in dB, and the error of
+    patches."""
 
     def __init__(self, references: dict[str, Source], size: Count):
         self.references, self.size = references, size
 
     @torch.no_grad()
     def __call__(self, vae: nn.Module, base: Base, folder: Path, precision: Precision = "fp32") -> dict[str, float]:
-        """Mean PSNR of each reference; writes `before_after.png` with the originals above their reconstructions."""
+        """Mean PSNR and mean error of patches of each reference; writes `before_after.png` with the originals above
+        their reconstructions.
+
+        The error of patches is 1 - SSIM (Wang et al. 2004; Gaussian windows of 11 pixels): 0 for the same structure,
+        about 1 for another. It sees blur and lost detail where the mean of squares sees brightness.
+        """
+        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
         values, rows, labels = {}, [], []
         for name, source in self.references.items():
             pictures = ImageDataset(source, (self.size, self.size), seed=0)
-            psnr, shown = [], []
+            psnr, patches, shown = [], [], []
             for batch in batches(pictures, range(len(source.keys)), 16):
                 assert batch.pixels_BCHW is not None
                 x = batch.pixels_BCHW.to(vae.device)
                 y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
                 psnr += (6.0206 - 10 * (y - x).square().mean(dim=(1, 2, 3)).log10()).tolist()
+                patches += (1 - ssim(y / 2 + 0.5, x / 2 + 0.5, reduction="none", data_range=1.0)).tolist()
                 shown.append((to_uint8(x), to_uint8(y)))
-            values[f"psnr_{name}"] = float(np.mean(psnr))
+            values |= {f"psnr_{name}": float(np.mean(psnr)), f"patch_error_{name}": float(np.mean(patches))}
             rows += [np.concatenate(column)[:10] for column in zip(*shown, strict=True)]
             labels += [name, "through the VAE"]
         save_grid(folder / BEFORE_AFTER, rows, labels)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from sdft.evaluation.after_training import StyleEvaluation
+from sdft.data.sources import ToyWorld
+from sdft.evaluation.after_training import AutoencoderEvaluation, StyleEvaluation
 from sdft.protocols import PartialVerdict
 from sdft.sampling.samplers import Sampler
 from sdft.training.run import summary_lines, unmeasured
@@ -42,3 +48,29 @@ def test_the_next_step_names_a_file_that_was_written(tmp_path: Path) -> None:
     assert "load_lora_weights('a.safetensors')" in last(lora="a.safetensors", lora_kohya="b.safetensors")
     assert "use b.safetensors in ComfyUI; diffusers cannot load this method" in last(lora_kohya="b.safetensors")
     assert "model.weights=model" in last(model="model")
+
+
+class _Changed(torch.nn.Module):
+    """A VAE that keeps images but for one change."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, change: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.change = change
+
+    def encode(self, x: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=x))
+
+    def decode(self, x: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=self.change(x))
+
+
+def test_the_error_of_patches_sees_blur_where_psnr_sees_brightness(tmp_path: Path) -> None:
+    evaluation = AutoencoderEvaluation({"photo": ToyWorld(["photo"], 4, "test", size=64)}, 64)
+    blurred = evaluation(_Changed(lambda x: F.avg_pool2d(x, 5, stride=1, padding=2)), nullcontext, tmp_path)
+    brighter = evaluation(_Changed(lambda x: x + 0.16), nullcontext, tmp_path)
+    assert blurred["psnr_photo"] > brighter["psnr_photo"] == pytest.approx(22, abs=0.5)  # 6.02 - 20 log10(0.16)
+    assert blurred["patch_error_photo"] > 3 * brighter["patch_error_photo"] > 0
+    same = evaluation(_Changed(lambda x: x + 1e-6), nullcontext, tmp_path)
+    assert same["patch_error_photo"] == pytest.approx(0, abs=1e-5)

@@ -14,8 +14,10 @@ from sdft.models.nano import __main__ as nano
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scenes", ["simple", "rich"])
-def test_the_parts_are_packed_and_measured_as_they_are_shipped(scenes: str, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(("scenes", "command"), [("simple", "nano"), ("rich", "nano-128")])
+def test_the_parts_are_packed_and_measured_as_they_are_shipped(
+    scenes: str, command: str, tmp_path: Path, monkeypatch
+) -> None:
     """The shipped parts in place of trained ones; of rich scenes, with a judge that has learned nothing."""
     summary = {"name": "nano_base", "num_trained_parameters": 6_590_000, "num_steps": 3000, "train_seconds": 1920}
     for part, weights in {"base": WEIGHTS, "clip": WEIGHTS / "clip"}.items():
@@ -42,6 +44,7 @@ def test_the_parts_are_packed_and_measured_as_they_are_shipped(scenes: str, tmp_
     assert all(f"| {look} |" in card for look in looks)
     num_words = {"simple": 82, "rich": 132}[scenes]
     assert f"a vocabulary of {num_words} English words" in card
+    assert f"Trained by `make {command}`" in card
     assert ("of two subjects" in card) == (scenes == "rich")
     assert {file.name for file in out.iterdir()} == {"MODEL_CARD.md", "samples.png", "vae.png", "weights"}
     assert (out / "weights" / "clip" / "tokenizer.json").is_file()

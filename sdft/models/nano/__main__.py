@@ -31,6 +31,8 @@ from sdft.sampling.samplers import Sampler
 NUM_SHOWN = 24
 WORLDS = {"simple": (SUBJECTS, VOCABULARY), "rich": (RICH_SUBJECTS, RICH_VOCABULARY)}
 """Kind of scenes -> its subjects and its words."""
+COMMANDS = {"simple": "nano", "rich": "nano-128"}
+"""Kind of scenes -> what `make` is told."""
 
 
 @command("nano")
@@ -93,7 +95,10 @@ def card(metrics: dict[str, float], runs: dict[str, dict[str, Any]], cfg: DictCo
         for name, run in runs.items()
     )
     looks = [name.removeprefix("psnr_") for name in metrics if name.startswith("psnr_")]
-    by_look = "\n".join(f"| {x} | {metrics[f'psnr_{x}']:.1f} | {metrics[f'accuracy_{x}']:.1%} |" for x in looks)
+    by_look = "\n".join(
+        f"| {x} | {metrics[f'psnr_{x}']:.1f} | {metrics[f'patch_error_{x}']:.3f} | {metrics[f'accuracy_{x}']:.1%} |"
+        for x in looks
+    )
     num_words = sum(word.isalpha() for word in WORLDS[cfg.scenes][1])
     pairs = ""
     if "both_recognised" in metrics:
@@ -109,9 +114,9 @@ scenes.
 
 ![Images of held-out prompts](samples.png)
 
-Trained by `make nano` from random weights. Data: the toy world of `sdft/data/toy`, training split, generated during
-training; the UNet and the text encoders were trained on the plain look only, the VAE and the judge on all. Licence:
-Apache-2.0.
+Trained by `make {COMMANDS[cfg.scenes]}` from random weights. Data: the toy world of `sdft/data/toy`, training split,
+generated during training; the UNet and the text encoders were trained on the plain look only, the VAE and the judge on
+all. Licence: Apache-2.0.
 
 | part | trained by | trained parameters | steps | minutes |
 |---|---|---|---|---|
@@ -124,8 +129,8 @@ Measured on the shipped fp16 weights ({metrics["megabytes"]:.1f} MB in all), on 
 - the accuracy of the judge is **{metrics["accuracy"]:.1%}** on held-out scenes; its probabilities are off by
   {metrics["calibration"]:.3f} (expected calibration error).
 
-| look | VAE, mean PSNR in dB | judge |
-|---|---|---|
+| look | VAE, mean PSNR in dB | VAE, mean error of patches (1 - SSIM) | judge |
+|---|---|---|---|
 {by_look}
 
 Known limits: a vocabulary of {num_words} English words, {cfg.size} pixels. Other words have no meaning to it.
