@@ -231,7 +231,9 @@ class AutoencoderEvaluation:
                 x = batch.pixels_BCHW.to(vae.device)
                 y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
                 psnr += (6.0206 - 10 * (y - x).square().mean(dim=(1, 2, 3)).log10()).tolist()
-                patches += (1 - ssim(y / 2 + 0.5, x / 2 + 0.5, reduction="none", data_range=1.0)).tolist()
+                alike_B = ssim(y / 2 + 0.5, x / 2 + 0.5, reduction="none", data_range=1.0)
+                assert isinstance(alike_B, Tensor)  # a tuple only if more is asked for
+                patches += (1 - alike_B).tolist()
                 shown.append((to_uint8(x), to_uint8(y)))
             values |= {f"psnr_{name}": float(np.mean(psnr)), f"patch_error_{name}": float(np.mean(patches))}
             rows += [np.concatenate(column)[:10] for column in zip(*shown, strict=True)]
