@@ -222,7 +222,8 @@ class AutoencoderEvaluation:
         """
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-        values, rows, labels = {}, [], []
+        values: dict[str, float] = {}
+        rows, labels = [], []
         for name, source in self.references.items():
             pictures = ImageDataset(source, (self.size, self.size), seed=0)
             psnr, patches, shown = [], [], []
