@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,7 @@ class Judge:
 
     def class_similarities(self, images: Images) -> Tensor:
         """Cosine similarity of each image with the prompt of each class, N x K."""
-        if not self.classes:
-            raise UserError("the judge has no classes; pass the list of possible subjects")
-        texts_KD = self.embed_texts([self.prompt.format(noun=with_article(name)) for name in self.classes])
+        texts_KD = self._embed_nouns([with_article(name) for name in self._known_classes()])
         return self.embed_images(images) @ texts_KD.T
 
     def numbers_of(self, subjects: Sequence[str]) -> Tensor:
@@ -69,11 +68,23 @@ class Judge:
         return torch.tensor([classes.index(subject) for subject in subjects], dtype=torch.long)
 
     def both_hits(self, images: Images, pairs: Sequence[tuple[str, str]]) -> Tensor:
-        """Whether the two most similar classes of each image are its two subjects, N bools."""
+        """Whether, of the prompts for all pairs of classes in both orders, the most similar one names the two subjects
+        of the image, N bools."""
         _check_counts(images, pairs)
-        chosen_N2 = self.class_similarities(images).topk(2, dim=1).indices.sort(1).values
-        wanted_N2 = torch.stack([self.numbers_of(pair) for pair in pairs]).sort(1).values
-        return (chosen_N2 == wanted_N2).all(1)
+        wanted_N2 = torch.stack([self.numbers_of(pair) for pair in pairs])
+        names = [with_article(name) for name in self._known_classes()]
+        orders_P2 = torch.tensor(list(permutations(range(len(names)), 2)))
+        texts_PD = self._embed_nouns([f"{names[one]} and {names[two]}" for one, two in orders_P2.tolist()])
+        chosen_N2 = orders_P2[(self.embed_images(images) @ texts_PD.T).argmax(1)]
+        return (chosen_N2.sort(1).values == wanted_N2.sort(1).values).all(1)
+
+    def _known_classes(self) -> tuple[str, ...]:
+        if not self.classes:
+            raise UserError("the judge has no classes; pass the list of possible subjects")
+        return self.classes
+
+    def _embed_nouns(self, nouns: Sequence[str]) -> Tensor:
+        return self.embed_texts([self.prompt.format(noun=noun) for noun in nouns])
 
     def similarity(self, images: Images, captions: Sequence[str]) -> Tensor:
         """Cosine similarity of each image with its caption, N; the mean is CLIP-T (Hessel et al. 2021, unscaled)."""

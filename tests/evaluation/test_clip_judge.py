@@ -64,11 +64,16 @@ def test_accuracy_is_the_share_of_true_subjects(schooled: Judge) -> None:
     assert schooled.subject_accuracy(images, ["dog", "car", "cat", "dog", "car", "car"]) == 0.0
 
 
-def test_both_subjects_of_a_pair_are_its_two_most_similar_classes(schooled: Judge, monkeypatch) -> None:
-    similar = torch.tensor([[0.9, 0.8, 0.1], [0.2, 0.8, 0.9], [0.9, 0.1, 0.8]])
-    monkeypatch.setattr(schooled, "class_similarities", lambda images: similar)
-    pairs = [("dog", "cat"), ("dog", "car"), ("cat", "dog")]
+def test_both_subjects_of_a_pair_are_named_by_its_most_similar_prompt(schooled: Judge, monkeypatch) -> None:
+    """Six prompts for three classes; the images show `a dog and a cat`, `a car and a dog` and `a cat and a car`."""
+    order = ["cat dog", "cat car", "dog cat", "dog car", "car cat", "car dog"]
+    asked: list[str] = []
+    monkeypatch.setattr(schooled, "embed_texts", lambda texts: asked.extend(texts) or torch.eye(6))
+    shown = torch.eye(6)[[order.index("dog cat"), order.index("car dog"), order.index("cat car")]]
+    monkeypatch.setattr(schooled, "embed_images", lambda images: shown)
+    pairs = [("cat", "dog"), ("dog", "car"), ("cat", "dog")]
     assert schooled.both_hits([_flat("cat")] * 3, pairs).tolist() == [True, True, False]
+    assert asked == ["a picture of a {} and a {}".format(*names.split()) for names in order]
     with pytest.raises(UserError, match=r"subjects \['owl'\] are not among the judge's classes"):
         schooled.both_hits([_flat("cat")] * 3, [*pairs[:2], ("cat", "owl")])
 
