@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sdft.distributed.sharding import shard_like
 from sdft.errors import UserError
 from sdft.protocols import DiffusionModel, Tuning
-from sdft.tuning.parameters import copy_parameters, parameter_groups, trainable_parameters
+from sdft.tuning.parameters import copy_parameters, parameter_groups, part_of, trainable_parameters
 from sdft.tuning.stops import read_stops
 from sdft.types import Fraction, NonNegative
 
@@ -20,7 +20,7 @@ from sdft.types import Fraction, NonNegative
 class Full(Tuning):
     """Train every weight of `parts`, except those that never receive a gradient.
 
-    parts: names of the model's submodules, such as `unet`.
+    parts: names of the model's submodules, such as `unet`, and of parameters of its own, such as CLIP's `logit_scale`.
     lr_scale: learning rate of a part as a multiple of the run's.
     stop_at: part -> share of the run's steps after which it is frozen.
     decay_to_base: weight decay towards the initial weights instead of 0 (L2-SP, arXiv:1802.01483, decoupled from the
@@ -48,10 +48,13 @@ class Full(Tuning):
         Weights that come from a file in half precision are kept so, without loss.
         """
         model.requires_grad_(False)
-        for part in self.parts:
-            untrained = model.untrained_parameters(part) if isinstance(model, DiffusionModel) else set()
-            for name, parameter in model.get_submodule(part).named_parameters():
-                parameter.requires_grad_(name not in untrained)
+        unused: dict[str, set[str]] = {}
+        if isinstance(model, DiffusionModel):
+            unused = {part: model.untrained_parameters(part) for part in self.parts}
+        for name, parameter in model.named_parameters():
+            part = part_of(name)
+            if part in self.parts:
+                parameter.requires_grad_(name.removeprefix(f"{part}.") not in unused.get(part, ()))
         self.initial = {name: narrowest(p.detach().cpu()) for name, p in trainable_parameters(model)}
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:

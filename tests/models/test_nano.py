@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.utils import instantiate
 
+from sdft.config.command import compose
 from sdft.data.toy.rich_lexicon import RICH_VOCABULARY
+from sdft.errors import UserError
 from sdft.models.nano import WEIGHTS, build
 from sdft.models.nano import __main__ as nano
+from sdft.tuning.full import Full
 
 
 @pytest.mark.slow
@@ -48,3 +52,23 @@ def test_the_parts_are_packed_and_measured_as_they_are_shipped(
     assert ("of two subjects" in card) == (scenes == "rich")
     assert {file.name for file in out.iterdir()} == {"MODEL_CARD.md", "samples.png", "vae.png", "weights"}
     assert (out / "weights" / "clip" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("experiment", ["nano_vae", "nano_vae_128", "nano_clip", "nano_clip_128"])
+def test_every_weight_of_the_vae_and_the_judge_trains(experiment: str) -> None:
+    """Also those that are in no submodule: the judge's temperature stayed at its first value once."""
+    cfg = compose("train", [f"experiment={experiment}"])
+    model = instantiate(cfg.model)
+    tuning = instantiate(cfg.tuning)
+    tuning.attach(model)
+    assert [name for name, weight in model.named_parameters() if not weight.requires_grad] == []
+    trained = [id(weight) for group in tuning.groups(model) for weight in group["params"]]
+    assert sorted(trained) == sorted(map(id, model.parameters()))
+
+
+def test_a_part_that_the_model_lacks_is_refused() -> None:
+    tuning = Full(["logit_scael"])
+    judge = build.clip(RICH_VOCABULARY, seed=0)
+    tuning.attach(judge)
+    with pytest.raises(UserError, match="no parameter of 'logit_scael' is trainable"):
+        tuning.groups(judge)
