@@ -83,7 +83,7 @@ def test_patches_do_not_carry_colour() -> None:
     basis = patch_basis()
     assert basis.shape == (3 * (PATCH**2 - 1), 3 * PATCH**2)
     flat = torch.tensor([0.2, 0.5, 0.9]).repeat_interleave(PATCH**2)
-    assert (basis @ flat).abs().max() < 1e-6
+    assert (basis.double() @ flat.double()).abs().max() < 1e-6
     # Orthogonal rows, as long as their frequency, doubled for hue: the longest is the diagonal wave (4, 4).
     gram = (basis @ basis.T).double()
     assert (gram - torch.diag(gram.diagonal())).abs().max() < 1e-5
