@@ -255,7 +255,8 @@ class JudgeEvaluation:
         subjects, the share in which both are named."""
         judge = Judge(clip, self.tokenizer, self.classes)
         values, sure, right = {}, [], []
-        both: list[Tensor] = []
+        paired: list[np.ndarray] = []
+        pairs: list[tuple[str, str]] = []
         for name, source in self.references.items():
             scenes = [source.scene(index) for index in range(len(source.keys))]
             images = np.stack([source[index].image_HWC for index in range(len(source.keys))])
@@ -266,11 +267,10 @@ class JudgeEvaluation:
             values[f"accuracy_{name}"] = hits_N.float().mean().item()
             sure.append(logits_NK.softmax(1).amax(1))
             right.append(hits_N)
-            if pair_N.any():
-                pairs = [(scene.subject, scene.other.subject) for scene in scenes if scene.other is not None]
-                both.append(judge.both_hits(images[pair_N], pairs))
+            paired += list(images[pair_N])
+            pairs += [(scene.subject, scene.other.subject) for scene in scenes if scene.other is not None]
         found = {"accuracy": float(np.mean(list(values.values()))), "calibration": calibration_error(sure, right)}
-        return values | found | ({"both_named": torch.cat(both).float().mean().item()} if both else {})
+        return values | found | ({"both_named": judge.both_hits(paired, pairs).float().mean().item()} if pairs else {})
 
 
 def calibration_error(sure: Sequence[Tensor], right: Sequence[Tensor], num_bins: int = 10) -> float:

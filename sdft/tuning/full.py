@@ -47,14 +47,11 @@ class Full(Tuning):
 
         Weights that come from a file in half precision are kept so, without loss.
         """
-        model.requires_grad_(False)
-        unused: dict[str, set[str]] = {}
+        unused: set[str] = set()
         if isinstance(model, DiffusionModel):
-            unused = {part: model.untrained_parameters(part) for part in self.parts}
+            unused = {f"{part}.{name}" for part in self.parts for name in model.untrained_parameters(part)}
         for name, parameter in model.named_parameters():
-            part = part_of(name)
-            if part in self.parts:
-                parameter.requires_grad_(name.removeprefix(f"{part}.") not in unused.get(part, ()))
+            parameter.requires_grad_(part_of(name) in self.parts and name not in unused)
         self.initial = {name: narrowest(p.detach().cpu()) for name, p in trainable_parameters(model)}
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]]:
