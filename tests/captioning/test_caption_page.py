@@ -32,7 +32,7 @@ def cards(opened) -> list[str]:
     return [card.input_value() for card in opened.locator(".card textarea").all()]
 
 
-def test_captions_are_corrected_and_taken(page: Path, tmp_path: Path, open_page) -> None:
+def test_captions_are_corrected_and_taken(page: Path, tmp_path: Path, open_page, open_again) -> None:
     opened = open_page(page, accept_downloads=True)
     assert cards(opened) == [HOSTILE, "red cat, hat", "red dog, hat", "a picture of a cup"]
     assert opened.locator(".name").first.text_content() == "<b>d.png"
@@ -52,7 +52,7 @@ def test_captions_are_corrected_and_taken(page: Path, tmp_path: Path, open_page)
     assert cards(opened)[1] == "red cat, hat"
     assert "2 changed" in opened.locator("#count").text_content()
     # What was written is there when the page is opened again.
-    opened.reload()
+    opened = open_again(opened)
     assert cards(opened)[0] == "a <i>cat</i>\nof mine"
     with opened.expect_download() as download:
         opened.click("#export")

@@ -102,7 +102,7 @@ def check(root: Path, out: Path, monkeypatch, capsys, *words: str) -> str:
     return capsys.readouterr().out
 
 
-def test_check_shows_them_on_a_page(root: Path, tmp_path: Path, monkeypatch, capsys, open_page) -> None:
+def test_check_shows_them_on_a_page(root: Path, tmp_path: Path, monkeypatch, capsys, open_page, open_again) -> None:
     told = check(root, tmp_path / "out", monkeypatch, capsys)
     lines = {line.split("  ")[0].strip(): line for line in told.splitlines()}
     assert lines["to look at"].endswith("1 a frame or bars, 1 blurred")
@@ -115,7 +115,7 @@ def test_check_shows_them_on_a_page(root: Path, tmp_path: Path, monkeypatch, cap
     assert pressed == {"again.png": "true", "good0.png": "false", "framed.png": "false", "blurred.png": "false"}
     page.get_by_role("button", name="blurred.png").click()
     page.get_by_role("button", name="again.png").click()
-    page.reload()
+    page = open_again(page)
     with page.expect_download() as download:
         page.click("#export")
     file = tmp_path / "exclude.txt"

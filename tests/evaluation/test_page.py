@@ -307,7 +307,7 @@ def votes_in(page) -> list[dict]:
     return json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
 
 
-def test_a_blind_vote_is_kept_and_exported(open_page, report: Path) -> None:
+def test_a_blind_vote_is_kept_and_exported(open_page, open_again, report: Path) -> None:
     page = open_page(report)
     page.get_by_role("button", name="Start voting").click()
     ballot = page.locator("#ballot")
@@ -328,7 +328,7 @@ def test_a_blind_vote_is_kept_and_exported(open_page, report: Path) -> None:
         assert (report.parent / given["left"]["path"]).is_file()
     assert sum(score["won"] for score in exported["scores"]) == 5
     assert page.locator("#scores tbody tr").count() == len(exported["scores"])
-    page.reload()
+    page = open_again(page)
     assert votes_in(page)["votes"] == exported["votes"]
     page.get_by_role("button", name="Continue voting").click()
     assert page.locator("#ballot-count").text_content() == "5 answered, 13 to go"
@@ -408,12 +408,12 @@ def background(page) -> int:
     return int(page.evaluate("getComputedStyle(document.body).backgroundColor").split("(")[1].split(",")[0])
 
 
-def test_light_and_dark(open_page, report: Path) -> None:
+def test_light_and_dark(open_page, open_again, report: Path) -> None:
     page = open_page(report, color_scheme="dark")
     assert background(page) < 40
     page.get_by_role("button", name="Switch to the light theme").click()
     assert background(page) > 220
-    page.reload()
+    page = open_again(page)
     assert background(page) > 220
     assert background(open_page(report, color_scheme="light")) > 220
 
