@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from sdft.batch import Batch, LossReport
 from sdft.models.nano.build import tokenizer
 from sdft.protocols import Objective
 from sdft.rng import Draws
-from sdft.types import NonNegative
+from sdft.types import Index, NonNegative
 
 
 class Reconstruction(Objective):
@@ -69,10 +70,20 @@ class Contrastive(Objective):
 
     words: vocabulary of the tokenizer.
     noise: standard deviation of the noise added to the pixels.
+    subjects: nouns. Each image is also compared with `num_wrong` copies of its caption in which another of them stands
+        in the place of one: the other captions of a batch are too different to teach which two subjects a pair has
+        (hard negatives, as of Yuksekgonul et al., arXiv:2210.01936).
     """
 
-    def __init__(self, words: Sequence[str], noise: NonNegative = 0.05):
+    def __init__(
+        self,
+        words: Sequence[str],
+        noise: NonNegative = 0.05,
+        subjects: Sequence[str] = (),
+        num_wrong: Index = 2,
+    ):
         self.tokenizer, self.noise = tokenizer(words, "<|endoftext|>"), noise
+        self.subjects, self.num_wrong = tuple(subjects), num_wrong if subjects else 0
 
     def __call__(self, clip: CLIPModel, batch: Batch, draws: Draws) -> LossReport:
         """The mean of the two cross entropies, and the top-1 accuracy of texts."""
@@ -81,13 +92,41 @@ class Contrastive(Objective):
         x = x + self.noise * draws.normal("pixel noise", x.shape[1:]).to(x)
         blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
         x = torch.lerp(x, blurred, draws.uniform("blur").to(x)[:, None, None, None])
+        texts, num = [*batch.captions, *self._wrong(batch.captions, draws)], len(batch.captions)
         # Padding to the longest caption is enough here: only the position of the first EOS is read.
-        ids = self.tokenizer(list(batch.captions), padding=True, return_tensors="pt").input_ids.to(x.device)
-        out = clip(input_ids=ids, pixel_values=x)
-        same = (ids[:, None] == ids[None]).all(-1).float()
-        target = same / same.sum(1, keepdim=True)
-        logits = out.logits_per_image.float()
-        by_image = -(target * logits.log_softmax(1)).sum(1)
-        by_text = -(target * logits.T.log_softmax(1)).sum(1)
-        hit = same.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)
-        return LossReport((by_image + by_text) / 2, {"hit": hit})
+        ids_TL = self.tokenizer(texts, padding=True, return_tensors="pt").input_ids.to(x.device)
+        logits_BT = clip(input_ids=ids_TL, pixel_values=x).logits_per_image.float()
+        same_BT = (ids_TL[:num, None] == ids_TL[None]).all(-1).float()
+        by_image_B = _cross_entropy(logits_BT, same_BT)
+        by_text_B = _cross_entropy(logits_BT[:, :num].T, same_BT[:, :num])
+        hit_B = same_BT.gather(1, logits_BT.argmax(1, keepdim=True)).squeeze(1)
+        return LossReport((by_image_B + by_text_B) / 2, {"hit": hit_B})
+
+    def _wrong(self, captions: Sequence[str], draws: Draws) -> list[str]:
+        """Captions that name another subject; of a caption without one, the caption itself."""
+        found = []
+        for number in range(self.num_wrong):
+            which_B, other_B = (draws.uniform(f"wrong {what} {number}") for what in ("place", "subject"))
+            for caption, which, other in zip(captions, which_B.tolist(), other_B.tolist(), strict=True):
+                found.append(with_another(caption, self.subjects, which, other))
+        return found
+
+
+def with_another(caption: str, subjects: Sequence[str], which: float, other: float) -> str:
+    """The caption with another subject in the place of one that it names, and with the article that this one needs.
+
+    which, other: numbers in [0, 1) that choose the place and the subject.
+    """
+    named = [subject for subject in subjects if re.search(rf"\b{subject}\b", caption)]
+    others = [subject for subject in subjects if subject not in named]
+    if not named or not others:
+        return caption
+    before, after = named[int(which * len(named))], others[int(other * len(others))]
+    text = re.sub(rf"\b{before}\b", after, caption)
+    return re.sub(r"\ban? (\w)", lambda found: f"{'an' if found[1] in 'aeiou' else 'a'} {found[1]}", text)
+
+
+def _cross_entropy(logits_NT: Tensor, same_NT: Tensor) -> Tensor:
+    """Of each row, with all of its equal texts as targets."""
+    target_NT = same_NT / same_NT.sum(1, keepdim=True)
+    return -(target_NT * logits_NT.log_softmax(1)).sum(1)
