@@ -33,8 +33,8 @@ MAX_VALUES = 100_000
 """Of a file, aliases expanded: more is an alias bomb."""
 KINDS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
 PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in KINDS}
-HARMLESS = re.compile(r"\$\{(now:[^$}]*|oc\.select:[^$}]*|[.\w\[\]]+)\}")
-"""Interpolations of other keys, with a default or without, and of the time."""
+HARMLESS = re.compile(r"\$\{(now:[^$}]*|oc\.select:[^$}]*|times:[^$}]*|[.\w\[\]]+)\}")
+"""Interpolations of other keys, with a default or without, of the time, and of products of numbers."""
 
 
 def read_config(file: Path, trust: Sequence[str] = ()) -> DictConfig:

@@ -262,6 +262,7 @@ CHOICES = [
     ["model=sdxl", "tuning=lora_unet_te", "tuning.new_words={zorbix: neon drawing}"],
     ["callbacks=importance", "strategy=fsdp", "logger=wandb", "objective=v_zero_snr", "objective/weighting=debiased"],
     ["sampler=dpmpp_2m_sde_karras", "objective/timesteps=logit_normal", "lr_schedule=constant"],
+    *([f"optimizer={file.stem}"] for file in sorted((CONF_DIR / "optimizer").glob("*.yaml"))),
 ]
 
 
