@@ -1,4 +1,4 @@
-"""The one error that is meant for the user, and the suggestions in its message."""
+"""The one error that is meant for the user, and the suggestions and lists in its message."""
 
 from __future__ import annotations
 
@@ -19,3 +19,10 @@ def did_you_mean(text: object, candidates: Iterable[object]) -> str:
     """`; did you mean 'x'?`, or nothing if no candidate is close."""
     guess = closest(text, candidates)
     return f"; did you mean '{guess}'?" if guess else ""
+
+
+def listed(problems: Iterable[str], most: int = 20) -> str:
+    """One problem per line, sorted; of more than `most`, their number in the last line."""
+    lines = sorted(problems)
+    rest = [f"  and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join([f"  {line}" for line in lines[:most]] + rest)

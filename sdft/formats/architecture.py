@@ -5,7 +5,7 @@ Knows the class of each part. Must not read weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import init_empty_weights
@@ -13,14 +13,12 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdft.errors import UserError
+from sdft.errors import UserError, listed
 from sdft.formats.json_file import read_json
 from sdft.formats.keys import PREFIXES, hub_name
 from sdft.formats.model_checkpoint import Checkpoint
 
 PARTS = tuple(PREFIXES)
-MAX_LISTED = 400
-"""The longest list of mismatches that is printed; a longer one means another architecture."""
 
 
 def empty_network(part: str, config: Path) -> nn.Module:
@@ -46,7 +44,7 @@ def parameter_names(part: str, network: nn.Module) -> dict[str, str]:
 
 
 def refuse_misfit(where: str, checkpoint: Checkpoint, networks: Mapping[str, nn.Module]) -> None:
-    """Raise UserError that names every missing, unexpected and misshaped weight of a checkpoint."""
+    """Raise UserError that names missing, unexpected and misshaped weights of a checkpoint."""
     expected = {
         weight: tuple(network.get_parameter(name).shape)
         for part, network in networks.items()
@@ -66,10 +64,3 @@ def refuse_misfit(where: str, checkpoint: Checkpoint, networks: Mapping[str, nn.
     if problems:
         what = f"{len(problems)} weights do not fit the model, so nothing is loaded"
         raise UserError(f"{where}: {what}:\n{listed(problems)}")
-
-
-def listed(problems: Iterable[str]) -> str:
-    """One problem per line, sorted."""
-    lines = sorted(problems)
-    rest = [f"  and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
-    return "\n".join([f"  {line}" for line in lines[:MAX_LISTED]] + rest)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from sdft.errors import UserError
+from sdft.errors import UserError, listed
 from sdft.formats.importance import open_importance
 from sdft.formats.keys import PREFIXES
 from sdft.formats.lora_file import is_lora, read_lora, read_names
@@ -170,8 +170,7 @@ def refuse_mismatch(models: Sequence[Model], adapters: Sequence[Adapter], import
             if shapes.get(name) != shape
         ]
     if problems:
-        lines = "\n".join(f"  {line}" for line in problems)
-        raise UserError(f"the inputs differ in {len(problems)} weights, so they cannot be merged:\n{lines}")
+        raise UserError(f"the inputs differ in {len(problems)} weights, so they cannot be merged:\n{listed(problems)}")
 
 
 def adapter_mismatches(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], model: str) -> list[str]:

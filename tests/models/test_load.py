@@ -68,6 +68,19 @@ def test_weights_of_the_right_dtype_stay_in_the_mapped_file(single: Path) -> Non
     assert single.read_bytes() == before
 
 
+def test_of_many_weights_that_do_not_fit_the_first_are_named(single: Path, tmp_path: Path) -> None:
+    """As with a file of another architecture: nobody reads hundreds of lines."""
+    tensors = load_file(single)
+    gone = [name for name in tensors if name.startswith(PREFIXES["unet"])][:50]
+    save_file({name: tensor for name, tensor in tensors.items() if name not in gone}, tmp_path / "bad.safetensors")
+    with pytest.raises(UserError, match="50 weights do not fit") as raised:
+        pretrained(str(tmp_path / "bad.safetensors"))
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 22
+    assert all(line.startswith("  missing: unet/") for line in lines[1:-1])
+    assert lines[-1] == "  and 30 more"
+
+
 def test_all_that_does_not_fit_is_named_and_nothing_is_loaded(single: Path, tmp_path: Path) -> None:
     tensors = load_file(single)
     gone = f"{PREFIXES['unet']}input_blocks.4.1.proj_in.bias"

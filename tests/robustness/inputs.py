@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -21,14 +22,16 @@ from robustness.attempt import (
     MARK,
     OLD_RUN,
 )
+from sdft.models.nano import WEIGHTS
 
 
 def nano_file() -> Path:
-    """nano as a single file, made once."""
-    if not (path := Path(tempfile.gettempdir()) / f"sdft_tries_nano_{os.getuid()}.safetensors").is_file():
+    """nano as a single file, made once for these weights."""
+    known = [(file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(WEIGHTS.rglob("*.safetensors"))]
+    name = f"sdft_tries_nano_{os.getuid()}_{hashlib.md5(repr(known).encode()).hexdigest()[:12]}.safetensors"
+    if not (path := Path(tempfile.gettempdir()) / name).is_file():
         from sdft.formats.model_checkpoint import open_checkpoint
         from sdft.formats.single_file import write_single_file
-        from sdft.models.nano import WEIGHTS
 
         part = path.with_suffix(f".{os.getpid()}")
         write_single_file(open_checkpoint("in", WEIGHTS), part)
