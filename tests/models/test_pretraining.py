@@ -17,21 +17,22 @@ WORDS = ("a", "an", "picture", "of", "and", "red", "cat", "owl", "fairy", "tale"
 
 
 @pytest.mark.parametrize(
-    ("which", "other", "expected"),
+    ("choice", "expected"),
     [
-        (0.0, 0.0, "a picture of a red fairy tale forest and an owl"),
-        (0.0, 0.99, "a picture of a red hot air balloon and an owl"),
-        (0.5, 0.5, "a picture of a red cat and a hot air balloon"),
+        (0, "a picture of a red fairy tale forest and an owl"),
+        (1, "a picture of a red hot air balloon and an owl"),
+        (3, "a picture of a red cat and a hot air balloon"),
     ],
 )
-def test_one_subject_of_a_caption_is_replaced(which: float, other: float, expected: str) -> None:
-    assert with_another("a picture of a red cat and an owl", SUBJECTS, which, other) == expected
+def test_one_subject_of_a_caption_is_replaced(choice: int, expected: str) -> None:
+    """Of four ways: two places, and two other subjects for each."""
+    assert with_another("a picture of a red cat and an owl", SUBJECTS, 4 * 7**20 + choice) == expected
 
 
 def test_a_caption_without_a_subject_or_with_all_stays() -> None:
-    assert with_another("a picture of a catamaran", SUBJECTS, 0.0, 0.0) == "a picture of a catamaran"
-    assert with_another("an owl and a cat", ("cat", "owl"), 0.0, 0.0) == "an owl and a cat"
-    assert with_another("a hot air balloon", SUBJECTS, 0.0, 0.4) == "an owl"
+    assert with_another("a picture of a catamaran", SUBJECTS, 5) == "a picture of a catamaran"
+    assert with_another("an owl and a cat", ("cat", "owl"), 5) == "an owl and a cat"
+    assert with_another("a hot air balloon", SUBJECTS, 1) == "an owl"
 
 
 def report(captions: list[str], logits: list[list[float]], num_wrong: int):

@@ -14,7 +14,7 @@ from transformers import CLIPModel
 from sdft.batch import Batch, LossReport
 from sdft.models.nano.build import tokenizer
 from sdft.protocols import Objective
-from sdft.rng import Draws
+from sdft.rng import Draws, seed_of
 from sdft.types import Index, NonNegative
 
 
@@ -106,22 +106,22 @@ class Contrastive(Objective):
         """Captions that name another subject; of a caption without one, the caption itself."""
         found = []
         for number in range(self.num_wrong):
-            which_B, other_B = (draws.uniform(f"wrong {what} {number}") for what in ("place", "subject"))
-            for caption, which, other in zip(captions, which_B.tolist(), other_B.tolist(), strict=True):
-                found.append(with_another(caption, self.subjects, which, other))
+            for caption, key, visit in zip(captions, draws.keys, draws.visits, strict=True):
+                choice = seed_of(draws.run_seed, f"wrong caption {number}", key, visit)
+                found.append(with_another(caption, self.subjects, choice))
         return found
 
 
-def with_another(caption: str, subjects: Sequence[str], which: float, other: float) -> str:
+def with_another(caption: str, subjects: Sequence[str], choice: int) -> str:
     """The caption with another subject in the place of one that it names, and with the article that this one needs.
 
-    which, other: numbers in [0, 1) that choose the place and the subject.
+    choice: any number, which of all such captions.
     """
     named = [subject for subject in subjects if re.search(rf"\b{subject}\b", caption)]
-    others = [subject for subject in subjects if subject not in named]
-    if not named or not others:
+    pairs = [(before, after) for before in named for after in subjects if after not in named]
+    if not pairs:
         return caption
-    before, after = named[int(which * len(named))], others[int(other * len(others))]
+    before, after = pairs[choice % len(pairs)]
     text = re.sub(rf"\b{before}\b", after, caption)
     return re.sub(r"\ban? (\w)", lambda found: f"{'an' if found[1] in 'aeiou' else 'a'} {found[1]}", text)
 
