@@ -74,6 +74,11 @@ def build_optional(node: DictConfig | None) -> Any:
     return build(node) if node is not None and "_target_" in node else None
 
 
+def switched_on(group: DictConfig) -> list[DictConfig]:
+    """The nodes of a group of named parts, without those set to null, such as `callbacks.previews=null`."""
+    return [node for node in group.values() if node is not None]
+
+
 class Plan(NamedTuple):
     """What a command line comes to, after a check of all its jobs."""
 

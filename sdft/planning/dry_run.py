@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from sdft.config.command import CONF_DIR, build, build_optional
+from sdft.config.command import CONF_DIR, build, build_optional, switched_on
 from sdft.config.trust import as_packages
 from sdft.data.sources.shard_copies import MAY_FETCH
 from sdft.distributed.processes import num_processes
@@ -92,8 +92,8 @@ def planned(cfg: DictConfig, data: Any = None) -> Planned:
         refuse_schedule(optimizer, schedule)
         parts = build(cfg.get("part_schedules"))
         module = Finetuning(model, tuning, objective, optimizer, schedule, cfg.seed, cfg.fused_backward, parts)
-    kept = [num_averages(callback._target_) for callback in cfg.callbacks.values()]
-    offloaded = [bool(callback.get("offload")) for callback in cfg.callbacks.values()]
+    kept = [num_averages(callback._target_) for callback in switched_on(cfg.callbacks)]
+    offloaded = [bool(callback.get("offload")) for callback in switched_on(cfg.callbacks)]
     num_offloaded = sum(num for num, is_offloaded in zip(kept, offloaded, strict=True) if is_offloaded)
     return Planned(module, data, run_setup(cfg), sum(kept) - num_offloaded, num_offloaded)
 
@@ -148,7 +148,7 @@ def run_setup(cfg: DictConfig) -> Any:
     trainer = cfg.trainer
     on_gpu = trainer.accelerator == "gpu" or num_gpus(trainer.accelerator) > 0 or cfg.preflight.memory is not None
     num_devices = num_processes(trainer.accelerator, trainer.devices, trainer.num_nodes)
-    previews = [build(callback) for callback in cfg.callbacks.values() if is_a(callback._target_, Previews)]
+    previews = [build(callback) for callback in switched_on(cfg.callbacks) if is_a(callback._target_, Previews)]
     draws = previews or "_target_" in (cfg.verdict or {}) or cfg.get("class_images") is not None
     areas = [math.prod(prompt.size_hw) for one in previews for prompt in one.prompts]
     strategy = build(trainer.strategy) if isinstance(trainer.strategy, DictConfig) else trainer.strategy

@@ -15,7 +15,7 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from sdft.config.command import build, build_optional
+from sdft.config.command import build, build_optional, switched_on
 from sdft.config.exits import foreseen, hidden, hide_environment
 from sdft.config.trust import as_packages
 from sdft.distributed.processes import num_processes
@@ -67,7 +67,7 @@ def finetune(cfg: DictConfig, overrides: Sequence[str] | None, report: Report) -
     if cfg.reproduce:
         torch.set_num_threads(receipt.read(cfg.reproduce)["threads"])  # sums of floats depend on it
     # The cheap parts first: a wrong number or an empty folder is reported before any weights are read.
-    loggers = [build(logger) for logger in cfg.logger.values()]
+    loggers = [build(logger) for logger in switched_on(cfg.logger)]
     data, class_images = build_data(cfg)
     tuning, objective, export = (build(cfg[name]) for name in ("tuning", "objective", "export"))
     refuse_unpaired(objective, data)
@@ -110,7 +110,7 @@ def finetune(cfg: DictConfig, overrides: Sequence[str] | None, report: Report) -
 
 def build_trainer(cfg: DictConfig, loggers: Sequence[Any], tuning: Any) -> Any:
     """The trainer with its callbacks. Raises UserError for one that does not fit the tuning."""
-    callbacks = [build(callback) for callback in cfg.callbacks.values()]
+    callbacks = [build(callback) for callback in switched_on(cfg.callbacks)]
     for callback in callbacks:
         if isinstance(callback, ChecksTuning):
             callback.check_tuning(tuning)

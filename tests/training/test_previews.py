@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from checks import slow, trained_module
 from PIL import Image
 from small_runs import Run, result, train
+from test_sweep import SMALL
 from tiny import SIZE, build_tiny_model
 
+import sdft.training.__main__ as train_command
 from sdft.config.command import ConfigError, check, compose
 from sdft.errors import UserError
 from sdft.evaluation.image_grid import BAR, letterboxed
@@ -292,3 +295,13 @@ def test_images_of_several_sizes_share_a_grid() -> None:
     assert (placed[0, :, :4] == BAR).all()
     assert (placed[0, :, 16:] == BAR).all()
     assert (placed[1] == 20).all()
+
+
+def test_null_switches_a_callback_and_a_logger_off(tmp_path: Path, monkeypatch) -> None:
+    words = [*SMALL, "callbacks=default", "callbacks.previews=null", "logger=csv_wandb", "logger.wandb=null"]
+    for more in (["dry_run=true"], []):
+        monkeypatch.setattr(sys, "argv", ["train.py", *words, f"run_dir={tmp_path / 'run'}", *more])
+        train_command.main()
+    assert (tmp_path / "run" / "lora.safetensors").is_file()
+    assert not (tmp_path / "run" / "previews").exists()
+    assert not (tmp_path / "run" / "wandb").exists()
