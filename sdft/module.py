@@ -325,7 +325,8 @@ def refuse_sharded(optimizer: OptimizerFactory, parameterwise: bool) -> None:
     chosen = type(probe(optimizer))
     if parameterwise:
         raise UserError("strategy=fsdp: weights in bf16 are updated singly, which sharded ones cannot be; set fp32")
-    if chosen.__module__.partition(".")[0] in ("bitsandbytes", "pytorch_optimizer", "transformers"):
+    packages = {base.__module__.partition(".")[0] for base in chosen.__mro__}
+    if packages & {"bitsandbytes", "pytorch_optimizer", "transformers"}:
         raise UserError(
             f"strategy=fsdp: {chosen.__name__} needs whole weights, or was not tested with sharded ones; choose "
             "optimizer=adamw, or strategy=ddp"

@@ -156,9 +156,9 @@ def muon(
     """Muon: orthogonalised momentum of matrices, with updates as large as AdamW's (arXiv:2502.16982), so that its rates
     fit. A convolution counts as a matrix of its output channels. Norms and biases are trained by AdamW.
 
-    betas: of AdamW. ns_steps: iterations of Newton and Schulz.
+    betas: of AdamW. ns_steps: iterations of Newton and Schulz, in bf16 on GPUs and in fp32 on CPUs.
     """
-    from pytorch_optimizer import Muon
+    from sdft.optimizers.muon import Muon
 
     split: list[dict[str, Any]] = []
     for group in groups:
