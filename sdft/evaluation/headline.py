@@ -175,7 +175,7 @@ def sentence(compared: Compared) -> str:
         return undecided(compared, [name for name in compared.others if name not in behind], behind)
     worse = [said(metric).worse for metric, of in ((gain, gains), (keep, losses)) if metric and "worse" in of.values()]
     if len(behind) > 1:
-        return f"Keep {base}: {listed(behind)} are {' or '.join(worse)}."
+        return f"Keep {base}: {joined(behind)} are {' or '.join(worse)}."
     detail = f" ({compared.numbers(behind[0], gain)})" if gains[behind[0]] == "worse" else ""
     return f"Keep {base}: {behind[0]} is {' and '.join(worse)}{detail}."
 
@@ -205,7 +205,7 @@ def keep_sentence(compared: Compared, best: str, winners: Sequence[str], costly:
             "unknown": f"; whether it is {said(keep).same}, so few images cannot say",
         }.get(kind, "")
     if peers:
-        text += f"; these images cannot tell it from {listed(peers)}"
+        text += f"; these images cannot tell it from {joined(peers)}"
     return f"{text}."
 
 
@@ -230,8 +230,8 @@ def undecided(compared: Compared, unclear: Sequence[str], behind: Sequence[str])
     """No subject is better for certain, and some may be."""
     base, now = compared.baseline, compared.num_units
     images = f"These {compared.images} images of each" if compared.images > 1 else "One image of each"
-    text = f"{images} cannot tell {listed(unclear, 'or')} from {base}"
-    text += f", and {listed(behind)} {'is' if len(behind) == 1 else 'are'} worse" if behind else ""
+    text = f"{images} cannot tell {joined(unclear, 'or')} from {base}"
+    text += f", and {joined(behind)} {'is' if len(behind) == 1 else 'are'} worse" if behind else ""
     by_prompt = compared.prompts >= MIN_UNITS
     if now < MIN_UNITS:
         return f"{text}; draw at least {math.ceil(MIN_UNITS / compared.prompts)} seeds, or {MIN_UNITS} prompts."
@@ -286,7 +286,7 @@ def said(metric: MetricInfo) -> Words:
     )
 
 
-def listed(names: Sequence[str], word: str = "and") -> str:
+def joined(names: Sequence[str], word: str = "and") -> str:
     """`a, b and c`, or `a, b, c and 4 more`."""
     shown = list(names[:MOST_NAMED])
     if len(names) > MOST_NAMED:

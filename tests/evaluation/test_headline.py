@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from sdft.evaluation.headline import headline, listed, rounded
+from sdft.evaluation.headline import headline, joined, rounded
 from sdft.evaluation.results import Estimate, ImageResult, MetricInfo, Results, SubjectSummary, Verdict
 from sdft.evaluation.statistics import compare, detectable, estimate, holm, needed_units
 from sdft.evaluation.tradeoff import find_tradeoff
@@ -206,7 +206,7 @@ def test_the_needed_units_are_those_that_detect(effect: float) -> None:
 
 
 def test_lists_and_numbers() -> None:
-    assert listed(["a"]) == "a"
-    assert listed(["a", "b", "c"], "or") == "a, b or c"
-    assert listed(list("abcdefg")) == "a, b, c and 4 more"
+    assert joined(["a"]) == "a"
+    assert joined(["a", "b", "c"], "or") == "a, b or c"
+    assert joined(list("abcdefg")) == "a, b, c and 4 more"
     assert [rounded(number) for number in (5.2, 59.1, 137, 1234)] == [6, 60, 140, 1300]
