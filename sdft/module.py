@@ -28,7 +28,7 @@ from sdft.optimizers.parameterwise import ParameterwiseOptimizer, refuse_fused_b
 from sdft.optimizers.schedules import by_part, refuse_unknown_parts
 from sdft.protocols import DiffusionModel, Objective, OptimizerFactory, ScheduleFactory, Tuning, strategy_hooks
 from sdft.rng import Draws, Position, seed_of
-from sdft.tuning.parameters import copy_parameters, part_of, trainable_parameters
+from sdft.tuning.parameters import buffers_beside, copy_parameters, part_of, trainable_parameters
 from sdft.tuning.stops import drop_gradients
 
 VALIDATION_SEED = 0
@@ -252,15 +252,17 @@ class Finetuning(L.LightningModule):
             clip_gradients((p for group in optimizer.param_groups for p in group["params"]), gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep only trainable parameters; all others are read from `model.weights` again."""
-        names = {f"model.{name}" for name, _ in trainable_parameters(self.model)}
+        """Keep only trainable parameters and the buffers beside them; others are read from `model.weights` again."""
+        learned = [*trainable_parameters(self.model), *buffers_beside(self.model)]
+        names = {f"model.{name}" for name, _ in learned}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises UserError for a checkpoint with other trainable parameters than this run's."""
         recount_batches(checkpoint, self.trainer)
         now = {(f"model.{name}", tuple(p.shape)) for name, p in trainable_parameters(self.model)}
-        saved = {(name, tuple(value.shape)) for name, value in checkpoint["state_dict"].items()}
+        beside = {f"model.{name}" for name, _ in buffers_beside(self.model)}
+        saved = {(name, tuple(value.shape)) for name, value in checkpoint["state_dict"].items() if name not in beside}
         if now != saved:
             odd = sorted({name for name, _ in now ^ saved})
             raise UserError(

@@ -25,7 +25,7 @@ from sdft.distributed.saving import BackgroundSave
 from sdft.distributed.sharding import gather_weights, shard_like, snapshot
 from sdft.errors import UserError
 from sdft.protocols import StrategyHooks
-from sdft.tuning.parameters import copy_parameters, trainable_parameters
+from sdft.tuning.parameters import buffers_beside, copy_parameters, trainable_parameters
 from sdft.types import Count
 
 ONE_KERNEL, PLAIN = {"foreach": False, "fused": True}, {"foreach": True, "fused": None}
@@ -201,12 +201,16 @@ class FSDP2(StrategyHooks, ModelParallelStrategy):
         return self.checkpoint_io.load_checkpoint(checkpoint_path)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return {f"model.{name}": p.detach() for name, p in trainable_parameters(self.lightning_module.model)}
+        model = self.lightning_module.model
+        learned = [*trainable_parameters(model), *buffers_beside(model)]
+        return {f"model.{name}": value.detach() for name, value in learned}
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         for name, parameter in trainable_parameters(self.lightning_module.model):
             parameter.copy_(shard_like(parameter, checkpoint["state_dict"][f"model.{name}"]))
+        for name, buffer in buffers_beside(self.lightning_module.model):
+            buffer.copy_(checkpoint["state_dict"][f"model.{name}"])
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         state = optimizer.state_dict()

@@ -21,6 +21,16 @@ def trainable_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
+def buffers_beside(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The saved buffers of modules that have a trainable parameter of their own, such as the running statistics of a
+    batch normalisation: they change in training too, and a checkpoint without them would not resume it."""
+    for place, module in model.named_modules():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            kept = set(module.state_dict()) & dict(module.named_buffers(recurse=False)).keys()
+            for leaf in sorted(kept):
+                yield f"{place}.{leaf}".lstrip("."), module.get_buffer(leaf)
+
+
 @torch.no_grad()
 def copy_parameters(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy whole `weights` into the trainable parameters of the same names; each rank of a sharded one its shard."""

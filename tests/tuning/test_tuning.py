@@ -27,7 +27,7 @@ from sdft.sampling.generate import generate
 from sdft.sampling.samplers import Sampler
 from sdft.tuning.adapter import Adapter, adapters, scaled
 from sdft.tuning.full import Full
-from sdft.tuning.parameters import trainable_parameters
+from sdft.tuning.parameters import buffers_beside, trainable_parameters
 
 ALL_PARTS = ("unet", "text_encoder", "text_encoder_2")
 WORD = "стиль_Техноманта"
@@ -434,3 +434,27 @@ def test_the_base_is_drawn_by_what_it_predicts(tiny_model, prediction: str) -> N
     with module.tuning.drawing_base(model):
         assert np.array_equal(generate(model, ["a red cat"], [0], sampler, (32, 32)), expected)
     assert model.scheduler.config.prediction_type == prediction
+
+
+def test_a_checkpoint_has_the_statistics_of_a_trained_batch_normalisation(tiny_model) -> None:
+    """They change in training as weights do. Those of a frozen one do not; scratch memory is in no checkpoint."""
+    def normalised() -> Finetuning:
+        model = tiny_model()
+        model.unet.conv_out = nn.Sequential(model.unet.conv_out, nn.BatchNorm2d(4))
+        model.vae.post_quant_conv = nn.Sequential(model.vae.post_quant_conv, nn.BatchNorm2d(4))
+        model.unet.conv_out[1].register_buffer("scratch", torch.zeros(1), persistent=False)
+        return finetuning(model, Full())
+
+    trained, resumed = normalised(), normalised()
+    plain = finetuning(tiny_model(), Full())
+    trained.model.unet.conv_out(torch.randn(2, plain.model.unet.conv_out.in_channels, 4, 4))
+    checkpoint = {"state_dict": trained.state_dict(), "loops": {}}
+    trained.on_save_checkpoint(checkpoint)
+    names = {name.removeprefix("model.unet.") for name in checkpoint["state_dict"]}
+    kept = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    assert {name for name in names if "conv_out.1" in name} == {f"conv_out.1.{name}" for name in kept}
+    assert not [name for name in names if "vae" in name]
+    resumed.load_state_dict(checkpoint["state_dict"], strict=resumed.strict_loading)
+    for one, other in zip(trained.model.unet.conv_out.buffers(), resumed.model.unet.conv_out.buffers(), strict=True):
+        assert torch.equal(one, other)
+    assert {name for name, _ in buffers_beside(plain.model)} == set()
