@@ -28,7 +28,7 @@ from sdft.optimizers.parameterwise import ParameterwiseOptimizer, refuse_fused_b
 from sdft.optimizers.schedules import by_part, refuse_unknown_parts
 from sdft.protocols import DiffusionModel, Objective, OptimizerFactory, ScheduleFactory, Tuning, strategy_hooks
 from sdft.rng import Draws, Position, seed_of
-from sdft.tuning.parameters import buffers_beside, copy_parameters, part_of, trainable_parameters
+from sdft.tuning.parameters import buffers_beside, copy_parameters, learned_state, part_of, trainable_parameters
 from sdft.tuning.stops import drop_gradients
 
 VALIDATION_SEED = 0
@@ -253,8 +253,7 @@ class Finetuning(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep only trainable parameters and the buffers beside them; others are read from `model.weights` again."""
-        learned = [*trainable_parameters(self.model), *buffers_beside(self.model)]
-        names = {f"model.{name}" for name, _ in learned}
+        names = {f"model.{name}" for name in learned_state(self.model)}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

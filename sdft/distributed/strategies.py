@@ -25,7 +25,7 @@ from sdft.distributed.saving import BackgroundSave
 from sdft.distributed.sharding import gather_weights, shard_like, snapshot
 from sdft.errors import UserError
 from sdft.protocols import StrategyHooks
-from sdft.tuning.parameters import buffers_beside, copy_parameters, trainable_parameters
+from sdft.tuning.parameters import buffers_beside, copy_parameters, learned_state, trainable_parameters
 from sdft.types import Count
 
 ONE_KERNEL, PLAIN = {"foreach": False, "fused": True}, {"foreach": True, "fused": None}
@@ -201,9 +201,7 @@ class FSDP2(StrategyHooks, ModelParallelStrategy):
         return self.checkpoint_io.load_checkpoint(checkpoint_path)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        model = self.lightning_module.model
-        learned = [*trainable_parameters(model), *buffers_beside(model)]
-        return {f"model.{name}": value.detach() for name, value in learned}
+        return {f"model.{name}": value for name, value in learned_state(self.lightning_module.model).items()}
 
     @torch.no_grad()
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -31,6 +31,11 @@ def buffers_beside(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{place}.{leaf}".lstrip("."), module.get_buffer(leaf)
 
 
+def learned_state(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds: the trainable parameters and the buffers beside them, by name."""
+    return {name: value.detach() for name, value in (*trainable_parameters(model), *buffers_beside(model))}
+
+
 @torch.no_grad()
 def copy_parameters(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy whole `weights` into the trainable parameters of the same names; each rank of a sharded one its shard."""
