@@ -4,6 +4,7 @@ The Python API is `compose`, `finetune`, `load_model`, `sample`, `merge` and `co
 """
 
 import importlib
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ __version__ = "0.1.0"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# bitsandbytes, which peft imports, asks on CPUs with AVX-512 BF16 for a kernel of the hub that nothing here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

@@ -224,6 +224,8 @@ class Composer:
             as_group = group.replace(".", "/")
             if self.loader.repository.group_exists(as_group) and value in self.options[as_group]:
                 raise ConfigError(f"{line}: '{group}' is a group; did you mean '{as_group}={value}'?")
+        elif "none" in self.options[group] and (override.is_delete() or value is None):
+            raise ConfigError(f"{line}: write {group}=none")
         elif value is None and not override.is_delete():
             raise ConfigError(f"'{group}' has no option null; '~{group}' leaves it out")
         elif value is not None and not isinstance(value, str | list):

@@ -25,6 +25,7 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from sdft.config.keys import items
 from sdft.distributed.processes import ProcessInfo, exit_with_error
@@ -142,6 +143,10 @@ def foreseen(error: BaseException) -> UserError | None:
         return UserError(f"the disk is full{_of_file(error)}: free some space, and run the same command again")
     if isinstance(error, OSError) and error.errno in REFUSED:
         return UserError(f"{error.strerror}{_of_file(error)}: name another place, or change its permissions")
+    if isinstance(error, ConfigAttributeError | ConfigKeyError):
+        for word in (word for word in sys.argv if word.startswith("~")):
+            if word[1:].partition("=")[0].partition("@")[0].replace("/", ".") == error.full_key:
+                return UserError(f"{word} leaves out what this command needs; remove it")
     return None
 
 
