@@ -161,8 +161,8 @@ class Composer:
         return [list(job) for job in jobs or [()]]
 
     def fill_open_dicts(self, overrides: Sequence[str]) -> list[str]:
-        """The overrides as Hydra takes them: `hardware=auto` as the preset of this machine's GPU, and `key={...}` as
-        `++key={...}` if the key is declared as `{}`, for the user to fill.
+        """The overrides as Hydra takes them: `hardware=auto` as the preset of this machine's GPU, and `key={...}` or
+        `key.entry=...` with `++` before it if the key is declared as `{}`, for the user to fill.
 
         Hydra merges dicts, and refuses new keys. Raises ConfigError if an experiment or recipe has filled it already,
         since the result would have the entries of both.
@@ -171,10 +171,13 @@ class Composer:
         parsed = self.parse(filled)
         for number, override in enumerate(parsed):
             key, value = override.key_or_group, override.value()
-            if override.type != OverrideType.CHANGE or not isinstance(value, dict) or not value:
+            if override.type != OverrideType.CHANGE or self._is_group(override):
                 continue
             declared = self._declare(parsed)
-            if declared.tree.get(key) == {}:
+            above = [key[: dot.start()] for dot in re.finditer(r"\.", key)]
+            if any(declared.tree.get(parent) == {} for parent in above):
+                filled[number] = f"++{override.input_line}"
+            elif isinstance(value, dict) and value and declared.tree.get(key) == {}:
                 filled[number] = f"++{override.input_line}"
                 for file, content in declared.overlays.items():
                     if found := ", ".join(map(str, content.get(key) or ())):

@@ -21,7 +21,7 @@ import torch
 import xxhash
 from torch import nn
 
-from sdft.data.cache import digest, fingerprint
+from sdft.data.cache import digest
 from sdft.errors import UserError
 from sdft.formats.json_file import read_json
 from sdft.formats.run_folder import RECEIPT
@@ -52,9 +52,17 @@ OF_THE_RUN = ("run_dir", "dry_run", "reproduce", "trust")
 
 
 def begun(
-    config: Mapping[str, Any], overrides: Sequence[str] | None, model: nn.Module, data: Any, num_devices: int
+    config: Mapping[str, Any],
+    overrides: Sequence[str] | None,
+    model: nn.Module,
+    base_weights: str,
+    data: Any,
+    num_devices: int,
 ) -> dict:
-    """The receipt of a run that is about to start. Hashes all base weights and images."""
+    """The receipt of a run that is about to start. Hashes all images.
+
+    base_weights: the fingerprint of the model before tuning changed it.
+    """
     captions = CaptionCount()
     digest_of_data = data_digest(data, captions)
     return {
@@ -67,7 +75,7 @@ def begun(
         "seed": config["seed"],
         "data": digest_of_data,
         "images": data_summary(data, captions),
-        "base_weights": fingerprint(model),
+        "base_weights": base_weights,
         "starts_from": {name: found for name in STARTS_FROM if (found := getattr(model, name, None))},
     }
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from sdft.config.command import build, build_optional, switched_on
 from sdft.config.exits import foreseen, hidden, hide_environment
 from sdft.config.trust import as_packages
+from sdft.data.cache import fingerprint
 from sdft.distributed.processes import num_processes
 from sdft.errors import UserError
 from sdft.formats.json_file import write_json
@@ -92,8 +93,9 @@ def finetune(cfg: DictConfig, overrides: Sequence[str] | None, report: Report) -
         drawn = class_images.draw(model, autocast_precision(trainer.precision), trainer.strategy.root_device)
         if trainer.is_global_zero:
             report(f"{class_images.count} images of '{class_images.prompt}': {drawn}")
-    record = begin_receipt(cfg, overrides, model, data, trainer)
-    module = finetuning(model)
+    base_weights = fingerprint(model) if trainer.is_global_zero else ""
+    module = finetuning(model)  # which refuses what does not fit, before all images are hashed
+    record = begin_receipt(cfg, overrides, model, base_weights, data, trainer)
     lines = announce(cfg, module, data, trainer, verdict, report)
     log_run(trainer, cfg)
     with on_page(cfg, trainer, data, lines, report):
@@ -181,12 +183,14 @@ def find_checkpoint(resume: str | None, run_dir: Path) -> Path | None:
     return path
 
 
-def begin_receipt(cfg: DictConfig, overrides: Sequence[str] | None, model, data, trainer) -> dict[str, Any]:
+def begin_receipt(
+    cfg: DictConfig, overrides: Sequence[str] | None, model, base_weights: str, data, trainer
+) -> dict[str, Any]:
     """What the run is made from, written before it starts: the code may change while it runs."""
     if trainer.global_rank:
         return {}
     config = hidden(OmegaConf.to_container(cfg, resolve=True))
-    record = receipt.begun(config, overrides, model, data, trainer.world_size)
+    record = receipt.begun(config, overrides, model, base_weights, data, trainer.world_size)
     write_json(Path(cfg.run_dir) / receipt.NAME, record)
     return record
 

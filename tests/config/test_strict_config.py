@@ -153,6 +153,15 @@ def test_a_dict_that_is_declared_empty_is_filled(conf: Path, words: list[str]) -
     assert compose("train", words, conf).tags == {"a": 1, "b": {"c": "x"}}
 
 
+def test_a_dict_that_is_declared_empty_is_filled_entry_by_entry(conf: Path) -> None:
+    assert compose("train", ["tags.a=1", "tags.b.c=x"], conf).tags == {"a": 1, "b": {"c": "x"}}
+
+
+def test_an_entry_adds_to_those_of_an_experiment(conf: Path) -> None:
+    (conf / "experiment/tagged.yaml").write_text("# @package _global_\ntags: {theirs: 1}")
+    assert compose("train", ["experiment=tagged", "tags.mine=2"], conf).tags == {"theirs": 1, "mine": 2}
+
+
 def test_a_dict_that_an_experiment_has_filled_is_not_replaced(conf: Path) -> None:
     (conf / "experiment/tagged.yaml").write_text("# @package _global_\ntags: {theirs: 1}")
     message = "tags has entries already (theirs, from experiment/tagged.yaml): ++tags=... adds to them"

@@ -45,6 +45,17 @@ def test_a_run_is_made_again_from_its_receipt(tmp_path: Path, monkeypatch, capsy
     assert "run_dir" not in printed
 
 
+def test_what_cannot_be_trained_is_refused_before_the_images_are_hashed(tmp_path: Path, monkeypatch, capsys) -> None:
+    def hashed(*_: object) -> str:
+        raise AssertionError("which takes minutes for a large folder")
+
+    monkeypatch.setattr(receipt, "data_digest", hashed)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *SMALL, f"run_dir={tmp_path}/run", "tuning=full", "model.dtype={unet: fp16}")
+    assert stopped.value.code == 2
+    assert "small updates are lost" in capsys.readouterr().err
+
+
 def test_what_differs_is_named() -> None:
     other = {**FILE, "versions": {"torch": "2"}, "data": "e", "outputs": {"lora": "2"}}
     with pytest.raises(UserError, match=r"weights of lora .* versions.torch: 1 -> 2; data: d -> e"):
