@@ -9,7 +9,10 @@ from typing import Any
 
 from tqdm import tqdm as _tqdm
 
-__all__ = ["are_shown", "no_progress_bars", "tqdm"]
+__all__ = ["ENOUGH_FOR_A_BAR", "are_shown", "no_progress_bars", "tqdm"]
+
+ENOUGH_FOR_A_BAR = 512
+"""Images or captions that are read within seconds: fewer need no bar."""
 
 _shown: ContextVar[bool] = ContextVar("shown", default=True)
 

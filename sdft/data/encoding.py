@@ -20,7 +20,7 @@ from sdft.data.packed_strings import PackedStrings, SearchableStrings
 from sdft.data.scan import Scan
 from sdft.data.source import Source
 from sdft.data.threads import in_threads
-from sdft.progress import tqdm
+from sdft.progress import ENOUGH_FOR_A_BAR, tqdm
 
 PIXELS_AT_ONCE = 4 * 1024 * 1024
 """Pixels per batch of the encoder: four images of 1024 x 1024."""
@@ -61,7 +61,8 @@ def moments_maker(
     """A function that computes moments of variants in batches of one size, with images decoded in advance."""
 
     def make(variants: Sequence[Variant]) -> Iterator[tuple[Variant, Tensor]]:
-        with tqdm(total=len(variants), desc="encoding", unit="image", disable=len(variants) < 512, leave=False) as bar:
+        few = len(variants) < ENOUGH_FOR_A_BAR
+        with tqdm(total=len(variants), desc="encoding", unit="image", disable=few, leave=False) as bar:
             for group, pixels_BCHW in prepared(dataset, variants, batch_size):
                 yield from zip(group, encode(pixels_BCHW.to(device)).cpu(), strict=True)
                 bar.update(len(group))
@@ -206,7 +207,8 @@ def cached_embeddings(
     addresses = PackedStrings(digest([ids(caption), encoder]) for caption in captions)
     missing = set(addresses_of_rank(cache.missing(addresses), ranks))
     mine = [pair for pair in zip(captions, addresses, strict=True) if pair[1] in missing]
-    for first in tqdm(range(0, len(mine), CAPTIONS_AT_ONCE), desc="captions", disable=len(mine) < 512, leave=False):
+    few = len(mine) < ENOUGH_FOR_A_BAR
+    for first in tqdm(range(0, len(mine), CAPTIONS_AT_ONCE), desc="captions", disable=few, leave=False):
         group = mine[first : first + CAPTIONS_AT_ONCE]
         with torch.no_grad():
             contexts_BLD, pooled_BP = encode([caption for caption, _ in group])

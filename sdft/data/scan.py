@@ -19,10 +19,9 @@ from sdft.data.source import Source, stored_image
 from sdft.data.sources.splits import Subset
 from sdft.data.threads import in_threads
 from sdft.errors import UserError
-from sdft.progress import tqdm
+from sdft.progress import ENOUGH_FOR_A_BAR, tqdm
 
 OnUnreadable = Literal["error", "skip"]
-ENOUGH_FOR_A_BAR = 512
 
 
 @dataclass

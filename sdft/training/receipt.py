@@ -26,7 +26,7 @@ from sdft.errors import UserError
 from sdft.formats.json_file import read_json
 from sdft.formats.run_folder import RECEIPT
 from sdft.formats.safetensors_io import read_header
-from sdft.progress import tqdm
+from sdft.progress import ENOUGH_FOR_A_BAR, tqdm
 
 NAME = RECEIPT
 PACKAGES = ("accelerate", "diffusers", "hydra-core", "lightning", "numpy", "peft", "pillow", "safetensors", "torch",
@@ -235,7 +235,8 @@ def data_digest(data: Any, captions: CaptionCount | None = None) -> str:
     found = hashlib.sha256()
     for dataset, scan in data.parts():
         keys = dataset.source.keys
-        for index, key in enumerate(tqdm(keys, "hashing", unit="image", disable=len(keys) < 512, leave=False)):
+        few = len(keys) < ENOUGH_FOR_A_BAR
+        for index, key in enumerate(tqdm(keys, "hashing", unit="image", disable=few, leave=False)):
             sample = dataset.source[index]
             every = sample.captions.every if sample.captions else None
             if captions is not None:
