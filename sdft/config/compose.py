@@ -187,6 +187,8 @@ class Composer:
     def _declare(self, overrides: Sequence[Override]) -> Declared:
         """What the files contain that these overrides choose; found once for all jobs that differ in values only."""
         chosen = [override for override in overrides if self._is_group(override)]
+        for override in chosen:
+            self._check_option(override)
         lines = tuple(str(override.input_line) for override in chosen)
         if lines not in self._declared:
             # A file that the command adds may fill what the root declares, but not add keys that nobody reads.
@@ -227,11 +229,17 @@ class Composer:
             as_group = group.replace(".", "/")
             if self.loader.repository.group_exists(as_group) and value in self.options[as_group]:
                 raise ConfigError(f"{line}: '{group}' is a group; did you mean '{as_group}={value}'?")
-        elif "none" in self.options[group] and (override.is_delete() or value is None):
-            raise ConfigError(f"{line}: write {group}=none")
-        elif value is None and not override.is_delete():
+        else:
+            self._check_option(override)
+
+    def _check_option(self, override: Override) -> None:
+        """Raises ConfigError for what cannot be an option of the group of an override."""
+        group, value = override.key_or_group, override.value()
+        if "none" in self.options[group] and (override.is_delete() or value is None):
+            raise ConfigError(f"{override.input_line}: write {group}=none")
+        if value is None and not override.is_delete():
             raise ConfigError(f"'{group}' has no option null; '~{group}' leaves it out")
-        elif value is not None and not isinstance(value, str | list):
+        if value is not None and not isinstance(value, str | list) and not override.is_sweep_override():
             raise ConfigError(self._no_option(group, value))
 
     def _no_option(self, group: str, option: object, who: str = "") -> str:
