@@ -220,7 +220,7 @@ class Composer:
         return self.loader.repository.group_exists(override.key_or_group) and not isinstance(override.value(), dict)
 
     def _check_choice(self, override: Override) -> None:
-        """Raises ConfigError for a sweep, and for what cannot be an option."""
+        """Raises ConfigError for a sweep, and for a group that is written as a key."""
         group, value, line = override.key_or_group, override.value(), str(override.input_line)
         if override.is_sweep_override():
             or_list = "" if "(" in line else f" (or write {line.replace('=', '=[', 1)}] for a list)"
@@ -229,8 +229,6 @@ class Composer:
             as_group = group.replace(".", "/")
             if self.loader.repository.group_exists(as_group) and value in self.options[as_group]:
                 raise ConfigError(f"{line}: '{group}' is a group; did you mean '{as_group}={value}'?")
-        else:
-            self._check_option(override)
 
     def _check_option(self, override: Override) -> None:
         """Raises ConfigError for what cannot be an option of the group of an override."""
