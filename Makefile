@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := HF_HUB_OFFLINE=1 WANDB_MODE=$${WANDB_MODE:-offline} $(VENV)/bin/python
 
-.PHONY: train test test-slow test-slurm test-long test-all coverage lint docs nano nano-128 setup
+.PHONY: train test test-slow test-slurm test-long test-all coverage lint docs nano setup
 
 train: setup
 	$(RUN) train.py experiment=dreamy_style
@@ -42,22 +42,14 @@ docs: $(VENV)/ready_docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 	@echo "open site/index.html"
 
-# Trains the embedded model from nothing: about an hour and a half on two cores.
+# Trains the embedded model from nothing: minutes on a GPU, hours on two cores. A run that is stopped goes on with the
+# same command.
 nano: setup
 	$(RUN) train.py experiment=nano_vae run_dir=runs/nano/vae resume=auto
 	$(RUN) train.py experiment=nano_clip run_dir=runs/nano/clip resume=auto
+	$(RUN) train.py experiment=nano_clip_watching run_dir=runs/nano/clip_watching resume=auto
 	$(RUN) train.py experiment=nano_base run_dir=runs/nano/base resume=auto
 	$(RUN) -m sdft.models.nano
-
-# The next one, of rich scenes at 128 px, into runs/nano_128/packed: minutes on a GPU, hours on two cores. A run that is
-# stopped goes on with the same command.
-PARTS_128 := runs/nano_128
-nano-128: setup
-	$(RUN) train.py experiment=nano_vae_128 run_dir=$(PARTS_128)/vae resume=auto
-	$(RUN) train.py experiment=nano_clip_128 run_dir=$(PARTS_128)/clip resume=auto
-	$(RUN) train.py experiment=nano_base_128 run_dir=$(PARTS_128)/base resume=auto
-	$(RUN) -m sdft.models.nano scenes=rich size=128 verdict@autoencoder=autoencoder_rich verdict@judge=judge_rich \
-		vae=$(PARTS_128)/vae clip=$(PARTS_128)/clip base=$(PARTS_128)/base out=$(PARTS_128)/packed
 
 setup: $(VENV)/ready
 

@@ -18,7 +18,7 @@ from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
 from sdft.data.toy.rendering import LOOKS, render
-from sdft.data.toy.scenes import sample_scene
+from sdft.data.toy.stories import sample_scene
 from sdft.evaluation.page.write import write_page
 from sdft.evaluation.results import Estimate, ImageResult, MetricInfo, Results, SubjectSummary
 

@@ -155,7 +155,7 @@ def sample(
     steps: int = 25,
     cfg: float = 5.0,
     sampler: str | Sampler = "euler",
-    size: int | tuple[int, int] = 64,
+    size: int | tuple[int, int] = 128,
     negative: str = "",
     rescale: float = 0.0,
     batch_size: int = 8,

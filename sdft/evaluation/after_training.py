@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sdft.data.dataset import ImageDataset, Source, batches
 from sdft.data.images import to_uint8
 from sdft.data.sources.toy import ToyWorld
-from sdft.data.toy.scenes import SUBJECTS
+from sdft.data.toy.lexicon import SUBJECTS
 from sdft.evaluation.clip_judge import Judge, load_judge
 from sdft.evaluation.image_grid import save_grid
 from sdft.evaluation.style_gain import StyleGainMetric
@@ -198,8 +198,8 @@ def adherence(
     Toy images have known subjects: the accuracy of naming them is more informative than a similarity.
     """
     if isinstance(reference, ToyWorld):
-        subjects = [reference.scene(index).subject for index in places]
-        after, first = (judge.subject_accuracy(images, subjects) for images in (tuned, before))
+        subjects = [reference.scene(index).subjects for index in places]
+        after, first = (judge.named_hits(images, subjects).float().mean().item() for images in (tuned, before))
     else:
         after, first = (float(judge.similarity(images, captions).mean()) for images in (tuned, before))
     return {"adherence": after, "adherence_base": first}
@@ -237,7 +237,7 @@ class AutoencoderEvaluation:
                 patches += (1 - alike_B).tolist()
                 shown.append((to_uint8(x), to_uint8(y)))
             values |= {f"psnr_{name}": float(np.mean(psnr)), f"patch_error_{name}": float(np.mean(patches))}
-            rows += [np.concatenate(column)[:10] for column in zip(*shown, strict=True)]
+            rows += [np.concatenate(column)[:5] for column in zip(*shown, strict=True)]
             labels += [name, "through the VAE"]
         save_grid(folder / BEFORE_AFTER, rows, labels)
         return values

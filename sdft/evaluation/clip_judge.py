@@ -6,17 +6,22 @@ from __future__ import annotations
 from collections.abc import Sequence, Sized
 from itertools import permutations
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import AutoModel, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, VisionTextDualEncoderModel
 
 from sdft.errors import UserError
 from sdft.models.nano import WEIGHTS as NANO
+from sdft.models.nano.build import with_flat_features
 from sdft.types import BatchSize
 
+NANO_JUDGES = {"nano": NANO / "clip", "nano_watching": NANO / "clip_watching"}
+Clip: TypeAlias = CLIPModel | VisionTextDualEncoderModel
+"""A text model of CLIP beside a vision transformer, or beside any image model of transformers."""
 Images = np.ndarray | Sequence[np.ndarray]
 """uint8 RGB, N x H x W x 3 or a sequence of H x W x 3."""
 
@@ -34,7 +39,7 @@ class Judge:
 
     def __init__(
         self,
-        clip: CLIPModel,
+        clip: Clip,
         tokenizer: CLIPTokenizer,
         classes: Sequence[str] | None = None,
         processor: CLIPImageProcessorPil | None = None,
@@ -43,7 +48,7 @@ class Judge:
     ):
         self.clip, self.tokenizer, self.prompt, self.batch_size = clip.eval(), tokenizer, prompt, batch_size
         self.classes = None if classes is None else tuple(classes)
-        self.processor = processor or pixels_in_unit_range(clip.vision_model.embeddings.image_size)
+        self.processor = processor or pixels_in_unit_range(clip.config.vision_config.image_size)
 
     def subject_accuracy(self, images: Images, subjects: Sequence[str]) -> float:
         """Zero-shot classification: the share of images whose most similar class is the given subject."""
@@ -77,6 +82,19 @@ class Judge:
         texts_PD = self._embed_nouns([f"{names[one]} and {names[two]}" for one, two in orders_P2.tolist()])
         chosen_N2 = orders_P2[(self.embed_images(images) @ texts_PD.T).argmax(1)]
         return (chosen_N2.sort(1).values == wanted_N2.sort(1).values).all(1)
+
+    def named_hits(self, images: Images, subjects: Sequence[tuple[str, ...]]) -> Tensor:
+        """Whether the subject of each image is named or, of images with two subjects, both are, N bools."""
+        _check_counts(images, subjects)
+        hits_N = torch.zeros(len(images), dtype=torch.bool)
+        singles = [place for place, of_image in enumerate(subjects) if len(of_image) == 1]
+        pairs = [place for place, of_image in enumerate(subjects) if len(of_image) == 2]
+        if singles:
+            hits_N[singles] = self.subject_hits([images[k] for k in singles], [subjects[k][0] for k in singles])
+        if pairs:
+            both = [(subjects[k][0], subjects[k][1]) for k in pairs]
+            hits_N[pairs] = self.both_hits([images[k] for k in pairs], both)
+        return hits_N
 
     def _known_classes(self) -> tuple[str, ...]:
         if not self.classes:
@@ -122,13 +140,16 @@ class Judge:
 def load_judge(source: str, classes: Sequence[str] | None = None) -> Judge:
     """Loads a judge from a folder or the hub: a CLIPModel in safetensors, its tokenizer and its image processor.
 
-    source: folder or hub id; `nano` is the judge in this package.
+    Also a VisionTextDualEncoderModel whose text model is a CLIP's.
+
+    source: folder or hub id. `nano` is the judge in this package that measures, `nano_watching` the one by which its
+        runs are watched.
 
     A folder without `preprocessor_config.json` is taken for a nano judge, with pixels in [-1, 1].
     """
-    folder = NANO / "clip" if source == "nano" else Path(source).expanduser()
+    folder = NANO_JUDGES.get(source) or Path(source).expanduser()
     try:
-        clip = CLIPModel.from_pretrained(folder if folder.is_dir() else source, use_safetensors=True)
+        clip = load_clip(folder if folder.is_dir() else source)
         tokenizer = CLIPTokenizer.from_pretrained(folder if folder.is_dir() else source)
         processor = None
         if not folder.is_dir() or (folder / "preprocessor_config.json").is_file():
@@ -139,6 +160,23 @@ def load_judge(source: str, classes: Sequence[str] | None = None) -> Judge:
             "safetensors and its tokenizer"
         ) from error
     return Judge(clip, tokenizer, classes, processor)
+
+
+def load_clip(source: str | Path) -> Clip:
+    """The model of a folder or of the hub, from safetensors. Raises ValueError for one of another kind."""
+    clip = AutoModel.from_pretrained(source, use_safetensors=True)
+    if not isinstance(clip, Clip) or clip.config.text_config.model_type != "clip_text_model":
+        raise ValueError(f"it is a {type(clip).__name__}")
+    return with_flat_features(clip)
+
+
+def watching_judge(source: str) -> str:
+    """The judge by which a run is watched and a checkpoint is chosen, if `source` measures the result.
+
+    Whatever is chosen by a judge pleases that judge more than others, so that its figures would be too good. Of nano
+    there are two, trained apart.
+    """
+    return "nano_watching" if source == "nano" else source
 
 
 def pixels_in_unit_range(image_size: int) -> CLIPImageProcessorPil:

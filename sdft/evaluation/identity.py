@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sdft.data.dataset import Source
 from sdft.data.sources.toy import ToyWorld
-from sdft.data.toy.scenes import SUBJECTS
+from sdft.data.toy.lexicon import SUBJECTS
 from sdft.evaluation.after_training import MIN_REFERENCES, Base, ImageEvaluation
 from sdft.evaluation.clip_judge import Judge, load_judge
 from sdft.protocols import DiffusionModel
@@ -133,8 +133,8 @@ class IdentityEvaluation(ImageEvaluation):
 
     def _forgetting(self, judge: Judge, before: np.ndarray, tuned: np.ndarray) -> dict[str, float]:
         if isinstance(self.others, ToyWorld):
-            subjects = [self.others.scene(index).subject for index in range(len(self.other_prompts))]
-            after, first = (judge.subject_accuracy(images, subjects) for images in (tuned, before))
+            subjects = [self.others.scene(index).subjects for index in range(len(self.other_prompts))]
+            after, first = (judge.named_hits(images, subjects).float().mean().item() for images in (tuned, before))
         else:
             after, first = (float(judge.similarity(images, self.other_prompts).mean()) for images in (tuned, before))
         return {"adherence_others": after, "adherence_others_base": first, "forgetting": first - after}

@@ -18,7 +18,7 @@ from sdft.data.dataset import ImageDataset, Source, batches
 from sdft.data.images import to_uint8
 from sdft.data.sources.toy import ToyWorld
 from sdft.evaluation.after_training import MIN_REFERENCES
-from sdft.evaluation.clip_judge import Judge, load_judge
+from sdft.evaluation.clip_judge import Judge, load_judge, watching_judge
 from sdft.evaluation.identity import mean_of_subject
 from sdft.evaluation.metrics.similarity import THUMBNAILS, relative_novelty
 from sdft.evaluation.results import MetricInfo
@@ -67,8 +67,8 @@ class Watched:
     word, noun: a new word, and the plain word that stands for it in the texts by which pictures are judged.
     look: `style` measures the style gain, `identity` the similarity to the subject in the features of the judge. By
         default that of a subject if there is a word for it.
-    judge: folder or hub id of a CLIP model; `nano` is the one in this package. Without one there are no identity, no
-        adherence and no forgetting.
+    judge: folder or hub id of a CLIP model; with `nano`, another one of this package watches than measures the result.
+        Without one there are no identity, no adherence and no forgetting.
     num_images, num_others, num_training: pictures of trained prompts, of others, and of captions of training images;
         where there are fewer images, several of each caption, with other seeds.
     """
@@ -138,7 +138,7 @@ class Watched:
     def see_base(self, pictures: dict[str, np.ndarray]) -> None:
         """What later pictures are compared with: those of the model before training."""
         if self.judge is not None:
-            self._judge = load_judge(self.judge)
+            self._judge = load_judge(watching_judge(self.judge))
         if self._training_source is not None:
             images = square_images(self._training_source, self.size, MAX_TRAINING)
             self._training = torch.cat([THUMBNAILS(batch) for batch in images])

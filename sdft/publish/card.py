@@ -102,7 +102,7 @@ def about(facts: Facts) -> list[str]:
     if facts.predicts_v:
         found.append("It predicts v, not the noise: programs must be told so (below).")
     if facts.is_nano:
-        found.append("nano draws images of 64 x 64 pixels. Its LoRAs do not fit SDXL.")
+        found.append("nano draws images of 128 x 128 pixels. Its LoRAs do not fit SDXL.")
     return found
 
 

@@ -86,7 +86,7 @@ def nano_lines(facts: Facts, title: str, repository: str) -> list[str]:
         lora = f'lora=f"{{folder}}/{title}.safetensors"' if facts.kind == "adapter" else ""
         words = 'words=f"{folder}/words.safetensors"' if facts.words is not None else ""
         lines.append(f'model = sdft.load_model("nano", {", ".join(part for part in (lora, words) if part)})')
-    size = facts.value("size") or 64
+    size = facts.value("size") or 128
     prompt = json.dumps(facts.example, ensure_ascii=False)
     return [*lines, f'sdft.sample(model, [{prompt}], size={size})[0].save("image.png")']
 

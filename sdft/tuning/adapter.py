@@ -60,7 +60,8 @@ class Adapter(Tuning):
         (`tuning.dropout`).
     lora_plus: learning rate of B as a multiple of A's; 16 in arXiv:2402.12354.
     max_norm: largest Frobenius norm of an adapter's change of its weight; larger ones are scaled down after each step.
-    lr_scale: learning rate of a part as a multiple of the run's; `words` stands for the embeddings of new words.
+    lr_scale: learning rate of a part as a multiple of the run's; `words` stands for the embeddings of new words,
+        and may be set where words could be trained, so that a recipe can have it.
     stop_at: part -> share of the run's steps after which it is frozen.
     train_norms: train the norms of `parts` that `include` and `exclude` leave too. train_biases: the biases of layers
         with an adapter.
@@ -114,7 +115,8 @@ class Adapter(Tuning):
         self.new_words, self.lr_scale = self._words.words, dict(lr_scale or {})
         self.needs_whole = "tuning.max_norm" if max_norm is not None else ""
         trained = {*self.parts, *([WORDS] if new_words else [])}
-        if unknown := set(self.lr_scale) - trained:
+        rated = trained | ({WORDS} if len(self.parts) == 3 else set())
+        if unknown := set(self.lr_scale) - rated:
             raise UserError(f"tuning.lr_scale names {sorted(unknown)}, which tuning.parts does not train")
         self.stop_at = read_stops(stop_at, sorted(trained))
         if self.new_words and len(self.parts) < 3:

@@ -125,7 +125,7 @@ def test_configs_that_compute_values_are_opened(experiment: str, tmp_path: Path)
     folder.mkdir()
     OmegaConf.save(cfg, folder / "config.yaml")
     assert "oc.create" in (folder / "config.yaml").read_text()
-    begins_as = {"word": "glowing neon circuit lines", "product": "car", "character": "robot"}[experiment]
+    begins_as = {"word": "blue light at night", "product": "car", "character": "robot"}[experiment]
     assert config_of(tmp_path).tuning.new_words == {"zorbix": begins_as}
     for value in (
         "${oc.create:'{a: ${oc.env:HOME}}'}",

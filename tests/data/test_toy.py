@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from sdft.data.toy.layout import lay_out
-from sdft.data.toy.lexicon import COLOURS, KINDS, POSITION_PHRASES
+from sdft.data.toy.lexicon import SUBJECTS
 from sdft.data.toy.rendering import LOOKS, render
-from sdft.data.toy.scenes import SPLITS, SUBJECTS, VOCABULARY, Scene, sample_scene, split_index
+from sdft.data.toy.scenes import SPLITS, WIDE_SUBJECTS, Scene, split_index
+from sdft.data.toy.stories import sample_scene
 
 SAMPLE = range(400)
 
@@ -19,14 +19,15 @@ SAMPLE = range(400)
 def _scene_with(subject: str, **wanted: str) -> Scene:
     for index in range(20000):
         scene = sample_scene(5, index)
-        if scene.subject == subject and all(getattr(scene, name) == value for name, value in wanted.items()):
+        bare = not (scene.other or scene.worn or scene.finish or scene.pose)
+        if scene.subject == subject and bare and all(getattr(scene, name) == value for name, value in wanted.items()):
             return scene
     raise AssertionError(f"no scene with {subject} and {wanted}")
 
 
 def _subject_pixels(scene: Scene, look: str) -> np.ndarray:
     """Pixels in the middle of the subject's box."""
-    x0, y0, x1, y1 = (np.array(lay_out(scene).box) * 64).astype(int)
+    x0, y0, x1, y1 = (np.array(lay_out(scene).box) * 128).astype(int)
     dx, dy = (x1 - x0) // 4, (y1 - y0) // 4
     return render(scene, look)[y0 + dy:y1 - dy, x0 + dx:x1 - dx].reshape(-1, 3).astype(float)
 
@@ -75,46 +76,17 @@ def test_held_out_pictures_are_not_copies() -> None:
         assert np.abs(train - picture).mean(axis=(1, 2, 3)).min() > 2.0
 
 
-def test_captions_use_only_the_vocabulary() -> None:
-    assert len(VOCABULARY) < 150
-    assert list(VOCABULARY) == sorted(set(VOCABULARY))
-    for index in SAMPLE:
-        caption = sample_scene(0, index).caption
-        assert re.fullmatch(r"[a-z]+( [a-z]+)*", caption)
-        assert set(caption.split()) <= set(VOCABULARY)
-
-
-def test_captions_tell_the_facts_of_the_scene() -> None:
-    for index in SAMPLE:
-        scene = sample_scene(0, index)
-        assert scene.subject in scene.caption
-        assert ("colour" in scene.stated) == (len(set(COLOURS) & set(scene.caption.replace("the white snow", "")
-                                                                      .replace("green grass", "").split())) == 1)
-        for position, phrases in POSITION_PHRASES.items():
-            if any(phrase in scene.caption for phrase in phrases):
-                assert scene.position == position
-
-
-def test_every_subject_occurs_and_colours_stay_allowed() -> None:
-    scenes = [sample_scene(0, index) for index in SAMPLE]
-    assert {scene.subject for scene in scenes} == set(SUBJECTS)
-    for scene in scenes:
-        assert scene.colour in (KINDS[scene.subject].colours or ("",))
-
-
 def test_many_scenes_are_simple_and_central() -> None:
     scenes = [sample_scene(0, index) for index in SAMPLE]
     simple = [scene.place == "studio" and scene.position in ("", "centre") for scene in scenes]
-    assert 0.35 < np.mean(simple) < 0.65
+    assert 0.2 < np.mean(simple) < 0.45
 
 
-@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("subject", [name for name in SUBJECTS if name not in WIDE_SUBJECTS])
 def test_subject_lies_inside_the_picture(subject: str) -> None:
-    if subject in ("fairy tale forest", "mountain"):
-        pytest.skip("fills the picture by intent")
     for index in range(600):
         scene = sample_scene(8, index)
-        if scene.subject == subject:
+        if scene.subject == subject and scene.other is None:
             assert min(lay_out(scene).box) >= -0.001
             assert max(lay_out(scene).box) <= 1.001
 
@@ -134,7 +106,7 @@ def test_looks_differ_but_share_geometry() -> None:
     other = replace(scene, x=1.0 - scene.x)
     moved = {look: np.abs(render(scene, look).astype(float) - render(other, look)).mean(axis=2) for look in LOOKS}
     columns = {look: change.mean(axis=0) for look, change in moved.items()}
-    x0, _, x1, _ = (64 * np.array(lay_out(scene).box)).astype(int)
+    x0, _, x1, _ = (128 * np.array(lay_out(scene).box)).astype(int)
     for change in columns.values():
         assert change[x0 + 2:x1 - 2].mean() > 2.0 * change[:max(x0 - 8, 1)].mean()
     images = [render(scene, look).astype(float) for look in LOOKS]
@@ -147,7 +119,7 @@ def test_looks_have_their_own_light() -> None:
     for index in range(12):
         scene = sample_scene(2, index)
         means = {look: render(scene, look).mean() for look in LOOKS}
-        assert means["technomant"] < 75 < min(means["plain"], means["dreamy"])
+        assert means["technomant"] < 90 < min(means["plain"], means["dreamy"])
         spread = {look: render(scene, look).astype(float).std() for look in ("plain", "photo")}
         assert spread["plain"] < spread["photo"]
 

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, SiglipConfig, SiglipModel
 
 from sdft.data.sources import ToyWorld
-from sdft.data.toy.rich_lexicon import RICH_SUBJECTS, RICH_VOCABULARY
-from sdft.data.toy.scenes import SUBJECTS, VOCABULARY, sample_scene
+from sdft.data.toy.lexicon import SUBJECTS, VOCABULARY
+from sdft.data.toy.stories import sample_scene
 from sdft.errors import UserError
 from sdft.evaluation.after_training import JudgeEvaluation, calibration_error
-from sdft.evaluation.clip_judge import Judge, load_judge, pixels_in_unit_range, with_article
+from sdft.evaluation.clip_judge import Judge, load_judge, pixels_in_unit_range, watching_judge, with_article
 from sdft.models.nano import build
 
+NARROW = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
 COLOURS = {"cat": (220, 30, 30), "dog": (30, 200, 40), "car": (40, 60, 230)}
 
 
@@ -32,15 +33,25 @@ def _tower(judge: Judge, pixels: Tensor, text: str) -> tuple[Tensor, Tensor]:
     return out.image_embeds, out.text_embeds
 
 
+def _transformer(seed: int) -> CLIPModel:
+    """Random weights of the architecture that CLIPs on the hub have."""
+    tokenizer = build.tokenizer(VOCABULARY, "<|endoftext|>")
+    both = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = both | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    vision = both | {"image_size": 64, "patch_size": 16}
+    torch.manual_seed(seed)
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).eval()
+
+
 @pytest.fixture(scope="module")
 def untrained() -> Judge:
-    return Judge(build.clip(VOCABULARY, seed=3), build.tokenizer(VOCABULARY, "<|endoftext|>"), SUBJECTS)
+    return Judge(_transformer(3), build.tokenizer(VOCABULARY, "<|endoftext|>"), SUBJECTS)
 
 
 @pytest.fixture(scope="module")
 def schooled() -> Judge:
     """A judge that was trained on cats that are red, dogs green and cars blue."""
-    clip, tokenizer = build.clip(VOCABULARY, seed=0), build.tokenizer(VOCABULARY, "<|endoftext|>")
+    clip, tokenizer = build.clip(VOCABULARY, 0), build.tokenizer(VOCABULARY, "<|endoftext|>")
     texts = [f"a picture of a {name}" for name in COLOURS]
     ids = tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
     images = np.stack([_flat(name, shift) for shift in (-10, 10) for name in COLOURS])
@@ -89,14 +100,37 @@ def test_a_calibrated_judge_is_right_as_often_as_it_is_sure() -> None:
 
 def test_an_evaluation_counts_pairs_by_themselves(tmp_path: Path) -> None:
     """An untrained judge names about one in thirty, and almost never both of a pair."""
-    source = ToyWorld(["photo"], 60, "test", scenes="rich")
-    evaluation = JudgeEvaluation({"photo": source}, RICH_VOCABULARY, RICH_SUBJECTS)
-    found = evaluation(build.clip(RICH_VOCABULARY, seed=0).eval(), None, tmp_path)
+    source = ToyWorld(["photo"], 60, "test")
+    evaluation = JudgeEvaluation({"photo": source}, VOCABULARY)
+    found = evaluation(build.clip(VOCABULARY, 0).eval(), None, tmp_path)
     assert {*found} == {"accuracy", "accuracy_photo", "calibration", "both_named"}
     assert found["accuracy"] < 0.25
     assert found["both_named"] < 0.1
-    simple = JudgeEvaluation({"photo": ToyWorld(["photo"], 20, "test")}, VOCABULARY)
-    assert "both_named" not in simple(build.clip(VOCABULARY, seed=0).eval(), None, tmp_path)
+    none = ToyWorld(["photo"], 20, "test", own="wizard")
+    assert "both_named" not in JudgeEvaluation({"photo": none}, VOCABULARY, ["wizard"])(
+        build.clip(VOCABULARY, 0).eval(), None, tmp_path
+    )
+
+
+def test_of_two_subjects_both_are_named(schooled: Judge, monkeypatch) -> None:
+    """In the order of the images, of which the second and the fourth show two."""
+    monkeypatch.setattr(schooled, "both_hits", lambda images, pairs: torch.tensor([pair[0] == "dog" for pair in pairs]))
+    images = [_flat("cat"), _flat("cat"), _flat("dog"), _flat("dog"), _flat("car")]
+    subjects = [("cat",), ("dog", "cat"), ("cat",), ("car", "dog"), ("car",)]
+    assert schooled.named_hits(images, subjects).tolist() == [True, True, False, False, True]
+    assert schooled.named_hits(images[:1], subjects[:1]).tolist() == [True]
+    assert schooled.named_hits(images[1:2], subjects[1:2]).tolist() == [True]
+
+
+def test_what_is_watched_is_judged_by_another() -> None:
+    """Two judges of nano that share no weight and err on different images; of a CLIP of the user's there is one."""
+    assert watching_judge("nano") == "nano_watching"
+    assert watching_judge("openai/clip-vit-base-patch32") == "openai/clip-vit-base-patch32"
+    one, two = load_judge("nano", SUBJECTS), load_judge("nano_watching", SUBJECTS)
+    assert one.clip.config.vision_config.image_size != two.clip.config.vision_config.image_size
+    others = dict(two.clip.named_parameters())
+    for name, weight in one.clip.named_parameters():
+        assert name not in others or not torch.equal(weight, others[name]), name
 
 
 def test_the_true_caption_is_the_most_similar(schooled: Judge) -> None:
@@ -173,7 +207,7 @@ def test_images_are_normalised_as_the_folder_is_configured(untrained: Judge, tmp
 
 
 def test_a_long_caption_is_cut(untrained: Judge) -> None:
-    assert untrained.embed_texts(["a red cat in the snow " * 40]).shape == (1, build.CLIP_WIDTH)
+    assert untrained.embed_texts(["a red cat in the snow " * 40]).shape == (1, 24)
 
 
 def test_judging_leaves_no_gradients(untrained: Judge) -> None:
@@ -195,8 +229,25 @@ def test_invalid_inputs_are_errors(untrained: Judge, tmp_path: Path) -> None:
         load_judge(str(tmp_path))
 
 
+def test_a_judge_may_see_by_convolutions(tmp_path: Path) -> None:
+    built = Judge(build.clip(VOCABULARY, 3), build.tokenizer(VOCABULARY, "<|endoftext|>"))
+    built.clip.save_pretrained(tmp_path)
+    built.tokenizer.save_pretrained(tmp_path)
+    judge = load_judge(str(tmp_path), SUBJECTS)
+    pixels = 2 * torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) - 1
+    for found, wanted in zip(_tower(judge, pixels, "a cat"), _tower(built, pixels, "a cat"), strict=True):
+        torch.testing.assert_close(found, wanted)
+    image = np.kron(_flat("cat"), np.ones((2, 2, 1), np.uint8))
+    torch.testing.assert_close(judge.embed_images([image]), judge.embed_images([_flat("cat")]))
+
+
+def test_models_of_another_kind_are_refused(tmp_path: Path) -> None:
+    SiglipModel(SiglipConfig(text_config=NARROW, vision_config=NARROW)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no judge could be loaded .*it is a SiglipModel"):
+        load_judge(str(tmp_path))
+
+
 def test_pickles_are_not_opened(untrained: Judge, tmp_path: Path) -> None:
-    assert isinstance(untrained.clip, CLIPModel)
     untrained.clip.config.save_pretrained(tmp_path)
     untrained.tokenizer.save_pretrained(tmp_path)
     torch.save(untrained.clip.state_dict(), tmp_path / "pytorch_model.bin")

@@ -229,8 +229,8 @@ def test_the_loss_of_a_better_model_is_lower(tiny_model) -> None:
 
     models = SubjectLoader(lambda weights="nano": pretrained(weights), "nano", torch.device("cpu"))
     one = GeneratedImages("base", [], [], lambda: models.open(BASE))
-    given = inputs(held_out=read_source("held_out", "toy/photo/validation", 64))
-    metric = loss.ValidationLoss(size=64, low=0.25, high=0.5, num_images=8)
+    given = inputs(held_out=read_source("held_out", "toy/photo/validation", 128))
+    metric = loss.ValidationLoss(size=128, low=0.25, high=0.5, num_images=8)
     assert metric.info.name == "loss_250_500"
     good, again = metric(one, given), metric(one, given)
     with torch.no_grad():

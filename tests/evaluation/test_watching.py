@@ -25,8 +25,8 @@ def watched() -> Watched:
     """Of the dreamy style, with the plain renderings of the prompts as the base's pictures."""
     reference = ToyWorld(["dreamy"], 64, "test")
     measures = Watched(
-        reference, ["unused"], Sampler(), 64, other_prompts=["a photo of a dog", "a cup"], judge="nano", num_images=NUM,
-        num_others=2, num_training=4,
+        reference, ["unused"], Sampler(), 128, other_prompts=["a photo of a dog", "a cup"], judge="nano",
+        num_images=NUM, num_others=2, num_training=4,
     )  # fmt: skip
     measures.see_training(ToyWorld(["dreamy"], 16, "train"))
     measures.see_base(base_pictures())
@@ -77,7 +77,7 @@ def test_copies_are_not_novel(watched: Watched) -> None:
 def test_few_training_captions_are_drawn_with_several_seeds() -> None:
     """The figure of four images would have an interval of four values; no picture is drawn twice."""
     source = ToyWorld(["dreamy"], 4, "train")
-    measures = Watched(ToyWorld(["dreamy"], 8, "test"), [], Sampler(), 64, num_images=1, num_training=6)
+    measures = Watched(ToyWorld(["dreamy"], 8, "test"), [], Sampler(), 128, num_images=1, num_training=6)
     measures.see_training(source)
     captions = [source[index].caption for index in range(4)]
     wanted = measures.wanted["training"]
@@ -89,8 +89,8 @@ def test_a_subject_without_a_word_of_the_judge_has_no_adherence() -> None:
     """nano's judge has never read of sneakers: their likeness to such a text means nothing, and no limit may use it."""
     reference = ToyWorld(["plain"], 8, "test", own="sneaker")
     measures = Watched(
-        reference, ["unused"], Sampler(), 64, other_prompts=["a photo of a dog", "a cup"], judge="nano", num_images=NUM,
-        num_others=2, num_training=0, look="identity",
+        reference, ["unused"], Sampler(), 128, other_prompts=["a photo of a dog", "a cup"], judge="nano",
+        num_images=NUM, num_others=2, num_training=0, look="identity",
     )  # fmt: skip
     pictures = {"own": rendered("plain", "test", NUM), "others": rendered("plain", "test", 2)}
     measures.see_base(pictures)
@@ -121,12 +121,12 @@ def test_a_run_is_watched_for_what_it_teaches(experiment: str, look: str, prompt
 
 def test_the_word_is_replaced_where_pictures_are_judged() -> None:
     measures = Watched(
-        ToyWorld(["photo"], 2, "test"), ["a zorbix on a table"], Sampler(), 64, word="zorbix", noun="sneaker",
+        ToyWorld(["photo"], 2, "test"), ["a zorbix on a table"], Sampler(), 128, word="zorbix", noun="sneaker",
         num_images=1,
     )  # fmt: skip
     (wanted,) = measures.wanted["own"]  # two references are too few for prompts
     assert (wanted.prompt, wanted.text) == ("a zorbix on a table", "a sneaker on a table")
-    named = Watched(ToyWorld(["photo"], 4, "test"), [], Sampler(), 64, caption="{caption}, in the style of zorbix")
+    named = Watched(ToyWorld(["photo"], 4, "test"), [], Sampler(), 128, caption="{caption}, in the style of zorbix")
     assert all(one.prompt == f"{one.text}, in the style of zorbix" for one in named.wanted["own"])
 
 

@@ -89,8 +89,9 @@ def fill(model: SDXL) -> None:
             if p.requires_grad and "magnitude" in name:
                 p.mul_(1 + 0.2 * torch.rand(p.shape, generator=g))
             elif p.requires_grad:
-                # LoHa's change is a product of four.
-                p.copy_((0.3 if "hada_" in name else 0.1) * torch.randn(p.shape, generator=g))
+                # LoHa's change is a product of four, LoKr's of two or three that are small.
+                size = 0.3 if "hada_" in name else 0.15 if "lokr_" in name else 0.1
+                p.copy_(size * torch.randn(p.shape, generator=g))
 
 
 def merged(nano: SDXL, live: SDXL) -> SDXL:

@@ -42,7 +42,7 @@ def same_weights(a: Path, b: Path) -> None:
 
 def test_folder_to_single_file_to_folder_is_bit_identical(single: Path, folder: Path) -> None:
     same_weights(NANO, folder)
-    assert len(load_file(single)) == 498 + 36 + 37 - 8 + 152 + 1  # q, k and v of two layers in one; the logit scale
+    assert len(load_file(single)) == 498 + 36 + 37 - 8 + 184 + 1  # q, k and v of two layers in one; the logit scale
     for file in ("model_index.json", "unet/config.json", "tokenizer_2/tokenizer.json"):
         assert (folder / file).read_bytes() == (NANO / file).read_bytes()
 

@@ -88,7 +88,7 @@ def test_all_that_does_not_fit_is_named_and_nothing_is_loaded(single: Path, tmp_
     wide = f"{PREFIXES['vae']}decoder.conv_out.weight"
     del tensors[gone], tensors[stacked]
     tensors[f"{PREFIXES['unet']}extra.weight"] = torch.zeros(2)
-    tensors[wide] = torch.zeros(3, 16, 3, 3)
+    tensors[wide] = torch.zeros(3, 24, 3, 3)
     save_file(tensors, tmp_path / "bad.safetensors")
     with pytest.raises(UserError) as raised:
         pretrained(str(tmp_path / "bad.safetensors"))
@@ -98,7 +98,7 @@ def test_all_that_does_not_fit_is_named_and_nothing_is_loaded(single: Path, tmp_
     for x in "qkv":
         assert f"missing: text_encoder_2/text_model.encoder.layers.0.self_attn.{x}_proj.bias" in message
     assert f"unexpected: {PREFIXES['unet']}extra.weight" in message
-    assert "of another shape: vae/decoder.conv_out.weight is [3, 16, 3, 3], must be [3, 32, 3, 3]" in message
+    assert "of another shape: vae/decoder.conv_out.weight is [3, 24, 3, 3], must be [3, 16, 3, 3]" in message
 
 
 def test_a_folder_is_read_as_strictly(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def dry(monkeypatch, capsys, *words: str) -> str:
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     printed = dry(monkeypatch, capsys, "experiment=dreamy_style", "trainer.devices=2", "trainer.accelerator=cpu")
-    assert "trains unet: 292,864 of 7,862,891 parameters (3.72%)" in printed
+    assert "trains unet: 292,864 of 10,490,139 parameters (2.79%)" in printed
     assert "effective batch 32 (16 x 1 accumulated x 2 devices), 240 steps = 160.0 passes over 48 images" in printed
     assert "memory of each device" in printed
     assert "time of the run" in printed

@@ -291,6 +291,11 @@ class TestLearningRates:
         grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
         assert sorted(grouped) == sorted(id(p) for _, p in trainable_parameters(model))
 
+    def test_a_recipe_has_the_rate_of_words_of_a_run_without_any(self, tiny_model) -> None:
+        model, tuning = tiny_model(), Adapter(rank=2, parts=ALL_PARTS, lr_scale={"words": 5.0})
+        tuning.attach(model)
+        assert {group["name"] for group in tuning.groups(model)} == set(ALL_PARTS)
+
     def test_rate_zero_stops_a_part(self, tiny_model, tiny_batch) -> None:
         module = finetuning(tiny_model(), Adapter(rank=2, parts=ALL_PARTS, lr_scale={"text_encoder": 0.0}))
         before = snapshot(module.model)
@@ -305,7 +310,8 @@ class TestLearningRates:
             partial(Full, lr_scale={"text_encoder": 0.1}),
             partial(Adapter, rank=2, lr_scale={"text_encoder": 0.1}),
             partial(Adapter, rank=2, lr_scale={"unett": 0.1}),
-            partial(Adapter, rank=2, parts=ALL_PARTS, lr_scale={"words": 2.0}),
+            partial(Adapter, rank=2, lr_scale={"words": 2.0}),
+            partial(Adapter, rank=2, parts=("unet", "text_encoder"), lr_scale={"words": 2.0}),
         ],
     )
     def test_a_learning_rate_for_frozen_parts_is_refused(self, build: Callable) -> None:

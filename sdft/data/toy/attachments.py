@@ -1,4 +1,4 @@
-"""What rich scenes attach to drawings: hats, crowns and scarves, and riders.
+"""What scenes attach to drawings: hats, crowns and scarves, and riders.
 
 Knows where heads, necks and seats are. Must not know colours, looks or pixels.
 """

@@ -1,4 +1,4 @@
-"""Small parts that rich scenes add to the drawings: paws, keys, spokes, window bars.
+"""Small parts that are added to the drawings: paws, keys, spokes, window bars.
 
 Knows what lies on top of each subject's parts. Must not know colours, looks or pixels.
 """

@@ -169,7 +169,7 @@ _POSED: dict[tuple[str, str], Callable[[], list[Part]]] = {
 def detailed_parts(
     subject: str, variant: int = 0, airborne: bool = False, pose: str = "", worn: str = ""
 ) -> tuple[Part, ...]:
-    """The parts of a subject in a rich scene: what it does and wears, with small parts on top."""
+    """The parts of a subject: what it does and wears, with small parts on top."""
     if (subject, pose) in _POSED:
         return tuple(_POSED[subject, pose]())
     parts = [*subject_parts(subject, variant, airborne), *details(subject, airborne)]

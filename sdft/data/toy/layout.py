@@ -12,7 +12,7 @@ import numpy as np
 
 from sdft.data.toy.attachments import SEATS
 from sdft.data.toy.geometry import OTHER, OWN_ROLES, Part, blob, bounds, curve, moved, oval, rect, stroke
-from sdft.data.toy.landmarks import cactus, detailed_parts, subject_parts
+from sdft.data.toy.landmarks import cactus, detailed_parts
 from sdft.data.toy.scenes import WIDE_SUBJECTS, Scene
 
 DETAIL_STREAM, RAIN_STREAM = 1, 4
@@ -82,13 +82,10 @@ def _wide(parts: Sequence[Part], subject: str, scene: Scene, x: float, y: float,
 def _subjects(scene: Scene) -> tuple[list[list[Part]], tuple[Box, ...]]:
     """The parts of each subject, the farther one first, and the boxes of those that stand on something."""
     variant, in_sky = scene.index * 7 + scene.seed, scene.place == "sky"
-    if not scene.rich:
-        parts: Sequence[Part] = subject_parts(scene.subject, variant, in_sky)
-    else:
-        flies = in_sky or scene.pose == "flying"
-        parts = _covered(detailed_parts(scene.subject, variant, flies, scene.pose, scene.worn), scene.finish)
+    flies = in_sky or scene.pose == "flying"
+    parts = _covered(detailed_parts(scene.subject, variant, flies, scene.pose, scene.worn), scene.finish)
     if scene.other is not None:
-        return _pair(scene, list(parts))
+        return _pair(scene, parts)
     if scene.subject in WIDE_SUBJECTS:
         return [_wide(parts, scene.subject, scene, scene.x, scene.y, scene.size)], ()
     free = scene.place in ("studio", "sky", "underwater")

@@ -1,4 +1,4 @@
-"""Drawings of what only rich scenes show: seven more subjects, and animals that do something.
+"""Drawings of seven subjects, and animals that do something.
 
 Knows them as parts with roles, as `shapes` does. Must not know colours, looks or where the picture puts them.
 """

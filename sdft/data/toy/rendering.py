@@ -119,7 +119,7 @@ _RENDER = {
 }  # fmt: skip
 
 
-def render(scene: Scene, look: str, size: int = 64) -> np.ndarray:
+def render(scene: Scene, look: str, size: int = 128) -> np.ndarray:
     """The scene in one of the LOOKS as a uint8 array of shape (size, size, 3)."""
     if look not in _RENDER:
         raise ValueError(f"unknown look {look!r}; looks are {', '.join(LOOKS)}")

@@ -1,31 +1,15 @@
-"""Scenes: what a toy picture shows and the caption that says so, as a pure function of (seed, index).
+"""Scenes: what a toy picture shows and the caption that says so; what can be told from what, and where things fit.
 
-Knows sampling, captions and the splits. Must not know looks, colours as numbers, shapes or pixels.
+Knows sampling and the splits. Must not know looks, colours as numbers, shapes or pixels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from sdft.data.toy.lexicon import (
-    ARTICLES,
-    KINDS,
-    MOUNTAIN_PHRASES,
-    OWN_KINDS,
-    PLACE_PHRASES,
-    POSITION_PHRASES,
-    SIZE_WORDS,
-    SUBJECTS,
-    TEMPLATES,
-    TIME_PHRASES,
-    VOCABULARY,
-    Kind,
-)
-
-__all__ = ["OWN_KINDS", "SPLITS", "SUBJECTS", "VOCABULARY", "Scene", "sample_scene", "split_index"]
+from sdft.data.toy.lexicon import Kind
 
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
 WIDE_SUBJECTS = frozenset({"fairy tale forest", "mountain"})
@@ -58,8 +42,8 @@ class Other:
 class Scene:
     """What all looks share: what is shown, where, how big, and the caption; `stated` lists what the caption says.
 
-    What follows `caption` only rich scenes have. pose: what the subject does. worn: `hat`, `scarf` or `crown`. finish:
-    a material or a pattern. relation: how the subject stands to the other one. rich: drawn with details.
+    pose: what the subject does. worn: `hat`, `scarf` or `crown`. finish: a material or a pattern. relation: how the
+    subject stands to the other one.
     """
 
     seed: int
@@ -85,12 +69,16 @@ class Scene:
     finish: str = ""
     other: Other | None = None
     relation: str = ""
-    rich: bool = False
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """What the scene shows: one subject or two."""
+        return (self.subject,) if self.other is None else (self.subject, self.other.subject)
 
     @property
     def named(self) -> str:
-        """What the scene shows: `cat`, or `cat and a car`."""
-        return self.subject if self.other is None else f"{self.subject} and a {self.other.subject}"
+        """Its subjects as a caption names them: `cat`, or `cat and a car`."""
+        return " and a ".join(self.subjects)
 
 
 def split_index(split: str, i: int) -> int:
@@ -118,17 +106,6 @@ def allowed_colours(kind: Kind, place: str, time: str) -> tuple[str, ...]:
     return tuple(colour for colour in kind.colours if colour not in clashes)
 
 
-def _colour(rng: np.random.Generator, kind: Kind, place: str, time: str) -> tuple[str, bool]:
-    if not kind.colours:
-        return "", False
-    usual = kind.colours[0]
-    if len(kind.colours) == 1:
-        return usual, False
-    stated = rng.random() < 0.62
-    colour = one(rng, allowed_colours(kind, place, time)) if stated else usual
-    return colour, stated
-
-
 def extent(rng: np.random.Generator, subject: str, place: str) -> tuple[str, str, float, float, float]:
     """Position word, size word, centre x, size and vertical anchor (base of the subject on land, centre elsewhere)."""
     if subject in WIDE_SUBJECTS:
@@ -146,20 +123,6 @@ def extent(rng: np.random.Generator, subject: str, place: str) -> tuple[str, str
     return position, size_word, x, rng.uniform(low, high), base
 
 
-def _caption(rng: np.random.Generator, facts: dict[str, str], stated: set[str]) -> str:
-    words = [facts["colour"]] if "colour" in stated else []
-    if facts["size_word"]:
-        words.insert(0, one(rng, SIZE_WORDS[facts["size_word"]]))
-    words.append(facts["subject"])
-    noun = f"{ARTICLES[words[0][0] in 'aeiou']} {' '.join(words)}"
-    place_table = MOUNTAIN_PHRASES if facts["subject"] == "mountain" else PLACE_PHRASES
-    place = one(rng, place_table[facts["place"]]) if "place" in stated else ""
-    time = one(rng, TIME_PHRASES[facts["time"]]) if "time" in stated else ""
-    position = one(rng, POSITION_PHRASES[facts["position"]]) if facts["position"] else ""
-    template = pick(rng, dict(TEMPLATES))
-    return " ".join(template.format(noun=noun, place=place, time=time, position=position).split())
-
-
 def says_place(rng: np.random.Generator, kind: Kind, subject: str, place: str, time_said: bool) -> bool:
     """Whether the caption says where the subject is."""
     if place == kind.home:
@@ -167,36 +130,3 @@ def says_place(rng: np.random.Generator, kind: Kind, subject: str, place: str, t
     if time_said and place == kind.places[0]:
         return rng.random() < 0.6
     return True
-
-
-def sample_scene(seed: int, index: int, own: str | None = None, name: str | None = None) -> Scene:
-    """The scene with this seed and index; the same arguments always give the same scene.
-
-    own: what it shows instead, one of OWN_KINDS. name: what its caption calls that; its own name if None.
-    """
-    rng = np.random.default_rng(np.random.SeedSequence([seed, index]))
-    subject = one(rng, SUBJECTS)
-    if own is not None:
-        subject = own
-    kind = KINDS.get(subject) or OWN_KINDS[subject]
-    if rng.random() < kind.studio_share:
-        place = "studio"
-    else:
-        place = kind.places[0] if rng.random() < 0.4 else one(rng, kind.places)
-    time = "day" if place in INDOORS else pick(rng, {"day": 0.48, "sunny": 0.2, "sunset": 0.14, "night": 0.18})
-    time_said = place not in INDOORS and (time != "day" or rng.random() < 0.12)
-    colour, colour_said = _colour(rng, kind, place, time)
-    position, size_word, x, size, y = extent(rng, subject, place)
-    stated = {name for name, said in (
-        ("colour", colour_said), ("time", time_said), ("position", bool(position)), ("size_word", bool(size_word)),
-        ("place", says_place(rng, kind, subject, place, time_said))) if said}
-    facts: dict[str, Any] = {"subject": subject, "colour": colour, "place": place, "time": time, "position": position,
-             "size_word": size_word}
-    caption = _caption(rng, facts | ({"subject": name} if name else {}), stated)
-    red, green, blue = rng.uniform(-12.0, 12.0, 3)
-    return Scene(
-        seed=seed, index=index, **facts, x=float(x), y=float(y), size=float(size),
-        horizon=float(rng.uniform(0.56, 0.66)), flip=bool(kind.directed and rng.random() < 0.35),
-        tint=(float(red), float(green), float(blue)), hue=float(rng.random()), stated=frozenset(stated),
-        caption=caption,
-    )

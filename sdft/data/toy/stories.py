@@ -1,4 +1,4 @@
-"""Rich scenes: one or two subjects that do, wear and are made of something, in all weathers, as a pure function of
+"""Sampled scenes: one or two subjects that do, wear and are made of something, in all weathers, as a pure function of
 (seed, index).
 
 Knows sampling and captions. Must not know looks, colours as numbers, shapes or pixels.
@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from sdft.data.toy.lexicon import ARTICLES, MOUNTAIN_PHRASES, OWN_KINDS, POSITION_PHRASES, SIZE_WORDS, Kind
-from sdft.data.toy.rich_lexicon import (
+from sdft.data.toy.lexicon import (
     ACTIONS,
+    ARTICLES,
     BACKDROPS,
     CARRIERS,
     CLOTHES,
@@ -22,40 +22,48 @@ from sdft.data.toy.rich_lexicon import (
     FINISHES,
     FLYERS,
     GROUNDED,
+    KINDS,
     MATERIALS,
+    MOUNTAIN_PHRASES,
+    OWN_KINDS,
+    PLACE_PHRASES,
+    POSITION_PHRASES,
     PREFIXES,
     RELATIONS,
-    RICH_KINDS,
-    RICH_PLACE_PHRASES,
-    RICH_SUBJECTS,
-    RICH_TIME_PHRASES,
     RIDERS,
     SHELTERED,
     SHELTERS,
     SINGLE,
+    SIZE_WORDS,
     SMALL,
+    SUBJECTS,
+    TIME_PHRASES,
     WEAR_COLOURS,
     WEAR_PHRASES,
     WEARERS,
+    Kind,
 )
 from sdft.data.toy.scenes import INDOORS, WIDE_SUBJECTS, Other, Scene, allowed_colours, extent, one, pick, says_place
 
 PAIRS = 0.35
-"""Share of scenes with two subjects."""
+"""Default share of scenes with two subjects."""
 _RELATIONS = {"on": 0.25, "beside": 0.3, "before": 0.2, "above": 0.13, "under": 0.12}
 _TIMES = {"day": 0.4, "sunny": 0.17, "sunset": 0.14, "night": 0.14, "rain": 0.08, "fog": 0.07}
 
 
-def sample_story(seed: int, index: int, own: str | None = None, name: str | None = None) -> Scene:
-    """The rich scene with this seed and index; the same arguments always give the same scene.
+def sample_scene(
+    seed: int, index: int, own: str | None = None, name: str | None = None, pairs: float = PAIRS
+) -> Scene:
+    """The scene with this seed and index; the same arguments always give the same scene.
 
     own: what it shows instead, one of OWN_KINDS. name: what its caption calls that; its own name if None.
+    pairs: share of scenes with two subjects; none has an `own`.
     """
     rng = np.random.default_rng(np.random.SeedSequence([seed, index, 1]))
-    if own is None and rng.random() < PAIRS:
+    if own is None and rng.random() < pairs:
         return _pair(rng, seed, index)
-    subject = one(rng, RICH_SUBJECTS) if own is None else own
-    kind = RICH_KINDS.get(subject) or OWN_KINDS[subject]
+    subject = one(rng, SUBJECTS) if own is None else own
+    kind = KINDS.get(subject) or OWN_KINDS[subject]
     if rng.random() < kind.studio_share - 0.1:
         place = "studio"
     else:
@@ -75,15 +83,15 @@ def sample_story(seed: int, index: int, own: str | None = None, name: str | None
     noun = _noun(rng, name or subject, size_word, finish, colour if colour_said else "")
     clothing = _with_article(f"{worn_colour} {worn}".strip()) if worn else ""
     does = " ".join(part for part in (pose, one(rng, WEAR_PHRASES).format(clothing) if worn else "") if part)
-    places = MOUNTAIN_PHRASES if subject == "mountain" else RICH_PLACE_PHRASES
+    places = MOUNTAIN_PHRASES if subject == "mountain" else PLACE_PHRASES
     where = [*_phrase(rng, POSITION_PHRASES, position), *_phrase(rng, places, place if place_said else "")]
     caption = _caption(
-        rng, f"{noun} {does}".strip(), where + _phrase(rng, RICH_TIME_PHRASES, time if time_said else "")
+        rng, f"{noun} {does}".strip(), where + _phrase(rng, TIME_PHRASES, time if time_said else "")
     )
     return Scene(
         seed=seed, index=index, subject=subject, colour=colour, place=place, time=time, x=x, y=y, size=size,
         flip=kind.directed and rng.random() < 0.35, stated=frozenset(name for name, of in said.items() if of),
-        caption=caption, worn_colour=worn_colour, rich=True, **facts, **_variation(rng),
+        caption=caption, worn_colour=worn_colour, **facts, **_variation(rng),
     )  # fmt: skip
 
 
@@ -92,7 +100,7 @@ def _pair(rng: np.random.Generator, seed: int, index: int) -> Scene:
     subject, other = _subjects(rng, relation)
     place = _shared_place(rng, relation, subject, other)
     time, time_said = _time(rng, place)
-    looks = [_surface(rng, one_of_two, RICH_KINDS[one_of_two], place, time) for one_of_two in (subject, other)]
+    looks = [_surface(rng, one_of_two, KINDS[one_of_two], place, time) for one_of_two in (subject, other)]
     (finish, colour, said), (other_finish, other_colour, other_said) = looks
     if colour == other_colour and colour and not (said and other_said):  # a colour that is said is said of one of them
         said = other_said = False
@@ -107,15 +115,15 @@ def _pair(rng: np.random.Generator, seed: int, index: int) -> Scene:
         nouns.reverse()
     place_said = place != "studio" and rng.random() < 0.75
     stated = {"colour": said, "other_colour": other_said, "time": time_said, "place": place_said, "relation": True}
-    places = MOUNTAIN_PHRASES if other == "mountain" else RICH_PLACE_PHRASES
+    places = MOUNTAIN_PHRASES if other == "mountain" else PLACE_PHRASES
     where = _phrase(rng, places, place if place_said else "")
-    where += _phrase(rng, RICH_TIME_PHRASES, time if time_said else "")
-    turned = RICH_KINDS[other].directed and rng.random() < 0.35
+    where += _phrase(rng, TIME_PHRASES, time if time_said else "")
+    turned = KINDS[other].directed and rng.random() < 0.35
     return Scene(
         seed=seed, index=index, subject=subject, colour=colour, place=place, time=time, x=x, y=y, size=size,
-        position="", size_word="", flip=RICH_KINDS[subject].directed and rng.random() < 0.35,
+        position="", size_word="", flip=KINDS[subject].directed and rng.random() < 0.35,
         stated=frozenset(name for name, of in stated.items() if of),
-        caption=_caption(rng, f"{nouns[0]} {words} {nouns[1]}", where), pose=pose, finish=finish, rich=True,
+        caption=_caption(rng, f"{nouns[0]} {words} {nouns[1]}", where), pose=pose, finish=finish,
         other=Other(other, other_colour, other_finish, other_x, other_y, other_size, turned), relation=relation,
         **_variation(rng),
     )  # fmt: skip
@@ -149,7 +157,7 @@ def _surface(rng: np.random.Generator, subject: str, kind: Kind, place: str, tim
 
 def _subjects(rng: np.random.Generator, relation: str) -> tuple[str, str]:
     if relation == "beside":
-        beside = tuple(name for name in RICH_SUBJECTS if name not in SINGLE)
+        beside = tuple(name for name in SUBJECTS if name not in SINGLE)
         while True:
             first, second = one(rng, beside), one(rng, beside)
             if first != second and _places_of(first) & _places_of(second):
@@ -168,7 +176,7 @@ def _subjects(rng: np.random.Generator, relation: str) -> tuple[str, str]:
 
 
 def _places_of(subject: str) -> set[str]:
-    return set(RICH_KINDS[subject].places) - {"sky", "underwater"}
+    return set(KINDS[subject].places) - {"sky", "underwater"}
 
 
 def _shared_place(rng: np.random.Generator, relation: str, subject: str, other: str) -> str:

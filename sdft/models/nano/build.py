@@ -1,7 +1,7 @@
 """nano: a small model with SDXL's architecture, untrained.
 
 The classes of diffusers and transformers and the topology are SDXL's, so that every weight key is one of SDXL's.
-Widths, padding tokens and the VAE factor differ on purpose, so that tests notice when two of them are confused.
+Widths and padding tokens differ on purpose, so that tests notice when two of them are confused.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import (
-    CLIPConfig,
-    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    CLIPVisionConfig,
+    ResNetConfig,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
 )
 
 from sdft.errors import UserError
@@ -28,18 +27,15 @@ from sdft.models.sdxl import SDXL
 from sdft.types import Count
 
 LATENT_SIZE = 16
-IMAGE_SIZE = 4 * LATENT_SIZE
+IMAGE_SIZE = 8 * LATENT_SIZE
 CONTEXT_WIDTHS = (48, 80)
 TIME_ID_WIDTH = 32
 CLIP_WIDTH = 96
 
 
-def autoencoder(factor: Literal[4, 8] = 4) -> AutoencoderKL:
-    """A VAE with four channels. Equal upper widths keep the shortcut keys a subset of SDXL's.
-
-    factor: by how much latents are smaller than images, of LATENT_SIZE times that.
-    """
-    widths = {4: (32, 64, 64), 8: (16, 32, 128, 128)}[factor]
+def autoencoder() -> AutoencoderKL:
+    """A VAE with four channels and SDXL's factor of 8. Equal upper widths keep the shortcut keys a subset of SDXL's."""
+    widths = (16, 32, 128, 128)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
@@ -47,7 +43,7 @@ def autoencoder(factor: Literal[4, 8] = 4) -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
-        sample_size=LATENT_SIZE * factor,
+        sample_size=IMAGE_SIZE,
         scaling_factor=1.0,
         force_upcast=True,
     )
@@ -166,27 +162,52 @@ def untrained(words: Sequence[str], vae: str, seed: int) -> SDXL:
     return SDXL(denoiser, autoencoder, encoder, encoder_2, one, two, scheduler())
 
 
-def untrained_autoencoder(seed: int, factor: Literal[4, 8] = 4) -> AutoencoderKL:
+def untrained_autoencoder(seed: int) -> AutoencoderKL:
     """A random VAE; the same seed, the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return autoencoder(factor)
+        return autoencoder()
 
 
 def clip(
     words: Sequence[str],
     seed: int,
-    size: Count = IMAGE_SIZE,
-    patch: Count = 8,
-    width: Count = CLIP_WIDTH,
-    layers: Count = 6,
-) -> CLIPModel:
-    """The judge: a CLIP that scores whether an image shows what its caption describes.
+    size: Count = IMAGE_SIZE // 2,
+    widths: Sequence[Count] = (24, 48, 96, 144),
+    layers: Sequence[Count] = (1, 1, 1, 1),
+) -> VisionTextDualEncoderModel:
+    """A judge that scores whether an image shows what its caption describes: the text model of a CLIP, and a ResNet for
+    images. Of 25,000 images a vision transformer, or a ConvNeXt, learns next to nothing, and a ResNet most subjects.
 
-    size, patch, width, layers: of its vision model. Judges that differ in them err on different images.
+    size: of the images, in pixels. widths, layers: of each stage. Judges that differ in them err on different images.
     """
+    vision = ResNetConfig(
+        embedding_size=widths[0],
+        hidden_sizes=list(widths),
+        depths=list(layers),
+        layer_type="basic",
+        image_size=size,  # where a judge looks for it
+        hidden_size=widths[-1],  # where a dual encoder does
+    )
+    text = _judge_text(words)
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=CLIP_WIDTH)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return with_flat_features(VisionTextDualEncoderModel(config))
+
+
+def with_flat_features(clip: VisionTextDualEncoderModel) -> VisionTextDualEncoderModel:
+    """The same model with image features of two dimensions: a ResNet of transformers has B x D x 1 x 1, which a dual
+    encoder cannot project."""
+    pooler = getattr(clip.vision_model, "pooler", None)
+    if isinstance(pooler, torch.nn.AdaptiveAvgPool2d):
+        clip.vision_model.pooler = torch.nn.Sequential(pooler, torch.nn.Flatten())
+    return clip
+
+
+def _judge_text(words: Sequence[str]) -> CLIPTextConfig:
     tok = tokenizer(words, "<|endoftext|>")
-    text = CLIPTextConfig(
+    return CLIPTextConfig(
         vocab_size=len(tok),
         hidden_size=CLIP_WIDTH,
         intermediate_size=2 * CLIP_WIDTH,
@@ -197,14 +218,3 @@ def clip(
         eos_token_id=tok.eos_token_id,
         pad_token_id=tok.pad_token_id,
     )
-    vision = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 32,
-        image_size=size,
-        patch_size=patch,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=CLIP_WIDTH))

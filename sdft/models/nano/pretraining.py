@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import CLIPModel
+from transformers import CLIPModel, VisionTextDualEncoderModel
 
 from sdft.batch import Batch, LossReport
 from sdft.models.nano.build import tokenizer
 from sdft.protocols import Objective
 from sdft.rng import Draws, seed_of
-from sdft.types import Index, NonNegative
+from sdft.types import Fraction, Index, NonNegative
 
 
 class Reconstruction(Objective):
@@ -70,6 +70,7 @@ class Contrastive(Objective):
 
     words: vocabulary of the tokenizer.
     noise: standard deviation of the noise added to the pixels.
+    blur: largest share of each image's blurred copy (mean of 3 x 3 pixels) that is mixed into it.
     subjects: nouns. Each image is also compared with `num_wrong` copies of its caption in which another of them stands
         in the place of one: the other captions of a batch are too different to teach which two subjects a pair has
         (hard negatives, as of Yuksekgonul et al., arXiv:2210.01936).
@@ -79,19 +80,20 @@ class Contrastive(Objective):
         self,
         words: Sequence[str],
         noise: NonNegative = 0.05,
+        blur: Fraction = 0.5,
         subjects: Sequence[str] = (),
         num_wrong: Index = 2,
     ):
-        self.tokenizer, self.noise = tokenizer(words, "<|endoftext|>"), noise
+        self.tokenizer, self.noise, self.blur = tokenizer(words, "<|endoftext|>"), noise, blur
         self.subjects, self.num_wrong = tuple(subjects), num_wrong if subjects else 0
 
-    def __call__(self, clip: CLIPModel, batch: Batch, draws: Draws) -> LossReport:
+    def __call__(self, clip: CLIPModel | VisionTextDualEncoderModel, batch: Batch, draws: Draws) -> LossReport:
         """The mean of the two cross entropies, and the top-1 accuracy of texts."""
         assert batch.pixels_BCHW is not None
         x = batch.pixels_BCHW
         x = x + self.noise * draws.normal("pixel noise", x.shape[1:]).to(x)
         blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-        x = torch.lerp(x, blurred, draws.uniform("blur").to(x)[:, None, None, None])
+        x = torch.lerp(x, blurred, self.blur * draws.uniform("blur").to(x)[:, None, None, None])
         texts, num = [*batch.captions, *self._wrong(batch.captions, draws)], len(batch.captions)
         # Padding to the longest caption is enough here: only the position of the first EOS is read.
         ids_TL = self.tokenizer(texts, padding=True, return_tensors="pt").input_ids.to(x.device)
