@@ -32,6 +32,8 @@ SHORT = {
 }
 FEW_SCENES = ["data.validation.num_scenes=4", "reference.num_scenes=8"]
 """Of the toy world, held out."""
+FEW_DRAWN = [f"data.train.sources.{name}.num_scenes=16" for name in ("styled", "plain")]
+"""Of experiment=technomant, which takes 1,200."""
 THIN = ["size=128", "sampler.batch_size=1", "trainer.accumulate_grad_batches=1", "prompts=[a photo of a cat]"]
 PICTURES = 13
 OTHER_LORA = "other_lora.safetensors"
@@ -67,6 +69,7 @@ def shortened(text: str, pictures: Path, thin: Synthetic, num_judged: int) -> li
     if words[0] == "train.py":
         toy = not any(word.startswith("data=") for word in words)
         added += FEW_SCENES if toy and not teaches_subject(words) else []
+        added += FEW_DRAWN if "experiment=technomant" in words else []
         added += [] if num_judged > 0 or "-m" in words else ["verdict=none"]
         added += [] if "verdict=none" in added else ["verdict.num_images=4"]
     if any(word in ("callbacks=stop_early", "callbacks=watch") for word in words):

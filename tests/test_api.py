@@ -56,7 +56,7 @@ def test_the_page_runs_and_returns_what_it_documents(documented: dict) -> None:
     assert documented["edited"].run_dir.parent == folder / "runs" / "edited"
     images = documented["images"]
     assert [type(image) for image in images] == [Image.Image] * 2
-    assert [image.size for image in images] == [(64, 64)] * 2
+    assert [image.size for image in images] == [(128, 128)] * 2
     assert isinstance(documented["merged"], MergeResult)
     assert documented["merged"].path == folder / "runs" / "blend"
     assert all(file.is_file() for file in documented["merged"].written)

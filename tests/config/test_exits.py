@@ -145,7 +145,7 @@ def test_a_closed_pipe_does_not_stop_training(tmp_path: Path) -> None:
     command = f"'{sys.executable}' train.py {' '.join(words)} 2> {tmp_path}/err | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0
-    assert done.stdout.startswith("train: 64 px")
+    assert done.stdout.startswith("train: 128 px")
     assert (tmp_path / "run" / "summary.json").is_file()
     errors = (tmp_path / "err").read_text()
     assert "Traceback" not in errors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -55,16 +56,16 @@ def run(command, monkeypatch, capsys, *words: str) -> str:
 @pytest.mark.slow
 def test_own_pictures_are_looked_at_cached_and_learned(tmp_path: Path, monkeypatch, capsys) -> None:
     root = write_pictures(tmp_path / "pictures")
-    common = [f"data.root={root}", "size=64", "data.bucket_step=16"]
+    common = [f"data.root={root}", "size=128", "data.bucket_step=32"]
 
     told = run(commands.check, monkeypatch, capsys, *common, f"out={tmp_path}/sheets")
     assert "18, and 0 that cannot be read" in told
     assert "sizes            80 to 256 wide, 64 to 256 high" in told
-    rows = [line.split() for line in told.splitlines() if line.startswith("     ")]
+    rows = [line.split() for line in told.splitlines() if re.match(r" +\d+ x \d+ ", line)]
     sizes = {f"{w} x {h}": int(num) for w, _, h, num, _ in rows}
-    # 250 x 100 is 2.5 : 1, nearer to 80 x 48 than to 128 x 32; 80 x 64 and 201 x 199 are nearer to a square.
-    assert sizes == {"80 x 48": 6, "64 x 64": 9, "48 x 80": 3}
-    assert {file.name for file in (tmp_path / "sheets").glob("*.png")} == {"80x48.png", "64x64.png", "48x80.png"}
+    # 250 x 100 is 2.5 : 1, nearer to 160 x 96 than to 256 x 64; 80 x 64 and 201 x 199 are nearer to a square.
+    assert sizes == {"160 x 96": 6, "128 x 128": 9, "96 x 160": 3}
+    assert {file.name for file in (tmp_path / "sheets").glob("*.png")} == {"160x96.png", "128x128.png", "96x160.png"}
 
     cached = [*common, f"out={tmp_path}/cache"]
     run(commands.cache, monkeypatch, capsys, *cached)
@@ -78,7 +79,7 @@ def test_own_pictures_are_looked_at_cached_and_learned(tmp_path: Path, monkeypat
         train.main, monkeypatch, capsys, "data=folder", *common, *words, *short, "callbacks=checkpoints",
         f"run_dir={tmp_path}/run", f"hydra.run.dir={tmp_path}/run",
     )  # fmt: skip
-    assert "    80x48: " in told
+    assert "    160x96: " in told
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["num_steps"] == 2
     assert 0 < summary["val/eps_mse"] < 2

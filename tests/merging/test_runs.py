@@ -101,11 +101,11 @@ def test_a_full_fine_tune_as_a_lora_draws_nearly_its_pictures(tmp_path: Path) ->
     model = pretrained("nano")
     base = drawn(model, prompts)
     with torch.no_grad():
-        cond = Conditioning(*model.encode_prompts(prompts), torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2))
-        z0 = model.encode_moments(torch.zeros(2, 3, 64, 64)).chunk(2, 1)[0] * model.vae.config.scaling_factor
+        cond = Conditioning(*model.encode_prompts(prompts), torch.tensor([[128.0, 128, 0, 0, 128, 128]] * 2))
+        z0 = model.encode_moments(torch.zeros(2, 3, 128, 128)).chunk(2, 1)[0] * model.vae.config.scaling_factor
     keep = torch.as_tensor(model.scheduler.alphas_cumprod)
     noise, optimizer = torch.Generator().manual_seed(0), torch.optim.Adam(model.unet.parameters(), 2e-4)
-    for _ in range(8):
+    for _ in range(5):
         t, eps = torch.randint(200, 1000, (2,), generator=noise), torch.randn(z0.shape, generator=noise)
         share = keep[t].reshape(2, 1, 1, 1)
         loss = (model.denoise(share.sqrt() * z0 + (1 - share).sqrt() * eps, t, cond) - eps).square().mean()
@@ -125,4 +125,4 @@ def test_a_full_fine_tune_as_a_lora_draws_nearly_its_pictures(tmp_path: Path) ->
 
 
 def drawn(model: SDXL, prompts: Sequence[str]) -> np.ndarray:
-    return generate(model, prompts, range(len(prompts)), Sampler(steps=4), (64, 64)).astype(int)
+    return generate(model, prompts, range(len(prompts)), Sampler(steps=4), (128, 128)).astype(int)
