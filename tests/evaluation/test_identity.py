@@ -23,7 +23,7 @@ NUM = 64
 @cache
 def world(**options) -> ToyWorld:
     """As many scenes as the experiments have: with fewer of others, more of them are taken for the subject."""
-    return ToyWorld(["plain"], 128 if "own" in options else 256, "test", **options)
+    return ToyWorld(["plain"], 128 if "own" in options else 256, "test", size=64, **options)
 
 
 def evaluation(**options) -> IdentityEvaluation:
@@ -46,7 +46,8 @@ def drawn(monkeypatch, own: str | None, spoiled: bool, tmp_path: Path) -> dict:
     def draw(model, prompts, seeds, sampler, size_hw, precision, progress=None):
         """Scenes of the world of other seeds than the reference's."""
         if any(WORD in prompt for prompt in prompts):
-            source = base_worlds if is_base[0] or own is None else ToyWorld(["plain"], NUM, "validation", own=own)
+            of_own = ToyWorld(["plain"], NUM, "validation", own=own, size=64)
+            source = base_worlds if is_base[0] or own is None else of_own
             return np.stack([source[i % len(source.keys)].image_HWC for i in range(len(prompts))])
         others = world(world_seed=2)
         shown = [others[i].image_HWC for i in range(len(prompts))]
