@@ -180,14 +180,14 @@ class StyleEvaluation(ImageEvaluation):
         return adherence(judge, self.reference, range(self.num_images), captions, before, tuned)
 
 
-def judge_of(judge: str, reference: Source) -> Judge:
+def judge_of(judge: str, reference: Source | None) -> Judge:
     """The judge of images of a source."""
     return load_judge(judge, SUBJECTS if isinstance(reference, ToyWorld) else None)
 
 
 def adherence(
     judge: Judge,
-    reference: Source,
+    reference: Source | None,
     places: Sequence[int],
     captions: Sequence[str],
     before: np.ndarray,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
+from functools import cached_property
 from itertools import permutations
 from pathlib import Path
 from typing import TypeAlias
@@ -62,8 +63,7 @@ class Judge:
 
     def class_similarities(self, images: Images) -> Tensor:
         """Cosine similarity of each image with the prompt of each class, N x K."""
-        texts_KD = self._embed_nouns([with_article(name) for name in self._known_classes()])
-        return self.embed_images(images) @ texts_KD.T
+        return self.embed_images(images) @ self._class_texts_KD.T
 
     def numbers_of(self, subjects: Sequence[str]) -> Tensor:
         """The places of subjects among the classes."""
@@ -77,9 +77,7 @@ class Judge:
         of the image, N bools."""
         _check_counts(images, pairs)
         wanted_N2 = torch.stack([self.numbers_of(pair) for pair in pairs])
-        names = [with_article(name) for name in self._known_classes()]
-        orders_P2 = torch.tensor(list(permutations(range(len(names)), 2)))
-        texts_PD = self._embed_nouns([f"{names[one]} and {names[two]}" for one, two in orders_P2.tolist()])
+        orders_P2, texts_PD = self._pair_texts
         chosen_N2 = orders_P2[(self.embed_images(images) @ texts_PD.T).argmax(1)]
         return (chosen_N2.sort(1).values == wanted_N2.sort(1).values).all(1)
 
@@ -100,6 +98,17 @@ class Judge:
         if not self.classes:
             raise UserError("the judge has no classes; pass the list of possible subjects")
         return self.classes
+
+    @cached_property
+    def _class_texts_KD(self) -> Tensor:
+        return self._embed_nouns([with_article(name) for name in self._known_classes()])
+
+    @cached_property
+    def _pair_texts(self) -> tuple[Tensor, Tensor]:
+        """All pairs of classes in both orders, P x 2, and their texts, P x D: 870 for thirty classes, embedded once."""
+        names = [with_article(name) for name in self._known_classes()]
+        orders_P2 = torch.tensor(list(permutations(range(len(names)), 2)))
+        return orders_P2, self._embed_nouns([f"{names[one]} and {names[two]}" for one, two in orders_P2.tolist()])
 
     def _embed_nouns(self, nouns: Sequence[str]) -> Tensor:
         return self.embed_texts([self.prompt.format(noun=noun) for noun in nouns])

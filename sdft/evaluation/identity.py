@@ -15,9 +15,8 @@ from torch import Tensor
 
 from sdft.data.dataset import Source
 from sdft.data.sources.toy import ToyWorld
-from sdft.data.toy.lexicon import SUBJECTS
-from sdft.evaluation.after_training import MIN_REFERENCES, Base, ImageEvaluation
-from sdft.evaluation.clip_judge import Judge, load_judge
+from sdft.evaluation.after_training import MIN_REFERENCES, Base, ImageEvaluation, adherence, judge_of
+from sdft.evaluation.clip_judge import Judge
 from sdft.protocols import DiffusionModel
 from sdft.sampling.samplers import Sampler
 from sdft.types import Count, Precision, Side
@@ -87,8 +86,7 @@ class IdentityEvaluation(ImageEvaluation):
         if "identity" in gaps:
             return self.missing()
         tuned = sample(self.measured, "tuned")
-        classes = SUBJECTS if isinstance(self.others, ToyWorld) else None
-        judge = load_judge(str(self.judge), classes)
+        judge = judge_of(str(self.judge), self.others)
         found = self._identity(judge, before, tuned) | self._adherence(judge, before, tuned)
         if gaps:
             return found | self.missing()
@@ -132,11 +130,9 @@ class IdentityEvaluation(ImageEvaluation):
         }
 
     def _forgetting(self, judge: Judge, before: np.ndarray, tuned: np.ndarray) -> dict[str, float]:
-        if isinstance(self.others, ToyWorld):
-            subjects = [self.others.scene(index).subjects for index in range(len(self.other_prompts))]
-            after, first = (judge.named_hits(images, subjects).float().mean().item() for images in (tuned, before))
-        else:
-            after, first = (float(judge.similarity(images, self.other_prompts).mean()) for images in (tuned, before))
+        prompts = self.other_prompts
+        found = adherence(judge, self.others, range(len(prompts)), prompts, before, tuned)
+        after, first = found["adherence"], found["adherence_base"]
         return {"adherence_others": after, "adherence_others_base": first, "forgetting": first - after}
 
 

@@ -65,9 +65,9 @@ class ToyWorld:
         return sample_scene(self.world_seed, split_index(self.split, index), self.own, self.name, self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
-        if index not in self._rendered:
-            self._rendered[index] = render(self.scene(index), self._look(index), self.size)
         scene = self.scene(index)
+        if index not in self._rendered:
+            self._rendered[index] = render(scene, self._look(index), self.size)
         caption = with_right_articles(self.template.format(caption=scene.caption, subject=scene.named))
         side = self.original_sides[index % len(self.original_sides)]
         return Sample(self.keys[index], self._rendered[index], caption, self.loss_weight, (side, side))

@@ -100,33 +100,6 @@ def training(cfg: DictConfig) -> dict[str, dict[str, Any]]:
 
 def card(metrics: dict[str, float], runs: dict[str, dict[str, Any]], cfg: DictConfig) -> str:
     """The model card."""
-    trained = _rows(
-        (
-            name,
-            f"`experiment={run['name']}`",
-            f"{run['num_trained_parameters'] / 1e6:.2f} M",
-            f"{run['num_steps']:,}",
-            f"{run['train_seconds'] / 60:.0f}",
-        )
-        for name, run in runs.items()
-    )
-    looks = [name.removeprefix("psnr_") for name in metrics if name.startswith("psnr_")]
-    by_look = _rows(
-        [look, f"{metrics[f'psnr_{look}']:.1f}", f"{metrics[f'patch_error_{look}']:.3f}"]
-        + [f"{metrics[f'{name}/accuracy_{look}']:.1%}" for name in JUDGES]
-        + [*EARLIER.get(look, ("", ""))]
-        for look in looks
-    )
-    by_judge = _rows(
-        [words, *(form.format(metrics[f"{name}/{key}"]) for name in JUDGES), EARLIER.get(key, "")]
-        for words, key, form in (
-            ("images of held-out prompts whose subject it recognises", "recognised", "{:.1%}"),
-            ("of those with two subjects, both", "both_recognised", "{:.1%}"),
-            ("held-out scenes whose subject it names", "accuracy", "{:.1%}"),
-            ("of those with two subjects, both", "both_named", "{:.1%}"),
-            ("expected calibration error of its probabilities", "calibration", "{:.3f}"),
-        )
-    )
     num_words = sum(word.isalpha() for word in VOCABULARY)
     return f"""# nano
 
@@ -143,24 +116,60 @@ chosen. Licence: Apache-2.0.
 
 | part | trained by | trained parameters | steps | minutes |
 |---|---|---|---|---|
-{trained}
+{_trained(runs)}
 
 Measured on the shipped fp16 weights ({metrics["megabytes"]:.1f} MB in all), on scenes of the test split, and on images
 of {cfg.num_images} prompts of that split (25 Euler steps, CFG 5):
 
 | of the judge | measures | watches | nano of 64 px |
 |---|---|---|---|
-{by_judge}
+{_by_judge(metrics)}
 
 | look | VAE: PSNR in dB | 1 - SSIM of patches | subjects named | by the other judge | nano of 64 px: PSNR | named |
 |---|---|---|---|---|---|---|
-{by_look}
+{_by_look(metrics)}
 
 The last columns are of the nano before this one, whose scenes of 64 px showed one of 23 subjects without details, in
 four looks.
 
 Known limits: a vocabulary of {num_words} English words, {cfg.size} pixels. Other words have no meaning to it.
 """
+
+
+def _trained(runs: dict[str, dict[str, Any]]) -> str:
+    return _rows(
+        (
+            name,
+            f"`experiment={run['name']}`",
+            f"{run['num_trained_parameters'] / 1e6:.2f} M",
+            f"{run['num_steps']:,}",
+            f"{run['train_seconds'] / 60:.0f}",
+        )
+        for name, run in runs.items()
+    )
+
+
+def _by_look(metrics: dict[str, float]) -> str:
+    looks = [name.removeprefix("psnr_") for name in metrics if name.startswith("psnr_")]
+    return _rows(
+        [look, f"{metrics[f'psnr_{look}']:.1f}", f"{metrics[f'patch_error_{look}']:.3f}"]
+        + [f"{metrics[f'{name}/accuracy_{look}']:.1%}" for name in JUDGES]
+        + [*EARLIER.get(look, ("", ""))]
+        for look in looks
+    )
+
+
+def _by_judge(metrics: dict[str, float]) -> str:
+    return _rows(
+        [words, *(form.format(metrics[f"{name}/{key}"]) for name in JUDGES), EARLIER.get(key, "")]
+        for words, key, form in (
+            ("images of held-out prompts whose subject it recognises", "recognised", "{:.1%}"),
+            ("of those with two subjects, both", "both_recognised", "{:.1%}"),
+            ("held-out scenes whose subject it names", "accuracy", "{:.1%}"),
+            ("of those with two subjects, both", "both_named", "{:.1%}"),
+            ("expected calibration error of its probabilities", "calibration", "{:.3f}"),
+        )
+    )
 
 
 def _rows(rows: Iterable[Sequence[str]]) -> str:
